@@ -1,0 +1,1 @@
+"""saasllm: run a multi-tenant LLM product on nothing but PostgreSQL."""

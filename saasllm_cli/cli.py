@@ -1,0 +1,145 @@
+"""The root command, and the one place where an error becomes an exit status."""
+
+import importlib
+import os
+import re
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer._click.exceptions import ClickException, NoArgsIsHelpError
+from typer.core import TyperGroup
+
+from saasllm_cli.errors import InvalidInput, SaasllmError
+from saasllm_cli.output import show_error
+from saasllm_cli.settings import Format, settings
+
+# The nouns, in the order of a first day. Each is a module of commands/, loaded when it is typed.
+NOUNS = {
+    "demo": "Play the whole story once: tenants, credits, jobs that succeed, fall back and fail.",
+    "migrate": "Bring the database to this program's shape, and check that it is.",
+    "org": "Organizations: the customers.",
+    "group": "Model groups: a name for an ordered list of models.",
+    "team": "Teams of an organization: which groups they use, what credits they have.",
+    "credits": "The prepaid credits of teams, and the ledger of all their movements.",
+    "job": "Jobs: call a model for a team, and charge one credit when it succeeds.",
+    "db": "The embedded PostgreSQL.",
+}
+UNEXPECTED = "This is a fault in saasllm; `saasllm --debug …` shows where."
+
+
+class Root(TyperGroup):
+    """A group whose commands are imported one at a time."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
+        return list(NOUNS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+        if cmd_name not in NOUNS:
+            return None
+        command = typer.main.get_command(importlib.import_module(f"saasllm_cli.commands.{cmd_name}").app)
+        command.name = cmd_name
+        return command
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl(list(NOUNS.items()))
+
+
+app = typer.Typer(
+    cls=Root,
+    name="saasllm",
+    help="Run a multi-tenant LLM product on nothing but PostgreSQL.",
+    epilog="A first look, without a key or a database: saasllm demo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: rich would take as long to import as all the rest
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"saasllm {version('saasllm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", envvar="SAASLLM_DEBUG", help="Show the traceback of an error."),
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The program: runs the command line and exits with its status."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command line and gives its exit status; what went wrong is printed.
+
+    A command finds this function as its context's `obj` (the demo runs others by it).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        status = app(arguments, prog_name="saasllm", standalone_mode=False, obj=run)
+        sys.stdout.flush()
+    except Exception as error:
+        if _is_debug(arguments):
+            import traceback
+
+            traceback.print_exc()
+        return _tell(error, arguments)
+    return status if isinstance(status, int) else 0
+
+
+def _tell(error: Exception, arguments: list[str]) -> int:
+    """Prints what went wrong and gives the exit status."""
+    match error:
+        case SaasllmError():
+            told = error
+        case NoArgsIsHelpError():
+            error.show()
+            return error.exit_code
+        case ClickException():
+            context = getattr(error, "ctx", None)
+            told = InvalidInput(
+                "usage",
+                error.format_message(),
+                f"See: {context.command_path if context else 'saasllm'} --help",
+            )
+        case BrokenPipeError():  # whoever read our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return SaasllmError.exit_status
+        case OSError():
+            told = SaasllmError("system_error", f"{error.strerror or error}.", UNEXPECTED)
+        case _:
+            told = SaasllmError("unexpected", f"Unexpected {type(error).__name__}.", UNEXPECTED)
+    show_error(told, as_json=_wants_json(arguments))
+    return told.exit_status
+
+
+def _wants_json(arguments: list[str]) -> bool:
+    """Whether errors are to be JSON; read from the words themselves, since what is wrong may be the words."""
+    text = "\0".join(arguments).replace("--output", "-o").replace("-o\0", "-o").replace("-o=", "-o")
+    if match := re.search(r"(?:^|\0)-o(\w+)", text):
+        return match[1] in (Format.JSON, Format.JSONL)
+    try:
+        return settings().output in (Format.JSON, Format.JSONL)
+    except SaasllmError:
+        return False
+
+
+def _is_debug(arguments: list[str]) -> bool:
+    return "--debug" in arguments[:1] or bool(os.environ.get("SAASLLM_DEBUG"))

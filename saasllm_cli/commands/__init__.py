@@ -1,0 +1,1 @@
+"""One file a noun, one function a verb: parse, ask the database, show."""

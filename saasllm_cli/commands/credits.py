@@ -1,0 +1,100 @@
+"""The prepaid credits of teams, and the ledger of all their movements."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from saasllm_cli import database
+from saasllm_cli.commands.inputs import (
+    MOST_CREDITS,
+    IdempotencyKey,
+    Limit,
+    Output,
+    TeamId,
+    label,
+    noun,
+)
+from saasllm_cli.errors import Conflict, not_found
+from saasllm_cli.output import show
+
+app = noun(__doc__)
+
+
+class TransactionType(StrEnum):
+    ALLOCATION = "allocation"
+    DEDUCTION = "deduction"
+    REFUND = "refund"
+    ADJUSTMENT = "adjustment"
+    EXPIRY = "expiry"
+
+
+@app.command(epilog="Example: saasllm credits balance team_engineering -o json | jq .credits_remaining")
+def balance(team_id: TeamId, output: Output = None) -> None:
+    """Show what a team was given, has used, has reserved for running jobs, and has left."""
+    with database.connect() as db:
+        credits_ = db.maybe("credits.balance", team_id=team_id)
+    if credits_ is None:
+        raise not_found("team", team_id)
+    show(credits_, output)
+
+
+@app.command(epilog='Example: saasllm credits add team_engineering 100 --reason "Monthly allocation"')
+def add(
+    team_id: TeamId,
+    amount: Annotated[int, typer.Argument(min=1, max=MOST_CREDITS, show_default=False, help="How many.")],
+    reason: Annotated[str | None, typer.Option(parser=label, help="Why; it is kept in the ledger.")] = None,
+    idempotency_key: IdempotencyKey = None,
+    output: Output = None,
+) -> None:
+    """Add credits to a team, and show the ledger entry."""
+    given = {
+        "team_id": team_id,
+        "transaction_type": "allocation",
+        "credits_amount": amount,
+        "reason": reason,
+    }
+    with database.connect() as db:
+        entry = db.maybe(
+            "credits.add",
+            team_id=team_id,
+            credits_amount=amount,
+            reason=reason,
+            idempotency_key=idempotency_key,
+        )
+    if entry is None:
+        raise not_found("team", team_id)
+    if different := [field for field, value in given.items() if entry[field] != value]:
+        raise Conflict(
+            "idempotency_key_reused",
+            f"The idempotency key was used before, for an entry with another {' and another '.join(different)}.",
+            "Take a new key for a new entry.",
+        )
+    show(entry, output)
+
+
+@app.command(epilog="Example: saasllm credits transactions team_engineering --type deduction -o csv")
+def transactions(
+    team_id: TeamId,
+    type_: Annotated[TransactionType | None, typer.Option("--type", help="Only those of this type.")] = None,
+    limit: Limit = 100,
+    output: Output = None,
+) -> None:
+    """List the movements of a team's credits, the newest first."""
+    with database.connect() as db:
+        entries = db.many("credits.transactions", team_id=team_id, transaction_type=type_, row_limit=limit)
+        if not entries and db.maybe("credits.balance", team_id=team_id) is None:
+            raise not_found("team", team_id)
+    show(
+        entries,
+        output,
+        columns=(
+            "created_at",
+            "transaction_type",
+            "credits_amount",
+            "credits_before",
+            "credits_after",
+            "reason",
+            "job_id",
+        ),
+    )

@@ -1,0 +1,143 @@
+"""Play the whole story once: tenants, credits, jobs that succeed, fall back and fail."""
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+from saasllm_cli import database, embedded
+from saasllm_cli.commands.inputs import noun
+from saasllm_cli.errors import CheckFailed
+from saasllm_cli.output import print_heading, print_line
+from saasllm_cli.queries import query
+from saasllm_cli.settings import settings
+
+app = noun(__doc__)
+
+DATABASE = "saasllm_demo"
+
+# What is said, the command, and the exit status that it is to have.
+STORY = [
+    ("The database is brought to the program's shape.", "migrate up", 0),
+    (
+        "A customer.",
+        "org create org_test_001 --name 'Test Organization' --metadata plan=enterprise",
+        0,
+    ),
+    (
+        "A model group: its first model is the primary, the next one the fallback. The offline models stand in for "
+        "those of their names, so that all this runs without a key.",
+        "group create ResumeAgent --display-name 'Resume Analysis' "
+        "--model offline/echo/gpt-4-turbo --model offline/echo/gpt-3.5-turbo",
+        0,
+    ),
+    (
+        "The primary of this one is down.",
+        "group create ParsingAgent --display-name 'Document Parsing' "
+        "--model offline/fail/gpt-4-turbo --model offline/echo/gpt-3.5-turbo",
+        0,
+    ),
+    (
+        "And of this one, both are.",
+        "group create RAGAgent --display-name 'Retrieval' "
+        "--model offline/fail/gpt-4-turbo --model offline/fail/gpt-3.5-turbo",
+        0,
+    ),
+    (
+        "A team of the customer, with 100 credits.",
+        "team create team_test_hr --org org_test_001 --alias 'HR Team' "
+        "--group ResumeAgent --group ParsingAgent --group RAGAgent --credits 100",
+        0,
+    ),
+    ("It buys 50 more.", "credits add team_test_hr 50 --reason 'Top-up'", 0),
+    (
+        "A job that succeeds. The answer goes to stdout, the rest to stderr.",
+        "job run --team team_test_hr --group ResumeAgent --prompt 'Summarise: Ada wrote the first program.'",
+        0,
+    ),
+    (
+        "A job whose primary model fails: the fallback answers, and it is still one credit.",
+        "job run --team team_test_hr --group ParsingAgent --prompt 'Parse: Ada Lovelace, London.'",
+        0,
+    ),
+    (
+        "A job whose models all fail: nothing is charged.",
+        "job run --team team_test_hr --group RAGAgent --prompt 'Find: Ada.'",
+        8,
+    ),
+    (
+        "150 credits, two jobs that succeeded: 148 are left, none is reserved.",
+        "credits balance team_test_hr",
+        0,
+    ),
+    ("The ledger says why.", "credits transactions team_test_hr", 0),
+    ("And the jobs.", "job list --team team_test_hr", 0),
+]
+
+NEXT = """
+This was played in a database of its own ({database}); look around in it:
+
+  export SAASLLM_DATABASE_URL={url}
+  saasllm db shell
+
+Your own, with a real model:
+
+  unset SAASLLM_DATABASE_URL
+  export OPENAI_API_KEY=...
+  saasllm migrate up
+  saasllm org create my_org
+  saasllm group create Chat --model gpt-4o-mini
+  saasllm team create my_team --org my_org --group Chat --credits 10
+  saasllm job run --team my_team --group Chat --prompt 'Say hello.'
+"""
+
+
+@app.command(epilog="Example: saasllm demo")
+def demo(context: typer.Context) -> None:
+    """Play the whole story once: tenants, credits, jobs that succeed, fall back and fail.
+
+    It runs on the embedded PostgreSQL, in a database of its own that it makes anew each time.
+    """
+    run = context.find_root().obj
+    embedded.start()
+    with _settings_of("postgres"), database.raw_connection() as connection:
+        connection.execute(query("db.drop_demo").sql)
+        connection.execute(query("db.create_demo").sql)
+    with _settings_of(DATABASE), Path(os.devnull).open() as nothing:
+        stdin, sys.stdin = sys.stdin, nothing
+        try:
+            for said, command, expected in STORY:
+                print_heading(f"\n# {said}\n$ saasllm {command}")
+                status = run(shlex.split(command))
+                if status != expected:
+                    raise CheckFailed("demo_failed", f"That exited with {status} instead of {expected}.")
+                if status:
+                    print_line(f"(exit status {status})")
+        finally:
+            sys.stdin = stdin
+    print_line(NEXT.format(database=DATABASE, url=shlex.quote(database.url(embedded.conninfo(DATABASE)))))
+
+
+@contextmanager
+def _settings_of(name: str) -> Iterator[None]:
+    """For a while, the database is this one of the embedded server, and results are tables."""
+    here = {
+        "SAASLLM_DATABASE_URL": database.url(embedded.conninfo(name)),
+        "SAASLLM_OUTPUT": "table",
+    }
+    before = {variable: os.environ.get(variable) for variable in here}
+    os.environ.update(here)
+    settings.cache_clear()
+    try:
+        yield
+    finally:
+        for variable, value in before.items():
+            if value is None:
+                del os.environ[variable]
+            else:
+                os.environ[variable] = value
+        settings.cache_clear()

@@ -1,0 +1,163 @@
+"""What the commands have in common on their way in: options, and the rules for what is typed."""
+
+import json
+import re
+import unicodedata
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from saasllm_cli.errors import Conflict, InvalidInput
+from saasllm_cli.settings import Format
+
+IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
+MODEL_NAME = re.compile(r"[^\s\x00-\x1f\x7f]{1,255}")
+METADATA_BYTES = 65536
+MOST_CREDITS = 10**15
+AGES = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+def noun(description: str | None) -> typer.Typer:
+    """The app of one noun."""
+    # Plain help: rich would take as long to import as all the rest.
+    return typer.Typer(help=description, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+
+def identifier(value: str) -> str:
+    """An id: the same rule as in the database, for a better message."""
+    if not IDENTIFIER.fullmatch(value):
+        raise typer.BadParameter(
+            f"{value!r} is not an id: letters, digits, '.', '_' and '-', the first a letter or digit, at most 128."
+        )
+    return value
+
+
+def model_name(value: str) -> str:
+    if not MODEL_NAME.fullmatch(value):
+        raise typer.BadParameter(f"{value!r} is not a model name: write it as litellm does, PROVIDER/MODEL or MODEL.")
+    return value
+
+
+def label(value: str) -> str:
+    """A name for people: one line, not empty."""
+    if not value.strip() or len(value) > 255 or any(unicodedata.category(sign) == "Cc" for sign in value):
+        raise typer.BadParameter("It must be one line of 1 to 255 characters, without control characters.")
+    return value
+
+
+def moment(value: str) -> datetime:
+    """A time in the past (`7d`, `12h`), a day in UTC (`2026-11-01`) or an RFC 3339 time."""
+    if match := re.fullmatch(r"(\d{1,6})([smhdw])", value):
+        return datetime.now(UTC) - timedelta(**{AGES[match[2]]: int(match[1])})
+    try:
+        parsed = datetime.fromisoformat(value)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{value!r} is not a time: write 7d, 12h, 2026-11-01 or 2026-11-01T08:00:00Z."
+        ) from None
+    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+
+
+def metadata_item(value: str) -> dict[str, Any]:
+    """`k=v`, or the whole as a JSON object."""
+    if value.lstrip().startswith("{"):
+        try:
+            parsed = json.loads(value, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise typer.BadParameter(f"It begins like a JSON object, but is none: {error}.") from None
+        assert isinstance(parsed, dict)
+        return parsed
+    key, equals, text = value.partition("=")
+    if not key or not equals:
+        raise typer.BadParameter(f"{value!r} has no '=': write KEY=VALUE, or one JSON object.")
+    return {key: text}
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"JSON has no {name}")
+
+
+def merged(items: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """The metadata of all its options as one object."""
+    metadata: dict[str, Any] = {}
+    for item in items or []:
+        if twice := metadata.keys() & item.keys():
+            raise InvalidInput("invalid_metadata", f"--metadata names {min(twice)!r} twice.", "Give each key once.")
+        metadata |= item
+    if len(json.dumps(metadata, ensure_ascii=False).encode("utf-8", "replace")) > METADATA_BYTES:
+        raise InvalidInput(
+            "invalid_metadata",
+            "The metadata is larger than 64 KiB.",
+            "Keep large data elsewhere and name it here.",
+        )
+    return metadata
+
+
+def unique(values: list[str], option: str) -> list[str]:
+    """The values of an option that may be given several times, each of them once."""
+    if twice := next((value for place, value in enumerate(values) if value in values[:place]), None):
+        raise InvalidInput("given_twice", f"{option} {twice} is given twice.", "Give each once.")
+    return values
+
+
+def same_or_conflict(
+    kind: str, name: str, existing: dict[str, Any], given: dict[str, Any], if_not_exists: bool
+) -> None:
+    """Passes where --if-not-exists met a record that has what was given; None stands for what was not given."""
+    if not if_not_exists:
+        raise Conflict(
+            f"{kind}_exists",
+            f"The {kind} {name} exists already.",
+            "Choose another id, or add --if-not-exists.",
+        )
+    different = [field for field, value in given.items() if value is not None and existing[field] != value]
+    if different:
+        raise Conflict(
+            f"{kind}_differs",
+            f"The {kind} {name} exists already, with another {' and another '.join(different)}.",
+            "Look at it with `get`; give the same fields, or another id.",
+        )
+
+
+class Activity(StrEnum):
+    ACTIVE = "active"
+    SUSPENDED = "suspended"
+
+
+Output = Annotated[
+    Format | None,
+    typer.Option(
+        "--output",
+        "-o",
+        show_default="table",
+        help="How to print the result. SAASLLM_OUTPUT sets it for all.",
+    ),
+]
+IfNotExists = Annotated[
+    bool,
+    typer.Option("--if-not-exists", help="Succeed where it exists already with the same fields."),
+]
+Metadata = Annotated[
+    list[dict],  # type: ignore[type-arg] # typer takes no further type inside
+    typer.Option(
+        "--metadata",
+        metavar="KEY=VALUE",
+        parser=metadata_item,
+        help="What to keep beside it; several, or one JSON object.",
+    ),
+]
+Limit = Annotated[int, typer.Option("--limit", min=1, max=100_000, help="At most so many.")]
+IdempotencyKey = Annotated[
+    str | None,
+    typer.Option(
+        "--idempotency-key",
+        metavar="KEY",
+        parser=label,
+        help="Run again with the same key, it has the same one effect.",
+    ),
+]
+OrganizationId = Annotated[str, typer.Argument(metavar="ORG", parser=identifier, show_default=False)]
+TeamId = Annotated[str, typer.Argument(metavar="TEAM", parser=identifier, show_default=False)]
+GroupName = Annotated[str, typer.Argument(metavar="GROUP", parser=identifier, show_default=False)]

@@ -1,0 +1,213 @@
+"""Connections and queries; psycopg's errors become ours here, and nowhere else."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import quote, unquote, urlencode
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.rows import dict_row
+from psycopg.types.json import JsonbDumper
+
+from saasllm_cli import embedded
+from saasllm_cli.errors import Conflict, DatabaseUnavailable, InvalidInput, SaasllmError
+from saasllm_cli.queries import SQL, Query, query
+from saasllm_cli.settings import settings
+
+Row = dict[str, Any]
+Connection = psycopg.Connection[Row]
+
+CONNECT_SECONDS = 10
+IDEMPOTENCY_TRIES = 5
+
+
+class Database:
+    """A connection in which each query is a transaction of its own.
+
+    The first query carries the check of the migrations in the same round trip: where one is pending, or
+    the database has one that this program does not know, nothing of the query is done.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._is_checked = False
+
+    def one(self, name: str, /, **parameters: Any) -> Row:
+        (row,) = self._run(name, "one", parameters)
+        return row
+
+    def maybe(self, name: str, /, **parameters: Any) -> Row | None:
+        return next(iter(self._run(name, "maybe", parameters)), None)
+
+    def many(self, name: str, /, **parameters: Any) -> list[Row]:
+        return self._run(name, "many", parameters)
+
+    def _run(self, name: str, cardinality: str, parameters: Row) -> list[Row]:
+        statement = query(name)
+        if statement.cardinality != cardinality or statement.parameters != parameters.keys():
+            raise TypeError(f"{name} is declared :{statement.cardinality} with {sorted(statement.parameters)}")
+        for parameter, value in parameters.items():
+            _check_text(parameter, value)
+        for _ in range(IDEMPOTENCY_TRIES):
+            try:
+                return self._execute(statement, parameters)
+            except psycopg.errors.UniqueViolation as error:
+                # Another process has just used the same idempotency key: asked again, the statement finds its row.
+                if not (error.diag.constraint_name or "").endswith("_idempotency_key"):
+                    raise
+        raise Conflict(
+            "idempotency_key_contended",
+            "The idempotency key is being used by other processes.",
+            "Try again.",
+        )
+
+    def _execute(self, statement: Query, parameters: Row) -> list[Row]:
+        if self._is_checked:
+            return self._connection.execute(statement.sql, parameters).fetchall()
+        with self._connection.pipeline():
+            self._connection.execute(query("migrate.check").sql, {"known": known_migrations()})
+            cursor = self._connection.execute(statement.sql, parameters)
+        self._is_checked = True
+        return cursor.fetchall()
+
+
+@contextmanager
+def connect() -> Iterator[Database]:
+    """The database of the settings, ready for queries."""
+    with raw_connection() as connection:
+        yield Database(connection)
+
+
+@contextmanager
+def raw_connection() -> Iterator[Connection]:
+    """A connection without the check of the migrations; the embedded server is started where it serves."""
+    with translated_errors():
+        connection = _connect()
+        connection.adapters.register_dumper(dict, JsonbDumper)
+        with connection:
+            yield connection
+
+
+def known_migrations() -> list[str]:
+    """The names of the migrations that this program brings, in order."""
+    return sorted(path.name for path in (SQL / "migrations").glob("*.sql"))
+
+
+def conninfo() -> dict[str, Any]:
+    """Where the database is, as libpq's keywords; with the password, if the URL has one."""
+    url = settings().database_url
+    if url is None:
+        return embedded.conninfo()
+    try:
+        return conninfo_to_dict(url.get_secret_value())
+    except psycopg.Error as error:
+        raise InvalidInput(
+            "invalid_database_url",
+            "SAASLLM_DATABASE_URL (or DATABASE_URL) is not a PostgreSQL URL.",
+            "Write it as postgresql://USER:PASSWORD@HOST:5432/DATABASE, special characters as %XX.",
+        ) from error
+
+
+def url(conninfo: dict[str, Any]) -> str:
+    """The URL of libpq's keywords, without the password, which must not show in a log or a list of processes."""
+    keywords = {name: str(value) for name, value in conninfo.items() if name != "password"}
+    host, database = keywords.pop("host", ""), keywords.pop("dbname", "")
+    user, port = keywords.pop("user", ""), keywords.pop("port", "")
+    if host.startswith("/"):  # the folder of a socket
+        keywords, host = {"host": host, **keywords}, ""
+    rest = f"?{urlencode(keywords, safe='/')}" if keywords else ""
+    return f"postgresql://{quote(user) + '@' if user else ''}{host}{':' + port if port else ''}/{quote(database)}{rest}"
+
+
+def _connect() -> Connection:
+    keywords: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS, "application_name": "saasllm"} | conninfo()
+    try:
+        return psycopg.connect(**keywords, autocommit=True, row_factory=dict_row)
+    except psycopg.OperationalError:
+        if settings().database_url is not None:
+            raise
+    embedded.start()
+    return psycopg.connect(**keywords, autocommit=True, row_factory=dict_row)
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    try:
+        yield
+    except psycopg.Error as error:
+        raise _translated(error) from error
+
+
+def _translated(error: psycopg.Error) -> SaasllmError:
+    """The error in our words; psycopg's own are repeated where they hold no value and no secret."""
+    state = error.sqlstate or ""
+    message = error.diag.message_primary or ""
+    if state == "SL001" or (state == "42883" and "require_migrations" in message):
+        first = message if state == "SL001" else known_migrations()[0]
+        return DatabaseUnavailable(
+            "migrations_pending",
+            f"The database has pending migrations, from {first} on.",
+            "Run: saasllm migrate up",
+        )
+    if state == "SL002":
+        return DatabaseUnavailable(
+            "database_newer",
+            f"The database is newer than this program, which does not know the migration {message}.",
+            "Install a newer saasllm.",
+        )
+    if state.startswith("SL"):
+        return Conflict("refused_by_database", f"The database refuses it: {message}.", error.diag.message_hint)
+    if state == "22003":
+        return InvalidInput("out_of_range", "The number is out of range.", "Credits are whole numbers below 2^63.")
+    if state in ("23502", "23503", "23514"):
+        return InvalidInput("refused_by_database", f"The database refuses it: {message}.")
+    if state == "42501":
+        return DatabaseUnavailable("permission_denied", f"The database role may not do this: {message}.")
+    if isinstance(error, psycopg.OperationalError):
+        return DatabaseUnavailable(
+            "database_unreachable",
+            f"The database cannot be reached: {_reason(error)}",
+            "Check that the server runs and that SAASLLM_DATABASE_URL (or DATABASE_URL) names it: saasllm db status",
+        )
+    return SaasllmError("database_error", f"The database reports an error: {message or _reason(error)}")
+
+
+def _reason(error: psycopg.Error) -> str:
+    """The last line of libpq's words, which is about the last host tried, without anything of the password."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
+    reason = lines[-1] if lines else type(error).__name__
+    for secret in _secrets():
+        reason = reason.replace(secret, "***")
+    return reason
+
+
+def _secrets() -> list[str]:
+    """The password of the URL, and its pieces: where a sign in it is not escaped, libpq takes one for a host."""
+    url = settings().database_url
+    if url is None:
+        return []
+    _, _, rest = url.get_secret_value().partition("://")
+    userinfo, _, _ = rest.rpartition("@")
+    _, _, password = userinfo.partition(":")
+    found = re.search(r"password\s*=\s*('(?:[^'\\]|\\.)*'|\S+)", url.get_secret_value())
+    words = [password, *re.split("[:@/?#]", password), found[1].strip("'") if found else ""]
+    return sorted({word for piece in words for word in (piece, unquote(piece)) if word}, key=len, reverse=True)
+
+
+def _check_text(name: str, value: Any) -> None:
+    """Text that PostgreSQL cannot hold is refused here, where the name of its field is known."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_text(name, key)
+            _check_text(name, item)
+    elif isinstance(value, list):
+        for item in value:
+            _check_text(name, item)
+    elif isinstance(value, str) and ("\0" in value or any("\ud800" <= sign <= "\udfff" for sign in value)):
+        raise InvalidInput(
+            "invalid_text",
+            f"The {name} holds a character that cannot be stored: NUL, or a byte that is not UTF-8.",
+            "Remove that character.",
+        )

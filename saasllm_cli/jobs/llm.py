@@ -1,0 +1,152 @@
+"""One call of one model through litellm: the only module that imports it.
+
+The import takes seconds, so this module is imported when a model is about to be called and not before.
+"""
+
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from dotenv import load_dotenv
+
+from saasllm_cli.jobs import offline
+
+load_dotenv(".env")  # the providers' keys; the environment wins
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or the import fetches the prices over the network
+
+# stdout is for data, whatever litellm has to say.
+with redirect_stdout(sys.stderr), warnings.catch_warnings(action="ignore"):
+    import logging
+
+    import litellm
+    from litellm import exceptions
+    from litellm.llms.custom_llm import CustomLLM
+
+litellm.suppress_debug_info = True
+litellm.telemetry = False
+for logger in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy", "httpx", "asyncio"):
+    logging.getLogger(logger).setLevel(logging.CRITICAL)
+
+LONGEST_ERROR = 500
+COST_UNIT = Decimal("1e-12")  # litellm computes costs in floats: beyond this is their noise
+SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+LOOKS_LIKE_A_KEY = re.compile(r"\b(sk|pk|gsk|AIza|xai|hf)[-_][\w*.-]{6,}")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said. Tokens are the provider's own count; `cost_usd` is None where no price is known."""
+
+    content: str
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    total_tokens: int | None
+    cost_usd: Decimal | None
+
+
+class ModelFailed(Exception):
+    """The model gave no answer; its text is fit to be stored and shown.
+
+    `is_final` where another model would be refused alike: the request itself is at fault.
+    """
+
+    def __init__(self, reason: str, is_final: bool = False) -> None:
+        super().__init__(reason)
+        self.is_final = is_final
+
+
+async def complete(model: str, messages: Sequence[dict[str, Any]], timeout: float) -> Answer:
+    """Calls the model once, without a retry. `timeout` is in seconds, and per read: a deadline is the caller's.
+
+    Raises `ModelFailed`.
+    """
+    try:
+        litellm.get_llm_provider(model)
+    except Exception:
+        raise ModelFailed("litellm knows no provider for this name; write it as PROVIDER/MODEL") from None
+    try:
+        with redirect_stdout(sys.stderr), warnings.catch_warnings(action="ignore"):
+            response = await litellm.acompletion(
+                model=model, messages=list(messages), timeout=timeout, max_retries=0, num_retries=0
+            )
+    except exceptions.ContextWindowExceededError as error:  # another model may have a larger one
+        raise ModelFailed(_reason(error)) from error
+    except exceptions.BadRequestError as error:  # content policy is one of these
+        raise ModelFailed(_reason(error), is_final=True) from error
+    except Exception as error:
+        raise ModelFailed(_missing_key(model) or _reason(error)) from error
+    return _answer(model, response)
+
+
+def _answer(model: str, response: Any) -> Answer:
+    content = response.choices[0].message.content if response.choices else None
+    if not content:
+        raise ModelFailed("the answer was empty")
+    usage = getattr(response, "usage", None)
+    return Answer(
+        content=content,
+        prompt_tokens=getattr(usage, "prompt_tokens", None),
+        completion_tokens=getattr(usage, "completion_tokens", None),
+        total_tokens=getattr(usage, "total_tokens", None),
+        cost_usd=_cost(model, response),
+    )
+
+
+def _cost(model: str, response: Any) -> Decimal | None:
+    """The price of the answer in US dollars. A missing price is no reason for a good call to fail."""
+    if model.startswith(offline.PREFIX):
+        return Decimal(0)
+    try:
+        return Decimal(str(litellm.completion_cost(response, model=model))).quantize(COST_UNIT).normalize()
+    except Exception:
+        return None
+
+
+def _missing_key(model: str) -> str | None:
+    """What is missing in the environment, for without its key a provider's failure reads like any other."""
+    missing = litellm.validate_environment(model).get("missing_keys")
+    return f"{' and '.join(missing)} is not set" if missing else None
+
+
+def _reason(error: Exception) -> str:
+    """One bounded line of the error, with its status and without a key."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"^(litellm\.)?(\w+Error: )?(litellm\.)?(\w+Error: )?(\w+Exception - )?", "", text)
+    for name, value in os.environ.items():
+        if len(value) >= 8 and SECRET_NAME.search(name):
+            text = text.replace(value, "***")
+    text = LOOKS_LIKE_A_KEY.sub("***", text).replace("\0", "")
+    status = getattr(error, "status_code", None)
+    name = type(error).__name__
+    return f"{status or ''} {name}: {text or 'no message'}".strip()[:LONGEST_ERROR]
+
+
+class _Offline(CustomLLM):
+    """The provider `offline`, with tokens counted as for a GPT model."""
+
+    async def acompletion(self, model: str, messages: list[dict[str, Any]], **_: Any) -> Any:  # type: ignore[override]
+        try:
+            content = offline.answer(model, messages)
+        except offline.OfflineFailure as failure:
+            kind = exceptions.NotFoundError if failure.status == 404 else exceptions.ServiceUnavailableError
+            raise kind(str(failure), model=model, llm_provider="offline") from failure
+        prompt_tokens = litellm.token_counter(model="gpt-4", messages=messages)
+        completion_tokens = litellm.token_counter(model="gpt-4", text=content)
+        return litellm.ModelResponse(
+            model=model,
+            choices=[{"message": {"role": "assistant", "content": content}, "finish_reason": "stop"}],
+            usage=litellm.Usage(
+                prompt_tokens=prompt_tokens,
+                completion_tokens=completion_tokens,
+                total_tokens=prompt_tokens + completion_tokens,
+            ),
+        )
+
+
+litellm.custom_provider_map = [{"provider": "offline", "custom_handler": _Offline()}]

@@ -1,0 +1,289 @@
+"""The life of a job: begin, call, settle.
+
+Begin reserves a credit and opens the job, in one round trip; then the models are called, with no database
+connection held; settle writes the calls and turns the reservation into a charge or frees it, in one round trip.
+Whoever dies in between leaves a lease that runs out.
+"""
+
+import asyncio
+import hashlib
+import json
+import secrets
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+from saasllm_cli import database
+from saasllm_cli.errors import (
+    Conflict,
+    DatabaseUnavailable,
+    InsufficientCredits,
+    Interrupted,
+    NotAllowed,
+    SaasllmError,
+    not_found,
+)
+
+SETTLE_SECONDS = 30.0
+# The lease outlives the deadline by the time to load litellm and to settle.
+LEASE_MARGIN_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """What is asked for. `timeout` is in seconds, over all attempts together."""
+
+    team_id: str
+    group_name: str
+    messages: Sequence[dict[str, Any]]
+    timeout: float
+    job_type: str = "completion"
+    external_task_id: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    idempotency_key: str | None = None
+
+    def hash(self) -> str:
+        """The same for the same request, to tell a repetition from another request under the same key."""
+        asked = asdict(self)
+        del asked["timeout"], asked["idempotency_key"]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(slots=True)
+class Call:
+    """One attempt: a row of llm_calls. `began` is in seconds after the job's start."""
+
+    model_group_used: str
+    resolved_model: str
+    attempt: int
+    began: float
+    latency_ms: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    cost_usd: Decimal | None = None
+    purpose: str | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class JobResult:
+    """How a job ended: `completed` with its content, or `failed`.
+
+    `content` is None where the key of a completed job was used again: answers are not kept. `unsettled` is why the
+    database does not know yet; then the job is still open and `credits_remaining` unknown.
+    """
+
+    job_id: UUID
+    status: str
+    content: str | None
+    calls: list[Call]
+    credits_remaining: int | None = None
+    error_message: str | None = None
+    unsettled: SaasllmError | None = None
+
+
+def run(request: JobRequest) -> JobResult:
+    """Runs one job to its end.
+
+    Raises what refused it before a model was called (`NotFound`, `NotAllowed`, `InsufficientCredits`, `Conflict`,
+    `DatabaseUnavailable`), `Conflict` where the lease was lost, and `Interrupted` after Ctrl-C or SIGTERM, when the
+    job is cancelled. A job whose models failed is a result, not an error.
+    """
+    job_id = new_job_id()
+    calls: list[Call] = []
+    result = None
+    try:
+        with _signals({signal.SIGTERM: _interrupt}):  # cron and supervisors send it: as clean as Ctrl-C
+            begun = _begin(job_id, request)
+            if begun["outcome"] == "key_in_use":
+                return _first_result(begun["existing_job_id"], begun["credits_remaining"])
+            content = asyncio.run(_call_models(begun["model_names"], request, calls))
+            result = _settled(job_id, content, calls)
+    except KeyboardInterrupt:
+        if result is None:  # else it is too late to cancel
+            _settle(job_id, "cancelled", "Interrupted.", calls)
+            raise Interrupted("interrupted", f"Job {job_id} was cancelled, and nothing was charged.") from None
+    return result
+
+
+def new_job_id() -> UUID:
+    """A UUID of version 7: its first 48 bits are the time, so that new jobs lie together in the index."""
+    number = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
+    number = number & ~(0xF << 76) | 0x7 << 76
+    return UUID(int=number & ~(0b11 << 62) | 0b10 << 62)
+
+
+def _begin(job_id: UUID, request: JobRequest) -> database.Row:
+    """Opens the job, sweeping the team's expired leases first where they are in the way; else raises why not."""
+    parameters = {
+        "job_id": job_id,
+        "team_id": request.team_id,
+        "group_name": request.group_name,
+        "job_type": request.job_type,
+        "external_task_id": request.external_task_id,
+        "metadata": request.metadata,
+        "idempotency_key": request.idempotency_key,
+        "request_hash": request.hash() if request.idempotency_key else None,
+        "lease": request.timeout + LEASE_MARGIN_SECONDS,
+    }
+    with database.connect() as db:
+        begun = db.one("job.begin", **parameters)
+        is_blocked = begun["outcome"] == "insufficient_credits" or begun["existing_is_expired"]
+        if is_blocked and db.one("job.sweep", team_id=request.team_id)["jobs"]:
+            begun = db.one("job.begin", **parameters)
+    _raise_refusal(begun, request)
+    return begun
+
+
+def _raise_refusal(begun: database.Row, request: JobRequest) -> None:
+    team, group = request.team_id, request.group_name
+    match begun["outcome"]:
+        case "team_not_found":
+            raise not_found("team", team)
+        case "group_not_found":
+            raise not_found("group", group)
+        case "organization_suspended":
+            raise NotAllowed(
+                "organization_suspended",
+                f"The organization {begun['organization_id']} of the team {team} is suspended.",
+            )
+        case "team_suspended":
+            raise NotAllowed("team_suspended", f"The team {team} is suspended.")
+        case "group_not_assigned":
+            raise NotAllowed("group_not_assigned", f"The group {group} is not assigned to the team {team}.")
+        case "group_inactive":
+            raise NotAllowed("group_inactive", f"The group {group} is inactive.")
+        case "no_active_model":
+            raise NotAllowed("no_active_model", f"The group {group} has no active model.")
+        case "insufficient_credits":
+            raise InsufficientCredits(
+                "insufficient_credits",
+                f"The team {team} has no credit free: {begun['credits_remaining']} remaining, "
+                f"{begun['credits_reserved']} of them reserved by running jobs.",
+                f"Run: saasllm credits add {team} AMOUNT",
+            )
+        case "key_in_use" if begun["existing_request_hash"] != request.hash():
+            raise Conflict(
+                "idempotency_key_reused",
+                f"The idempotency key was used before, for another request (job {begun['existing_job_id']}).",
+                "Take a new key for a new request.",
+            )
+        case "key_in_use" if begun["existing_status"] != "completed":
+            raise Conflict(
+                "job_in_progress",
+                f"The job of this idempotency key is still {begun['existing_status']}.",
+                f"See: saasllm job get {begun['existing_job_id']}",
+            )
+
+
+def _first_result(job_id: UUID, credits_remaining: int) -> JobResult:
+    with database.connect() as db:
+        rows = db.many("job.calls", job_id=job_id)
+    fields = Call.__dataclass_fields__.keys() - {"began"}
+    calls = [Call(began=0, **{name: row[name] for name in fields}) for row in rows]
+    return JobResult(job_id, "completed", None, calls, credits_remaining)
+
+
+async def _call_models(models: Sequence[str], request: JobRequest, calls: list[Call]) -> str | None:
+    """The first answer, or None; each attempt is added to `calls` as it is made."""
+    started = time.monotonic()
+    from saasllm_cli.jobs import llm  # takes seconds
+
+    deadline = time.monotonic() + request.timeout
+    for place, model in enumerate(models):
+        began = time.monotonic()
+        # What is left is shared by the models that are left, so that a silent one does not take it all.
+        seconds = (deadline - began) / (len(models) - place)
+        call = Call(request.group_name, model, place + 1, began - started)
+        calls.append(call)
+        try:
+            async with asyncio.timeout(seconds):
+                answer = await llm.complete(model, request.messages, seconds)
+        except TimeoutError:
+            call.error = f"no answer within {seconds:.0f} s"
+        except asyncio.CancelledError:
+            call.error = "interrupted"
+            raise
+        except llm.ModelFailed as failure:
+            call.error = str(failure)
+            if failure.is_final:
+                return None
+        else:
+            call.prompt_tokens = answer.prompt_tokens
+            call.completion_tokens = answer.completion_tokens
+            call.total_tokens = answer.total_tokens
+            call.cost_usd = answer.cost_usd
+            return answer.content
+        finally:
+            call.latency_ms = round((time.monotonic() - began) * 1000)
+    return None
+
+
+def _settled(job_id: UUID, content: str | None, calls: list[Call]) -> JobResult:
+    status = "failed" if content is None else "completed"
+    error_message = None
+    if content is None:
+        error_message = "; ".join(f"{call.resolved_model}: {call.error}" for call in calls)
+    result = JobResult(job_id, status, content, calls, error_message=error_message)
+    try:
+        settled = _settle(job_id, status, error_message, calls)
+    except DatabaseUnavailable as error:
+        result.unsettled = error
+        return result
+    # Settled before, with an answer that was lost on the way: the same status tells.
+    if not settled["settled"] and settled["status"] != status:
+        raise Conflict(
+            "lease_lost",
+            f"The lease of job {job_id} was lost before it could be settled: it is {settled['status']}, "
+            "and nothing was charged.",
+            "Run it again, with a longer --timeout.",
+        )
+    result.credits_remaining = settled["credits_remaining"]
+    return result
+
+
+def _settle(job_id: UUID, status: str, error_message: str | None, calls: list[Call]) -> database.Row:
+    """Settles the job, trying again for a while when the database is away: a second time does no harm.
+
+    No signal interrupts it: a credit would stay reserved until the lease runs out.
+    """
+    rows = json.dumps([asdict(call) for call in calls], default=str)
+    until = time.monotonic() + SETTLE_SECONDS
+    pause = 0.1
+    with _signals({signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}):
+        while True:
+            try:
+                with database.connect() as db:
+                    return db.one(
+                        "job.settle",
+                        job_id=job_id,
+                        status=status,
+                        error_message=error_message,
+                        calls=rows,
+                    )
+            except DatabaseUnavailable as error:
+                if error.code != "database_unreachable" or time.monotonic() + pause > until:
+                    raise
+                time.sleep(pause)
+                pause = min(pause * 2, 5)
+
+
+@contextmanager
+def _signals(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
+    """Sets handlers of signals for a while."""
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(*_: object) -> None:
+    signal.raise_signal(signal.SIGINT)

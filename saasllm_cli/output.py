@@ -1,0 +1,224 @@
+"""The only file that prints: data to stdout, words to stderr."""
+
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from saasllm_cli.errors import SaasllmError
+from saasllm_cli.settings import Format, settings
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = Mapping[str, Any]
+
+# Control, format (bidi among them), surrogate and private-use characters, line and paragraph separators.
+UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+# With one of these first, a spreadsheet takes a cell for a formula.
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+UNLIMITED_WIDTH = 100_000
+
+
+def show(data: Row | Sequence[Row], output: Format | None, columns: Sequence[str] = ()) -> None:
+    """Prints one thing (a row) or many (a sequence) in the format asked for, else in that of the settings.
+
+    `columns` names those that a table of many things shows; every other form shows all.
+    """
+    rows = [data] if isinstance(data, Mapping) else data
+    match output or settings().output:
+        case Format.JSON:
+            print_line(_json(data, indent=2))
+        case Format.JSONL:
+            for row in rows:
+                print_line(_json(row))
+        case Format.CSV:
+            _show_csv(rows)
+        case Format.TABLE if isinstance(data, Mapping):
+            _show_one(data)
+        case Format.TABLE if rows:
+            _print_table(_table_of(rows, columns or tuple(rows[0])))
+        case Format.TABLE:
+            note("Nothing found.")
+
+
+def print_line(text: str) -> None:
+    """Data that has its form already."""
+    print(text, flush=True)
+
+
+def print_heading(text: str) -> None:
+    """A line that leads through longer output, bold at a terminal."""
+    print_line(f"\x1b[1m{text}\x1b[0m" if _is_styled() else text)
+
+
+def print_answer(text: str) -> None:
+    """What a model said: as it is into a pipe, made harmless at a terminal."""
+    print_line(harmless(text, keep="\n\t") if sys.stdout.isatty() else text)
+
+
+def note(text: str) -> None:
+    """A word to whoever sits at the terminal or reads the log."""
+    print(harmless(text, keep="\n"), file=sys.stderr, flush=True)
+
+
+def show_error(error: SaasllmError, as_json: bool) -> None:
+    if as_json:
+        body = {"code": error.code, "message": error.message, "hint": error.hint}
+        print(_json({"error": body}), file=sys.stderr, flush=True)
+    else:
+        note(f"Error: {error.message}" + (f"\n{error.hint}" if error.hint else ""))
+
+
+def harmless(text: str, keep: str = "") -> str:
+    """The text without what a terminal would act upon."""
+    if text.isprintable():
+        return text
+    return "".join(
+        sign if sign in keep or unicodedata.category(sign) not in UNSAFE_CATEGORIES else " " * sign.isspace()
+        for sign in text
+    )
+
+
+def timestamp(moment: datetime) -> str:
+    """RFC 3339 in UTC."""
+    return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+def _json(data: Any, indent: int | None = None) -> str:
+    import simplejson
+
+    def plain(value: Any) -> Any:
+        match value:
+            case datetime():
+                return timestamp(value)
+            case Decimal():
+                return simplejson.RawJSON(f"{value:f}")
+            case UUID():
+                return str(value)
+        raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+    text = simplejson.dumps(data, default=plain, indent=indent, ensure_ascii=False, use_decimal=False)
+    # Unsafe characters stand only inside strings, where JSON has an escape for each.
+    return re.sub(r"[^\n -~]", _escaped_if_unsafe, text)
+
+
+def _escaped_if_unsafe(match: re.Match[str]) -> str:
+    sign = match[0]
+    if unicodedata.category(sign) not in UNSAFE_CATEGORIES:
+        return sign
+    units = sign.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
+
+
+def _show_csv(rows: Sequence[Row]) -> None:
+    import csv
+
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    if rows:
+        writer.writerow(rows[0].keys())
+    writer.writerows([_csv_cell(value) for value in row.values()] for row in rows)
+    sys.stdout.flush()
+
+
+def _csv_cell(value: Any) -> str:
+    text = "" if value is None else value if isinstance(value, str) else _text(value)
+    if isinstance(value, str) and text.startswith(FORMULA_STARTS):
+        return "'" + text
+    return text
+
+
+def _text(value: Any) -> str:
+    """A value as it is read in a cell."""
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "true" if value else "false"
+        case datetime():
+            return timestamp(value)
+        case Decimal():
+            return f"{value:f}"
+        case dict() | list():
+            return _json(value)
+        case _:
+            return str(value)
+
+
+def _cell(value: Any) -> str:
+    """A value as it is read in a table: lists without their brackets, times to the second."""
+    match value:
+        case datetime():
+            return timestamp(value.replace(microsecond=0))
+        case list() | dict() if not value:
+            return "-"
+        case [dict(), *_]:
+            return ", ".join(_cell(next(iter(item.values()))) for item in value)
+        case list():
+            return ", ".join(map(_cell, value))
+        case dict():
+            return ", ".join(f"{key}={_cell(item)}" for key, item in value.items())
+        case _:
+            return _text(value)
+
+
+def _show_one(row: Row) -> None:
+    """The fields below one another; what is a list of things follows as tables of its own."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    lists = {
+        name: value for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)
+    }
+    for name, value in row.items():
+        if name not in lists:
+            table.add_row(_safe(name), _safe(_cell(value)))
+    _print_table(table)
+    for name, items in lists.items():
+        print_line(f"\n{name}")
+        _print_table(_table_of(items, tuple(items[0])))
+
+
+def _table_of(rows: Sequence[Row], columns: Sequence[str]) -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in columns:
+        is_number = all(isinstance(row[name], int | Decimal | None) for row in rows)
+        table.add_column(_safe(name), justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_safe(_cell(row[name])) for name in columns))
+    return table
+
+
+def _safe(text: str) -> Any:
+    """Text in which rich finds no markup and the terminal nothing to act upon."""
+    from rich.text import Text
+
+    return Text(harmless(text))
+
+
+def _print_table(table: "Table") -> None:
+    from rich.console import Console
+
+    console = Console(
+        color_system="auto" if _is_styled() else None,
+        width=None if sys.stdout.isatty() else UNLIMITED_WIDTH,
+        highlight=False,
+        emoji=False,
+    )
+    with console.capture() as capture:
+        console.print(table, crop=False)
+    for line in capture.get().splitlines():
+        print_line(line.rstrip())
+
+
+def _is_styled() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

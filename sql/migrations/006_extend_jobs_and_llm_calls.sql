@@ -1,0 +1,29 @@
+-- A job belongs to a team, holds one of its credits under a lease, and knows which groups it used.
+
+ALTER TABLE jobs
+    ADD COLUMN team_id           identifier NOT NULL,
+    ADD COLUMN organization_id   identifier NOT NULL,
+    ADD COLUMN model_groups_used text[]     NOT NULL DEFAULT '{}',
+    ADD COLUMN credit_applied    boolean    NOT NULL DEFAULT false,
+    ADD COLUMN lease_expires_at  timestamptz,
+    ADD COLUMN idempotency_key   text,
+    ADD COLUMN request_hash      text,
+    ADD CONSTRAINT jobs_team FOREIGN KEY (organization_id, team_id) REFERENCES teams (organization_id, team_id),
+    -- Without a lease an open job would hold its credit for ever.
+    ADD CONSTRAINT jobs_lease CHECK ((lease_expires_at IS NOT NULL) = (status IN ('pending', 'in_progress'))),
+    ADD CONSTRAINT jobs_credit_applied CHECK (credit_applied = (status = 'completed')),
+    ADD CONSTRAINT jobs_request_hash CHECK ((idempotency_key IS NULL) = (request_hash IS NULL));
+
+CREATE INDEX jobs_by_team ON jobs (team_id, created_at, job_id);
+CREATE INDEX jobs_by_organization ON jobs (organization_id, created_at, job_id);
+CREATE INDEX jobs_by_time ON jobs (created_at, job_id);
+CREATE INDEX jobs_open ON jobs (team_id, lease_expires_at) WHERE status IN ('pending', 'in_progress');
+-- A key whose job failed or was cancelled is free again.
+CREATE UNIQUE INDEX jobs_idempotency_key ON jobs (idempotency_key) WHERE status NOT IN ('failed', 'cancelled');
+
+ALTER TABLE llm_calls
+    ADD COLUMN team_id          identifier NOT NULL,
+    ADD COLUMN model_group_used identifier NOT NULL,
+    ADD COLUMN attempt          integer    NOT NULL,
+    ADD COLUMN purpose          text,
+    ADD CONSTRAINT llm_calls_attempt CHECK (attempt >= 1);

@@ -1,0 +1,77 @@
+-- The shape in which people and scripts meet the records: column for column what a command shows.
+
+CREATE VIEW model_group_details AS
+SELECT
+    g.group_name,
+    g.display_name,
+    g.description,
+    g.status,
+    m.models,
+    g.created_at,
+    g.updated_at
+FROM model_groups g
+CROSS JOIN LATERAL (
+    SELECT coalesce(
+        json_agg(
+            json_build_object('model_name', model_name, 'priority', priority, 'is_active', is_active)
+            ORDER BY priority
+        ),
+        '[]'
+    ) AS models
+    FROM model_group_models
+    WHERE group_name = g.group_name
+) m;
+
+CREATE VIEW team_details AS
+SELECT
+    t.team_id,
+    t.organization_id,
+    t.team_alias,
+    t.status,
+    ARRAY(
+        SELECT a.group_name::text FROM team_model_groups a WHERE a.team_id = t.team_id ORDER BY a.group_name
+    ) AS model_groups,
+    c.credits_allocated,
+    c.credits_used,
+    c.credits_reserved,
+    c.credits_remaining,
+    t.metadata,
+    t.created_at,
+    t.updated_at
+FROM teams t
+JOIN team_credits c USING (team_id);
+
+CREATE VIEW job_details AS
+SELECT
+    job_id,
+    team_id,
+    organization_id,
+    job_type,
+    status,
+    model_groups_used,
+    external_task_id,
+    credit_applied,
+    error_message,
+    metadata,
+    created_at,
+    started_at,
+    completed_at,
+    lease_expires_at
+FROM jobs;
+
+CREATE VIEW llm_call_details AS
+SELECT
+    call_id,
+    job_id,
+    model_group_used,
+    resolved_model,
+    attempt,
+    prompt_tokens,
+    completion_tokens,
+    total_tokens,
+    cost_usd,
+    latency_ms,
+    purpose,
+    error,
+    created_at
+FROM llm_calls;

@@ -1,0 +1,195 @@
+-- Jobs: begin, settle, sweep, and what is told of them.
+--
+-- Lock order, everywhere: the job's row, then its team's balance.
+
+-- name: begin(job_id, team_id, group_name, job_type, external_task_id, metadata, idempotency_key, request_hash, lease) :one
+-- Reserves a credit and opens the job under a lease of `lease` seconds, if everything allows it; else says the one
+-- condition that failed, and nothing is done. A key in use gives the job that has it.
+WITH request AS (
+    SELECT
+        t.team_id,
+        t.organization_id,
+        m.model_names,
+        k.job_id AS existing_job_id,
+        k.status AS existing_status,
+        k.request_hash AS existing_request_hash,
+        k.lease_expires_at <= now() AS existing_is_expired,
+        CASE
+            WHEN k.job_id IS NOT NULL THEN 'key_in_use'
+            WHEN t.team_id IS NULL THEN 'team_not_found'
+            WHEN g.group_name IS NULL THEN 'group_not_found'
+            WHEN o.status <> 'active' THEN 'organization_suspended'
+            WHEN t.status <> 'active' THEN 'team_suspended'
+            WHEN a.group_name IS NULL THEN 'group_not_assigned'
+            WHEN g.status <> 'active' THEN 'group_inactive'
+            WHEN m.model_names = '{}' THEN 'no_active_model'
+        END AS refusal
+    FROM (VALUES (%(team_id)s::text, %(group_name)s::text)) AS asked (team_id, group_name)
+    LEFT JOIN teams t ON t.team_id = asked.team_id
+    LEFT JOIN organizations o ON o.organization_id = t.organization_id
+    LEFT JOIN model_groups g ON g.group_name = asked.group_name
+    LEFT JOIN team_model_groups a ON a.team_id = t.team_id AND a.group_name = g.group_name
+    LEFT JOIN jobs k ON k.idempotency_key = %(idempotency_key)s AND k.status NOT IN ('failed', 'cancelled')
+    CROSS JOIN LATERAL (
+        SELECT ARRAY(
+            SELECT model_name FROM model_group_models WHERE group_name = g.group_name AND is_active ORDER BY priority
+        ) AS model_names
+    ) m
+),
+reserved AS (
+    UPDATE team_credits c
+    SET credits_reserved = c.credits_reserved + 1
+    FROM request
+    WHERE c.team_id = request.team_id
+      AND request.refusal IS NULL
+      AND c.credits_allocated - c.credits_used - c.credits_reserved >= 1
+    RETURNING c.team_id
+),
+job AS (
+    INSERT INTO jobs (
+        job_id, team_id, organization_id, job_type, status, external_task_id, model_groups_used, metadata,
+        started_at, lease_expires_at, idempotency_key, request_hash
+    )
+    SELECT
+        %(job_id)s, request.team_id, request.organization_id, %(job_type)s, 'in_progress', %(external_task_id)s,
+        ARRAY[%(group_name)s::text], %(metadata)s,
+        now(), now() + %(lease)s * interval '1 second', %(idempotency_key)s, %(request_hash)s
+    FROM reserved
+    JOIN request USING (team_id)
+    RETURNING job_id
+)
+SELECT
+    coalesce(
+        request.refusal,
+        CASE WHEN EXISTS (SELECT FROM job) THEN 'begun' ELSE 'insufficient_credits' END
+    ) AS outcome,
+    request.model_names,
+    request.existing_job_id,
+    request.existing_status,
+    request.existing_request_hash,
+    request.existing_is_expired,
+    request.organization_id,
+    c.credits_remaining,
+    c.credits_reserved
+FROM request
+LEFT JOIN team_credits c USING (team_id);
+
+-- name: settle(job_id, status, error_message, calls) :one
+-- Finishes an open job whose lease holds, with its calls, and charges its credit where it completed or frees it
+-- where it did not. The second time it does nothing and says so. `calls` is a JSON array; `began` counts the
+-- seconds from the job's start, so that the database's clock dates them.
+WITH job AS (
+    UPDATE jobs
+    SET status = %(status)s,
+        completed_at = clock_timestamp(),
+        credit_applied = (%(status)s = 'completed'),
+        error_message = %(error_message)s,
+        lease_expires_at = NULL
+    WHERE job_id = %(job_id)s
+      AND status IN ('pending', 'in_progress')
+      AND lease_expires_at > clock_timestamp()
+    RETURNING job_id, team_id, organization_id, status, started_at
+),
+calls AS (
+    INSERT INTO llm_calls (
+        job_id, team_id, model_group_used, resolved_model, attempt, prompt_tokens, completion_tokens, total_tokens,
+        cost_usd, latency_ms, purpose, error, created_at
+    )
+    SELECT
+        job.job_id, job.team_id, call.model_group_used, call.resolved_model, call.attempt, call.prompt_tokens,
+        call.completion_tokens, call.total_tokens, call.cost_usd, call.latency_ms, call.purpose, call.error,
+        job.started_at + call.began * interval '1 second'
+    FROM job,
+        jsonb_to_recordset(%(calls)s::jsonb) AS call (
+            model_group_used text, resolved_model text, attempt integer, prompt_tokens integer,
+            completion_tokens integer, total_tokens integer, cost_usd numeric, latency_ms integer, purpose text,
+            error text, began double precision
+        )
+    ORDER BY call.attempt
+),
+balance AS (
+    SELECT c.team_id, c.last_entry_no, c.credits_remaining
+    FROM team_credits c
+    JOIN job USING (team_id)
+    WHERE job.status = 'completed'
+    FOR UPDATE OF c
+),
+deduction AS (
+    INSERT INTO credit_transactions (
+        team_id, organization_id, entry_no, job_id, transaction_type, credits_amount, credits_before, credits_after,
+        reason
+    )
+    SELECT
+        team_id, job.organization_id, balance.last_entry_no + 1, job.job_id, 'deduction', -1,
+        balance.credits_remaining, balance.credits_remaining - 1, 'Job completed'
+    FROM balance
+    JOIN job USING (team_id)
+    RETURNING credits_after
+),
+released AS (
+    UPDATE team_credits c
+    SET credits_reserved = c.credits_reserved - 1
+    FROM job
+    WHERE c.team_id = job.team_id AND job.status <> 'completed'
+    RETURNING c.credits_remaining
+)
+SELECT
+    j.job_id,
+    EXISTS (SELECT FROM job) AS settled,
+    coalesce((SELECT status FROM job), j.status) AS status,
+    coalesce(
+        (SELECT credits_after FROM deduction),
+        (SELECT credits_remaining FROM released),
+        c.credits_remaining
+    ) AS credits_remaining
+FROM (VALUES (%(job_id)s::uuid)) AS asked (job_id)
+LEFT JOIN jobs j USING (job_id)
+LEFT JOIN team_credits c USING (team_id);
+
+-- name: sweep(team_id) :one
+-- Fails the team's jobs whose lease ran out and frees their credits; says how many. A job that is just being
+-- settled is passed over.
+WITH expired AS (
+    SELECT job_id
+    FROM jobs
+    WHERE team_id = %(team_id)s
+      AND status IN ('pending', 'in_progress')
+      AND lease_expires_at <= clock_timestamp()
+    ORDER BY job_id
+    FOR UPDATE SKIP LOCKED
+),
+swept AS (
+    UPDATE jobs
+    SET status = 'failed',
+        completed_at = clock_timestamp(),
+        error_message = 'The lease ran out at ' || to_char(lease_expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
+            || ': the process that ran the job was gone.',
+        lease_expires_at = NULL
+    FROM expired
+    WHERE jobs.job_id = expired.job_id
+    RETURNING jobs.job_id
+),
+released AS (
+    UPDATE team_credits
+    SET credits_reserved = credits_reserved - (SELECT count(*) FROM swept)
+    WHERE team_id = %(team_id)s AND EXISTS (SELECT FROM swept)
+)
+SELECT count(*) AS jobs FROM swept;
+
+-- name: get(job_id) :maybe
+SELECT * FROM job_details WHERE job_id = %(job_id)s;
+
+-- name: calls(job_id) :many
+-- The attempts of a job, in the order in which they were made.
+SELECT * FROM llm_call_details WHERE job_id = %(job_id)s ORDER BY call_id;
+
+-- name: list(team_id, organization_id, status, since, row_limit) :many
+-- The newest first.
+SELECT *
+FROM job_details
+WHERE (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
+  AND (%(organization_id)s::text IS NULL OR organization_id = %(organization_id)s)
+  AND (%(status)s::text IS NULL OR status = %(status)s)
+  AND (%(since)s::timestamptz IS NULL OR created_at >= %(since)s)
+ORDER BY created_at DESC, job_id DESC
+LIMIT %(row_limit)s;

@@ -1,0 +1,102 @@
+-- What is applied, and what a schema holds.
+
+-- name: create_record() :none
+-- The record of what is applied, and the check that travels with the first query of every command.
+CREATE TABLE IF NOT EXISTS schema_migrations (
+    migration   text        PRIMARY KEY,
+    checksum    text        NOT NULL,
+    applied_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    duration_ms integer     NOT NULL
+);
+
+-- name: create_check() :none
+CREATE OR REPLACE FUNCTION require_migrations(known text[]) RETURNS void
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    pending text;
+    unknown text;
+BEGIN
+    SELECT min(migration) INTO unknown FROM schema_migrations WHERE migration <> ALL (known);
+    IF unknown IS NOT NULL THEN
+        RAISE EXCEPTION '%', unknown USING ERRCODE = 'SL002';
+    END IF;
+    SELECT min(name) INTO pending FROM unnest(known) AS name WHERE name NOT IN (SELECT migration FROM schema_migrations);
+    IF pending IS NOT NULL THEN
+        RAISE EXCEPTION '%', pending USING ERRCODE = 'SL001';
+    END IF;
+END
+$$;
+
+-- name: check(known) :one
+-- Raises SL001 where one of the known migrations is pending, SL002 where another one is applied.
+SELECT require_migrations(%(known)s) AS checked;
+
+-- name: is_recorded() :one
+SELECT to_regclass('schema_migrations') IS NOT NULL AS is_recorded;
+
+-- name: applied() :many
+SELECT migration, checksum, applied_at FROM schema_migrations ORDER BY migration;
+
+-- name: record(migration, checksum, duration_ms) :none
+INSERT INTO schema_migrations (migration, checksum, duration_ms)
+VALUES (%(migration)s, %(checksum)s, %(duration_ms)s);
+
+-- name: try_lock() :one
+-- Waiting inside pg_advisory_lock would hold a snapshot, with which a CREATE INDEX CONCURRENTLY of the other runner
+-- deadlocks: so it is asked for again and again. The number is 'saasllm' in ASCII.
+SELECT pg_try_advisory_lock(32476630126455917) AS is_locked;
+
+-- name: unlock() :none
+SELECT pg_advisory_unlock(32476630126455917);
+
+-- name: objects() :many
+-- All that decides how the tables of the current schema behave, each with its definition. The record of migrations is
+-- left out, and the schema's name with it, so that two schemas can be compared.
+SELECT 'column ' || c.relname || '.' || a.attname AS object,
+    concat_ws(' ',
+        format_type(a.atttypid, a.atttypmod),
+        CASE WHEN a.attnotnull THEN 'NOT NULL' END,
+        CASE WHEN a.attidentity <> '' THEN 'IDENTITY ' || a.attidentity::text END,
+        CASE WHEN a.attgenerated <> '' THEN 'GENERATED' END,
+        pg_get_expr(d.adbin, d.adrelid)
+    ) AS definition
+FROM pg_attribute a
+JOIN pg_class c ON c.oid = a.attrelid
+LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+WHERE c.relnamespace = current_schema()::regnamespace
+  AND c.relkind IN ('r', 'p')
+  AND a.attnum > 0
+  AND NOT a.attisdropped
+  AND c.relname <> 'schema_migrations'
+UNION ALL
+SELECT 'constraint ' || coalesce(c.relname, t.typname) || '.' || n.conname, pg_get_constraintdef(n.oid)
+FROM pg_constraint n
+LEFT JOIN pg_class c ON c.oid = n.conrelid
+LEFT JOIN pg_type t ON t.oid = n.contypid
+WHERE n.connamespace = current_schema()::regnamespace
+  AND c.relname IS DISTINCT FROM 'schema_migrations'
+  AND n.contype <> 'n' -- NOT NULL is a constraint of its own from PostgreSQL 18 on; the column has it already
+UNION ALL
+SELECT 'index ' || t.relname || '.' || c.relname, replace(pg_get_indexdef(c.oid), current_schema() || '.', '')
+FROM pg_index i
+JOIN pg_class c ON c.oid = i.indexrelid
+JOIN pg_class t ON t.oid = i.indrelid
+WHERE c.relnamespace = current_schema()::regnamespace AND t.relname <> 'schema_migrations'
+UNION ALL
+SELECT 'trigger ' || c.relname || '.' || g.tgname, replace(pg_get_triggerdef(g.oid), current_schema() || '.', '')
+FROM pg_trigger g
+JOIN pg_class c ON c.oid = g.tgrelid
+WHERE c.relnamespace = current_schema()::regnamespace AND NOT g.tgisinternal
+UNION ALL
+SELECT 'function ' || p.oid::regprocedure::text, md5(p.prosrc || array_to_string(p.proconfig, ','))
+FROM pg_proc p
+WHERE p.pronamespace = current_schema()::regnamespace AND p.proname <> 'require_migrations'
+UNION ALL
+SELECT 'view ' || c.relname, pg_get_viewdef(c.oid)
+FROM pg_class c
+WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind IN ('v', 'm')
+UNION ALL
+SELECT 'domain ' || t.typname, format_type(t.typbasetype, t.typtypmod)
+FROM pg_type t
+WHERE t.typnamespace = current_schema()::regnamespace AND t.typtype = 'd'
+ORDER BY object;
