@@ -23,7 +23,7 @@ NOUNS = {
     "team": "Teams of an organization: which groups they use, what credits they have.",
     "credits": "The prepaid credits of teams, and the ledger of all their movements.",
     "job": "Jobs: call a model for a team, and charge one credit when it succeeds.",
-    "db": "The embedded PostgreSQL.",
+    "db": "The database: the embedded PostgreSQL, or the one that SAASLLM_DATABASE_URL names.",
 }
 UNEXPECTED = "This is a fault in saasllm; `saasllm --debug …` shows where."
 

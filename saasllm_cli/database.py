@@ -117,7 +117,7 @@ def url(conninfo: dict[str, Any]) -> str:
     user, port = keywords.pop("user", ""), keywords.pop("port", "")
     if host.startswith("/"):  # the folder of a socket
         keywords, host = {"host": host, **keywords}, ""
-    rest = f"?{urlencode(keywords, safe='/')}" if keywords else ""
+    rest = f"?{urlencode(keywords, safe='/', quote_via=quote)}" if keywords else ""
     return f"postgresql://{quote(user) + '@' if user else ''}{host}{':' + port if port else ''}/{quote(database)}{rest}"
 
 

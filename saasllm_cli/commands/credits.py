@@ -42,7 +42,9 @@ def balance(team_id: TeamId, output: Output = None) -> None:
 @app.command(epilog='Example: saasllm credits add team_engineering 100 --reason "Monthly allocation"')
 def add(
     team_id: TeamId,
-    amount: Annotated[int, typer.Argument(min=1, max=MOST_CREDITS, show_default=False, help="How many.")],
+    amount: Annotated[
+        int, typer.Argument(min=1, max=MOST_CREDITS, metavar="AMOUNT", show_default=False, help="How many.")
+    ],
     reason: Annotated[str | None, typer.Option(parser=label, help="Why; it is kept in the ledger.")] = None,
     idempotency_key: IdempotencyKey = None,
     output: Output = None,

@@ -109,12 +109,9 @@ def resolve(
         raise NotAllowed("group_not_assigned", f"The group {group_name} is not assigned to the team {team}.")
     if resolved["status"] != "active":
         raise NotAllowed("group_inactive", f"The group {group_name} is inactive.")
-    if not resolved["model_names"]:
+    if not resolved["models"]:
         raise NotAllowed("no_active_model", f"The group {group_name} has no active model.")
-    show(
-        [{"model_name": name, "priority": place} for place, name in enumerate(resolved["model_names"])],
-        output,
-    )
+    show(resolved["models"], output)
 
 
 def _found(db: database.Database, group_name: str) -> database.Row:

@@ -75,13 +75,24 @@ async def complete(model: str, messages: Sequence[dict[str, Any]], timeout: floa
             response = await litellm.acompletion(
                 model=model, messages=list(messages), timeout=timeout, max_retries=0, num_retries=0
             )
-    except exceptions.ContextWindowExceededError as error:  # another model may have a larger one
-        raise ModelFailed(_reason(error)) from error
-    except exceptions.BadRequestError as error:  # content policy is one of these
-        raise ModelFailed(_reason(error), is_final=True) from error
     except Exception as error:
+        if _refuses_the_request(error):
+            raise ModelFailed(_reason(error), is_final=True) from error
         raise ModelFailed(_missing_key(model) or _reason(error)) from error
     return _answer(model, response)
+
+
+def _refuses_the_request(error: Exception) -> bool:
+    """Whether another model would refuse the same request too.
+
+    Content policy is a BadRequestError as well. A longer context window may be another model's, though; and litellm
+    makes a BadRequestError also of a 401 or a 503 whose text looks like one, so the status decides.
+    """
+    return (
+        isinstance(error, exceptions.BadRequestError)
+        and not isinstance(error, exceptions.ContextWindowExceededError)
+        and getattr(error, "status_code", 400) in (400, 422)
+    )
 
 
 def _answer(model: str, response: Any) -> Answer:

@@ -11,7 +11,7 @@ import json
 import secrets
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
@@ -32,6 +32,8 @@ from saasllm_cli.errors import (
 SETTLE_SECONDS = 30.0
 # The lease outlives the deadline by the time to load litellm and to settle.
 LEASE_MARGIN_SECONDS = 120.0
+# While a job is settled no signal interrupts it: its credit would stay reserved until the lease runs out.
+UNINTERRUPTED = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +106,12 @@ def run(request: JobRequest) -> JobResult:
             if begun["outcome"] == "key_in_use":
                 return _first_result(begun["existing_job_id"], begun["credits_remaining"])
             content = asyncio.run(_call_models(begun["model_names"], request, calls))
-            result = _settled(job_id, content, calls)
+            with _signals(UNINTERRUPTED):
+                result = _settled(job_id, content, calls)
     except KeyboardInterrupt:
         if result is None:  # else it is too late to cancel
-            _settle(job_id, "cancelled", "Interrupted.", calls)
+            with _signals(UNINTERRUPTED):
+                _settle(job_id, "cancelled", "Interrupted.", calls)
             raise Interrupted("interrupted", f"Job {job_id} was cancelled, and nothing was charged.") from None
     return result
 
@@ -249,33 +253,23 @@ def _settled(job_id: UUID, content: str | None, calls: list[Call]) -> JobResult:
 
 
 def _settle(job_id: UUID, status: str, error_message: str | None, calls: list[Call]) -> database.Row:
-    """Settles the job, trying again for a while when the database is away: a second time does no harm.
-
-    No signal interrupts it: a credit would stay reserved until the lease runs out.
-    """
+    """Settles the job, trying again for a while when the database is away: a second time does no harm."""
     rows = json.dumps([asdict(call) for call in calls], default=str)
     until = time.monotonic() + SETTLE_SECONDS
     pause = 0.1
-    with _signals({signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}):
-        while True:
-            try:
-                with database.connect() as db:
-                    return db.one(
-                        "job.settle",
-                        job_id=job_id,
-                        status=status,
-                        error_message=error_message,
-                        calls=rows,
-                    )
-            except DatabaseUnavailable as error:
-                if error.code != "database_unreachable" or time.monotonic() + pause > until:
-                    raise
-                time.sleep(pause)
-                pause = min(pause * 2, 5)
+    while True:
+        try:
+            with database.connect() as db:
+                return db.one("job.settle", job_id=job_id, status=status, error_message=error_message, calls=rows)
+        except DatabaseUnavailable as error:
+            if error.code != "database_unreachable" or time.monotonic() + pause > until:
+                raise
+            time.sleep(pause)
+            pause = min(pause * 2, 5)
 
 
 @contextmanager
-def _signals(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
+def _signals(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
     """Sets handlers of signals for a while."""
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:

@@ -32,12 +32,14 @@ SELECT
     g.status,
     t.team_id,
     a.group_name IS NOT NULL AS is_assigned,
-    ARRAY(
-        SELECT m.model_name
+    (
+        SELECT coalesce(
+            json_agg(json_build_object('model_name', m.model_name, 'priority', m.priority) ORDER BY m.priority),
+            '[]'
+        )
         FROM model_group_models m
         WHERE m.group_name = g.group_name AND m.is_active
-        ORDER BY m.priority
-    ) AS model_names
+    ) AS models
 FROM model_groups g
 LEFT JOIN teams t ON t.team_id = %(team_id)s
 LEFT JOIN team_model_groups a ON a.team_id = t.team_id AND a.group_name = g.group_name

@@ -1,0 +1,223 @@
+"""A real PostgreSQL for all tests, and a database of its own for each.
+
+The server is the embedded one, or another version's with `--postgres-bin /usr/lib/postgresql/15/bin`.
+"""
+
+import json
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from provider import Provider
+from psycopg.rows import dict_row
+
+from saasllm_cli import cli, embedded, migrations
+from saasllm_cli.settings import settings
+
+numbers = count()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--postgres-bin", help="Run on a server of these PostgreSQL programs, not on the embedded one.")
+
+
+@dataclass(frozen=True)
+class Result:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def data(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> Any:
+        return json.loads(self.err)["error"]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Iterator[Path]:
+    """A short path, and one that the server's own user may enter when the tests run as root."""
+    path = Path(tempfile.mkdtemp(prefix="saasllm-", dir="/tmp"))
+    path.chmod(0o711)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest, data_dir: Path) -> Iterator[str]:
+    """The URL of a running server, with {} for the name of the database."""
+    if binaries := request.config.getoption("--postgres-bin"):
+        with own_server(Path(binaries), data_dir / "own") as url:
+            yield url
+        return
+    os.environ["SAASLLM_DATA_DIR"] = str(data_dir / "embedded")
+    os.environ.pop("SAASLLM_DATABASE_URL", None)
+    os.environ.pop("DATABASE_URL", None)
+    settings.cache_clear()
+    embedded.start()
+    yield f"postgresql://postgres@/{{}}?host={embedded.cluster_dir()}"
+    os.environ["SAASLLM_DATA_DIR"] = str(data_dir / "embedded")
+    settings.cache_clear()
+    embedded.stop()
+
+
+class own_server:  # noqa: N801
+    """A server of other PostgreSQL programs, on a socket in the folder."""
+
+    def __init__(self, binaries: Path, folder: Path) -> None:
+        self.binaries, self.folder = binaries, folder
+        self.user = {"user": "postgres", "cwd": "/"} if os.geteuid() == 0 else {}
+
+    def __enter__(self) -> str:
+        self.folder.mkdir(mode=0o700)
+        if self.user:
+            os.chown(self.folder, pwd.getpwnam("postgres").pw_uid, -1)
+        self._run("initdb", "-D", self.folder / "data", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale")
+        options = f"-c listen_addresses= -c unix_socket_directories={self.folder} -c fsync=off"
+        self._run("pg_ctl", "start", "-w", "-D", self.folder / "data", "-l", self.folder / "log", "-o", options)
+        return f"postgresql://postgres@/{{}}?host={self.folder}"
+
+    def __exit__(self, *_: object) -> None:
+        self._run("pg_ctl", "stop", "-w", "-m", "fast", "-D", self.folder / "data")
+
+    def _run(self, program: str, *arguments: object) -> None:
+        words = [str(self.binaries / program), *map(str, arguments)]
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL, **self.user)
+
+
+@pytest.fixture(scope="session")
+def template(server: str) -> str:
+    """A migrated database to clone from; no session may be open in it."""
+    with psycopg.connect(server.format("postgres"), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE saasllm_template")
+    os.environ["SAASLLM_DATABASE_URL"] = server.format("saasllm_template")
+    settings.cache_clear()
+    migrations.up()
+    return "saasllm_template"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home and a working folder with no settings in them, and no provider's key."""
+    for variable in list(os.environ):
+        if variable.startswith(("SAASLLM_", "OPENAI_", "ANTHROPIC_", "DATABASE_URL")):
+            monkeypatch.delenv(variable)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("saasllm_cli.settings.CONFIG_FILE", tmp_path / "config.toml")
+    settings.cache_clear()
+    return tmp_path
+
+
+@pytest.fixture
+def make_database(server: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None], str]]:
+    """Makes a database from a template (or an empty one) and lets the settings name it."""
+    made = []
+
+    def make(template: str | None) -> str:
+        name = f"saasllm_test_{next(numbers)}"
+        with psycopg.connect(server.format("postgres"), autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name} TEMPLATE {template or 'template0'}")
+        made.append(name)
+        monkeypatch.setenv("SAASLLM_DATABASE_URL", server.format(name))
+        settings.cache_clear()
+        return name
+
+    yield make
+    settings.cache_clear()
+    with psycopg.connect(server.format("postgres"), autocommit=True) as connection:
+        for name in made:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def empty_database(make_database: Callable[[str | None], str]) -> str:
+    return make_database(None)
+
+
+@pytest.fixture
+def migrated_database(make_database: Callable[[str | None], str], template: str) -> str:
+    return make_database(template)
+
+
+@pytest.fixture
+def sql(request: pytest.FixtureRequest) -> Iterator[psycopg.Connection[dict[str, Any]]]:
+    """A plain connection to the test's database, as its owner."""
+    if "empty_database" not in request.fixturenames:
+        request.getfixturevalue("migrated_database")
+    with psycopg.connect(os.environ["SAASLLM_DATABASE_URL"], autocommit=True, row_factory=dict_row) as connection:
+        yield connection
+
+
+@pytest.fixture
+def run(home: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs a command line in this process, as a user would with stdin from a file."""
+
+    def run(*arguments: object, stdin: str | bytes = b"") -> Result:
+        (home / "stdin").write_bytes(stdin.encode() if isinstance(stdin, str) else stdin)
+        capfd.readouterr()
+        with (home / "stdin").open() as file:
+            monkeypatch.setattr("sys.stdin", file)
+            status = cli.run([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return Result(status, out, err)
+
+    return run
+
+
+@pytest.fixture
+def saasllm(migrated_database: str, run: Callable[..., Result]) -> Callable[..., Result]:
+    """Runs a command line on a migrated database."""
+    return run
+
+
+@pytest.fixture
+def tenant(saasllm: Callable[..., Result]) -> Callable[..., Result]:
+    """A command line on a database with the organization `acme`, the groups `Echo` and `Down` and the team `hr`."""
+    for line in (
+        "org create acme --name ACME",
+        "group create Echo --model offline/echo",
+        "group create Down --model offline/fail/a --model offline/fail/b",
+        "team create hr --org acme --group Echo --group Down --credits 10",
+    ):
+        assert saasllm(*line.split()).status == 0
+    return saasllm
+
+
+@pytest.fixture
+def start(migrated_database: str) -> Callable[..., subprocess.Popen[str]]:
+    """Starts a command line in a process of its own."""
+    return start_process
+
+
+def start_process(*arguments: str, **options: Any) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "saasllm_cli", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@pytest.fixture
+def provider(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[Provider]:
+    """An OpenAI-compatible server, to which models named `openai/…` go."""
+    with Provider() as provider:
+        monkeypatch.setenv("OPENAI_BASE_URL", provider.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret-key")
+        yield provider

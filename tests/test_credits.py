@@ -1,0 +1,98 @@
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg
+import pytest
+from conftest import Result
+
+from saasllm_cli import database
+
+Run = Callable[..., Result]
+FIELDS = [
+    *("transaction_id", "team_id", "organization_id", "job_id", "transaction_type"),
+    *("credits_amount", "credits_before", "credits_after", "reason", "created_at"),
+]
+
+
+def test_add_shows_its_ledger_entry(tenant: Run) -> None:
+    entry = tenant("credits", "add", "hr", 5, "--reason", "Top-up", "-o", "json")
+    assert list(entry.data) == FIELDS
+    assert (entry.data["credits_before"], entry.data["credits_amount"], entry.data["credits_after"]) == (10, 5, 15)
+    assert entry.data["reason"] == "Top-up"
+    balance = tenant("credits", "balance", "hr", "-o", "json")
+    assert balance.data == {
+        "team_id": "hr",
+        "organization_id": "acme",
+        "credits_allocated": 15,
+        "credits_used": 0,
+        "credits_reserved": 0,
+        "credits_remaining": 15,
+    }
+
+
+def test_transactions_newest_first_and_by_type(tenant: Run) -> None:
+    tenant("credits", "add", "hr", 5)
+    tenant("credits", "add", "hr", 7)
+    rows = tenant("credits", "transactions", "hr", "-o", "json").data
+    assert [row["credits_amount"] for row in rows] == [7, 5, 10]
+    assert tenant("credits", "transactions", "hr", "--type", "deduction", "-o", "json").data == []
+    assert len(tenant("credits", "transactions", "hr", "--limit", 2, "-o", "json").data) == 2
+
+
+def test_the_same_key_has_one_effect(tenant: Run) -> None:
+    first = tenant("credits", "add", "hr", 5, "--idempotency-key", "k", "-o", "json")
+    again = tenant("credits", "add", "hr", 5, "--idempotency-key", "k", "-o", "json")
+    assert (again.status, again.data) == (0, first.data)
+    for other in (("hr", 6), ("hr", 5, "--reason", "other")):
+        conflict = tenant("credits", "add", *other, "--idempotency-key", "k", "-o", "json")
+        assert (conflict.status, conflict.error["code"]) == (4, "idempotency_key_reused")
+    assert tenant("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 15
+
+
+@pytest.mark.parametrize("key", ["k", None])
+def test_twenty_clients_at_once(tenant: Run, key: str | None) -> None:
+    """With one key one effect, without a key twenty, and the chain unbroken."""
+    together = threading.Barrier(20)
+
+    def add(_: int) -> int:
+        with database.connect() as db:
+            together.wait()
+            entry = db.maybe("credits.add", team_id="hr", credits_amount=3, reason=None, idempotency_key=key)
+            assert entry
+            return int(entry["transaction_id"])
+
+    with ThreadPoolExecutor(20) as threads:
+        entries = set(threads.map(add, range(20)))
+    effects = 1 if key else 20
+    assert len(entries) == effects
+    assert tenant("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 10 + 3 * effects
+
+
+@pytest.mark.parametrize("amount", ["0", "-5", "x", "1e3", "9" * 19, "9" * 40])
+def test_bad_amounts(tenant: Run, amount: str) -> None:
+    result = tenant("credits", "add", "hr", "--", amount)
+    assert (result.status, result.out) == (2, "")
+    assert "AMOUNT" in result.err
+    assert tenant("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 10
+
+
+def test_a_sum_beyond_the_range_is_refused(tenant: Run) -> None:
+    with database.connect() as db, pytest.raises(Exception, match="out of range"):
+        db.maybe("credits.add", team_id="hr", credits_amount=2**63 - 5, reason=None, idempotency_key=None)
+    assert tenant("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 10
+
+
+@pytest.mark.parametrize("verb", [("balance", "no"), ("add", "no", "1"), ("transactions", "no")])
+def test_unknown_team(tenant: Run, verb: tuple[str, ...]) -> None:
+    result = tenant("credits", *verb, "-o", "json")
+    assert (result.status, result.error["code"]) == (3, "team_not_found")
+
+
+def test_add_as_a_plain_statement_moves_the_balance(tenant: Run, sql: psycopg.Connection) -> None:
+    """A client that is not this tool keeps the rules by continuing the chain."""
+    sql.execute(
+        "INSERT INTO credit_transactions (team_id, organization_id, entry_no, transaction_type, credits_amount,"
+        " credits_before, credits_after) VALUES ('hr', 'acme', 2, 'adjustment', -4, 10, 6)"
+    )
+    assert tenant("credits", "balance", "hr", "-o", "json").data["credits_allocated"] == 6

@@ -1,0 +1,397 @@
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg
+import pytest
+from conftest import Result, start_process
+from provider import ANSWER, Provider
+
+from saasllm_cli.errors import Conflict, InsufficientCredits
+from saasllm_cli.jobs import runner
+
+Run = Callable[..., Result]
+FIELDS = [
+    *("job_id", "team_id", "organization_id", "job_type", "status", "model_groups_used", "external_task_id"),
+    *("credit_applied", "error_message", "metadata", "created_at", "started_at", "completed_at", "lease_expires_at"),
+]
+CALL_FIELDS = [
+    *("call_id", "model_group_used", "resolved_model", "attempt", "prompt_tokens", "completion_tokens"),
+    *("total_tokens", "cost_usd", "latency_ms", "purpose", "error", "created_at"),
+]
+
+
+def job_run(run: Run, group: str, *options: object, stdin: str | bytes = b"") -> Result:
+    return run("job", "run", "--team", "hr", "--group", group, *options, stdin=stdin)
+
+
+def credits_of(run: Run, team: str = "hr") -> tuple[int, int]:
+    balance = run("credits", "balance", team, "-o", "json").data
+    return balance["credits_remaining"], balance["credits_reserved"]
+
+
+def with_models(run: Run, *models: str) -> Run:
+    """Gives the team `hr` a group `G` of these models, by making the team anew with it."""
+    options = [word for model in models for word in ("--model", model)]
+    assert run("group", "create", "G", *options).status == 0
+    with psycopg.connect(os.environ["SAASLLM_DATABASE_URL"], autocommit=True) as connection:
+        connection.execute("INSERT INTO team_model_groups (team_id, group_name) VALUES ('hr', 'G')")
+    return run
+
+
+def test_the_answer_alone_goes_to_stdout(tenant: Run) -> None:
+    result = job_run(tenant, "Echo", "--prompt", "Hello,", stdin="a document\n")
+    assert (result.status, result.out) == (0, "Hello,\n\na document\n\n")
+    assert "offline/echo" in result.err
+    assert "9 left" in result.err
+    assert credits_of(tenant) == (9, 0)
+
+
+def test_a_job_over_http(tenant: Run, provider: Provider) -> None:
+    with_models(tenant, "openai/ok")
+    result = job_run(tenant, "G", "--prompt", "Summarise", "--system", "Be brief.", "-o", "json", stdin="a CV")
+    assert result.status == 0
+    assert result.err == ""
+    assert result.data["content"] == ANSWER
+    assert (result.data["prompt_tokens"], result.data["completion_tokens"], result.data["total_tokens"]) == (12, 5, 17)
+    assert result.data["cost_usd"] is None
+    (request,) = provider.requests
+    assert request["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Summarise\n\na CV"},
+    ]
+    job = tenant("job", "get", result.data["job_id"], "-o", "json").data
+    assert list(job) == [*FIELDS, "calls"]
+    assert (job["status"], job["credit_applied"], job["model_groups_used"]) == ("completed", True, ["G"])
+    (call,) = job["calls"]
+    assert list(call) == CALL_FIELDS
+    assert job["started_at"] <= call["created_at"] <= job["completed_at"]
+
+
+def test_a_known_price_is_exact(tenant: Run, provider: Provider) -> None:
+    with_models(tenant, "openai/gpt-4-turbo", "openai/ok")
+    provider.stands_for["gpt-4-turbo"] = "ok"
+    result = job_run(tenant, "G", "--prompt", "x", "-o", "json")
+    assert '"cost_usd": 0.00027' in result.out  # 12 tokens at $10 and 5 at $30 a million
+
+
+FAULTS = {
+    "status-401": "401",
+    "status-402": "402",
+    "status-403": "403",
+    "status-404": "404",
+    "status-429": "429",
+    "status-500": "500",
+    "status-503": "503",
+    "html": "",
+    "cut": "",
+    "empty": "the answer was empty",
+    "blank": "the answer was empty",
+    "context": "maximum context length",
+}
+
+
+@pytest.mark.parametrize(("fault", "reason"), FAULTS.items(), ids=FAULTS.keys())
+def test_what_moves_on_to_the_next_model(tenant: Run, provider: Provider, fault: str, reason: str) -> None:
+    with_models(tenant, f"openai/{fault}", "openai/ok")
+    result = job_run(tenant, "G", "--prompt", "x", "-o", "json")
+    assert (result.status, result.data["resolved_model"], result.data["attempts"]) == (0, "openai/ok", 2)
+    assert [request["model"] for request in provider.requests] == [fault, "ok"], "one request an attempt"
+    failed, answered = tenant("job", "get", result.data["job_id"], "-o", "json").data["calls"]
+    assert reason in failed["error"]
+    assert "sk-test" not in failed["error"]
+    assert (failed["attempt"], answered["attempt"], answered["error"]) == (1, 2, None)
+    assert credits_of(tenant) == (9, 0)
+
+
+@pytest.mark.parametrize("fault", ["status-400", "status-422", "policy"])
+def test_what_ends_the_job(tenant: Run, provider: Provider, fault: str) -> None:
+    with_models(tenant, f"openai/{fault}", "openai/ok")
+    result = job_run(tenant, "G", "--prompt", "x", "-o", "json")
+    assert (result.status, result.out, result.error["code"]) == (8, "", "no_answer")
+    assert len(provider.requests) == 1
+    assert credits_of(tenant) == (10, 0)
+
+
+def test_all_models_fail(tenant: Run) -> None:
+    result = job_run(tenant, "Down", "--prompt", "x")
+    assert (result.status, result.out) == (8, "")
+    assert "offline/fail/a: 503" in result.err
+    assert "offline/fail/b: 503" in result.err
+    (job,) = tenant("job", "list", "-o", "json").data
+    assert (job["status"], job["credit_applied"], job["lease_expires_at"]) == ("failed", False, None)
+    calls = tenant("job", "get", job["job_id"], "-o", "json").data["calls"]
+    assert [(call["attempt"], call["resolved_model"]) for call in calls] == [
+        (1, "offline/fail/a"),
+        (2, "offline/fail/b"),
+    ]
+    assert credits_of(tenant) == (10, 0)
+
+
+@pytest.mark.parametrize("fault", ["slow", "drip"])
+def test_the_deadline_is_shared_and_holds(tenant: Run, provider: Provider, fault: str) -> None:
+    with_models(tenant, f"openai/{fault}", f"openai/{fault}-2")
+    result = job_run(tenant, "G", "--prompt", "x", "--timeout", "2")
+    assert result.status == 8
+    assert result.err.count("within 1 s") + result.err.count("Timeout") >= 1
+    (job,) = tenant("job", "list", "-o", "json").data
+    calls = tenant("job", "get", job["job_id"], "-o", "json").data["calls"]
+    assert [call["resolved_model"] for call in calls] == [f"openai/{fault}", f"openai/{fault}-2"]
+    assert sum(call["latency_ms"] for call in calls) < 4000
+    assert credits_of(tenant) == (10, 0)
+
+
+def test_a_missing_key_and_an_unknown_provider_are_named(tenant: Run) -> None:
+    with_models(tenant, "nonsense", "gpt-4-turbo", "offline/echo")
+    result = job_run(tenant, "G", "--prompt", "x")
+    assert result.status == 0
+    assert "nonsense failed: litellm knows no provider" in result.err
+    assert "gpt-4-turbo failed: OPENAI_API_KEY is not set" in result.err
+
+
+def test_keys_come_from_dotenv_too(tenant: Run, provider: Provider, monkeypatch: pytest.MonkeyPatch, home) -> None:
+    """In a process of its own: the file is read once, when litellm is loaded."""
+    with_models(tenant, "openai/ok")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    (home / ".env").write_text("OPENAI_API_KEY=sk-from-dotenv\n")
+    process = start_process("job", "run", "--team", "hr", "--group", "G", "--prompt", "x")
+    out, err = process.communicate()
+    assert (process.returncode, out) == (0, ANSWER + "\n"), err
+
+
+def test_an_inactive_model_is_passed_over(tenant: Run, sql: psycopg.Connection) -> None:
+    with_models(tenant, "offline/fail", "offline/echo")
+    sql.execute("UPDATE model_group_models SET is_active = false WHERE model_name = 'offline/fail'")
+    assert job_run(tenant, "G", "--prompt", "x", "-o", "json").data["attempts"] == 1
+
+
+REFUSALS = {
+    "UPDATE organizations SET status = 'suspended'": (6, "organization_suspended"),
+    "UPDATE teams SET status = 'suspended'": (6, "team_suspended"),
+    "UPDATE model_groups SET status = 'inactive'": (6, "group_inactive"),
+    "UPDATE model_group_models SET is_active = false": (6, "no_active_model"),
+    "DELETE FROM team_model_groups": (6, "group_not_assigned"),
+    "UPDATE team_credits SET credits_reserved = 10": (5, "insufficient_credits"),
+}
+
+
+@pytest.mark.parametrize(("change", "refusal"), REFUSALS.items(), ids=lambda value: str(value[-1])[:40])
+def test_refused_before_a_model_is_called(
+    tenant: Run, sql: psycopg.Connection, provider: Provider, change: str, refusal: tuple[int, str]
+) -> None:
+    sql.execute(change)
+    result = job_run(tenant, "Echo", "--prompt", "x", "-o", "json")
+    assert (result.status, result.error["code"]) == refusal
+    assert tenant("job", "list", "-o", "json").data == []
+
+
+def test_unknown_team_and_group(tenant: Run) -> None:
+    assert job_run(tenant, "Nothing", "--prompt", "x", "-o", "json").error["code"] == "group_not_found"
+    unknown = tenant("job", "run", "--team", "no", "--group", "Nothing", "--prompt", "x", "-o", "json")
+    assert (unknown.status, unknown.error["code"]) == (3, "team_not_found")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        (b"", "empty"),
+        (b" \n\t", "empty"),
+        (b"a\0b", "NUL character (U+0000) in line 1"),
+        (b"a\nb\x1b[31mc", "terminal escape (U+001B) in line 2"),
+        (b"\xff\xfe", "not UTF-8"),
+        ("a\x9bb".encode(), "control character (U+009B)"),
+    ],
+)
+def test_bad_prompts(tenant: Run, prompt: bytes, told: str) -> None:
+    result = job_run(tenant, "Echo", stdin=prompt)
+    assert (result.status, result.out) == (2, "")
+    assert told in result.err
+    assert tenant("job", "list", "-o", "json").data == []
+
+
+def test_the_prompt_from_a_file(tenant: Run, home) -> None:
+    (home / "cv.txt").write_text("\ufeffaus Köln\n", encoding="utf-8")
+    assert job_run(tenant, "Echo", "--prompt-file", "cv.txt", stdin="unread").out == "aus Köln\n\n"
+    assert job_run(tenant, "Echo", "--prompt-file", "-", stdin="read").out == "read\n"
+    missing = job_run(tenant, "Echo", "--prompt-file", "none.txt", "-o", "json")
+    assert (missing.status, missing.error["code"]) == (2, "unreadable_prompt")
+
+
+def test_what_is_kept_with_the_job(tenant: Run) -> None:
+    options = ("--job-type", "parsing", "--external-task-id", "task-7", "--metadata", "source=mail")
+    job_id = job_run(tenant, "Echo", "--prompt", "x", *options, "-o", "json").data["job_id"]
+    job = tenant("job", "get", job_id, "-o", "json").data
+    assert (job["job_type"], job["external_task_id"], job["metadata"]) == ("parsing", "task-7", {"source": "mail"})
+
+
+def test_the_same_key_is_charged_once(tenant: Run) -> None:
+    keyed = ("--prompt", "x", "--idempotency-key", "k", "-o", "json")
+    first = job_run(tenant, "Echo", *keyed)
+    again = job_run(tenant, "Echo", *keyed)
+    assert (again.status, again.data["job_id"], again.data["content"]) == (0, first.data["job_id"], None)
+    assert credits_of(tenant) == (9, 0)
+    other = job_run(tenant, "Echo", "--prompt", "y", "--idempotency-key", "k", "-o", "json")
+    assert (other.status, other.error["code"]) == (4, "idempotency_key_reused")
+
+
+def test_a_key_whose_job_failed_begins_a_new_one(tenant: Run, sql: psycopg.Connection) -> None:
+    keyed = ("--prompt", "x", "--idempotency-key", "k", "-o", "json")
+    assert job_run(tenant, "Down", *keyed).status == 8
+    sql.execute("UPDATE model_group_models SET model_name = 'offline/echo' WHERE model_name = 'offline/fail/b'")
+    assert job_run(tenant, "Down", *keyed).status == 0
+    assert len(tenant("job", "list", "-o", "json").data) == 2
+
+
+def test_list_filters(tenant: Run) -> None:
+    job_run(tenant, "Echo", "--prompt", "x")
+    job_run(tenant, "Down", "--prompt", "x")
+    listed = tenant("job", "list", "-o", "json").data
+    assert [list(job) for job in listed] == [FIELDS, FIELDS]
+    assert [job["status"] for job in listed] == ["failed", "completed"]
+    for options, number in (
+        (("--status", "failed"), 1),
+        (("--team", "hr"), 2),
+        (("--team", "no"), 0),
+        (("--org", "acme"), 2),
+        (("--since", "1h"), 2),
+        (("--since", "2026-01-01"), 2),
+        (("--since", "2999-01-01T00:00:00Z"), 0),
+        (("--limit", "1"), 1),
+    ):
+        assert len(tenant("job", "list", *options, "-o", "json").data) == number
+    assert tenant("job", "list", "--since", "yesterday").status == 2
+    assert tenant("job", "list", "--status", "done").status == 2
+
+
+def test_unknown_job(tenant: Run) -> None:
+    assert tenant("job", "get", "0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d").status == 3
+    assert tenant("job", "get", "seven").status == 2
+
+
+def request(**changes: object) -> runner.JobRequest:
+    asked = {"team_id": "hr", "group_name": "Echo", "messages": [{"role": "user", "content": "x"}], "timeout": 5.0}
+    return runner.JobRequest(**asked | changes)
+
+
+def test_forty_begins_on_ten_credits(tenant: Run) -> None:
+    def begin(_: int) -> str:
+        try:
+            return str(runner._begin(runner.new_job_id(), request())["outcome"])
+        except InsufficientCredits:
+            return "refused"
+
+    with ThreadPoolExecutor(20) as threads:
+        outcomes = list(threads.map(begin, range(40)))
+    assert (outcomes.count("begun"), outcomes.count("refused")) == (10, 30)
+    assert credits_of(tenant) == (10, 10)
+
+
+def test_twenty_begins_with_one_key(tenant: Run) -> None:
+    def begin(_: int) -> str:
+        try:
+            return str(runner._begin(runner.new_job_id(), request(idempotency_key="k"))["outcome"])
+        except Conflict as error:
+            return error.code
+
+    with ThreadPoolExecutor(20) as threads:
+        outcomes = list(threads.map(begin, range(20)))
+    assert sorted(set(outcomes)) == ["begun", "job_in_progress"]
+    assert outcomes.count("begun") == 1
+    assert credits_of(tenant) == (10, 1)
+
+
+def test_twenty_settles_of_one_job(tenant: Run) -> None:
+    job_id = runner.new_job_id()
+    runner._begin(job_id, request())
+    with ThreadPoolExecutor(20) as threads:
+        rows = list(threads.map(lambda _: runner._settle(job_id, "completed", None, []), range(20)))
+    assert [row["settled"] for row in rows].count(True) == 1
+    assert credits_of(tenant) == (9, 0)
+
+
+def test_an_expired_lease_is_lost_and_swept_by_the_next_begin(tenant: Run, sql: psycopg.Connection) -> None:
+    jobs = [runner.new_job_id() for _ in range(10)]
+    for job_id in jobs:
+        runner._begin(job_id, request())
+    sql.execute("UPDATE jobs SET lease_expires_at = now() WHERE job_id = ANY (%s)", [jobs[:4]])
+    with pytest.raises(Conflict, match=r"lease of job .* was lost"):
+        runner._settled(jobs[0], "late", [])
+    assert credits_of(tenant) == (10, 10)
+    assert job_run(tenant, "Echo", "--prompt", "x").status == 0
+    assert credits_of(tenant) == (9, 6)
+    swept = tenant("job", "get", jobs[0], "-o", "json").data
+    assert swept["status"] == "failed"
+    assert "lease ran out" in swept["error_message"]
+    with pytest.raises(Conflict, match="it is failed"):
+        runner._settled(jobs[0], "late", [])
+
+
+def test_an_expired_job_gives_its_key_back(tenant: Run, sql: psycopg.Connection) -> None:
+    runner._begin(runner.new_job_id(), request(idempotency_key="k"))
+    sql.execute("UPDATE jobs SET lease_expires_at = now()")
+    assert runner._begin(runner.new_job_id(), request(idempotency_key="k"))["outcome"] == "begun"
+    assert credits_of(tenant) == (10, 1)
+
+
+def test_job_ids_are_uuids_of_version_7_in_the_order_of_time() -> None:
+    first = runner.new_job_id()
+    time.sleep(0.002)
+    second = runner.new_job_id()
+    assert (first.version, first.variant) == (7, "specified in RFC 4122")
+    assert first < second
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_cancels_the_job(tenant: Run, provider: Provider, number: signal.Signals) -> None:
+    with_models(tenant, "openai/slow")
+    process = start_process("job", "run", "--team", "hr", "--group", "G", "--prompt", "x", "-o", "json")
+    wait_for_request(provider, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, json.loads(err)["error"]["code"]) == (130, "", "interrupted")
+    (job,) = tenant("job", "list", "-o", "json").data
+    assert job["status"] == "cancelled"
+    (call,) = tenant("job", "get", job["job_id"], "-o", "json").data["calls"]
+    assert call["error"] == "interrupted"
+    assert credits_of(tenant) == (10, 0)
+
+
+def test_killed_it_leaves_a_lease_that_runs_out(tenant: Run, provider: Provider, sql: psycopg.Connection) -> None:
+    with_models(tenant, "openai/slow")
+    process = start_process("job", "run", "--team", "hr", "--group", "G", "--prompt", "x")
+    wait_for_request(provider, process)
+    assert sql.execute("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'saasllm'").fetchone() == {
+        "count": 0
+    }, "no connection is held while the model is awaited"
+    process.kill()
+    process.communicate()
+    assert credits_of(tenant) == (10, 1)
+    (job,) = tenant("job", "list", "-o", "json").data
+    assert job["status"] == "in_progress"
+    assert job["lease_expires_at"] > job["created_at"]
+
+
+def test_twelve_processes_on_three_credits(tenant: Run) -> None:
+    """As a user's shell would start them: three succeed, nine exit 5."""
+    tenant("team", "create", "few", "--org", "acme", "--group", "Echo", "--credits", 3)
+    command = ("job", "run", "--team", "few", "--group", "Echo", "--prompt", "x")
+    processes = [start_process(*command) for _ in range(12)]
+    for process in processes:
+        process.communicate(timeout=300)
+    statuses = [process.returncode for process in processes]
+    assert (statuses.count(0), statuses.count(5)) == (3, 9)
+    assert credits_of(tenant, "few") == (0, 0)
+    ledger = tenant("credits", "transactions", "few", "-o", "json").data
+    assert [row["credits_after"] for row in ledger] == [0, 1, 2, 3]
+
+
+def wait_for_request(provider: Provider, process: "subprocess.Popen[str]") -> None:
+    until = time.monotonic() + 60
+    while not provider.requests:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.05)

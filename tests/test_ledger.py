@@ -1,0 +1,112 @@
+"""Each rule of the ledger, attacked by the owner of the tables."""
+
+from collections.abc import Callable
+
+import psycopg
+import pytest
+from conftest import Result
+
+ENTRY = (
+    "INSERT INTO credit_transactions (team_id, organization_id, entry_no, transaction_type, credits_amount,"
+    " credits_before, credits_after, job_id) VALUES "
+)
+JOB = "0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d"
+
+ATTACKS = {
+    "add without a row": ("UPDATE team_credits SET credits_allocated = 1000", "only with their ledger rows"),
+    "use without a row": ("UPDATE team_credits SET credits_used = 1", "only with their ledger rows"),
+    "both at once": ("UPDATE team_credits SET credits_used = 1, credits_allocated = 11", "only with their ledger rows"),
+    "move the counter": ("UPDATE team_credits SET last_entry_no = 0", "only with their ledger rows"),
+    "hand on a balance": ("UPDATE team_credits SET team_id = 'it' WHERE team_id = 'hr'", "only with their ledger rows"),
+    "reserve below zero": ("UPDATE team_credits SET credits_reserved = -1", "team_credits_reserved"),
+    "reserve too much": ("UPDATE team_credits SET credits_reserved = 11", "team_credits_free"),
+    "a balance from nowhere": ("INSERT INTO team_credits VALUES ('x', 5)", "begins empty"),
+    "a second balance": ("INSERT INTO team_credits VALUES ('hr')", "team_credits_pkey"),
+    "delete a balance": ("DELETE FROM team_credits", "goes with its team"),
+    "truncate balances": ("TRUNCATE team_credits", "goes with its team"),
+    "update the ledger": ("UPDATE credit_transactions SET reason = 'x'", "append-only"),
+    "delete from the ledger": ("DELETE FROM credit_transactions", "append-only"),
+    "truncate the ledger": ("TRUNCATE credit_transactions", "append-only"),
+    "truncate around it": ("TRUNCATE organizations CASCADE", "append-only|goes with its team"),
+    "delete the team": ("DELETE FROM teams WHERE team_id = 'hr'", "credit_transactions_team"),
+    "a gap": (ENTRY + "('hr', 'acme', 3, 'allocation', 5, 10, 15, NULL)", "do not continue"),
+    "a wrong start": (ENTRY + "('hr', 'acme', 2, 'allocation', 5, 11, 16, NULL)", "do not continue"),
+    "a number twice": (ENTRY + "('hr', 'acme', 1, 'allocation', 5, 10, 15, NULL)", "credit_transactions_chain"),
+    "a broken pair": (
+        ENTRY + "('hr', 'acme', 2, 'allocation', 5, 10, 15, NULL), ('hr', 'acme', 3, 'allocation', 5, 16, 21, NULL)",
+        "do not continue",
+    ),
+    "a wrong sum": (ENTRY + "('hr', 'acme', 2, 'allocation', 5, 10, 16, NULL)", "credit_transactions_sum"),
+    "a negative allocation": (ENTRY + "('hr', 'acme', 2, 'allocation', -5, 10, 5, NULL)", "credit_transactions_sign"),
+    "a positive deduction": (
+        ENTRY + f"('hr', 'acme', 2, 'deduction', 5, 10, 15, '{JOB}')",
+        "credit_transactions_sign",
+    ),
+    "an unknown type": (ENTRY + "('hr', 'acme', 2, 'gift', 5, 10, 15, NULL)", "credit_transactions_sign"),
+    "a deduction of no job": (ENTRY + "('hr', 'acme', 2, 'deduction', -1, 10, 9, NULL)", "names_job"),
+    "a deduction of an unknown job": (
+        ENTRY + f"('hr', 'acme', 2, 'deduction', -1, 10, 9, '{JOB}')",
+        "job_id_fkey|team_credits_reserved",
+    ),
+    "another organization": (
+        ENTRY + "('hr', 'other', 2, 'allocation', 5, 10, 15, NULL)",
+        "credit_transactions_team",
+    ),
+    "below zero": (ENTRY + "('hr', 'acme', 2, 'adjustment', -11, 10, -1, NULL)", "not_negative"),
+    "a false table of the session": (
+        "CREATE TEMP TABLE credit_transactions (team_id text, entry_no bigint, transaction_type text,"
+        " credits_amount bigint); INSERT INTO credit_transactions VALUES ('hr', 2, 'allocation', 5);"
+        " UPDATE team_credits SET credits_allocated = 15, last_entry_no = 2 WHERE team_id = 'hr'",
+        "only with their ledger rows",
+    ),
+    "an id against the rule": ("INSERT INTO organizations VALUES ('a b', 'x')", "identifier_form"),
+    "metadata that is no object": (
+        "INSERT INTO organizations (organization_id, name, metadata) VALUES ('a', 'x', '[]')",
+        "metadata_is_object",
+    ),
+}
+
+
+@pytest.mark.parametrize(("statement", "rule"), ATTACKS.values(), ids=ATTACKS.keys())
+def test_the_database_refuses(
+    tenant: Callable[..., Result], sql: psycopg.Connection, statement: str, rule: str
+) -> None:
+    tenant("team", "create", "it", "--org", "acme")
+    with pytest.raises(psycopg.Error, match=rule), sql.transaction():
+        sql.execute(statement)
+    sql.execute("DISCARD TEMP")
+    assert tenant("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 10
+    assert len(tenant("credits", "transactions", "hr", "-o", "json").data) == 1
+
+
+def test_a_job_is_charged_once(tenant: Callable[..., Result], sql: psycopg.Connection) -> None:
+    result = tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x", "-o", "json")
+    job_id = result.data["job_id"]
+    sql.execute("UPDATE team_credits SET credits_reserved = 1")
+    with pytest.raises(psycopg.Error, match="credit_transactions_one_deduction"):
+        sql.execute(ENTRY + f"('hr', 'acme', 3, 'deduction', -1, 9, 8, '{job_id}')")
+
+
+@pytest.mark.parametrize("status", ["failed", "in_progress", "cancelled"])
+def test_a_finished_job_stays_finished(tenant: Callable[..., Result], sql: psycopg.Connection, status: str) -> None:
+    tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x")
+    with pytest.raises(psycopg.Error, match="does not change its status again"):
+        sql.execute("UPDATE jobs SET status = %s", [status])
+
+
+def test_a_team_without_history_takes_its_empty_balance_with_it(
+    tenant: Callable[..., Result], sql: psycopg.Connection
+) -> None:
+    tenant("team", "create", "it", "--org", "acme", "--group", "Echo")
+    sql.execute("DELETE FROM teams WHERE team_id = 'it'")
+    assert sql.execute("SELECT FROM team_credits WHERE team_id = 'it'").fetchall() == []
+
+
+def test_many_entries_of_many_teams_in_one_statement(tenant: Callable[..., Result], sql: psycopg.Connection) -> None:
+    tenant("team", "create", "it", "--org", "acme")
+    sql.execute(
+        ENTRY + "('it', 'acme', 1, 'allocation', 5, 0, 5, NULL), ('hr', 'acme', 3, 'expiry', -2, 15, 13, NULL),"
+        " ('hr', 'acme', 2, 'allocation', 5, 10, 15, NULL)"
+    )
+    assert tenant("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 13
+    assert tenant("credits", "balance", "it", "-o", "json").data["credits_remaining"] == 5

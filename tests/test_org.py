@@ -1,0 +1,87 @@
+from collections.abc import Callable
+
+import pytest
+from conftest import Result
+
+Run = Callable[..., Result]
+FIELDS = ["organization_id", "name", "status", "metadata", "created_at", "updated_at"]
+
+
+def test_create_shows_the_organization(saasllm: Run) -> None:
+    result = saasllm("org", "create", "acme", "--name", "ACME", "--metadata", "plan=pro", "-o", "json")
+    assert result.status == 0
+    assert list(result.data) == FIELDS
+    assert (result.data["name"], result.data["status"], result.data["metadata"]) == ("ACME", "active", {"plan": "pro"})
+    assert saasllm("org", "get", "acme", "-o", "json").data == result.data
+
+
+def test_name_is_the_id_by_default(saasllm: Run) -> None:
+    assert saasllm("org", "create", "acme", "-o", "json").data["name"] == "acme"
+
+
+def test_metadata_of_options_and_object_is_merged(saasllm: Run) -> None:
+    result = saasllm("org", "create", "a", "--metadata", "k=v=w", "--metadata", '{"n": {"m": [1, null]}}', "-o", "json")
+    assert result.data["metadata"] == {"k": "v=w", "n": {"m": [1, None]}}
+
+
+def test_create_twice_is_a_conflict(saasllm: Run) -> None:
+    saasllm("org", "create", "acme")
+    result = saasllm("org", "create", "acme", "-o", "json")
+    assert (result.status, result.out, result.error["code"]) == (4, "", "organization_exists")
+
+
+def test_if_not_exists_compares_only_what_is_given(saasllm: Run) -> None:
+    first = saasllm("org", "create", "acme", "--name", "ACME", "--metadata", "a=b", "-o", "json")
+    again = saasllm("org", "create", "acme", "--if-not-exists", "-o", "json")
+    assert (again.status, again.data) == (0, first.data)
+    same = saasllm("org", "create", "acme", "--name", "ACME", "--metadata", "a=b", "--if-not-exists")
+    assert same.status == 0
+    other = saasllm("org", "create", "acme", "--name", "Other", "--if-not-exists", "-o", "json")
+    assert (other.status, other.error["code"]) == (4, "organization_differs")
+    assert "name" in other.error["message"]
+
+
+def test_list_is_sorted_filtered_and_bounded(saasllm: Run) -> None:
+    for name in ("b", "a", "c"):
+        saasllm("org", "create", name)
+    assert [o["organization_id"] for o in saasllm("org", "list", "--limit", 2, "-o", "json").data] == ["a", "b"]
+    assert saasllm("org", "list", "--status", "suspended", "-o", "json").data == []
+
+
+def test_unknown_organization(saasllm: Run) -> None:
+    result = saasllm("org", "get", "nobody", "-o", "json")
+    assert (result.status, result.error["code"]) == (3, "organization_not_found")
+    assert "nobody" in result.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["a b"], "ORG"),
+        ([""], "ORG"),
+        (["-x"], "-x"),
+        (["_a"], "ORG"),
+        (["ä"], "ORG"),
+        (["a" * 129], "ORG"),
+        (["a\n"], "ORG"),
+        (["a", "--name", ""], "--name"),
+        (["a", "--name", "x\x1b[31m"], "--name"),
+        (["a", "--metadata", "novalue"], "--metadata"),
+        (["a", "--metadata", "=v"], "--metadata"),
+        (["a", "--metadata", "{"], "--metadata"),
+        (["a", "--metadata", '{"a": NaN}'], "--metadata"),
+        (["a", "--metadata", '{"a": "\\u0000"}'], "metadata"),
+        (["a", "--metadata", '{"a": "\\ud800"}'], "metadata"),
+        (["a", "--metadata", "k=1", "--metadata", "k=2"], "--metadata"),
+        (["a", "--metadata", "k=" + "x" * 70_000], "metadata"),
+        (["a", "--metadata", "k=\udcff"], "metadata"),
+        ([], "ORG"),
+        (["a", "-o", "xml"], "--output"),
+    ],
+)
+def test_bad_input_is_one_error_that_names_the_field(saasllm: Run, arguments: list[str], named: str) -> None:
+    result = saasllm("org", "create", *arguments)
+    assert (result.status, result.out) == (2, "")
+    assert result.err.startswith("Error: ")
+    assert named in result.err
+    assert saasllm("org", "list", "-o", "json").data == []
