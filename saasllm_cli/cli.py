@@ -39,6 +39,7 @@ class Root(TyperGroup):
             return None
         command = typer.main.get_command(importlib.import_module(f"saasllm_cli.commands.{cmd_name}").app)
         command.name = cmd_name
+        command.help = NOUNS[cmd_name]
         return command
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
@@ -96,7 +97,7 @@ def run(arguments: list[str]) -> int:
         status = app(arguments, prog_name="saasllm", standalone_mode=False, obj=run)
         sys.stdout.flush()
     except Exception as error:
-        if _is_debug(arguments):
+        if arguments[:1] == ["--debug"]:
             import traceback
 
             traceback.print_exc()
@@ -121,9 +122,10 @@ def _tell(error: Exception, arguments: list[str]) -> int:
             )
         case BrokenPipeError():  # whoever read our output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return SaasllmError.exit_status
+            return 0
         case OSError():
-            told = SaasllmError("system_error", f"{error.strerror or error}.", UNEXPECTED)
+            where = f"{error.filename}: " if error.filename else ""
+            told = SaasllmError("system_error", f"{where}{error.strerror or error}.")
         case _:
             told = SaasllmError("unexpected", f"Unexpected {type(error).__name__}.", UNEXPECTED)
     show_error(told, as_json=_wants_json(arguments))
@@ -139,7 +141,3 @@ def _wants_json(arguments: list[str]) -> bool:
         return settings().output in (Format.JSON, Format.JSONL)
     except SaasllmError:
         return False
-
-
-def _is_debug(arguments: list[str]) -> bool:
-    return "--debug" in arguments[:1] or bool(os.environ.get("SAASLLM_DEBUG"))

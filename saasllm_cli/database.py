@@ -1,8 +1,11 @@
 """Connections and queries; psycopg's errors become ours here, and nowhere else."""
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import Decimal
+from functools import partial
 from typing import Any
 from urllib.parse import quote, unquote, urlencode
 
@@ -12,7 +15,7 @@ from psycopg.rows import dict_row
 from psycopg.types.json import JsonbDumper
 
 from saasllm_cli import embedded
-from saasllm_cli.errors import Conflict, DatabaseUnavailable, InvalidInput, SaasllmError
+from saasllm_cli.errors import Conflict, DatabaseUnavailable, InsufficientCredits, InvalidInput, SaasllmError, not_found
 from saasllm_cli.queries import SQL, Query, query
 from saasllm_cli.settings import settings
 
@@ -21,6 +24,18 @@ Connection = psycopg.Connection[Row]
 
 CONNECT_SECONDS = 10
 IDEMPOTENCY_TRIES = 5
+SHORTEST_SECRET = 3  # a piece of one or two letters stands in any message
+
+
+def _exact_json(value: Any) -> str:
+    """JSON in which a decimal is the number that it is, which the standard library cannot write."""
+    import simplejson
+
+    return str(simplejson.dumps(value, use_decimal=True))
+
+
+class _JsonbDumper(JsonbDumper):
+    _dumps = staticmethod(_exact_json)
 
 
 class Database:
@@ -30,9 +45,9 @@ class Database:
     the database has one that this program does not know, nothing of the query is done.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, *, check_migrations: bool = True) -> None:
         self._connection = connection
-        self._is_checked = False
+        self._is_checked = not check_migrations
 
     def one(self, name: str, /, **parameters: Any) -> Row:
         (row,) = self._run(name, "one", parameters)
@@ -43,6 +58,13 @@ class Database:
 
     def many(self, name: str, /, **parameters: Any) -> list[Row]:
         return self._run(name, "many", parameters)
+
+    def found(self, name: str, noun: str, key: str, /, **parameters: Any) -> Row:
+        """The row of a `:maybe` query, or `NotFound` with the noun and the key that were asked for."""
+        row = self.maybe(name, **parameters)
+        if row is None:
+            raise not_found(noun, key)
+        return row
 
     def _run(self, name: str, cardinality: str, parameters: Row) -> list[Row]:
         statement = query(name)
@@ -74,10 +96,13 @@ class Database:
 
 
 @contextmanager
-def connect() -> Iterator[Database]:
-    """The database of the settings, ready for queries."""
+def connect(*, check_migrations: bool = True) -> Iterator[Database]:
+    """The database of the settings, ready for queries.
+
+    Only what was begun before, and is to be ended whatever has been migrated since, goes without the check.
+    """
     with raw_connection() as connection:
-        yield Database(connection)
+        yield Database(connection, check_migrations=check_migrations)
 
 
 @contextmanager
@@ -85,7 +110,8 @@ def raw_connection() -> Iterator[Connection]:
     """A connection without the check of the migrations; the embedded server is started where it serves."""
     with translated_errors():
         connection = _connect()
-        connection.adapters.register_dumper(dict, JsonbDumper)
+        connection.adapters.register_dumper(dict, _JsonbDumper)
+        psycopg.types.json.set_json_loads(partial(json.loads, parse_float=Decimal), connection)
         with connection:
             yield connection
 
@@ -113,12 +139,15 @@ def conninfo() -> dict[str, Any]:
 def url(conninfo: dict[str, Any]) -> str:
     """The URL of libpq's keywords, without the password, which must not show in a log or a list of processes."""
     keywords = {name: str(value) for name, value in conninfo.items() if name != "password"}
-    host, database = keywords.pop("host", ""), keywords.pop("dbname", "")
-    user, port = keywords.pop("user", ""), keywords.pop("port", "")
-    if host.startswith("/"):  # the folder of a socket
-        keywords, host = {"host": host, **keywords}, ""
-    rest = f"?{urlencode(keywords, safe='/', quote_via=quote)}" if keywords else ""
-    return f"postgresql://{quote(user) + '@' if user else ''}{host}{':' + port if port else ''}/{quote(database)}{rest}"
+    user, database = quote(keywords.pop("user", "")), quote(keywords.pop("dbname", ""))
+    server = ""
+    # A socket's folder, an IPv6 address or several hosts stand among the parameters, where nothing in them is special.
+    if re.fullmatch(r"[\w.-]+", keywords.get("host", "")):
+        server = keywords.pop("host")
+        if "port" in keywords:
+            server += ":" + keywords.pop("port")
+    parameters = f"?{urlencode(keywords, safe='/', quote_via=quote)}" if keywords else ""
+    return f"postgresql://{user + '@' if user else ''}{server}/{database}{parameters}"
 
 
 def _connect() -> Connection:
@@ -157,20 +186,31 @@ def _translated(error: psycopg.Error) -> SaasllmError:
             f"The database is newer than this program, which does not know the migration {message}.",
             "Install a newer saasllm.",
         )
-    if state.startswith("SL"):
-        return Conflict("refused_by_database", f"The database refuses it: {message}.", error.diag.message_hint)
-    if state == "22003":
-        return InvalidInput("out_of_range", "The number is out of range.", "Credits are whole numbers below 2^63.")
-    if state in ("23502", "23503", "23514"):
-        return InvalidInput("refused_by_database", f"The database refuses it: {message}.")
-    if state == "42501":
-        return DatabaseUnavailable("permission_denied", f"The database role may not do this: {message}.")
-    if isinstance(error, psycopg.OperationalError):
-        return DatabaseUnavailable(
-            "database_unreachable",
-            f"The database cannot be reached: {_reason(error)}",
-            "Check that the server runs and that SAASLLM_DATABASE_URL (or DATABASE_URL) names it: saasllm db status",
-        )
+    match state[:2], state:
+        case "SL", _:
+            return Conflict("refused_by_database", f"The database refuses it: {message}.", error.diag.message_hint)
+        case _, "22003":
+            return InvalidInput("out_of_range", "The number is out of range.", "Whole numbers go up to 2^63 - 1.")
+        case _, "23514" if error.diag.constraint_name == "team_credits_free":
+            return InsufficientCredits("insufficient_credits", "The team has not so many credits free.")
+        case "23", _:
+            return InvalidInput("refused_by_database", f"The database refuses it: {message}.")
+        case _, "25006":
+            return DatabaseUnavailable(
+                "read_only",
+                "The database takes no changes: it is a replica.",
+                "Name the primary in SAASLLM_DATABASE_URL.",
+            )
+        case _, "42501":
+            return DatabaseUnavailable("permission_denied", f"The database role may not do this: {message}.")
+        case _, ("40001" | "40P01" | "55P03" | "57014"):
+            return DatabaseUnavailable("database_busy", f"The database gave up: {message}.", "Try again.")
+        case (("" | "08" | "28" | "3D" | "53" | "57"), _) if isinstance(error, psycopg.OperationalError):
+            return DatabaseUnavailable(
+                "database_unreachable",
+                f"The database cannot be reached: {_reason(error)}",
+                "Check the server, and SAASLLM_DATABASE_URL (or DATABASE_URL). See: saasllm db status",
+            )
     return SaasllmError("database_error", f"The database reports an error: {message or _reason(error)}")
 
 
@@ -193,7 +233,8 @@ def _secrets() -> list[str]:
     _, _, password = userinfo.partition(":")
     found = re.search(r"password\s*=\s*('(?:[^'\\]|\\.)*'|\S+)", url.get_secret_value())
     words = [password, *re.split("[:@/?#]", password), found[1].strip("'") if found else ""]
-    return sorted({word for piece in words for word in (piece, unquote(piece)) if word}, key=len, reverse=True)
+    found_words = {word for piece in words for word in (piece, unquote(piece)) if len(word) >= SHORTEST_SECRET}
+    return sorted(found_words, key=len, reverse=True)
 
 
 def _check_text(name: str, value: Any) -> None:
@@ -205,7 +246,7 @@ def _check_text(name: str, value: Any) -> None:
     elif isinstance(value, list):
         for item in value:
             _check_text(name, item)
-    elif isinstance(value, str) and ("\0" in value or any("\ud800" <= sign <= "\udfff" for sign in value)):
+    elif isinstance(value, str) and ("\0" in value or any("\ud800" <= char <= "\udfff" for char in value)):
         raise InvalidInput(
             "invalid_text",
             f"The {name} holds a character that cannot be stored: NUL, or a byte that is not UTF-8.",

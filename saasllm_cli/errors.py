@@ -4,9 +4,8 @@
 class SaasllmError(Exception):
     """An unexpected error; its subclasses are the expected ones.
 
-    `code` is stable and lower case (`team_not_found`). `message` says what is wrong and with which
-    id, `hint` what to do about it. Neither holds a secret. `show` is data that the command prints
-    all the same (the attempts of a job that failed).
+    `code` is stable and lower case (`team_not_found`). `message` says what is wrong and with which id, `hint` what to
+    do about it. Neither holds a secret.
     """
 
     exit_status = 1
@@ -37,7 +36,7 @@ class InsufficientCredits(SaasllmError):
 
 
 class NotAllowed(SaasllmError):
-    """A suspended team or organization; a group that is not assigned, inactive, or without a model."""
+    """A suspended team or organization; a group that is not assigned, inactive, or without an active model."""
 
     exit_status = 6
 
@@ -72,3 +71,27 @@ _COMMANDS = {"organization": "org"}  # where the command has another name than t
 def not_found(noun: str, name: str) -> NotFound:
     command = _COMMANDS.get(noun, noun)
     return NotFound(f"{noun}_not_found", f"There is no {noun} {name}.", f"See: saasllm {command} list")
+
+
+def refused(outcome: str, team: str | None, group: str, organization: str | None) -> SaasllmError:
+    """Why a team may not run a job of a group: the outcomes of `job.begin` and `group.resolve` as errors."""
+    match outcome:
+        case "team_not_found":
+            return not_found("team", str(team))
+        case "group_not_found":
+            return not_found("group", group)
+        case "organization_suspended":
+            message = f"The organization {organization} of the team {team} is suspended."
+            hint = f"See: saasllm org get {organization}"
+        case "team_suspended":
+            message, hint = f"The team {team} is suspended.", f"See: saasllm team get {team}"
+        case "group_not_assigned":
+            message = f"The group {group} is not assigned to the team {team}."
+            hint = f"Its groups: saasllm team get {team}"
+        case "group_inactive":
+            message, hint = f"The group {group} is inactive.", f"See: saasllm group get {group}"
+        case "no_active_model":
+            message, hint = f"The group {group} has no active model.", f"See: saasllm group get {group}"
+        case _:
+            raise ValueError(outcome)
+    return NotAllowed(outcome, message, hint)

@@ -2,7 +2,8 @@
 
 A file is applied in one transaction, together with its record. One that cannot be (`CREATE INDEX CONCURRENTLY`)
 has the header `-- no transaction`: it is run statement by statement and recorded at the end, so each of its
-statements must be safe to run again.
+statements must be safe to run again (after DROP INDEX CONCURRENTLY IF EXISTS: an interrupted CREATE leaves an invalid
+index, which IF NOT EXISTS would keep). Function bodies are quoted: BEGIN ATOMIC is not understood.
 """
 
 import hashlib
@@ -131,9 +132,9 @@ def _end_of_comment(text: str, position: int) -> int:
 
 
 def status() -> list[Row]:
-    """Each migration with its `state` and `applied_at`, those that were applied and have no file among them.
+    """Each migration with its `status` and `applied_at`, those that were applied and have no file among them.
 
-    The state is `applied`, `pending`, `changed` (since it was applied), `missing` (its file is), `duplicate` (two
+    The status is `applied`, `pending`, `changed` (since it was applied), `missing` (its file is), `duplicate` (two
     files have its number) or `out_of_order` (pending, with a later one applied).
     """
     with database.raw_connection() as connection:
@@ -143,7 +144,7 @@ def status() -> list[Row]:
 def check(states: list[Row]) -> None:
     """Raises `CheckFailed` where files and record disagree, else `DatabaseUnavailable` where a migration is pending."""
     _refuse_unsound(states)
-    if pending := [row["migration"] for row in states if row["state"] == "pending"]:
+    if pending := [row["migration"] for row in states if row["status"] == "pending"]:
         raise DatabaseUnavailable("migrations_pending", f"Pending: {', '.join(pending)}.", "Run: saasllm migrate up")
 
 
@@ -160,6 +161,7 @@ def up(
     """
     last = _find(to) if to else None
     with database.raw_connection() as connection:
+        _require_public(connection)
         if dry_run:
             return [migration.name for migration in _pending(connection, last)]
         with _locked(connection, on_wait):
@@ -181,7 +183,8 @@ def adopt(to: str | None = None, on_wait: Callable[[], None] = lambda: None) -> 
     last = _find(to) if to else _files()[-1]
     adopted = [migration for migration in _files() if migration.name <= last.name]
     with database.raw_connection() as connection, _locked(connection, on_wait):
-        if _is_recorded(connection) and connection.execute(query("migrate.applied").sql).fetchall():
+        _require_public(connection)
+        if _applied(connection):
             raise Conflict(
                 "already_recorded",
                 "This database has its record of migrations already.",
@@ -208,7 +211,10 @@ def reset(
     on_done: Callable[[str], None] = lambda _: None,
     on_wait: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Drops what the files build, with all its data, and builds it anew. What else is in the database stays."""
+    """Drops what the files build, with all its data, and builds it anew. What else is in the database stays.
+
+    Only where the database has its record: tables of the same names may be another program's.
+    """
     with database.raw_connection() as connection:
         actual_name = connection.info.dbname
         if database_name != actual_name:
@@ -217,14 +223,21 @@ def reset(
                 f"--confirm names {database_name!r}, but this is the database {actual_name!r}.",
                 f"To drop all its data: saasllm migrate reset --confirm {actual_name}",
             )
+        _require_public(connection)
         with _locked(connection, on_wait), connection.transaction():
+            if not _applied(connection):
+                raise Conflict(
+                    "not_migrated",
+                    f"The database {actual_name} has no record of migrations: what is in it is not ours to drop.",
+                    "An empty one needs only: saasllm migrate up",
+                )
             built = _built_by(connection, _files()).keys()
             views = [name for kind, _, name in map(_parts, built) if kind == "view"]
             tables = dict.fromkeys(table for kind, table, _ in map(_parts, built) if kind == "column")
             domains = [name for kind, _, name in map(_parts, built) if kind == "domain"]
             for kind, names in (
                 ("VIEW", views),
-                ("TABLE", [*tables, "schema_migrations"]),
+                ("TABLE", [*tables, "saasllm_migrations"]),
                 ("DOMAIN", domains),
             ):
                 dropped = sql.SQL(", ").join(map(sql.Identifier, names))
@@ -251,15 +264,28 @@ def _is_recorded(connection: Connection) -> bool:
     return row is not None and bool(row["is_recorded"])
 
 
+def _applied(connection: Connection) -> list[Row]:
+    return connection.execute(query("migrate.applied").sql).fetchall() if _is_recorded(connection) else []
+
+
+def _require_public(connection: Connection) -> None:
+    """The functions of the ledger name the schema public, so that nobody can put another table before theirs."""
+    row = connection.execute(query("migrate.schema").sql).fetchone()
+    if row is None or row["schema"] != "public":
+        raise InvalidInput(
+            "other_schema",
+            f"The tables of saasllm lie in the schema public, but here tables are made in {row and row['schema']}.",
+            "Remove search_path from the database's URL or from the settings of its role.",
+        )
+
+
 def _states(connection: Connection) -> list[Row]:
-    applied: dict[str, Row] = {}
-    if _is_recorded(connection):
-        applied = {row["migration"]: row for row in connection.execute(query("migrate.applied").sql)}
+    applied = {row["migration"]: row for row in _applied(connection)}
     files = {migration.name: migration for migration in _files()}
     numbers = [migration.number for migration in files.values()]
     last_applied = max(applied, default="")
 
-    def state(name: str) -> str:
+    def status_of(name: str) -> str:
         if name not in files:
             return "missing"
         if numbers.count(files[name].number) > 1:
@@ -271,7 +297,7 @@ def _states(connection: Connection) -> list[Row]:
     return [
         {
             "migration": name,
-            "state": state(name),
+            "status": status_of(name),
             "applied_at": applied[name]["applied_at"] if name in applied else None,
         }
         for name in sorted(files.keys() | applied.keys())
@@ -279,11 +305,11 @@ def _states(connection: Connection) -> list[Row]:
 
 
 def _refuse_unsound(states: list[Row]) -> None:
-    if unsound := [row for row in states if row["state"] not in ("applied", "pending")]:
+    if unsound := [row for row in states if row["status"] not in ("applied", "pending")]:
         raise CheckFailed(
             "migrations_differ",
             "The migrations and this database disagree:"
-            + "".join(f"\n  {row['migration']}: {row['state']}" for row in unsound),
+            + "".join(f"\n  {row['migration']}: {row['status']}" for row in unsound),
             "Use the files that the database was migrated with; correct a mistake in a further migration.",
         )
 
@@ -291,7 +317,7 @@ def _refuse_unsound(states: list[Row]) -> None:
 def _pending(connection: Connection, last: Migration | None) -> list[Migration]:
     states = _states(connection)
     _refuse_unsound(states)
-    pending = {row["migration"] for row in states if row["state"] == "pending"}
+    pending = {row["migration"] for row in states if row["status"] == "pending"}
     return [m for m in _files() if m.name in pending and (last is None or m.name <= last.name)]
 
 
@@ -368,7 +394,7 @@ def _execute(connection: Connection, migration: Migration, statement: Statement)
             f"{where}: {error.diag.message_primary}\n  {statement.text.splitlines()[0]}",
             "Nothing of this file was applied; those before it were."
             if migration.in_transaction
-            else "This file is no transaction: what ran before this line stays. Mend it and run it again.",
+            else "This file is no transaction: what ran before this line stays. Fix it and run it again.",
         ) from error
 
 

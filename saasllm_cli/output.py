@@ -25,11 +25,18 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 UNLIMITED_WIDTH = 100_000
 
 
-def show(data: Row | Sequence[Row], output: Format | None, columns: Sequence[str] = ()) -> None:
+def show(
+    data: Row | Sequence[Row], output: Format | None, columns: Sequence[str] = (), limit: int | None = None
+) -> None:
     """Prints one thing (a row) or many (a sequence) in the format asked for, else in that of the settings.
 
-    `columns` names those that a table of many things shows; every other form shows all.
+    `columns` names those that a table of many things shows; every other form shows all. A list that is longer than
+    its `limit` is cut there, and says so.
     """
+    if limit is not None and len(data) > limit:
+        assert not isinstance(data, Mapping)
+        data = data[:limit]
+        note(f"Only the first {limit} are shown; more with --limit.")
     rows = [data] if isinstance(data, Mapping) else data
     match output or settings().output:
         case Format.JSON:
@@ -80,8 +87,8 @@ def harmless(text: str, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(
-        sign if sign in keep or unicodedata.category(sign) not in UNSAFE_CATEGORIES else " " * sign.isspace()
-        for sign in text
+        char if char in keep or unicodedata.category(char) not in UNSAFE_CATEGORIES else " " * char.isspace()
+        for char in text
     )
 
 
@@ -109,10 +116,10 @@ def _json(data: Any, indent: int | None = None) -> str:
 
 
 def _escaped_if_unsafe(match: re.Match[str]) -> str:
-    sign = match[0]
-    if unicodedata.category(sign) not in UNSAFE_CATEGORIES:
-        return sign
-    units = sign.encode("utf-16-be", "surrogatepass")
+    char = match[0]
+    if unicodedata.category(char) not in UNSAFE_CATEGORIES:
+        return char
+    units = char.encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
 
 
@@ -129,8 +136,8 @@ def _show_csv(rows: Sequence[Row]) -> None:
 def _csv_cell(value: Any) -> str:
     text = "" if value is None else value if isinstance(value, str) else _text(value)
     if isinstance(value, str) and text.startswith(FORMULA_STARTS):
-        return "'" + text
-    return text
+        text = "'" + text
+    return harmless(text, keep="\n\t") if sys.stdout.isatty() else text
 
 
 def _text(value: Any) -> str:

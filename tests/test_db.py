@@ -61,6 +61,14 @@ def test_killed_it_is_started_again(own_data: Path, run: Run) -> None:
     assert run("org", "get", "acme").status == 0
 
 
+def test_a_process_id_that_is_another_programs_by_now(own_data: Path, run: Run) -> None:
+    run("migrate", "up")
+    lines = (embedded.cluster_dir() / "postmaster.pid").read_text().splitlines()
+    run("db", "stop")
+    (embedded.cluster_dir() / "postmaster.pid").write_text("\n".join([str(os.getpid()), *lines[1:]]) + "\n")
+    assert run("org", "list").status == 0
+
+
 def test_url_and_shell(own_data: Path, run: Run) -> None:
     url = run("db", "url").out.strip()
     assert run("db", "start").status == 0

@@ -20,7 +20,7 @@ FIELDS = [
     *("credit_applied", "error_message", "metadata", "created_at", "started_at", "completed_at", "lease_expires_at"),
 ]
 CALL_FIELDS = [
-    *("call_id", "model_group_used", "resolved_model", "attempt", "prompt_tokens", "completion_tokens"),
+    *("call_id", "job_id", "model_group_used", "resolved_model", "attempt", "prompt_tokens", "completion_tokens"),
     *("total_tokens", "cost_usd", "latency_ms", "purpose", "error", "created_at"),
 ]
 
@@ -308,7 +308,7 @@ def test_twenty_settles_of_one_job(tenant: Run) -> None:
     job_id = runner.new_job_id()
     runner._begin(job_id, request())
     with ThreadPoolExecutor(20) as threads:
-        rows = list(threads.map(lambda _: runner._settle(job_id, "completed", None, []), range(20)))
+        rows = list(threads.map(lambda _: runner._settle(job_id, "completed", None, [], 5), range(20)))
     assert [row["settled"] for row in rows].count(True) == 1
     assert credits_of(tenant) == (9, 0)
 
@@ -318,7 +318,7 @@ def test_an_expired_lease_is_lost_and_swept_by_the_next_begin(tenant: Run, sql: 
     for job_id in jobs:
         runner._begin(job_id, request())
     sql.execute("UPDATE jobs SET lease_expires_at = now() WHERE job_id = ANY (%s)", [jobs[:4]])
-    with pytest.raises(Conflict, match=r"lease of job .* was lost"):
+    with pytest.raises(Conflict, match=r"lease of job .* ran out"):
         runner._settled(jobs[0], "late", [])
     assert credits_of(tenant) == (10, 10)
     assert job_run(tenant, "Echo", "--prompt", "x").status == 0

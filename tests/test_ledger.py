@@ -83,7 +83,7 @@ def test_a_job_is_charged_once(tenant: Callable[..., Result], sql: psycopg.Conne
     result = tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x", "-o", "json")
     job_id = result.data["job_id"]
     sql.execute("UPDATE team_credits SET credits_reserved = 1")
-    with pytest.raises(psycopg.Error, match="credit_transactions_one_deduction"):
+    with pytest.raises(psycopg.Error, match="credit_transactions_once_a_job"):
         sql.execute(ENTRY + f"('hr', 'acme', 3, 'deduction', -1, 9, 8, '{job_id}')")
 
 

@@ -25,7 +25,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def states(run: Run) -> dict[str, str]:
-    return {row["migration"]: row["state"] for row in run("migrate", "status", "-o", "json").data}
+    return {row["migration"]: row["status"] for row in run("migrate", "status", "-o", "json").data}
 
 
 def test_the_first_six_keep_their_names() -> None:
@@ -75,7 +75,7 @@ def test_no_other_command_works_on_pending_migrations(empty_database: str, run: 
 
 
 def test_no_other_command_works_on_a_newer_database(saasllm: Run, sql: psycopg.Connection) -> None:
-    sql.execute("INSERT INTO schema_migrations VALUES ('999_later.sql', 'x', now(), 1)")
+    sql.execute("INSERT INTO saasllm_migrations VALUES ('999_later.sql', 'x', now(), 1)")
     result = saasllm("org", "create", "acme", "-o", "json")
     assert (result.status, result.error["code"]) == (7, "database_newer")
     assert sql.execute("SELECT FROM organizations").fetchall() == []

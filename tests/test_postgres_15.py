@@ -32,7 +32,7 @@ def test_the_story(data_dir: Path, home: Path, run: Callable[..., Result], monke
             with pytest.raises(psycopg.Error, match="only with their ledger rows"):
                 connection.execute("UPDATE team_credits SET credits_used = 0")
             connection.execute("DROP FUNCTION require_migrations")
-            connection.execute("DROP TABLE schema_migrations")
+            connection.execute("DROP TABLE saasllm_migrations")
         assert run("migrate", "adopt").status == 0
         assert run("migrate", "verify").status == 0
         assert run("migrate", "reset", "--confirm", "postgres").status == 0

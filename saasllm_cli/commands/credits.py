@@ -1,7 +1,6 @@
 """The prepaid credits of teams, and the ledger of all their movements."""
 
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,27 +14,20 @@ from saasllm_cli.commands.inputs import (
     label,
     noun,
 )
-from saasllm_cli.errors import Conflict, not_found
+from saasllm_cli.errors import Conflict
 from saasllm_cli.output import show
 
-app = noun(__doc__)
+app = noun()
 
 
-class TransactionType(StrEnum):
-    ALLOCATION = "allocation"
-    DEDUCTION = "deduction"
-    REFUND = "refund"
-    ADJUSTMENT = "adjustment"
-    EXPIRY = "expiry"
+TransactionType = Literal["allocation", "deduction", "refund", "adjustment", "expiry"]
 
 
 @app.command(epilog="Example: saasllm credits balance team_engineering -o json | jq .credits_remaining")
 def balance(team_id: TeamId, output: Output = None) -> None:
     """Show what a team was given, has used, has reserved for running jobs, and has left."""
     with database.connect() as db:
-        credits_ = db.maybe("credits.balance", team_id=team_id)
-    if credits_ is None:
-        raise not_found("team", team_id)
+        credits_ = db.found("credits.balance", "team", team_id, team_id=team_id)
     show(credits_, output)
 
 
@@ -45,27 +37,23 @@ def add(
     amount: Annotated[
         int, typer.Argument(min=1, max=MOST_CREDITS, metavar="AMOUNT", show_default=False, help="How many.")
     ],
-    reason: Annotated[str | None, typer.Option(parser=label, help="Why; it is kept in the ledger.")] = None,
+    reason: Annotated[
+        str | None, typer.Option(parser=label, metavar="TEXT", help="Why; it is kept in the ledger.")
+    ] = None,
     idempotency_key: IdempotencyKey = None,
     output: Output = None,
 ) -> None:
     """Add credits to a team, and show the ledger entry."""
-    given = {
-        "team_id": team_id,
-        "transaction_type": "allocation",
-        "credits_amount": amount,
-        "reason": reason,
-    }
+    given = {"team_id": team_id, "transaction_type": "allocation", "credits_amount": amount, "reason": reason}
     with database.connect() as db:
-        entry = db.maybe(
+        entry = db.found(
             "credits.add",
+            *("team", team_id),
             team_id=team_id,
             credits_amount=amount,
             reason=reason,
             idempotency_key=idempotency_key,
         )
-    if entry is None:
-        raise not_found("team", team_id)
     if different := [field for field, value in given.items() if entry[field] != value]:
         raise Conflict(
             "idempotency_key_reused",
@@ -84,19 +72,16 @@ def transactions(
 ) -> None:
     """List the movements of a team's credits, the newest first."""
     with database.connect() as db:
-        entries = db.many("credits.transactions", team_id=team_id, transaction_type=type_, row_limit=limit)
-        if not entries and db.maybe("credits.balance", team_id=team_id) is None:
-            raise not_found("team", team_id)
-    show(
-        entries,
-        output,
-        columns=(
-            "created_at",
-            "transaction_type",
-            "credits_amount",
-            "credits_before",
-            "credits_after",
-            "reason",
-            "job_id",
-        ),
+        entries = db.many("credits.transactions", team_id=team_id, transaction_type=type_, row_limit=limit + 1)
+        if not entries:  # none, or no such team
+            db.found("credits.balance", "team", team_id, team_id=team_id)
+    columns = (
+        "created_at",
+        "transaction_type",
+        "credits_amount",
+        "credits_before",
+        "credits_after",
+        "reason",
+        "job_id",
     )
+    show(entries, output, columns=columns, limit=limit)

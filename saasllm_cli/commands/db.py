@@ -11,7 +11,7 @@ from saasllm_cli.errors import Conflict, DatabaseUnavailable
 from saasllm_cli.output import note, print_line, show
 from saasllm_cli.settings import settings
 
-app = noun(__doc__)
+app = noun()
 
 
 @app.command(epilog="Example: saasllm db start")
@@ -38,14 +38,15 @@ def status(output: Output = None) -> None:
         "is_running": False,
         "version": None,
         "data_dir": str(embedded.cluster_dir()) if is_embedded else None,
-        "pid": embedded.pid() if is_embedded else None,
+        "pid": None,
     }
-    if is_embedded and state["pid"] is None:
+    if is_embedded and not embedded.is_running():
         show(state, output)
         raise DatabaseUnavailable("not_running", "The embedded PostgreSQL is not running.", "Run: saasllm db start")
     with database.raw_connection() as connection:
-        version = connection.info.parameter_status("server_version")
-    show(state | {"is_running": True, "version": version}, output)
+        state["version"] = connection.info.parameter_status("server_version")
+    state |= {"is_running": True, "pid": embedded.pid() if is_embedded else None}
+    show(state, output)
 
 
 @app.command(epilog='Example: psql "$(saasllm db url)"')
@@ -69,7 +70,9 @@ def shell(context: typer.Context) -> None:
         program = str(embedded.psql())
     if program is None:
         raise DatabaseUnavailable("no_psql", "psql is not installed.", "Install PostgreSQL's client programs.")
-    environment = os.environ | {"PGPASSWORD": str(keywords["password"])} if "password" in keywords else os.environ
+    environment = dict(os.environ)
+    if "password" in keywords:  # in the environment, for the words of a command show in a list of processes
+        environment["PGPASSWORD"] = str(keywords["password"])
     os.execve(program, ["psql", "--dbname", database.url(keywords), *context.args], environment)  # noqa: S606
 
 

@@ -16,7 +16,7 @@ from saasllm_cli.output import print_heading, print_line
 from saasllm_cli.queries import query
 from saasllm_cli.settings import settings
 
-app = noun(__doc__)
+app = noun()
 
 DATABASE = "saasllm_demo"
 

@@ -1,7 +1,6 @@
 """Model groups: a name for an ordered list of models."""
 
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,15 +17,10 @@ from saasllm_cli.commands.inputs import (
     same_or_conflict,
     unique,
 )
-from saasllm_cli.errors import NotAllowed, not_found
+from saasllm_cli.errors import refused
 from saasllm_cli.output import show
 
-app = noun(__doc__)
-
-
-class Activity(StrEnum):
-    ACTIVE = "active"
-    INACTIVE = "inactive"
+app = noun()
 
 
 @app.command(
@@ -45,9 +39,9 @@ def create(
         ),
     ],
     display_name: Annotated[
-        str | None, typer.Option(parser=label, help="Its name for people; by default GROUP.")
+        str | None, typer.Option(parser=label, metavar="TEXT", help="Its name for people; by default GROUP.")
     ] = None,
-    description: Annotated[str | None, typer.Option(parser=label, help="What it is for.")] = None,
+    description: Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="What it is for.")] = None,
     if_not_exists: IfNotExists = False,
     output: Output = None,
 ) -> None:
@@ -79,43 +73,31 @@ def get(group_name: GroupName, output: Output = None) -> None:
 
 @app.command("list", epilog="Example: saasllm group list -o json")
 def list_(
-    status: Annotated[Activity | None, typer.Option(help="Only those in this status.")] = None,
+    status: Annotated[Literal["active", "inactive"] | None, typer.Option(help="Only those in this status.")] = None,
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
     """List model groups by their names."""
     with database.connect() as db:
-        groups = db.many("group.list", status=status, row_limit=limit)
-    show(groups, output, columns=("group_name", "display_name", "status", "models"))
+        groups = db.many("group.list", status=status, row_limit=limit + 1)
+    show(groups, output, columns=("group_name", "display_name", "status", "models"), limit=limit)
 
 
 @app.command(epilog="Example: saasllm group resolve ResumeAgent --team team_engineering")
 def resolve(
     group_name: GroupName,
     team: Annotated[
-        str | None,
-        typer.Option(parser=identifier, metavar="TEAM", help="Ask it for this team, as its job would."),
+        str | None, typer.Option(parser=identifier, metavar="TEAM", help="Ask for this team, as its job would.")
     ] = None,
     output: Output = None,
 ) -> None:
     """Show which models a job of the group would try, in order."""
     with database.connect() as db:
-        resolved = db.maybe("group.resolve", group_name=group_name, team_id=team)
-    if resolved is None:
-        raise not_found("group", group_name)
-    if team is not None and resolved["team_id"] is None:
-        raise not_found("team", team)
-    if team is not None and not resolved["is_assigned"]:
-        raise NotAllowed("group_not_assigned", f"The group {group_name} is not assigned to the team {team}.")
-    if resolved["status"] != "active":
-        raise NotAllowed("group_inactive", f"The group {group_name} is inactive.")
-    if not resolved["models"]:
-        raise NotAllowed("no_active_model", f"The group {group_name} has no active model.")
+        resolved = db.one("group.resolve", group_name=group_name, team_id=team)
+    if resolved["refusal"]:
+        raise refused(resolved["refusal"], team, group_name, resolved["organization_id"])
     show(resolved["models"], output)
 
 
 def _found(db: database.Database, group_name: str) -> database.Row:
-    group = db.maybe("group.get", group_name=group_name)
-    if group is None:
-        raise not_found("group", group_name)
-    return group
+    return db.found("group.get", "group", group_name, group_name=group_name)

@@ -4,8 +4,8 @@ import json
 import re
 import unicodedata
 from datetime import UTC, datetime, timedelta
-from enum import StrEnum
-from typing import Annotated, Any, NoReturn
+from decimal import Decimal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -16,13 +16,14 @@ IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 MODEL_NAME = re.compile(r"[^\s\x00-\x1f\x7f]{1,255}")
 METADATA_BYTES = 65536
 MOST_CREDITS = 10**15
+RESERVED_KEYS = "opening:"
 AGES = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
-def noun(description: str | None) -> typer.Typer:
-    """The app of one noun."""
+def noun() -> typer.Typer:
+    """The app of one noun; its help is in the list of nouns."""
     # Plain help: rich would take as long to import as all the rest.
-    return typer.Typer(help=description, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+    return typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 
 def identifier(value: str) -> str:
@@ -42,31 +43,40 @@ def model_name(value: str) -> str:
 
 def label(value: str) -> str:
     """A name for people: one line, not empty."""
-    if not value.strip() or len(value) > 255 or any(unicodedata.category(sign) == "Cc" for sign in value):
+    if not value.strip() or len(value) > 255 or any(unicodedata.category(char) == "Cc" for char in value):
         raise typer.BadParameter("It must be one line of 1 to 255 characters, without control characters.")
     return value
 
 
 def moment(value: str) -> datetime:
     """A time in the past (`7d`, `12h`), a day in UTC (`2026-11-01`) or an RFC 3339 time."""
-    if match := re.fullmatch(r"(\d{1,6})([smhdw])", value):
-        return datetime.now(UTC) - timedelta(**{AGES[match[2]]: int(match[1])})
     try:
+        if match := re.fullmatch(r"(\d{1,9})([smhdw])", value):
+            return datetime.now(UTC) - timedelta(**{AGES[match[2]]: int(match[1])})
         parsed = datetime.fromisoformat(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise typer.BadParameter(
             f"{value!r} is not a time: write 7d, 12h, 2026-11-01 or 2026-11-01T08:00:00Z."
         ) from None
     return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
 
 
+def idempotency_key(value: str) -> str:
+    if value.startswith(RESERVED_KEYS):
+        raise typer.BadParameter(f"Keys that begin with {RESERVED_KEYS!r} are for the opening credits of teams.")
+    return label(value)
+
+
 def metadata_item(value: str) -> dict[str, Any]:
     """`k=v`, or the whole as a JSON object."""
     if value.lstrip().startswith("{"):
         try:
-            parsed = json.loads(value, parse_constant=_refuse_constant)
+            # Numbers stay exact: a float would round what it cannot hold.
+            parsed = json.loads(
+                value, parse_float=Decimal, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates
+            )
         except (ValueError, RecursionError) as error:
-            raise typer.BadParameter(f"It begins like a JSON object, but is none: {error}.") from None
+            raise typer.BadParameter(f"It is not a valid JSON object: {error}.") from None
         assert isinstance(parsed, dict)
         return parsed
     key, equals, text = value.partition("=")
@@ -79,6 +89,12 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"JSON has no {name}")
 
 
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key stands in it twice")
+    return found
+
+
 def merged(items: list[dict[str, Any]] | None) -> dict[str, Any]:
     """The metadata of all its options as one object."""
     metadata: dict[str, Any] = {}
@@ -86,7 +102,7 @@ def merged(items: list[dict[str, Any]] | None) -> dict[str, Any]:
         if twice := metadata.keys() & item.keys():
             raise InvalidInput("invalid_metadata", f"--metadata names {min(twice)!r} twice.", "Give each key once.")
         metadata |= item
-    if len(json.dumps(metadata, ensure_ascii=False).encode("utf-8", "replace")) > METADATA_BYTES:
+    if len(json.dumps(metadata, ensure_ascii=False, default=str).encode("utf-8", "replace")) > METADATA_BYTES:
         raise InvalidInput(
             "invalid_metadata",
             "The metadata is larger than 64 KiB.",
@@ -97,7 +113,7 @@ def merged(items: list[dict[str, Any]] | None) -> dict[str, Any]:
 
 def unique(values: list[str], option: str) -> list[str]:
     """The values of an option that may be given several times, each of them once."""
-    if twice := next((value for place, value in enumerate(values) if value in values[:place]), None):
+    if twice := next((value for index, value in enumerate(values) if value in values[:index]), None):
         raise InvalidInput("given_twice", f"{option} {twice} is given twice.", "Give each once.")
     return values
 
@@ -121,23 +137,16 @@ def same_or_conflict(
         )
 
 
-class Activity(StrEnum):
-    ACTIVE = "active"
-    SUSPENDED = "suspended"
-
+Activity = Literal["active", "suspended"]
 
 Output = Annotated[
     Format | None,
     typer.Option(
-        "--output",
-        "-o",
-        show_default="table",
-        help="How to print the result. SAASLLM_OUTPUT sets it for all.",
+        "--output", "-o", show_default="table", help="The form of the result. SAASLLM_OUTPUT sets it for all."
     ),
 ]
 IfNotExists = Annotated[
-    bool,
-    typer.Option("--if-not-exists", help="Succeed where it exists already with the same fields."),
+    bool, typer.Option("--if-not-exists", help="Succeed where it exists already with the same fields.")
 ]
 Metadata = Annotated[
     list[dict],  # type: ignore[type-arg] # typer takes no further type inside
@@ -145,19 +154,26 @@ Metadata = Annotated[
         "--metadata",
         metavar="KEY=VALUE",
         parser=metadata_item,
-        help="What to keep beside it; several, or one JSON object.",
+        help="Metadata to attach; repeatable, or one JSON object.",
     ),
 ]
-Limit = Annotated[int, typer.Option("--limit", min=1, max=100_000, help="At most so many.")]
+Limit = Annotated[int, typer.Option("--limit", min=1, max=100_000, metavar="N", help="Show at most N.")]
 IdempotencyKey = Annotated[
     str | None,
     typer.Option(
         "--idempotency-key",
         metavar="KEY",
-        parser=label,
-        help="Run again with the same key, it has the same one effect.",
+        parser=idempotency_key,
+        help="A repeated run with the same key has no second effect.",
     ),
 ]
 OrganizationId = Annotated[str, typer.Argument(metavar="ORG", parser=identifier, show_default=False)]
 TeamId = Annotated[str, typer.Argument(metavar="TEAM", parser=identifier, show_default=False)]
 GroupName = Annotated[str, typer.Argument(metavar="GROUP", parser=identifier, show_default=False)]
+OrgFilter = Annotated[
+    str | None, typer.Option("--org", metavar="ORG", parser=identifier, help="Only those of this organization.")
+]
+TeamFilter = Annotated[
+    str | None, typer.Option("--team", metavar="TEAM", parser=identifier, help="Only those of this team.")
+]
+StatusFilter = Annotated[Activity | None, typer.Option("--status", help="Only those in this status.")]

@@ -1,12 +1,11 @@
 """Jobs: call a model for a team, and charge one credit when it succeeds."""
 
+import re
 import select
 import sys
-import unicodedata
 from datetime import datetime
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import UUID
 
 import typer
@@ -16,32 +15,30 @@ from saasllm_cli.commands.inputs import (
     IdempotencyKey,
     Limit,
     Metadata,
+    OrgFilter,
     Output,
+    TeamFilter,
     identifier,
     label,
     merged,
     moment,
     noun,
 )
-from saasllm_cli.errors import InvalidInput, NoAnswer, not_found
+from saasllm_cli.errors import InvalidInput, NoAnswer
 from saasllm_cli.output import note, print_answer, show
 from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
     from saasllm_cli.jobs.runner import JobResult
 
-app = noun(__doc__)
+app = noun()
 
-PROMPT_CONTROLS = "\t\n\r\f\v"
+# Control characters (but not tab, line feed, vertical tab, form feed, carriage return) and halves of surrogate pairs.
+NO_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 SILENT_STDIN_SECONDS = 3
 
 
-class Status(StrEnum):
-    PENDING = "pending"
-    IN_PROGRESS = "in_progress"
-    COMPLETED = "completed"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
+Status = Literal["pending", "in_progress", "completed", "failed", "cancelled"]
 
 
 @app.command(
@@ -61,18 +58,20 @@ def run(
             help="Whose models are tried, in order.",
         ),
     ],
-    prompt: Annotated[str | None, typer.Option(help="What is asked; a document from stdin is joined after it.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What is asked; a document from stdin is joined after it.")
+    ] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A file instead of stdin; '-' is stdin.")
     ] = None,
-    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
     job_type: Annotated[
         str, typer.Option(parser=label, metavar="TYPE", help="What kind of work it is, for lists.")
     ] = "completion",
     external_task_id: Annotated[
         str | None, typer.Option(parser=label, metavar="ID", help="Your own id for it, for lists.")
     ] = None,
-    metadata: Metadata = [],  # noqa: B006
+    metadata: Metadata = [],
     timeout: Annotated[
         float,
         typer.Option(
@@ -117,65 +116,31 @@ def run(
 
 
 @app.command(epilog="Example: saasllm job get 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d -o json | jq '.calls[].error'")
-def get(
-    job_id: Annotated[UUID, typer.Argument(metavar="JOB", show_default=False)],
-    output: Output = None,
-) -> None:
+def get(job_id: Annotated[UUID, typer.Argument(metavar="JOB", show_default=False)], output: Output = None) -> None:
     """Show a job and each of its calls: which model, why it failed, how long it took, what it cost."""
     with database.connect() as db:
-        job = db.maybe("job.get", job_id=job_id)
-        if job is None:
-            raise not_found("job", str(job_id))
+        job = db.found("job.get", "job", str(job_id), job_id=job_id)
         calls = db.many("job.calls", job_id=job_id)
-    show(
-        job | {"calls": [{name: value for name, value in call.items() if name != "job_id"} for call in calls]},
-        output,
-    )
+    show(job | {"calls": calls}, output)
 
 
-@app.command(
-    "list",
-    epilog="Example: saasllm job list --team team_engineering --status failed --since 7d -o json",
-)
+@app.command("list", epilog="Example: saasllm job list --team team_engineering --status failed --since 7d -o json")
 def list_(
-    team: Annotated[
-        str | None, typer.Option(parser=identifier, metavar="TEAM", help="Only those of this team.")
-    ] = None,
-    org: Annotated[
-        str | None,
-        typer.Option(parser=identifier, metavar="ORG", help="Only those of this organization."),
-    ] = None,
+    team: TeamFilter = None,
+    org: OrgFilter = None,
     status: Annotated[Status | None, typer.Option(help="Only those in this status.")] = None,
     since: Annotated[
         datetime | None,
-        typer.Option(parser=moment, metavar="WHEN", help="Only those from then on: 7d, 2026-11-01, RFC 3339."),
+        typer.Option(parser=moment, metavar="WHEN", help="Only those created since: 7d, 2026-11-01 or RFC 3339."),
     ] = None,
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
     """List jobs, the newest first."""
     with database.connect() as db:
-        jobs = db.many(
-            "job.list",
-            team_id=team,
-            organization_id=org,
-            status=status,
-            since=since,
-            row_limit=limit,
-        )
-    show(
-        jobs,
-        output,
-        columns=(
-            "job_id",
-            "team_id",
-            "job_type",
-            "status",
-            "model_groups_used",
-            "credit_applied",
-            "created_at",
-        ),
-    )
+        jobs = db.many("job.list", team_id=team, organization_id=org, status=status, since=since, row_limit=limit + 1)
+    columns = ("job_id", "team_id", "job_type", "status", "model_groups_used", "credit_applied", "created_at")
+    show(jobs, output, columns=columns, limit=limit)
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -222,48 +187,44 @@ def _decoded(content: bytes, source: str) -> str:
 
 def _checked(text: str, source: str) -> str:
     """A prompt is text: a control character in it is a mistake upstream, and one that reaches a terminal an attack."""
-    for place, sign in enumerate(text):
-        if unicodedata.category(sign) in ("Cc", "Cs") and sign not in PROMPT_CONTROLS:
-            line = text.count("\n", 0, place) + 1
-            name = {"\0": "a NUL character", "\x1b": "a terminal escape"}.get(sign, "a control character")
-            raise InvalidInput(
-                "invalid_prompt",
-                f"The prompt in {source} holds {name} (U+{ord(sign):04X}) in line {line}.",
-                "Remove it.",
-            )
+    if match := NO_TEXT.search(text):
+        line = text.count("\n", 0, match.start()) + 1
+        name = {"\0": "a NUL character", "\x1b": "a terminal escape"}.get(match[0], "a control character")
+        raise InvalidInput(
+            "invalid_prompt",
+            f"The prompt in {source} holds {name} (U+{ord(match[0]):04X}) in line {line}.",
+            "Remove it.",
+        )
     return text
 
 
 def _show_result(result: "JobResult", output: Format) -> None:
-    last = result.calls[-1]
+    last = result.calls[-1] if result.calls else None
     if output is not Format.TABLE:
+        names = ("resolved_model", "prompt_tokens", "completion_tokens", "total_tokens", "cost_usd", "latency_ms")
         fields: dict[str, Any] = {
             "job_id": result.job_id,
             "status": result.status if result.unsettled is None else "in_progress",
             "content": result.content,
-            "resolved_model": last.resolved_model,
-            "prompt_tokens": last.prompt_tokens,
-            "completion_tokens": last.completion_tokens,
-            "total_tokens": last.total_tokens,
-            "cost_usd": last.cost_usd,
-            "latency_ms": last.latency_ms,
+            **{name: getattr(last, name, None) for name in names},
             "attempts": len(result.calls),
             "credits_remaining": result.credits_remaining,
         }
         show(fields, output)
         return
-    if result.content is None:
-        note(f"Job {result.job_id} completed before, under the same idempotency key. Its answer was not kept.")
-    else:
-        print_answer(result.content)
+    if result.is_repeated:
+        note(f"Job {result.job_id} was completed and charged before, under this key. Its answer was not kept.")
+        return
+    assert result.content is not None
+    assert last is not None
+    print_answer(result.content)
     for call in result.calls[:-1]:
         note(f"{call.resolved_model} failed: {call.error}")
     cost = "cost unknown" if last.cost_usd is None else f"${last.cost_usd:f}"
     tokens = f"{last.prompt_tokens} + {last.completion_tokens} tokens"
     note(f"{last.resolved_model} · {tokens} · {cost} · {last.latency_ms / 1000:.2f} s · job {result.job_id}")
     if result.unsettled is None:
-        charged = "One credit charged" if result.content is not None else "It was charged then"
-        note(f"{charged}, {result.credits_remaining} left.")
+        note(f"One credit charged, {result.credits_remaining} left.")
 
 
 def _no_answer(request: Any, result: "JobResult") -> NoAnswer:

@@ -9,7 +9,7 @@ from saasllm_cli.commands.inputs import Output, noun
 from saasllm_cli.output import note, print_line, show
 from saasllm_cli.settings import Format, settings
 
-app = noun(__doc__)
+app = noun()
 
 To = Annotated[str | None, typer.Option(metavar="NUMBER", help="Up to this migration; by default the last.")]
 
@@ -31,7 +31,7 @@ def up(
     names = migrations.up(to, dry_run=dry_run, on_done=tell, on_wait=_tell_wait)
     if not as_text:
         show(
-            [{"migration": name, "state": "pending" if dry_run else "applied"} for name in names],
+            [{"migration": name, "status": "pending" if dry_run else "applied"} for name in names],
             output,
         )
         return
@@ -45,7 +45,7 @@ def up(
 
 
 @app.command(
-    epilog="Example: saasllm migrate status -o json | jq -r '.[] | select(.state == \"pending\") | .migration'"
+    epilog="Example: saasllm migrate status -o json | jq -r '.[] | select(.status == \"pending\") | .migration'"
 )
 def status(output: Output = None) -> None:
     """List the migrations: applied (when), pending, changed since, missing, duplicate, out of order."""
@@ -67,7 +67,7 @@ def adopt(to: To = None, output: Output = None) -> None:
     Its tables are compared with what the files build; where they differ the difference is told and nothing recorded.
     """
     names = migrations.adopt(to, on_wait=_tell_wait)
-    show([{"migration": name, "state": "applied"} for name in names], output)
+    show([{"migration": name, "status": "applied"} for name in names], output)
 
 
 @app.command(epilog="Example: saasllm migrate reset --confirm saasllm_test")
@@ -75,15 +75,15 @@ def reset(
     confirm: Annotated[
         str,
         typer.Option(
-            metavar="DATABASE_NAME",
-            show_default=False,
-            help="The name of the database, to show that it is meant.",
+            metavar="DATABASE_NAME", show_default=False, help="The database's name, to show that it is meant."
         ),
     ],
+    output: Output = None,
 ) -> None:
     """Drop the tables of saasllm WITH ALL THEIR DATA, and build them anew."""
-    migrations.reset(confirm, on_done=lambda name: print_line(f"Migration completed: {name}"), on_wait=_tell_wait)
-    print_line(f"The database {confirm} is empty and migrated.")
+    names = migrations.reset(confirm, on_wait=_tell_wait)
+    show([{"migration": name, "status": "applied"} for name in names], output)
+    note(f"The database {confirm} is empty and migrated.")
 
 
 def _tell_wait() -> None:

@@ -7,11 +7,12 @@ import typer
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import (
     MOST_CREDITS,
-    Activity,
     IfNotExists,
     Limit,
     Metadata,
+    OrgFilter,
     Output,
+    StatusFilter,
     TeamId,
     identifier,
     label,
@@ -23,7 +24,7 @@ from saasllm_cli.commands.inputs import (
 from saasllm_cli.errors import not_found
 from saasllm_cli.output import show
 
-app = noun(__doc__)
+app = noun()
 
 
 @app.command(
@@ -36,16 +37,18 @@ def create(
         str,
         typer.Option(parser=identifier, metavar="ORG", show_default=False, help="Whose team it is."),
     ],
-    alias: Annotated[str | None, typer.Option(parser=label, help="Its name for people; by default its id.")] = None,
+    alias: Annotated[
+        str | None, typer.Option(parser=label, metavar="TEXT", help="Its name for people; by default its id.")
+    ] = None,
     group: Annotated[
         list[str],
-        typer.Option(parser=identifier, metavar="GROUP", help="A group that it may use; several."),
-    ] = [],  # noqa: B006
+        typer.Option(parser=identifier, metavar="GROUP", help="A group it may use; repeatable."),
+    ] = [],
     credits_: Annotated[
         int | None,
-        typer.Option("--credits", min=0, max=MOST_CREDITS, help="What it starts with; 0 by default."),
+        typer.Option("--credits", min=0, max=MOST_CREDITS, metavar="N", help="What it starts with; 0 by default."),
     ] = None,
-    metadata: Metadata = [],  # noqa: B006
+    metadata: Metadata = [],
     if_not_exists: IfNotExists = False,
     output: Output = None,
 ) -> None:
@@ -87,34 +90,13 @@ def get(team_id: TeamId, output: Output = None) -> None:
 
 
 @app.command("list", epilog="Example: saasllm team list --org org_acme_corp")
-def list_(
-    org: Annotated[
-        str | None,
-        typer.Option(parser=identifier, metavar="ORG", help="Only those of this organization."),
-    ] = None,
-    status: Annotated[Activity | None, typer.Option(help="Only those in this status.")] = None,
-    limit: Limit = 100,
-    output: Output = None,
-) -> None:
+def list_(org: OrgFilter = None, status: StatusFilter = None, limit: Limit = 100, output: Output = None) -> None:
     """List teams by their ids."""
     with database.connect() as db:
-        teams = db.many("team.list", organization_id=org, status=status, row_limit=limit)
-    show(
-        teams,
-        output,
-        columns=(
-            "team_id",
-            "organization_id",
-            "team_alias",
-            "status",
-            "model_groups",
-            "credits_remaining",
-        ),
-    )
+        teams = db.many("team.list", organization_id=org, status=status, row_limit=limit + 1)
+    columns = ("team_id", "organization_id", "team_alias", "status", "model_groups", "credits_remaining")
+    show(teams, output, columns=columns, limit=limit)
 
 
 def _found(db: database.Database, team_id: str) -> database.Row:
-    team = db.maybe("team.get", team_id=team_id)
-    if team is None:
-        raise not_found("team", team_id)
-    return team
+    return db.found("team.get", "team", team_id, team_id=team_id)

@@ -75,11 +75,13 @@ async def complete(model: str, messages: Sequence[dict[str, Any]], timeout: floa
             response = await litellm.acompletion(
                 model=model, messages=list(messages), timeout=timeout, max_retries=0, num_retries=0
             )
+        return _answer(model, response)
+    except ModelFailed:
+        raise
     except Exception as error:
         if _refuses_the_request(error):
             raise ModelFailed(_reason(error), is_final=True) from error
         raise ModelFailed(_missing_key(model) or _reason(error)) from error
-    return _answer(model, response)
 
 
 def _refuses_the_request(error: Exception) -> bool:
@@ -102,11 +104,17 @@ def _answer(model: str, response: Any) -> Answer:
     usage = getattr(response, "usage", None)
     return Answer(
         content=content,
-        prompt_tokens=getattr(usage, "prompt_tokens", None),
-        completion_tokens=getattr(usage, "completion_tokens", None),
-        total_tokens=getattr(usage, "total_tokens", None),
+        prompt_tokens=_count(usage, "prompt_tokens"),
+        completion_tokens=_count(usage, "completion_tokens"),
+        total_tokens=_count(usage, "total_tokens"),
         cost_usd=_cost(model, response),
     )
+
+
+def _count(usage: Any, name: str) -> int | None:
+    """A count of the provider, where it is one: an answer is not lost for a nonsensical one."""
+    count = getattr(usage, name, None)
+    return count if isinstance(count, int) and 0 <= count < 2**31 else None
 
 
 def _cost(model: str, response: Any) -> Decimal | None:
@@ -132,7 +140,7 @@ def _reason(error: Exception) -> str:
     for name, value in os.environ.items():
         if len(value) >= 8 and SECRET_NAME.search(name):
             text = text.replace(value, "***")
-    text = LOOKS_LIKE_A_KEY.sub("***", text).replace("\0", "")
+    text = LOOKS_LIKE_A_KEY.sub("***", text).replace("\0", "").encode(errors="replace").decode()
     status = getattr(error, "status_code", None)
     name = type(error).__name__
     return f"{status or ''} {name}: {text or 'no message'}".strip()[:LONGEST_ERROR]

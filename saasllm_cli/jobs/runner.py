@@ -12,7 +12,7 @@ import secrets
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -24,14 +24,14 @@ from saasllm_cli.errors import (
     DatabaseUnavailable,
     InsufficientCredits,
     Interrupted,
-    NotAllowed,
     SaasllmError,
-    not_found,
+    refused,
 )
 
 SETTLE_SECONDS = 30.0
 # The lease outlives the deadline by the time to load litellm and to settle.
 LEASE_MARGIN_SECONDS = 120.0
+RETRIED = ("database_unreachable", "database_busy")
 # While a job is settled no signal interrupts it: its credit would stay reserved until the lease runs out.
 UNINTERRUPTED = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}
 
@@ -77,8 +77,8 @@ class Call:
 class JobResult:
     """How a job ended: `completed` with its content, or `failed`.
 
-    `content` is None where the key of a completed job was used again: answers are not kept. `unsettled` is why the
-    database does not know yet; then the job is still open and `credits_remaining` unknown.
+    `is_repeated` where the key of a completed job was used again: its content was not kept. `unsettled` is why the
+    database does not know of the answer; then the job is still open and `credits_remaining` unknown.
     """
 
     job_id: UUID
@@ -87,6 +87,7 @@ class JobResult:
     calls: list[Call]
     credits_remaining: int | None = None
     error_message: str | None = None
+    is_repeated: bool = False
     unsettled: SaasllmError | None = None
 
 
@@ -99,20 +100,24 @@ def run(request: JobRequest) -> JobResult:
     """
     job_id = new_job_id()
     calls: list[Call] = []
-    result = None
+    begun = result = None
     try:
         with _signals({signal.SIGTERM: _interrupt}):  # cron and supervisors send it: as clean as Ctrl-C
             begun = _begin(job_id, request)
             if begun["outcome"] == "key_in_use":
                 return _first_result(begun["existing_job_id"], begun["credits_remaining"])
-            content = asyncio.run(_call_models(begun["model_names"], request, calls))
+            content = _content(begun["model_names"], request, calls)
             with _signals(UNINTERRUPTED):
                 result = _settled(job_id, content, calls)
     except KeyboardInterrupt:
         if result is None:  # else it is too late to cancel
-            with _signals(UNINTERRUPTED):
-                _settle(job_id, "cancelled", "Interrupted.", calls)
+            # Where begin was interrupted it is not known whether there is a job, and not worth waiting for.
+            _abandon(job_id, "cancelled", "Interrupted.", calls, SETTLE_SECONDS if begun else 0)
             raise Interrupted("interrupted", f"Job {job_id} was cancelled, and nothing was charged.") from None
+    except Exception as error:
+        if begun is not None and not isinstance(error, SaasllmError):
+            _abandon(job_id, "failed", f"Unexpected {type(error).__name__}.", calls, SETTLE_SECONDS)
+        raise
     return result
 
 
@@ -134,43 +139,27 @@ def _begin(job_id: UUID, request: JobRequest) -> database.Row:
         "metadata": request.metadata,
         "idempotency_key": request.idempotency_key,
         "request_hash": request.hash() if request.idempotency_key else None,
-        "lease": request.timeout + LEASE_MARGIN_SECONDS,
+        "lease_seconds": request.timeout + LEASE_MARGIN_SECONDS,
     }
     with database.connect() as db:
         begun = db.one("job.begin", **parameters)
         is_blocked = begun["outcome"] == "insufficient_credits" or begun["existing_is_expired"]
-        if is_blocked and db.one("job.sweep", team_id=request.team_id)["jobs"]:
+        if is_blocked and db.one("job.sweep", team_id=request.team_id)["swept"]:
             begun = db.one("job.begin", **parameters)
     _raise_refusal(begun, request)
     return begun
 
 
 def _raise_refusal(begun: database.Row, request: JobRequest) -> None:
-    team, group = request.team_id, request.group_name
     match begun["outcome"]:
-        case "team_not_found":
-            raise not_found("team", team)
-        case "group_not_found":
-            raise not_found("group", group)
-        case "organization_suspended":
-            raise NotAllowed(
-                "organization_suspended",
-                f"The organization {begun['organization_id']} of the team {team} is suspended.",
-            )
-        case "team_suspended":
-            raise NotAllowed("team_suspended", f"The team {team} is suspended.")
-        case "group_not_assigned":
-            raise NotAllowed("group_not_assigned", f"The group {group} is not assigned to the team {team}.")
-        case "group_inactive":
-            raise NotAllowed("group_inactive", f"The group {group} is inactive.")
-        case "no_active_model":
-            raise NotAllowed("no_active_model", f"The group {group} has no active model.")
+        case "begun":
+            return
         case "insufficient_credits":
             raise InsufficientCredits(
                 "insufficient_credits",
-                f"The team {team} has no credit free: {begun['credits_remaining']} remaining, "
+                f"The team {request.team_id} has no credit free: {begun['credits_remaining']} remaining, "
                 f"{begun['credits_reserved']} of them reserved by running jobs.",
-                f"Run: saasllm credits add {team} AMOUNT",
+                f"Run: saasllm credits add {request.team_id} AMOUNT",
             )
         case "key_in_use" if begun["existing_request_hash"] != request.hash():
             raise Conflict(
@@ -184,6 +173,10 @@ def _raise_refusal(begun: database.Row, request: JobRequest) -> None:
                 f"The job of this idempotency key is still {begun['existing_status']}.",
                 f"See: saasllm job get {begun['existing_job_id']}",
             )
+        case "key_in_use":
+            return
+        case outcome:
+            raise refused(outcome, request.team_id, request.group_name, begun["organization_id"])
 
 
 def _first_result(job_id: UUID, credits_remaining: int) -> JobResult:
@@ -191,42 +184,45 @@ def _first_result(job_id: UUID, credits_remaining: int) -> JobResult:
         rows = db.many("job.calls", job_id=job_id)
     fields = Call.__dataclass_fields__.keys() - {"began"}
     calls = [Call(began=0, **{name: row[name] for name in fields}) for row in rows]
-    return JobResult(job_id, "completed", None, calls, credits_remaining)
+    return JobResult(job_id, "completed", None, calls, credits_remaining, is_repeated=True)
 
 
-async def _call_models(models: Sequence[str], request: JobRequest, calls: list[Call]) -> str | None:
-    """The first answer, or None; each attempt is added to `calls` as it is made."""
+def _content(models: Sequence[str], request: JobRequest, calls: list[Call]) -> str | None:
+    """The first answer of the models, or None; each attempt is added to `calls` as it is made."""
     started = time.monotonic()
     from saasllm_cli.jobs import llm  # takes seconds
 
-    deadline = time.monotonic() + request.timeout
-    for place, model in enumerate(models):
-        began = time.monotonic()
-        # What is left is shared by the models that are left, so that a silent one does not take it all.
-        seconds = (deadline - began) / (len(models) - place)
-        call = Call(request.group_name, model, place + 1, began - started)
-        calls.append(call)
-        try:
-            async with asyncio.timeout(seconds):
-                answer = await llm.complete(model, request.messages, seconds)
-        except TimeoutError:
-            call.error = f"no answer within {seconds:.0f} s"
-        except asyncio.CancelledError:
-            call.error = "interrupted"
-            raise
-        except llm.ModelFailed as failure:
-            call.error = str(failure)
-            if failure.is_final:
-                return None
-        else:
-            call.prompt_tokens = answer.prompt_tokens
-            call.completion_tokens = answer.completion_tokens
-            call.total_tokens = answer.total_tokens
-            call.cost_usd = answer.cost_usd
-            return answer.content
-        finally:
-            call.latency_ms = round((time.monotonic() - began) * 1000)
-    return None
+    async def call_models() -> str | None:
+        deadline = time.monotonic() + request.timeout
+        for index, model in enumerate(models):
+            began = time.monotonic()
+            # What is left is shared by the models that are left, so that a silent one does not take it all.
+            seconds = (deadline - began) / (len(models) - index)
+            call = Call(request.group_name, model, index + 1, began - started)
+            calls.append(call)
+            try:
+                async with asyncio.timeout(seconds):
+                    answer = await llm.complete(model, request.messages, seconds)
+            except TimeoutError:
+                call.error = f"no answer within {seconds:.0f} s"
+            except asyncio.CancelledError:
+                call.error = "interrupted"
+                raise
+            except llm.ModelFailed as failure:
+                call.error = str(failure)
+                if failure.is_final:
+                    return None
+            else:
+                call.prompt_tokens = answer.prompt_tokens
+                call.completion_tokens = answer.completion_tokens
+                call.total_tokens = answer.total_tokens
+                call.cost_usd = answer.cost_usd
+                return answer.content
+            finally:
+                call.latency_ms = round((time.monotonic() - began) * 1000)
+        return None
+
+    return asyncio.run(call_models())
 
 
 def _settled(job_id: UUID, content: str | None, calls: list[Call]) -> JobResult:
@@ -236,33 +232,40 @@ def _settled(job_id: UUID, content: str | None, calls: list[Call]) -> JobResult:
         error_message = "; ".join(f"{call.resolved_model}: {call.error}" for call in calls)
     result = JobResult(job_id, status, content, calls, error_message=error_message)
     try:
-        settled = _settle(job_id, status, error_message, calls)
-    except DatabaseUnavailable as error:
+        settled = _settle(job_id, status, error_message, calls, SETTLE_SECONDS)
+    except SaasllmError as error:  # an answer that is there is not lost for it
         result.unsettled = error
         return result
     # Settled before, with an answer that was lost on the way: the same status tells.
     if not settled["settled"] and settled["status"] != status:
         raise Conflict(
             "lease_lost",
-            f"The lease of job {job_id} was lost before it could be settled: it is {settled['status']}, "
+            f"The lease of job {job_id} ran out or was ended before it could be settled: it is {settled['status']}, "
             "and nothing was charged.",
-            "Run it again, with a longer --timeout.",
+            "This machine may have been asleep. Run the job again.",
         )
     result.credits_remaining = settled["credits_remaining"]
     return result
 
 
-def _settle(job_id: UUID, status: str, error_message: str | None, calls: list[Call]) -> database.Row:
+def _abandon(job_id: UUID, status: str, error_message: str, calls: list[Call], seconds: float) -> None:
+    """Frees the credit of a job that has no answer. Where the database is away, the lease will."""
+    with suppress(DatabaseUnavailable), _signals(UNINTERRUPTED):
+        _settle(job_id, status, error_message, calls, seconds)
+
+
+def _settle(job_id: UUID, status: str, error_message: str | None, calls: list[Call], seconds: float) -> database.Row:
     """Settles the job, trying again for a while when the database is away: a second time does no harm."""
     rows = json.dumps([asdict(call) for call in calls], default=str)
-    until = time.monotonic() + SETTLE_SECONDS
+    until = time.monotonic() + seconds
     pause = 0.1
     while True:
         try:
-            with database.connect() as db:
+            # What was begun is settled, also on a database that was migrated in the meantime.
+            with database.connect(check_migrations=False) as db:
                 return db.one("job.settle", job_id=job_id, status=status, error_message=error_message, calls=rows)
         except DatabaseUnavailable as error:
-            if error.code != "database_unreachable" or time.monotonic() + pause > until:
+            if error.code not in RETRIED or time.monotonic() + pause > until:
                 raise
             time.sleep(pause)
             pause = min(pause * 2, 5)

@@ -50,9 +50,9 @@ CREATE TABLE credit_transactions (
     )
 );
 
-CREATE INDEX credit_transactions_by_job ON credit_transactions (job_id) WHERE job_id IS NOT NULL;
-CREATE UNIQUE INDEX credit_transactions_one_deduction ON credit_transactions (job_id)
-    WHERE transaction_type = 'deduction';
+-- A job is charged at most once, and given back at most once.
+CREATE UNIQUE INDEX credit_transactions_once_a_job ON credit_transactions (job_id, transaction_type)
+    WHERE job_id IS NOT NULL;
 CREATE UNIQUE INDEX credit_transactions_idempotency_key ON credit_transactions (idempotency_key)
     WHERE idempotency_key IS NOT NULL;
 

@@ -19,11 +19,12 @@ CREATE INDEX jobs_by_organization ON jobs (organization_id, created_at, job_id);
 CREATE INDEX jobs_by_time ON jobs (created_at, job_id);
 CREATE INDEX jobs_open ON jobs (team_id, lease_expires_at) WHERE status IN ('pending', 'in_progress');
 -- A key whose job failed or was cancelled is free again.
-CREATE UNIQUE INDEX jobs_idempotency_key ON jobs (idempotency_key) WHERE status NOT IN ('failed', 'cancelled');
+CREATE UNIQUE INDEX jobs_idempotency_key ON jobs (idempotency_key)
+    WHERE idempotency_key IS NOT NULL AND status NOT IN ('failed', 'cancelled');
 
 ALTER TABLE llm_calls
-    ADD COLUMN team_id          identifier NOT NULL,
-    ADD COLUMN model_group_used identifier NOT NULL,
+    ADD COLUMN team_id          identifier NOT NULL REFERENCES teams,
+    ADD COLUMN model_group_used identifier NOT NULL, -- the name: it outlives a group that is deleted
     ADD COLUMN attempt          integer    NOT NULL,
     ADD COLUMN purpose          text,
     ADD CONSTRAINT llm_calls_attempt CHECK (attempt >= 1);

@@ -1,5 +1,8 @@
 -- The shape in which people and scripts meet the records: column for column what a command shows.
 
+CREATE VIEW organization_details AS
+SELECT organization_id, name, status, metadata, created_at, updated_at FROM organizations;
+
 CREATE VIEW model_group_details AS
 SELECT
     g.group_name,

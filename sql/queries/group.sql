@@ -25,22 +25,28 @@ WHERE (%(status)s::text IS NULL OR status = %(status)s)
 ORDER BY group_name
 LIMIT %(row_limit)s;
 
--- name: resolve(group_name, team_id) :maybe
--- What a job of the group would try, in order; with a team, also whether it may use the group.
+-- name: resolve(group_name, team_id) :one
+-- What a job of the group would try, in order, or the one reason why it may not; the team is asked for where it is
+-- given.
 SELECT
-    g.group_name,
-    g.status,
-    t.team_id,
-    a.group_name IS NOT NULL AS is_assigned,
-    (
-        SELECT coalesce(
-            json_agg(json_build_object('model_name', m.model_name, 'priority', m.priority) ORDER BY m.priority),
-            '[]'
-        )
-        FROM model_group_models m
-        WHERE m.group_name = g.group_name AND m.is_active
-    ) AS models
-FROM model_groups g
-LEFT JOIN teams t ON t.team_id = %(team_id)s
+    CASE
+        WHEN t.team_id IS NULL AND asked.team_id IS NOT NULL THEN 'team_not_found'
+        WHEN g.group_name IS NULL THEN 'group_not_found'
+        WHEN o.status <> 'active' THEN 'organization_suspended'
+        WHEN t.status <> 'active' THEN 'team_suspended'
+        WHEN t.team_id IS NOT NULL AND a.group_name IS NULL THEN 'group_not_assigned'
+        WHEN g.status <> 'active' THEN 'group_inactive'
+        WHEN m.models IS NULL THEN 'no_active_model'
+    END AS refusal,
+    t.organization_id,
+    m.models
+FROM (VALUES (%(team_id)s::text, %(group_name)s::text)) AS asked (team_id, group_name)
+LEFT JOIN teams t ON t.team_id = asked.team_id
+LEFT JOIN organizations o ON o.organization_id = t.organization_id
+LEFT JOIN model_groups g ON g.group_name = asked.group_name
 LEFT JOIN team_model_groups a ON a.team_id = t.team_id AND a.group_name = g.group_name
-WHERE g.group_name = %(group_name)s;
+CROSS JOIN LATERAL (
+    SELECT json_agg(json_build_object('model_name', model_name, 'priority', priority) ORDER BY priority) AS models
+    FROM model_group_models
+    WHERE group_name = g.group_name AND is_active
+) m;

@@ -2,8 +2,8 @@
 --
 -- Lock order, everywhere: the job's row, then its team's balance.
 
--- name: begin(job_id, team_id, group_name, job_type, external_task_id, metadata, idempotency_key, request_hash, lease) :one
--- Reserves a credit and opens the job under a lease of `lease` seconds, if everything allows it; else says the one
+-- name: begin(job_id, team_id, group_name, job_type, external_task_id, metadata, idempotency_key, request_hash, lease_seconds) :one
+-- Reserves a credit and opens the job under a lease, if everything allows it; else says the one
 -- condition that failed, and nothing is done. A key in use gives the job that has it.
 WITH request AS (
     SELECT
@@ -29,7 +29,8 @@ WITH request AS (
     LEFT JOIN organizations o ON o.organization_id = t.organization_id
     LEFT JOIN model_groups g ON g.group_name = asked.group_name
     LEFT JOIN team_model_groups a ON a.team_id = t.team_id AND a.group_name = g.group_name
-    LEFT JOIN jobs k ON k.idempotency_key = %(idempotency_key)s AND k.status NOT IN ('failed', 'cancelled')
+    LEFT JOIN jobs k ON k.idempotency_key = %(idempotency_key)s
+        AND k.status NOT IN ('failed', 'cancelled')
     CROSS JOIN LATERAL (
         SELECT ARRAY(
             SELECT model_name FROM model_group_models WHERE group_name = g.group_name AND is_active ORDER BY priority
@@ -53,7 +54,7 @@ job AS (
     SELECT
         %(job_id)s, request.team_id, request.organization_id, %(job_type)s, 'in_progress', %(external_task_id)s,
         ARRAY[%(group_name)s::text], %(metadata)s,
-        now(), now() + %(lease)s * interval '1 second', %(idempotency_key)s, %(request_hash)s
+        now(), now() + %(lease_seconds)s * interval '1 second', %(idempotency_key)s, %(request_hash)s
     FROM reserved
     JOIN request USING (team_id)
     RETURNING job_id
@@ -174,7 +175,7 @@ released AS (
     SET credits_reserved = credits_reserved - (SELECT count(*) FROM swept)
     WHERE team_id = %(team_id)s AND EXISTS (SELECT FROM swept)
 )
-SELECT count(*) AS jobs FROM swept;
+SELECT count(*) AS swept FROM swept;
 
 -- name: get(job_id) :maybe
 SELECT * FROM job_details WHERE job_id = %(job_id)s;

@@ -2,7 +2,7 @@
 
 -- name: create_record() :none
 -- The record of what is applied, and the check that travels with the first query of every command.
-CREATE TABLE IF NOT EXISTS schema_migrations (
+CREATE TABLE IF NOT EXISTS saasllm_migrations (
     migration   text        PRIMARY KEY,
     checksum    text        NOT NULL,
     applied_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -16,11 +16,11 @@ DECLARE
     pending text;
     unknown text;
 BEGIN
-    SELECT min(migration) INTO unknown FROM schema_migrations WHERE migration <> ALL (known);
+    SELECT min(migration) INTO unknown FROM saasllm_migrations WHERE migration <> ALL (known);
     IF unknown IS NOT NULL THEN
         RAISE EXCEPTION '%', unknown USING ERRCODE = 'SL002';
     END IF;
-    SELECT min(name) INTO pending FROM unnest(known) AS name WHERE name NOT IN (SELECT migration FROM schema_migrations);
+    SELECT min(name) INTO pending FROM unnest(known) AS name WHERE name NOT IN (SELECT migration FROM saasllm_migrations);
     IF pending IS NOT NULL THEN
         RAISE EXCEPTION '%', pending USING ERRCODE = 'SL001';
     END IF;
@@ -32,13 +32,16 @@ $$;
 SELECT require_migrations(%(known)s) AS checked;
 
 -- name: is_recorded() :one
-SELECT to_regclass('schema_migrations') IS NOT NULL AS is_recorded;
+SELECT to_regclass('saasllm_migrations') IS NOT NULL AS is_recorded;
+
+-- name: schema() :one
+SELECT current_schema() AS schema;
 
 -- name: applied() :many
-SELECT migration, checksum, applied_at FROM schema_migrations ORDER BY migration;
+SELECT migration, checksum, applied_at FROM saasllm_migrations ORDER BY migration;
 
 -- name: record(migration, checksum, duration_ms) :none
-INSERT INTO schema_migrations (migration, checksum, duration_ms)
+INSERT INTO saasllm_migrations (migration, checksum, duration_ms)
 VALUES (%(migration)s, %(checksum)s, %(duration_ms)s);
 
 -- name: try_lock() :one
@@ -67,21 +70,21 @@ WHERE c.relnamespace = current_schema()::regnamespace
   AND c.relkind IN ('r', 'p')
   AND a.attnum > 0
   AND NOT a.attisdropped
-  AND c.relname <> 'schema_migrations'
+  AND c.relname <> 'saasllm_migrations'
 UNION ALL
 SELECT 'constraint ' || coalesce(c.relname, t.typname) || '.' || n.conname, pg_get_constraintdef(n.oid)
 FROM pg_constraint n
 LEFT JOIN pg_class c ON c.oid = n.conrelid
 LEFT JOIN pg_type t ON t.oid = n.contypid
 WHERE n.connamespace = current_schema()::regnamespace
-  AND c.relname IS DISTINCT FROM 'schema_migrations'
+  AND c.relname IS DISTINCT FROM 'saasllm_migrations'
   AND n.contype <> 'n' -- NOT NULL is a constraint of its own from PostgreSQL 18 on; the column has it already
 UNION ALL
 SELECT 'index ' || t.relname || '.' || c.relname, replace(pg_get_indexdef(c.oid), current_schema() || '.', '')
 FROM pg_index i
 JOIN pg_class c ON c.oid = i.indexrelid
 JOIN pg_class t ON t.oid = i.indrelid
-WHERE c.relnamespace = current_schema()::regnamespace AND t.relname <> 'schema_migrations'
+WHERE c.relnamespace = current_schema()::regnamespace AND t.relname <> 'saasllm_migrations'
 UNION ALL
 SELECT 'trigger ' || c.relname || '.' || g.tgname, replace(pg_get_triggerdef(g.oid), current_schema() || '.', '')
 FROM pg_trigger g
