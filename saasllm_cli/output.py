@@ -74,6 +74,14 @@ def note(text: str) -> None:
     print(harmless(text, keep="\n"), file=sys.stderr, flush=True)
 
 
+def progress(text: str) -> None:
+    """What is being waited for, at a terminal only; the next one takes its place, and "" removes it."""
+    if sys.stderr.isatty():
+        is_dumb = os.environ.get("TERM") == "dumb"
+        line = f"{harmless(text)}\n" * bool(text) if is_dumb else f"\r\x1b[K{harmless(text)}"
+        print(line, end="", file=sys.stderr, flush=True)
+
+
 def show_error(error: SaasllmError, as_json: bool) -> None:
     if as_json:
         body = {"code": error.code, "message": error.message, "hint": error.hint}

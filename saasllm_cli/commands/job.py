@@ -25,7 +25,7 @@ from saasllm_cli.commands.inputs import (
     noun,
 )
 from saasllm_cli.errors import InvalidInput, NoAnswer
-from saasllm_cli.output import note, print_answer, show
+from saasllm_cli.output import note, print_answer, progress, show
 from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
@@ -106,7 +106,10 @@ def run(
         metadata=merged(metadata),
         idempotency_key=idempotency_key,
     )
-    result = runner.run(request)
+    try:
+        result = runner.run(request, on_progress=progress)
+    finally:
+        progress("")
     if result.status == "failed":
         raise _no_answer(request, result)
     _show_result(result, output or settings().output)

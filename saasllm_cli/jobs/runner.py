@@ -11,7 +11,7 @@ import json
 import secrets
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
@@ -91,8 +91,8 @@ class JobResult:
     unsettled: SaasllmError | None = None
 
 
-def run(request: JobRequest) -> JobResult:
-    """Runs one job to its end.
+def run(request: JobRequest, on_progress: Callable[[str], None] = lambda _: None) -> JobResult:
+    """Runs one job to its end; `on_progress` is told what is waited for.
 
     Raises what refused it before a model was called (`NotFound`, `NotAllowed`, `InsufficientCredits`, `Conflict`,
     `DatabaseUnavailable`), `Conflict` where the lease was lost, and `Interrupted` after Ctrl-C or SIGTERM, when the
@@ -106,7 +106,7 @@ def run(request: JobRequest) -> JobResult:
             begun = _begin(job_id, request)
             if begun["outcome"] == "key_in_use":
                 return _first_result(begun["existing_job_id"], begun["credits_remaining"])
-            content = _content(begun["model_names"], request, calls)
+            content = _content(begun["model_names"], request, calls, on_progress)
             with _signals(UNINTERRUPTED):
                 result = _settled(job_id, content, calls)
     except KeyboardInterrupt:
@@ -187,9 +187,12 @@ def _first_result(job_id: UUID, credits_remaining: int) -> JobResult:
     return JobResult(job_id, "completed", None, calls, credits_remaining, is_repeated=True)
 
 
-def _content(models: Sequence[str], request: JobRequest, calls: list[Call]) -> str | None:
+def _content(
+    models: Sequence[str], request: JobRequest, calls: list[Call], on_progress: Callable[[str], None]
+) -> str | None:
     """The first answer of the models, or None; each attempt is added to `calls` as it is made."""
     started = time.monotonic()
+    on_progress("Loading litellm …")
     from saasllm_cli.jobs import llm  # takes seconds
 
     async def call_models() -> str | None:
@@ -200,6 +203,7 @@ def _content(models: Sequence[str], request: JobRequest, calls: list[Call]) -> s
             seconds = (deadline - began) / (len(models) - index)
             call = Call(request.group_name, model, index + 1, began - started)
             calls.append(call)
+            on_progress(f"Waiting for {model} …")
             try:
                 async with asyncio.timeout(seconds):
                     answer = await llm.complete(model, request.messages, seconds)
