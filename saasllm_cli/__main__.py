@@ -1,6 +1,18 @@
-"""`python -m saasllm_cli` is `saasllm`."""
+"""The program: `saasllm`, and `python -m saasllm_cli`."""
 
-from saasllm_cli.cli import main
+import sys
+
+
+def main() -> None:
+    """Runs the command line and exits with its status."""
+    try:
+        from saasllm_cli.cli import run
+
+        status = run(sys.argv[1:])
+    except KeyboardInterrupt:  # also while all this is loaded
+        status = 130
+    sys.exit(status)
+
 
 if __name__ == "__main__":
     main()

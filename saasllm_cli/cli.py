@@ -4,6 +4,7 @@ import importlib
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from typer._click.exceptions import ClickException, NoArgsIsHelpError
 from typer.core import TyperGroup
 
 from saasllm_cli.errors import InvalidInput, SaasllmError
-from saasllm_cli.output import show_error
+from saasllm_cli.output import note, show_error
 from saasllm_cli.settings import Format, settings
 
 # The nouns, in the order of a first day. Each is a module of commands/, loaded when it is typed.
@@ -81,18 +82,12 @@ def root(
     pass
 
 
-def main() -> None:
-    """The program: runs the command line and exits with its status."""
-    sys.exit(run(sys.argv[1:]))
-
-
 def run(arguments: list[str]) -> int:
     """Runs one command line and gives its exit status; what went wrong is printed.
 
     A command finds this function as its context's `obj` (the demo runs others by it).
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    _ready_streams()
     try:
         status = app(arguments, prog_name="saasllm", standalone_mode=False, obj=run)
         sys.stdout.flush()
@@ -100,9 +95,19 @@ def run(arguments: list[str]) -> int:
         if arguments[:1] == ["--debug"]:
             import traceback
 
-            traceback.print_exc()
+            from saasllm_cli.database import redacted
+
+            note(redacted(traceback.format_exc()))
         return _tell(error, arguments)
     return status if isinstance(status, int) else 0
+
+
+def _ready_streams() -> None:
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def _tell(error: Exception, arguments: list[str]) -> int:

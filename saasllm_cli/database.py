@@ -1,9 +1,10 @@
 """Connections and queries; psycopg's errors become ours here, and nowhere else."""
 
 import json
+import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from decimal import Decimal
 from functools import partial
 from typing import Any
@@ -14,16 +15,23 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import dict_row
 from psycopg.types.json import JsonbDumper
 
-from saasllm_cli import embedded
 from saasllm_cli.errors import Conflict, DatabaseUnavailable, InsufficientCredits, InvalidInput, SaasllmError, not_found
 from saasllm_cli.queries import SQL, Query, query
 from saasllm_cli.settings import settings
 
+logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # what goes wrong is told once, by us
+
 Row = dict[str, Any]
 Connection = psycopg.Connection[Row]
 
-CONNECT_SECONDS = 10
-IDEMPOTENCY_TRIES = 5
+DEFAULTS: dict[str, Any] = {
+    "application_name": "saasllm",
+    "connect_timeout": 10,
+    "tcp_user_timeout": 30_000,  # milliseconds, for a network that goes silent
+}
+TRIES = 5
+# Of what a connection is made of, all but what could be a secret.
+SHOWN_KEYWORDS = ("host", "hostaddr", "port", "user", "dbname", "sslmode", "options", "service", "target_session_attrs")
 SHORTEST_SECRET = 3  # a piece of one or two letters stands in any message
 
 
@@ -41,13 +49,13 @@ class _JsonbDumper(JsonbDumper):
 class Database:
     """A connection in which each query is a transaction of its own.
 
-    The first query carries the check of the migrations in the same round trip: where one is pending, or
-    the database has one that this program does not know, nothing of the query is done.
+    The first query brings along `prelude`, a query that is to pass before it, in the same round trip: where it fails,
+    nothing of the other is done.
     """
 
-    def __init__(self, connection: Connection, *, check_migrations: bool = True) -> None:
+    def __init__(self, connection: Connection, prelude: str, **parameters: Any) -> None:
         self._connection = connection
-        self._is_checked = not check_migrations
+        self._prelude: tuple[str, Row] | None = (query(prelude).sql, parameters)
 
     def one(self, name: str, /, **parameters: Any) -> Row:
         (row,) = self._run(name, "one", parameters)
@@ -72,37 +80,44 @@ class Database:
             raise TypeError(f"{name} is declared :{statement.cardinality} with {sorted(statement.parameters)}")
         for parameter, value in parameters.items():
             _check_text(parameter, value)
-        for _ in range(IDEMPOTENCY_TRIES):
+        for is_last in (*[False] * TRIES, True):
             try:
                 return self._execute(statement, parameters)
+            except (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure):
+                if is_last:
+                    raise
             except psycopg.errors.UniqueViolation as error:
                 # Another process has just used the same idempotency key: asked again, the statement finds its row.
-                if not (error.diag.constraint_name or "").endswith("_idempotency_key"):
+                if is_last or not (error.diag.constraint_name or "").endswith("_idempotency_key"):
                     raise
-        raise Conflict(
-            "idempotency_key_contended",
-            "The idempotency key is being used by other processes.",
-            "Try again.",
-        )
+        raise AssertionError
 
     def _execute(self, statement: Query, parameters: Row) -> list[Row]:
-        if self._is_checked:
+        if self._prelude is None:
             return self._connection.execute(statement.sql, parameters).fetchall()
         with self._connection.pipeline():
-            self._connection.execute(query("migrate.check").sql, {"known": known_migrations()})
+            self._connection.execute(*self._prelude)
             cursor = self._connection.execute(statement.sql, parameters)
-        self._is_checked = True
+        self._prelude = None
         return cursor.fetchall()
 
 
 @contextmanager
-def connect(*, check_migrations: bool = True) -> Iterator[Database]:
-    """The database of the settings, ready for queries.
+def connect() -> Iterator[Database]:
+    """The database of the settings.
 
-    Only what was begun before, and is to be ended whatever has been migrated since, goes without the check.
+    Its first query carries the check of the migrations: where one is pending, or the database has one that this
+    program does not know, nothing is done.
     """
     with raw_connection() as connection:
-        yield Database(connection, check_migrations=check_migrations)
+        yield Database(connection, "migrate.check", known=known_migrations())
+
+
+@contextmanager
+def connect_to_settle(seconds: float) -> Iterator[Database]:
+    """The database for what was begun and is to be ended, whatever has been migrated since, within a bound."""
+    with raw_connection() as connection:
+        yield Database(connection, "migrate.limit_time", milliseconds=str(max(1, round(seconds * 1000))))
 
 
 @contextmanager
@@ -125,20 +140,30 @@ def conninfo() -> dict[str, Any]:
     """Where the database is, as libpq's keywords; with the password, if the URL has one."""
     url = settings().database_url
     if url is None:
+        from saasllm_cli import embedded
+
         return embedded.conninfo()
-    try:
-        return conninfo_to_dict(url.get_secret_value())
-    except psycopg.Error as error:
-        raise InvalidInput(
-            "invalid_database_url",
-            "SAASLLM_DATABASE_URL (or DATABASE_URL) is not a PostgreSQL URL.",
-            "Write it as postgresql://USER:PASSWORD@HOST:5432/DATABASE, special characters as %XX.",
-        ) from error
+    text = url.get_secret_value()
+    with suppress(psycopg.Error):
+        keywords = conninfo_to_dict(text)
+        # A sign in the password that is not escaped would make a part of it the host or the database.
+        userinfo, _, _ = text.partition("://")[2].rpartition("@")
+        if not re.search("[@/?#]", userinfo):
+            return keywords
+    raise _invalid_url()
+
+
+def _invalid_url() -> InvalidInput:
+    return InvalidInput(
+        "invalid_database_url",
+        "SAASLLM_DATABASE_URL (or DATABASE_URL) is not a PostgreSQL URL.",
+        "Write it as postgresql://USER:PASSWORD@HOST:5432/DATABASE, with %40 for @ and %2F for / in the password.",
+    )
 
 
 def url(conninfo: dict[str, Any]) -> str:
     """The URL of libpq's keywords, without the password, which must not show in a log or a list of processes."""
-    keywords = {name: str(value) for name, value in conninfo.items() if name != "password"}
+    keywords = {name: str(conninfo[name]) for name in SHOWN_KEYWORDS if name in conninfo}
     user, database = quote(keywords.pop("user", "")), quote(keywords.pop("dbname", ""))
     server = ""
     # A socket's folder, an IPv6 address or several hosts stand among the parameters, where nothing in them is special.
@@ -151,12 +176,16 @@ def url(conninfo: dict[str, Any]) -> str:
 
 
 def _connect() -> Connection:
-    keywords: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS, "application_name": "saasllm"} | conninfo()
+    keywords = DEFAULTS | conninfo()
     try:
         return psycopg.connect(**keywords, autocommit=True, row_factory=dict_row)
+    except psycopg.ProgrammingError:  # an option of the URL has no sense
+        raise _invalid_url() from None
     except psycopg.OperationalError:
         if settings().database_url is not None:
             raise
+    from saasllm_cli import embedded
+
     embedded.start()
     return psycopg.connect(**keywords, autocommit=True, row_factory=dict_row)
 
@@ -167,6 +196,13 @@ def translated_errors() -> Iterator[None]:
         yield
     except psycopg.Error as error:
         raise _translated(error) from error
+
+
+def redacted(text: str) -> str:
+    """The text without the password of the database's URL."""
+    for secret in _secrets():
+        text = text.replace(secret, "***")
+    return text
 
 
 def _translated(error: psycopg.Error) -> SaasllmError:
@@ -217,10 +253,7 @@ def _translated(error: psycopg.Error) -> SaasllmError:
 def _reason(error: psycopg.Error) -> str:
     """The last line of libpq's words, which is about the last host tried, without anything of the password."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
-    reason = lines[-1] if lines else type(error).__name__
-    for secret in _secrets():
-        reason = reason.replace(secret, "***")
-    return reason
+    return redacted(lines[-1] if lines else type(error).__name__)
 
 
 def _secrets() -> list[str]:

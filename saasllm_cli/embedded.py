@@ -38,7 +38,10 @@ REJECTING = 1  # what pg_isready says of a server that starts up
 def data_dir() -> Path:
     """Where the data lies: short, the user's own, and for root outside any home."""
     if path := settings().data_dir:
-        return path.expanduser().absolute()
+        try:
+            return path.expanduser().absolute()
+        except RuntimeError as error:
+            raise InvalidInput("invalid_setting", f"SAASLLM_DATA_DIR: {error}", "Name a folder.") from error
     if os.geteuid() == 0:
         return Path("/var/lib/saasllm")
     return Path.home() / ".local" / "share" / "saasllm"
@@ -90,7 +93,12 @@ def stop() -> bool:
         binaries = _binaries()
         if not _answers(binaries):
             return False
-        _run(binaries / "pg_ctl", "stop", "--wait", "--mode", "fast", "--pgdata", cluster_dir())
+        try:
+            _run(binaries / "pg_ctl", "stop", "--wait", "--mode", "fast", "--pgdata", cluster_dir())
+        except subprocess.CalledProcessError as error:
+            raise DatabaseUnavailable(
+                "embedded_server_failed", f"The embedded PostgreSQL did not stop: {error.stderr.strip()}"
+            ) from error
         return True
 
 

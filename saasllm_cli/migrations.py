@@ -159,7 +159,7 @@ def up(
 
     `on_done` is called with each name when it is applied, `on_wait` when another runner is at work.
     """
-    last = _find(to) if to else None
+    last = None if to is None else _find(to)
     with database.raw_connection() as connection:
         _require_public(connection)
         if dry_run:
@@ -168,7 +168,6 @@ def up(
             pending = _pending(connection, last)
             if pending or not _is_recorded(connection):
                 _create_record(connection)
-            connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
             for migration in pending:
                 _apply(connection, migration)
                 on_done(migration.name)
@@ -180,7 +179,7 @@ def adopt(to: str | None = None, on_wait: Callable[[], None] = lambda: None) -> 
 
     Raises `CheckFailed` with each difference between the database and what the files build.
     """
-    last = _find(to) if to else _files()[-1]
+    last = _files()[-1] if to is None else _find(to)
     adopted = [migration for migration in _files() if migration.name <= last.name]
     with database.raw_connection() as connection, _locked(connection, on_wait):
         _require_public(connection)
@@ -254,7 +253,7 @@ def _files() -> list[Migration]:
 def _find(number: str) -> Migration:
     """The migration of a number (`3`, `003`) or name."""
     for migration in _files():
-        if migration.name == number or (number.isdecimal() and int(migration.number) == int(number)):
+        if migration.name == number or (number.isdecimal() and migration.number == number.zfill(3)):
             return migration
     raise InvalidInput("no_such_migration", f"There is no migration {number}.", "See: saasllm migrate status")
 
@@ -363,6 +362,9 @@ def _record(connection: Connection, migration: Migration, duration_ms: int) -> N
 def _apply(connection: Connection, migration: Migration) -> None:
     statements = migration.statements()
     began = time.monotonic()
+    # An index that is built CONCURRENTLY waits for old transactions, and is left invalid when it is interrupted.
+    lock_timeout = LOCK_TIMEOUT if migration.in_transaction else "0"
+    connection.execute(f"SET lock_timeout = '{lock_timeout}'")
 
     def run() -> None:
         for statement in statements:
@@ -411,7 +413,7 @@ def _built_by(connection: Connection, files: list[Migration]) -> dict[str, str]:
         connection.execute(f"SET LOCAL search_path = {SCRATCH}")
         for migration in files:
             for statement in migration.statements():
-                here = Statement(statement.line, statement.text.replace(" CONCURRENTLY", ""))
+                here = Statement(statement.line, re.sub(r"\bCONCURRENTLY\b", "", statement.text, flags=re.IGNORECASE))
                 _execute(connection, migration, here)
         return _objects(connection)
 

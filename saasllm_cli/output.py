@@ -5,6 +5,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,7 @@ def print_answer(text: str) -> None:
 
 def note(text: str) -> None:
     """A word to whoever sits at the terminal or reads the log."""
-    print(harmless(text, keep="\n"), file=sys.stderr, flush=True)
+    _to_stderr(harmless(text, keep="\n") + "\n")
 
 
 def progress(text: str) -> None:
@@ -79,15 +80,21 @@ def progress(text: str) -> None:
     if sys.stderr.isatty():
         is_dumb = os.environ.get("TERM") == "dumb"
         line = f"{harmless(text)}\n" * bool(text) if is_dumb else f"\r\x1b[K{harmless(text)}"
-        print(line, end="", file=sys.stderr, flush=True)
+        _to_stderr(line)
 
 
 def show_error(error: SaasllmError, as_json: bool) -> None:
     if as_json:
         body = {"code": error.code, "message": error.message, "hint": error.hint}
-        print(_json({"error": body}), file=sys.stderr, flush=True)
+        _to_stderr(_json({"error": body}) + "\n")
     else:
         note(f"Error: {error.message}" + (f"\n{error.hint}" if error.hint else ""))
+
+
+def _to_stderr(text: str) -> None:
+    # A full disk under the log is no reason to fail, nor to give another exit status than what happened.
+    with suppress(OSError):
+        print(text, end="", file=sys.stderr, flush=True)
 
 
 def harmless(text: str, keep: str = "") -> str:

@@ -65,7 +65,7 @@ def settings() -> Settings:
         return Settings()
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
-        name = f"SAASLLM_{first['loc'][0]}".upper()
+        name = "SAASLLM_" + str(first["loc"][0]).upper().removeprefix("SAASLLM_")
         raise InvalidInput(
             "invalid_setting",
             f"The setting {name} is invalid: {first['msg']}.",

@@ -20,6 +20,8 @@ class Provider:
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.stands_for: dict[str, str] = {}
+        self.usage: dict[str, Any] = USAGE
+        self.message = "fault {status} for key {key}"
         self.closing = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"provider": self}))
         self._server.daemon_threads = True
@@ -45,13 +47,13 @@ class _Handler(BaseHTTPRequestHandler):
         model = body["model"]
         match self.provider.stands_for.get(model, model).split("-"):
             case ["ok", *_]:
-                self._answer(200, _completion(model, ANSWER))
+                self._answer(200, _completion(model, ANSWER) | {"usage": self.provider.usage})
             case ["blank", *_]:
                 self._answer(200, _completion(model, ""))
             case ["empty", *_]:
                 self._answer(200, _completion(model, "") | {"choices": []})
             case ["status", status, *_]:
-                self._answer(int(status), _error(f"fault {status} for key {self.headers['Authorization'][7:]}"))
+                self._answer(int(status), _error(self._fault(status)))
             case ["context", *_]:
                 self._answer(400, _error("This model's maximum context length is 8 tokens.", "context_length_exceeded"))
             case ["policy", *_]:
@@ -68,6 +70,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.end_headers()
                 self.wfile.write(b'{"id": ')
                 self.close_connection = True
+
+    def _fault(self, status: str) -> str:
+        return self.provider.message.format(status=status, key=self.headers["Authorization"][7:])
 
     def _drip(self) -> None:
         """A byte now and then: each read is in time, the whole never is."""

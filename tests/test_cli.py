@@ -123,6 +123,19 @@ def test_a_full_disk_is_one_error(tenant: Run) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(("closed", "status"), [(0, 0), (1, 0), (2, 0)])
+def test_a_closed_stream(tenant: Run, closed: int, status: int) -> None:
+    command = f"exec {sys.executable} -m saasllm_cli team get hr {closed}>&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_under_the_log_changes_no_exit_status(tenant: Run) -> None:
+    command = f"{sys.executable} -m saasllm_cli team get nobody 2> /dev/full"
+    assert subprocess.run(["sh", "-c", command], check=False).returncode == 3
+
+
 def test_the_compose_file_is_what_the_readme_says() -> None:
     path = Path(__file__).parent.parent / "docker-compose.yml"
     compose = yaml.safe_load(path.read_text())

@@ -50,6 +50,10 @@ def test_the_same_key_has_one_effect(tenant: Run) -> None:
     assert tenant("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 15
 
 
+def test_the_keys_of_opening_credits_are_not_for_others(tenant: Run) -> None:
+    assert tenant("credits", "add", "hr", 5, "--idempotency-key", "opening:it").status == 2
+
+
 @pytest.mark.parametrize("key", ["k", None])
 def test_twenty_clients_at_once(tenant: Run, key: str | None) -> None:
     """With one key one effect, without a key twenty, and the chain unbroken."""

@@ -11,7 +11,7 @@ import pytest
 from conftest import Result, start_process
 from provider import ANSWER, Provider
 
-from saasllm_cli.errors import Conflict, InsufficientCredits
+from saasllm_cli.errors import Conflict, DatabaseUnavailable, InsufficientCredits
 from saasllm_cli.jobs import runner
 
 Run = Callable[..., Result]
@@ -310,7 +310,79 @@ def test_twenty_settles_of_one_job(tenant: Run) -> None:
     with ThreadPoolExecutor(20) as threads:
         rows = list(threads.map(lambda _: runner._settle(job_id, "completed", None, [], 5), range(20)))
     assert [row["settled"] for row in rows].count(True) == 1
+    assert {(row["status"], row["credits_remaining"]) for row in rows} == {("completed", 9)}
     assert credits_of(tenant) == (9, 0)
+
+
+def test_expired_leases_are_in_nobodys_way(tenant: Run, sql: psycopg.Connection) -> None:
+    """Ten begin at once on ten credits that are all held by expired leases: each finds one."""
+    for _ in range(10):
+        runner._begin(runner.new_job_id(), request())
+    sql.execute("UPDATE jobs SET lease_expires_at = now()")
+    with ThreadPoolExecutor(10) as threads:
+        begun = list(threads.map(lambda _: runner._begin(runner.new_job_id(), request())["outcome"], range(10)))
+    assert begun == ["begun"] * 10
+    assert credits_of(tenant) == (10, 10)
+
+
+def test_what_was_begun_is_settled_on_a_newer_database(tenant: Run, sql: psycopg.Connection) -> None:
+    job_id = runner.new_job_id()
+    runner._begin(job_id, request())
+    sql.execute("INSERT INTO saasllm_migrations VALUES ('999_later.sql', 'x', now(), 1)")
+    assert runner._settled(job_id, "an answer", []).unsettled is None
+
+
+def test_an_unexpected_error_frees_the_credit(tenant: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saasllm_cli.jobs.runner._content", lambda *_: 1 / 0)
+    result = job_run(tenant, "Echo", "--prompt", "x", "-o", "json")
+    assert (result.status, result.error["code"]) == (1, "unexpected")
+    assert tenant("job", "list", "-o", "json").data[0]["status"] == "failed"
+    assert credits_of(tenant) == (10, 0)
+
+
+def test_an_answer_that_cannot_be_settled_is_shown(tenant: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object) -> None:
+        raise DatabaseUnavailable("database_unreachable", "The database cannot be reached: it is away.")
+
+    monkeypatch.setattr("saasllm_cli.jobs.runner._settle", away)
+    result = job_run(tenant, "Echo", "--prompt", "hello")
+    assert (result.status, result.out) == (7, "hello\n")
+    assert "is still open" in result.err
+    assert credits_of(tenant) == (10, 1)
+
+
+def test_settling_has_a_bound(tenant: Run, sql: psycopg.Connection) -> None:
+    """The balance is locked by somebody who does not let go."""
+    job_id = runner.new_job_id()
+    runner._begin(job_id, request())
+    with sql.transaction():
+        sql.execute("SELECT FROM team_credits FOR UPDATE")
+        began = time.monotonic()
+        with pytest.raises(DatabaseUnavailable):
+            runner._settle(job_id, "completed", None, [], 1.0)
+        assert time.monotonic() - began < 10
+    assert runner._settle(job_id, "completed", None, [], 1.0)["settled"]
+
+
+NONSENSE = {"negative": -1, "huge": 3_000_000_000, "text": "many", "nothing": None}
+
+
+@pytest.mark.parametrize("tokens", NONSENSE.values(), ids=NONSENSE.keys())
+def test_a_nonsensical_count_loses_no_answer(tenant: Run, provider: Provider, tokens: object) -> None:
+    with_models(tenant, "openai/ok")
+    provider.usage = {"prompt_tokens": tokens, "completion_tokens": 5, "total_tokens": 5}
+    result = job_run(tenant, "G", "--prompt", "x", "-o", "json")
+    assert result.status in (0, 8), "8 where litellm itself takes it for no answer"
+    assert credits_of(tenant)[1] == 0
+
+
+def test_a_hostile_error_text_is_stored_harmlessly(tenant: Run, provider: Provider) -> None:
+    provider.message = "half \ud800 and \0 and \x1b[31m"
+    with_models(tenant, "openai/status-503")
+    result = job_run(tenant, "G", "--prompt", "x")
+    assert result.status == 8
+    assert "\x1b" not in result.err
+    assert credits_of(tenant) == (10, 0)
 
 
 def test_an_expired_lease_is_lost_and_swept_by_the_next_begin(tenant: Run, sql: psycopg.Connection) -> None:
@@ -348,7 +420,11 @@ def test_job_ids_are_uuids_of_version_7_in_the_order_of_time() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_cancels_the_job(tenant: Run, provider: Provider, number: signal.Signals) -> None:
     with_models(tenant, "openai/slow")
-    process = start_process("job", "run", "--team", "hr", "--group", "G", "--prompt", "x", "-o", "json")
+    ignored = (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if number == signal.SIGTERM else None
+    process = start_process(
+        *("job", "run", "--team", "hr", "--group", "G", "--prompt", "x", "-o", "json"),
+        preexec_fn=ignored,  # as a shell does for what it starts in the background
+    )
     wait_for_request(provider, process)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)

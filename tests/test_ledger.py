@@ -46,7 +46,27 @@ ATTACKS = {
     "a deduction of no job": (ENTRY + "('hr', 'acme', 2, 'deduction', -1, 10, 9, NULL)", "names_job"),
     "a deduction of an unknown job": (
         ENTRY + f"('hr', 'acme', 2, 'deduction', -1, 10, 9, '{JOB}')",
-        "job_id_fkey|team_credits_reserved",
+        "job_id_fkey|team_credits_reserved|not a completed job",
+    ),
+    "a dearer job": (ENTRY + f"('hr', 'acme', 2, 'deduction', -2, 10, 8, '{JOB}')", "credit_transactions_sign"),
+    "a job that begins completed": (
+        "INSERT INTO jobs (team_id, organization_id, status, credit_applied, completed_at)"
+        " VALUES ('hr', 'acme', 'completed', true, now())",
+        "begins open",
+    ),
+    "a forged ledger below the real one": (
+        "CREATE TEMP TABLE forged () INHERITS (credit_transactions);"
+        " INSERT INTO forged (transaction_id, team_id, organization_id, entry_no, transaction_type, credits_amount,"
+        " credits_before, credits_after) VALUES (9, 'hr', 'acme', 2, 'allocation', 5, 10, 15);"
+        " UPDATE team_credits SET credits_allocated = 15, last_entry_no = 2 WHERE team_id = 'hr'",
+        "only with their ledger rows",
+    ),
+    "a function of somebody's in the schema": (
+        "CREATE FUNCTION nil(identifier, identifier) RETURNS identifier LANGUAGE sql AS 'SELECT NULL::identifier';"
+        " CREATE AGGREGATE min(identifier) (sfunc = nil, stype = identifier);"
+        + ENTRY
+        + "('hr', 'acme', 7, 'allocation', 5, 100, 105, NULL)",
+        "do not continue",
     ),
     "another organization": (
         ENTRY + "('hr', 'other', 2, 'allocation', 5, 10, 15, NULL)",
@@ -85,6 +105,45 @@ def test_a_job_is_charged_once(tenant: Callable[..., Result], sql: psycopg.Conne
     sql.execute("UPDATE team_credits SET credits_reserved = 1")
     with pytest.raises(psycopg.Error, match="credit_transactions_once_a_job"):
         sql.execute(ENTRY + f"('hr', 'acme', 3, 'deduction', -1, 9, 8, '{job_id}')")
+
+
+OPEN_JOB = (
+    "INSERT INTO jobs (job_id, team_id, organization_id, status, lease_expires_at)"
+    f" VALUES ('{JOB}', 'hr', 'acme', 'in_progress', now())"
+)
+COMPLETE = "UPDATE jobs SET status = 'completed', credit_applied = true, completed_at = now(), lease_expires_at = NULL"
+
+
+@pytest.mark.parametrize(
+    ("statement", "rule"),
+    [
+        (COMPLETE, "only together with its deduction"),
+        (ENTRY + f"('hr', 'acme', 2, 'deduction', -1, 10, 9, '{JOB}')", "not a completed job of the team"),
+        (
+            ENTRY + f"('hr', 'acme', 2, 'refund', 1, 10, 11, '{JOB}')",
+            "team_credits_used|not a completed job of the team",
+        ),
+        ("UPDATE jobs SET team_id = 'it'", "stays with team hr"),
+        ("UPDATE jobs SET job_id = gen_random_uuid()", "keeps its id"),
+        ("DELETE FROM jobs", "DELETE is refused"),
+    ],
+)
+def test_a_job_and_its_charge_belong_together(
+    tenant: Callable[..., Result], sql: psycopg.Connection, statement: str, rule: str
+) -> None:
+    tenant("team", "create", "it", "--org", "acme", "--credits", 5)
+    sql.execute("UPDATE team_credits SET credits_reserved = 1")
+    sql.execute(OPEN_JOB)
+    with pytest.raises(psycopg.Error, match=rule):
+        sql.execute(statement)
+
+
+def test_another_teams_job_is_not_charged(tenant: Callable[..., Result], sql: psycopg.Connection) -> None:
+    tenant("team", "create", "it", "--org", "acme", "--credits", 5)
+    sql.execute("UPDATE team_credits SET credits_reserved = 1")
+    sql.execute(OPEN_JOB)
+    with pytest.raises(psycopg.Error, match=r"not a completed job of the team|only together with its deduction"):
+        sql.execute(f"WITH job AS ({COMPLETE}) " + ENTRY + f"('it', 'acme', 2, 'deduction', -1, 5, 4, '{JOB}')")
 
 
 @pytest.mark.parametrize("status", ["failed", "in_progress", "cancelled"])

@@ -201,6 +201,15 @@ def test_adopt_up_to_a_file(empty_database: str, run: Run, sql: psycopg.Connecti
         ("DROP TRIGGER team_credits_guard ON team_credits", "missing: trigger team_credits.team_credits_guard"),
         ("ALTER TABLE team_credits DROP CONSTRAINT team_credits_free", "missing: constraint team_credits"),
         ("DROP INDEX jobs_open", "missing: index jobs.jobs_open"),
+        (
+            "ALTER TABLE team_credits DISABLE TRIGGER team_credits_guard",
+            "different: trigger team_credits.team_credits_g",
+        ),
+        (
+            "CREATE RULE r AS ON INSERT TO credit_transactions DO INSTEAD NOTHING",
+            "different: table credit_transactions.",
+        ),
+        ("ALTER FUNCTION guard_balance() SECURITY DEFINER", "different: function guard_balance()"),
     ],
 )
 def test_adopt_refuses_what_differs(
@@ -225,6 +234,22 @@ def test_reset_needs_the_name_and_spares_what_is_not_ours(
     assert tenant("team", "list", "-o", "json").data == []
     assert tenant("migrate", "verify").status == 0
     sql.execute("SELECT FROM of_somebody_else")
+
+
+def test_another_programs_tables_are_not_ours(empty_database: str, run: Run, sql: psycopg.Connection) -> None:
+    sql.execute("CREATE TABLE schema_migrations (version text); CREATE TABLE teams (id int)")
+    result = run("migrate", "reset", "--confirm", empty_database, "-o", "json")
+    assert (result.status, result.error["code"]) == (4, "not_migrated")
+    sql.execute("SELECT FROM teams, schema_migrations")
+    assert run("migrate", "up").status == 1
+    sql.execute("SELECT id FROM teams")
+
+
+def test_another_schema_is_refused(empty_database: str, run: Run, sql: psycopg.Connection) -> None:
+    sql.execute(f"CREATE SCHEMA postgres; ALTER DATABASE {empty_database} SET search_path = postgres")
+    for verb in (("up",), ("adopt",), ("reset", "--confirm", empty_database)):
+        result = run("migrate", *verb, "-o", "json")
+        assert (result.status, result.error["code"]) == (2, "other_schema")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,13 @@ def test_metadata_of_options_and_object_is_merged(saasllm: Run) -> None:
     assert result.data["metadata"] == {"k": "v=w", "n": {"m": [1, None]}}
 
 
+def test_numbers_in_metadata_stay_exact(saasllm: Run) -> None:
+    text = '{"a": 12345678901234567890.5, "b": 0.10}'
+    result = saasllm("org", "create", "acme", "--metadata", text, "-o", "jsonl")
+    assert f'"metadata": {text}' in result.out
+    assert saasllm("org", "create", "acme", "--metadata", text, "--if-not-exists").status == 0
+
+
 def test_create_twice_is_a_conflict(saasllm: Run) -> None:
     saasllm("org", "create", "acme")
     result = saasllm("org", "create", "acme", "-o", "json")
@@ -44,7 +51,10 @@ def test_if_not_exists_compares_only_what_is_given(saasllm: Run) -> None:
 def test_list_is_sorted_filtered_and_bounded(saasllm: Run) -> None:
     for name in ("b", "a", "c"):
         saasllm("org", "create", name)
-    assert [o["organization_id"] for o in saasllm("org", "list", "--limit", 2, "-o", "json").data] == ["a", "b"]
+    short = saasllm("org", "list", "--limit", 2, "-o", "json")
+    assert [organization["organization_id"] for organization in short.data] == ["a", "b"]
+    assert short.err == "Only the first 2 are shown; more with --limit.\n"
+    assert saasllm("org", "list", "--limit", 3).err == ""
     assert saasllm("org", "list", "--status", "suspended", "-o", "json").data == []
 
 
@@ -72,6 +82,9 @@ def test_unknown_organization(saasllm: Run) -> None:
         (["a", "--metadata", '{"a": NaN}'], "--metadata"),
         (["a", "--metadata", '{"a": "\\u0000"}'], "metadata"),
         (["a", "--metadata", '{"a": "\\ud800"}'], "metadata"),
+        (["a", "--metadata", '{"a": 1, "a": 2}'], "--metadata"),
+        (["a", "--metadata", '{"a": ' + "[" * 40 + "]" * 40 + "}"], "--metadata"),
+        (["a", "--metadata", "[1]"], "--metadata"),
         (["a", "--metadata", "k=1", "--metadata", "k=2"], "--metadata"),
         (["a", "--metadata", "k=" + "x" * 70_000], "metadata"),
         (["a", "--metadata", "k=\udcff"], "metadata"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import Result
 
-from saasllm_cli import database
+from saasllm_cli import cli, database
 from saasllm_cli.settings import settings
 
 Run = Callable[..., Result]
@@ -47,6 +47,37 @@ def test_a_url_that_is_none(with_url: Callable[[str], Result], url: str) -> None
     assert result.status in (2, 7)
     assert "s3cret" not in result.err
     assert "SAASLLM_DATABASE_URL" in result.err
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:S3cr/tPW@h:5999/d",
+        "postgresql://u:S3cr@tPW@h/d",
+        "postgresql://u:S3crtPW@127.0.0.1:1/d?sslpassword=S3crtPW",
+        "mysql://u:S3crtPW@h/d",
+        " postgresql://u:S3crtPW@127.0.0.1:1/d",
+        "postgresql://u:S3crtPW@127.0.0.1:1/d?connect_timeout=abc",
+    ],
+)
+def test_no_command_prints_the_password(with_url: Callable[[str], Result], run: Run, url: str) -> None:
+    with_url(url)
+    for command in (["db", "url"], ["db", "status"], ["org", "list"], ["migrate", "status"]):
+        result = run(*command)
+        assert result.status in (0, 2, 7)
+        for piece in ("S3cr", "tPW"):
+            assert piece not in result.out + result.err
+
+
+def test_debug_hides_the_password(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SAASLLM_DATABASE_URL", "postgresql://u:S3crtPW@S3crtPW.invalid/d")
+    settings.cache_clear()
+    assert cli.run(["--debug", "org", "list"]) == 7
+    err = capfd.readouterr().err
+    assert "Traceback" in err
+    assert "S3crtPW" not in err
 
 
 def test_a_database_that_is_not_there(server: str, with_url: Callable[[str], Result]) -> None:

@@ -15,6 +15,7 @@ from saasllm_cli.settings import Format
 IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 MODEL_NAME = re.compile(r"[^\s\x00-\x1f\x7f]{1,255}")
 METADATA_BYTES = 65536
+METADATA_DEPTH = 32
 MOST_CREDITS = 10**15
 RESERVED_KEYS = "opening:"
 AGES = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -78,6 +79,8 @@ def metadata_item(value: str) -> dict[str, Any]:
         except (ValueError, RecursionError) as error:
             raise typer.BadParameter(f"It is not a valid JSON object: {error}.") from None
         assert isinstance(parsed, dict)
+        if _depth(parsed) > METADATA_DEPTH:
+            raise typer.BadParameter(f"It is nested more than {METADATA_DEPTH} deep.")
         return parsed
     key, equals, text = value.partition("=")
     if not key or not equals:
@@ -93,6 +96,11 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a key stands in it twice")
     return found
+
+
+def _depth(value: Any) -> int:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if items is None else 1 + max(map(_depth, items), default=0)
 
 
 def merged(items: list[dict[str, Any]] | None) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def run(
     ] = None,
     metadata: Metadata = [],
     timeout: Annotated[
-        float,
+        int,
         typer.Option(
             min=1,
             max=86400,

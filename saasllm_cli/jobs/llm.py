@@ -20,8 +20,9 @@ from saasllm_cli.jobs import offline
 load_dotenv(".env")  # the providers' keys; the environment wins
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or the import fetches the prices over the network
 
+warnings.simplefilter("ignore")  # those of the libraries are nobody's here to mend
 # stdout is for data, whatever litellm has to say.
-with redirect_stdout(sys.stderr), warnings.catch_warnings(action="ignore"):
+with redirect_stdout(sys.stderr):
     import logging
 
     import litellm
@@ -71,7 +72,7 @@ async def complete(model: str, messages: Sequence[dict[str, Any]], timeout: floa
     except Exception:
         raise ModelFailed("litellm knows no provider for this name; write it as PROVIDER/MODEL") from None
     try:
-        with redirect_stdout(sys.stderr), warnings.catch_warnings(action="ignore"):
+        with redirect_stdout(sys.stderr):
             response = await litellm.acompletion(
                 model=model, messages=list(messages), timeout=timeout, max_retries=0, num_retries=0
             )
@@ -112,9 +113,13 @@ def _answer(model: str, response: Any) -> Answer:
 
 
 def _count(usage: Any, name: str) -> int | None:
-    """A count of the provider, where it is one: an answer is not lost for a nonsensical one."""
+    """A count of the provider, where it is one: an answer is not lost for a nonsensical one.
+
+    litellm fills in zeros where the provider counts nothing.
+    """
     count = getattr(usage, name, None)
-    return count if isinstance(count, int) and 0 <= count < 2**31 else None
+    is_counted = isinstance(count, int) and 0 <= count < 2**31 and getattr(usage, "total_tokens", 0) != 0
+    return count if is_counted else None
 
 
 def _cost(model: str, response: Any) -> Decimal | None:
@@ -135,7 +140,7 @@ def _missing_key(model: str) -> str | None:
 
 def _reason(error: Exception) -> str:
     """One bounded line of the error, with its status and without a key."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).partition("Traceback (most recent call last)")[0].split())
     text = re.sub(r"^(litellm\.)?(\w+Error: )?(litellm\.)?(\w+Error: )?(\w+Exception - )?", "", text)
     for name, value in os.environ.items():
         if len(value) >= 8 and SECRET_NAME.search(name):

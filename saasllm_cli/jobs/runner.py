@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -29,6 +30,7 @@ from saasllm_cli.errors import (
 )
 
 SETTLE_SECONDS = 30.0
+CANCEL_SECONDS = 5.0
 # The lease outlives the deadline by the time to load litellm and to settle.
 LEASE_MARGIN_SECONDS = 120.0
 RETRIED = ("database_unreachable", "database_busy")
@@ -111,12 +113,19 @@ def run(request: JobRequest, on_progress: Callable[[str], None] = lambda _: None
                 result = _settled(job_id, content, calls)
     except KeyboardInterrupt:
         if result is None:  # else it is too late to cancel
-            # Where begin was interrupted it is not known whether there is a job, and not worth waiting for.
-            _abandon(job_id, "cancelled", "Interrupted.", calls, SETTLE_SECONDS if begun else 0)
+            with suppress(DatabaseUnavailable):  # then the lease frees the credit
+                if (
+                    begun is None
+                ):  # there may be a job, or no database: not worth waiting for, nor deaf to a second Ctrl-C
+                    _settle(job_id, "cancelled", "Interrupted.", calls, 0)
+                else:
+                    with _signals(UNINTERRUPTED):
+                        _settle(job_id, "cancelled", "Interrupted.", calls, CANCEL_SECONDS)
             raise Interrupted("interrupted", f"Job {job_id} was cancelled, and nothing was charged.") from None
     except Exception as error:
         if begun is not None and not isinstance(error, SaasllmError):
-            _abandon(job_id, "failed", f"Unexpected {type(error).__name__}.", calls, SETTLE_SECONDS)
+            with suppress(SaasllmError), _signals(UNINTERRUPTED):
+                _settle(job_id, "failed", f"Unexpected {type(error).__name__}.", calls, SETTLE_SECONDS)
         raise
     return result
 
@@ -144,7 +153,9 @@ def _begin(job_id: UUID, request: JobRequest) -> database.Row:
     with database.connect() as db:
         begun = db.one("job.begin", **parameters)
         is_blocked = begun["outcome"] == "insufficient_credits" or begun["existing_is_expired"]
-        if is_blocked and db.one("job.sweep", team_id=request.team_id)["swept"]:
+        if is_blocked:
+            # Another process may have swept them first: so it is asked again, whoever did.
+            db.one("job.sweep", team_id=request.team_id)
             begun = db.one("job.begin", **parameters)
     _raise_refusal(begun, request)
     return begun
@@ -252,12 +263,6 @@ def _settled(job_id: UUID, content: str | None, calls: list[Call]) -> JobResult:
     return result
 
 
-def _abandon(job_id: UUID, status: str, error_message: str, calls: list[Call], seconds: float) -> None:
-    """Frees the credit of a job that has no answer. Where the database is away, the lease will."""
-    with suppress(DatabaseUnavailable), _signals(UNINTERRUPTED):
-        _settle(job_id, status, error_message, calls, seconds)
-
-
 def _settle(job_id: UUID, status: str, error_message: str | None, calls: list[Call], seconds: float) -> database.Row:
     """Settles the job, trying again for a while when the database is away: a second time does no harm."""
     rows = json.dumps([asdict(call) for call in calls], default=str)
@@ -265,9 +270,16 @@ def _settle(job_id: UUID, status: str, error_message: str | None, calls: list[Ca
     pause = 0.1
     while True:
         try:
-            # What was begun is settled, also on a database that was migrated in the meantime.
-            with database.connect(check_migrations=False) as db:
-                return db.one("job.settle", job_id=job_id, status=status, error_message=error_message, calls=rows)
+            with database.connect_to_settle(max(1.0, until - time.monotonic())) as db:
+                settle = partial(
+                    db.one, "job.settle", job_id=job_id, status=status, error_message=error_message, calls=rows
+                )
+                settled = settle()
+                if settled["status"] in ("pending", "in_progress"):
+                    # It waited for another that settles the same job, and told what had been before: asked again, it
+                    # tells what is.
+                    settled = settle()
+                return settled
         except DatabaseUnavailable as error:
             if error.code not in RETRIED or time.monotonic() + pause > until:
                 raise
@@ -287,4 +299,5 @@ def _signals(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
 
 
 def _interrupt(*_: object) -> None:
-    signal.raise_signal(signal.SIGINT)
+    # Not by way of SIGINT: a shell lets its background jobs ignore that.
+    raise KeyboardInterrupt

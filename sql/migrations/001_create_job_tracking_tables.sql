@@ -42,16 +42,33 @@ CREATE TABLE llm_calls (
 
 CREATE INDEX llm_calls_by_job ON llm_calls (job_id, call_id);
 
--- A finished job does not change its status again: it would be charged twice, or a charge would lose its reason.
-CREATE FUNCTION refuse_second_finish() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
+-- A finished job does not change its status again: it would be charged twice, or a charge would lose its reason. For
+-- the same reason a job keeps its id, begins open, and is not deleted.
+CREATE FUNCTION refuse_job_change() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    IF TG_OP = 'INSERT' THEN
+        RAISE EXCEPTION 'a job begins open, not %', NEW.status
+            USING ERRCODE = 'SL003', HINT = 'Insert it as pending or in_progress.';
+    ELSIF TG_OP = 'DELETE' THEN
+        RAISE EXCEPTION 'job % is part of its team''s history: DELETE is refused', OLD.job_id
+            USING ERRCODE = 'SL003', HINT = 'Cancel an open job by its status.';
+    ELSIF OLD.job_id IS DISTINCT FROM NEW.job_id THEN
+        RAISE EXCEPTION 'job % keeps its id', OLD.job_id USING ERRCODE = 'SL003', HINT = 'Start a new job.';
+    END IF;
     RAISE EXCEPTION 'job % is % and does not change its status again', OLD.job_id, OLD.status
         USING ERRCODE = 'SL003', HINT = 'Start a new job.';
 END
 $$;
 
+CREATE TRIGGER jobs_begin_open BEFORE INSERT ON jobs
+    FOR EACH ROW WHEN (NEW.status NOT IN ('pending', 'in_progress')) EXECUTE FUNCTION refuse_job_change();
 CREATE TRIGGER jobs_finish_once BEFORE UPDATE ON jobs
     FOR EACH ROW
-    WHEN (OLD.status IN ('completed', 'failed', 'cancelled') AND NEW.status IS DISTINCT FROM OLD.status)
-    EXECUTE FUNCTION refuse_second_finish();
+    WHEN (
+        (OLD.status IN ('completed', 'failed', 'cancelled') AND NEW.status IS DISTINCT FROM OLD.status)
+        OR NEW.job_id IS DISTINCT FROM OLD.job_id
+    )
+    EXECUTE FUNCTION refuse_job_change();
+CREATE TRIGGER jobs_stay BEFORE DELETE ON jobs
+    FOR EACH ROW EXECUTE FUNCTION refuse_job_change();

@@ -2,8 +2,8 @@
 --
 -- Statements insert ledger rows and nothing else. One trigger moves the balances by what was inserted, and a guard
 -- on the balances asks the ledger whether a movement is explained by its rows. It asks the data, not who is asking:
--- a setting or a trigger depth could be faked by any client. search_path is fixed in each function, for a temporary
--- table of the same name would otherwise stand in for the real one.
+-- a setting or a trigger depth could be faked by any client. The functions see pg_catalog alone and name their tables
+-- in full, with ONLY: a temporary table, a function of somebody's or a child table cannot stand in for the real one.
 
 CREATE TABLE team_credits (
     team_id           identifier PRIMARY KEY REFERENCES teams ON DELETE CASCADE,
@@ -38,8 +38,9 @@ CREATE TABLE credit_transactions (
     CONSTRAINT credit_transactions_sign CHECK (
         CASE transaction_type
             WHEN 'allocation' THEN credits_amount > 0
-            WHEN 'refund' THEN credits_amount > 0
-            WHEN 'deduction' THEN credits_amount < 0
+            -- A job costs one credit.
+            WHEN 'deduction' THEN credits_amount = -1
+            WHEN 'refund' THEN credits_amount = 1
             WHEN 'expiry' THEN credits_amount < 0
             WHEN 'adjustment' THEN credits_amount <> 0
             ELSE false
@@ -60,7 +61,7 @@ CREATE UNIQUE INDEX credit_transactions_idempotency_key ON credit_transactions (
 -- The ledger is append-only.
 
 CREATE FUNCTION refuse_ledger_change() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RAISE EXCEPTION 'credit_transactions is append-only: % is refused', TG_OP
         USING ERRCODE = 'SL004', HINT = 'Correct a balance with a further entry: saasllm credits adjust.';
@@ -74,7 +75,7 @@ CREATE TRIGGER credit_transactions_append_only BEFORE UPDATE OR DELETE OR TRUNCA
 -- Ledger rows move the balances: deductions and refunds credits_used, the others credits_allocated.
 
 CREATE FUNCTION move_balances() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     refused text;
 BEGIN
@@ -96,24 +97,24 @@ BEGIN
             coalesce(sum(credits_amount) FILTER (WHERE transaction_type NOT IN ('deduction', 'refund')), 0) AS allocated,
             coalesce(-sum(credits_amount) FILTER (WHERE transaction_type IN ('deduction', 'refund')), 0) AS used,
             -- Each job that is charged has reserved its credit: the charge takes the place of the reservation.
-            coalesce(-sum(credits_amount) FILTER (WHERE transaction_type = 'deduction'), 0) AS released
+            count(*) FILTER (WHERE transaction_type = 'deduction') AS released
         FROM linked
         GROUP BY team_id
     ),
     moved AS (
-        UPDATE team_credits
-        SET credits_allocated = team_credits.credits_allocated + movement.allocated,
-            credits_used = team_credits.credits_used + movement.used,
-            credits_reserved = team_credits.credits_reserved - movement.released,
+        UPDATE ONLY public.team_credits c
+        SET credits_allocated = c.credits_allocated + movement.allocated,
+            credits_used = c.credits_used + movement.used,
+            credits_reserved = c.credits_reserved - movement.released,
             last_entry_no = movement.last_no
         FROM movement
-        WHERE team_credits.team_id = movement.team_id
+        WHERE c.team_id = movement.team_id
           AND movement.unbroken
-          AND movement.first_no = team_credits.last_entry_no + 1
-          AND movement.opening = team_credits.credits_remaining
-        RETURNING team_credits.team_id
+          AND movement.first_no = c.last_entry_no + 1
+          AND movement.opening = c.credits_remaining
+        RETURNING c.team_id
     )
-    SELECT min(team_id) INTO refused
+    SELECT min(team_id::text) INTO refused
     FROM movement
     WHERE NOT EXISTS (SELECT FROM moved WHERE moved.team_id = movement.team_id);
 
@@ -122,6 +123,20 @@ BEGIN
             USING ERRCODE = 'SL005',
                   DETAIL = 'Each entry_no is the last one plus 1, each credits_before the last credits_after.',
                   HINT = 'Lock the row of team_credits first and continue from its last_entry_no and credits_remaining.';
+    END IF;
+
+    SELECT min(entry.job_id::text) INTO refused
+    FROM new_entries entry
+    WHERE entry.job_id IS NOT NULL
+      AND NOT EXISTS (
+          SELECT
+          FROM ONLY public.jobs
+          WHERE jobs.job_id = entry.job_id AND jobs.team_id = entry.team_id AND jobs.status = 'completed'
+      );
+
+    IF refused IS NOT NULL THEN
+        RAISE EXCEPTION 'job % is not a completed job of the team that is to be charged for it', refused
+            USING ERRCODE = 'SL005', HINT = 'Complete the job and charge its team in one statement.';
     END IF;
     RETURN NULL;
 END
@@ -135,7 +150,7 @@ CREATE TRIGGER credit_transactions_move_balances AFTER INSERT ON credit_transact
 -- No balance moves without its ledger rows.
 
 CREATE FUNCTION guard_balance() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     explained boolean;
 BEGIN
@@ -146,7 +161,7 @@ BEGIN
            AND NEW.credits_used - OLD.credits_used
                = coalesce(-sum(credits_amount) FILTER (WHERE transaction_type IN ('deduction', 'refund')), 0)
     INTO explained
-    FROM credit_transactions
+    FROM ONLY public.credit_transactions
     WHERE team_id = OLD.team_id AND entry_no > OLD.last_entry_no;
 
     IF NOT explained THEN
@@ -168,10 +183,10 @@ CREATE TRIGGER team_credits_guard BEFORE UPDATE ON team_credits
 -- A balance begins empty with its team and goes with it, never on its own.
 
 CREATE FUNCTION refuse_balance_without_team() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     -- When a team is deleted, its row here follows: by then the team is gone.
-    IF TG_OP = 'DELETE' AND NOT EXISTS (SELECT FROM teams WHERE team_id = OLD.team_id) THEN
+    IF TG_OP = 'DELETE' AND NOT EXISTS (SELECT FROM public.teams WHERE team_id = OLD.team_id) THEN
         RETURN OLD;
     END IF;
     RAISE EXCEPTION 'the balance of a team begins empty and goes with its team: % is refused', TG_OP
@@ -189,9 +204,9 @@ CREATE TRIGGER team_credits_no_truncate BEFORE TRUNCATE ON team_credits
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_balance_without_team();
 
 CREATE FUNCTION open_balances() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    INSERT INTO team_credits (team_id) SELECT team_id FROM new_teams;
+    INSERT INTO public.team_credits (team_id) SELECT team_id FROM new_teams;
     RETURN NULL;
 END
 $$;

@@ -28,3 +28,37 @@ ALTER TABLE llm_calls
     ADD COLUMN attempt          integer    NOT NULL,
     ADD COLUMN purpose          text,
     ADD CONSTRAINT llm_calls_attempt CHECK (attempt >= 1);
+
+
+-- A job completes together with its charge, and stays with its team.
+
+CREATE FUNCTION require_charge() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF NOT EXISTS (
+        SELECT
+        FROM ONLY public.credit_transactions
+        WHERE job_id = NEW.job_id AND transaction_type = 'deduction' AND team_id = NEW.team_id
+    ) THEN
+        RAISE EXCEPTION 'job % completes only together with its deduction', NEW.job_id
+            USING ERRCODE = 'SL003', HINT = 'Complete the job and charge its team in one statement.';
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER jobs_complete_with_charge AFTER UPDATE ON jobs
+    FOR EACH ROW WHEN (NEW.status = 'completed' AND OLD.status <> 'completed') EXECUTE FUNCTION require_charge();
+
+CREATE FUNCTION refuse_other_team() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION 'job % stays with team %', OLD.job_id, OLD.team_id
+        USING ERRCODE = 'SL003', HINT = 'Start a new job for the other team.';
+END
+$$;
+
+CREATE TRIGGER jobs_stay_with_team BEFORE UPDATE ON jobs
+    FOR EACH ROW
+    WHEN ((OLD.team_id, OLD.organization_id) IS DISTINCT FROM (NEW.team_id, NEW.organization_id))
+    EXECUTE FUNCTION refuse_other_team();

@@ -148,8 +148,8 @@ LEFT JOIN jobs j USING (job_id)
 LEFT JOIN team_credits c USING (team_id);
 
 -- name: sweep(team_id) :one
--- Fails the team's jobs whose lease ran out and frees their credits; says how many. A job that is just being
--- settled is passed over.
+-- Fails the team's jobs whose lease ran out and frees their credits; says how many. It waits for what is just being
+-- settled or swept by another, so that afterwards the credits are free.
 WITH expired AS (
     SELECT job_id
     FROM jobs
@@ -157,7 +157,7 @@ WITH expired AS (
       AND status IN ('pending', 'in_progress')
       AND lease_expires_at <= clock_timestamp()
     ORDER BY job_id
-    FOR UPDATE SKIP LOCKED
+    FOR UPDATE
 ),
 swept AS (
     UPDATE jobs

@@ -31,6 +31,9 @@ $$;
 -- Raises SL001 where one of the known migrations is pending, SL002 where another one is applied.
 SELECT require_migrations(%(known)s) AS checked;
 
+-- name: limit_time(milliseconds) :one
+SELECT set_config('statement_timeout', %(milliseconds)s, false) AS milliseconds;
+
 -- name: is_recorded() :one
 SELECT to_regclass('saasllm_migrations') IS NOT NULL AS is_recorded;
 
@@ -72,6 +75,18 @@ WHERE c.relnamespace = current_schema()::regnamespace
   AND NOT a.attisdropped
   AND c.relname <> 'saasllm_migrations'
 UNION ALL
+SELECT 'table ' || c.relname || '.',
+    concat_ws(' ',
+        c.relpersistence::text,
+        CASE WHEN c.relrowsecurity THEN 'ROW LEVEL SECURITY' END,
+        CASE WHEN c.relhasrules THEN 'RULES' END,
+        CASE WHEN c.relhassubclass THEN 'CHILDREN' END
+    )
+FROM pg_class c
+WHERE c.relnamespace = current_schema()::regnamespace
+  AND c.relkind IN ('r', 'p')
+  AND c.relname <> 'saasllm_migrations'
+UNION ALL
 SELECT 'constraint ' || coalesce(c.relname, t.typname) || '.' || n.conname, pg_get_constraintdef(n.oid)
 FROM pg_constraint n
 LEFT JOIN pg_class c ON c.oid = n.conrelid
@@ -86,12 +101,14 @@ JOIN pg_class c ON c.oid = i.indexrelid
 JOIN pg_class t ON t.oid = i.indrelid
 WHERE c.relnamespace = current_schema()::regnamespace AND t.relname <> 'saasllm_migrations'
 UNION ALL
-SELECT 'trigger ' || c.relname || '.' || g.tgname, replace(pg_get_triggerdef(g.oid), current_schema() || '.', '')
+SELECT 'trigger ' || c.relname || '.' || g.tgname,
+    concat_ws(' ', replace(pg_get_triggerdef(g.oid), current_schema() || '.', ''), 'enabled ' || g.tgenabled::text)
 FROM pg_trigger g
 JOIN pg_class c ON c.oid = g.tgrelid
 WHERE c.relnamespace = current_schema()::regnamespace AND NOT g.tgisinternal
 UNION ALL
-SELECT 'function ' || p.oid::regprocedure::text, md5(p.prosrc || array_to_string(p.proconfig, ','))
+SELECT 'function ' || p.oid::regprocedure::text,
+    concat_ws(' ', md5(p.prosrc), p.proconfig::text, p.provolatile::text, CASE WHEN p.prosecdef THEN 'SECURITY DEFINER' END)
 FROM pg_proc p
 WHERE p.pronamespace = current_schema()::regnamespace AND p.proname <> 'require_migrations'
 UNION ALL
@@ -99,7 +116,9 @@ SELECT 'view ' || c.relname, pg_get_viewdef(c.oid)
 FROM pg_class c
 WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind IN ('v', 'm')
 UNION ALL
-SELECT 'domain ' || t.typname, format_type(t.typbasetype, t.typtypmod)
+SELECT 'domain ' || t.typname,
+    concat_ws(' ', format_type(t.typbasetype, t.typtypmod), l.collname, CASE WHEN t.typnotnull THEN 'NOT NULL' END)
 FROM pg_type t
+LEFT JOIN pg_collation l ON l.oid = t.typcollation
 WHERE t.typnamespace = current_schema()::regnamespace AND t.typtype = 'd'
 ORDER BY object;
