@@ -314,6 +314,16 @@ def test_twenty_settles_of_one_job(tenant: Run) -> None:
     assert credits_of(tenant) == (9, 0)
 
 
+def test_ten_jobs_of_one_team_settled_at_once(tenant: Run) -> None:
+    jobs = [runner.new_job_id() for _ in range(10)]
+    for job_id in jobs:
+        runner._begin(job_id, request())
+    with ThreadPoolExecutor(10) as threads:
+        rows = list(threads.map(lambda job_id: runner._settle(job_id, "completed", None, [], 5), jobs))
+    assert sorted(row["credits_remaining"] for row in rows) == list(range(10))
+    assert credits_of(tenant) == (0, 0)
+
+
 def test_expired_leases_are_in_nobodys_way(tenant: Run, sql: psycopg.Connection) -> None:
     """Ten begin at once on ten credits that are all held by expired leases: each finds one."""
     for _ in range(10):

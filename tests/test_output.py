@@ -89,11 +89,21 @@ def test_a_table_into_a_pipe_is_neither_styled_nor_cut(shown: Callable[..., str]
     assert "…" not in text
 
 
-def test_an_answer_at_a_terminal_is_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+def test_csv_at_a_terminal_is_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", terminal := Terminal())
+    output.show([{"a": HOSTILE}], Format.CSV)
+    assert "\x1b" not in terminal.getvalue()
+    monkeypatch.setattr("sys.stdout", pipe := io.StringIO())
+    output.show([{"a": HOSTILE}], Format.CSV)
+    assert HOSTILE in pipe.getvalue()
+
+
+def test_an_answer_at_a_terminal_is_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout", terminal := Terminal())
     output.print_answer("one\n\ttwo\x1b]52;c;ZXZpbA==\x07")
     assert terminal.getvalue() == "one\n\ttwo]52;c;ZXZpbA==\n"
