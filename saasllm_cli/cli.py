@@ -1,5 +1,6 @@
 """The root command, and the one place where an error becomes an exit status."""
 
+import errno
 import importlib
 import os
 import re
@@ -12,7 +13,7 @@ from typer._click.exceptions import ClickException, NoArgsIsHelpError
 from typer.core import TyperGroup
 
 from saasllm_cli.errors import InvalidInput, SaasllmError
-from saasllm_cli.output import note, show_error
+from saasllm_cli.output import discard, note, show_error
 from saasllm_cli.settings import Format, settings
 
 # The nouns, in the order of a first day. Each is a module of commands/, loaded when it is typed.
@@ -126,11 +127,13 @@ def _tell(error: Exception, arguments: list[str]) -> int:
                 f"See: {context.command_path if context else 'saasllm'} --help",
             )
         case BrokenPipeError():  # whoever read our output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard(sys.stdout)
             return 0
         case OSError():
             where = f"{error.filename}: " if error.filename else ""
             told = SaasllmError("system_error", f"{where}{error.strerror or error}.")
+            if error.errno in (errno.ENOSPC, errno.EIO) and not where:
+                discard(sys.stdout)
         case _:
             told = SaasllmError("unexpected", f"Unexpected {type(error).__name__}.", UNEXPECTED)
     show_error(told, as_json=_wants_json(arguments))

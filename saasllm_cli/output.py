@@ -5,10 +5,9 @@ import re
 import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 from uuid import UUID
 
 from saasllm_cli.errors import SaasllmError
@@ -93,8 +92,15 @@ def show_error(error: SaasllmError, as_json: bool) -> None:
 
 def _to_stderr(text: str) -> None:
     # A full disk under the log is no reason to fail, nor to give another exit status than what happened.
-    with suppress(OSError):
+    try:
         print(text, end="", file=sys.stderr, flush=True)
+    except OSError:
+        discard(sys.stderr)
+
+
+def discard(stream: TextIO) -> None:
+    """Lets a stream that cannot be written to swallow the rest, which Python would try once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def harmless(text: str, keep: str = "") -> str:
