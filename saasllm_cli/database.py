@@ -47,7 +47,7 @@ class _JsonbDumper(JsonbDumper):
 
 
 class Database:
-    """A connection in which each query is a transaction of its own.
+    """A connection in which each query is a transaction of its own, unless several are made one.
 
     The first query brings along `prelude`, a query that is to pass before it, in the same round trip: where it fails,
     nothing of the other is done.
@@ -66,6 +66,12 @@ class Database:
 
     def many(self, name: str, /, **parameters: Any) -> list[Row]:
         return self._run(name, "many", parameters)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Several queries as one: all or nothing."""
+        with self._connection.transaction():
+            yield
 
     def found(self, name: str, noun: str, key: str, /, **parameters: Any) -> Row:
         """The row of a `:maybe` query, or `NotFound` with the noun and the key that were asked for."""
@@ -229,6 +235,8 @@ def _translated(error: psycopg.Error) -> SaasllmError:
             return InvalidInput("out_of_range", "The number is out of range.", "Whole numbers go up to 2^63 - 1.")
         case _, "23514" if error.diag.constraint_name == "team_credits_free":
             return InsufficientCredits("insufficient_credits", "The team has not so many credits free.")
+        case _, ("23503" | "23505"):  # only where another client was quicker: the statements look before they write
+            return Conflict("refused_by_database", f"The database refuses it: {message}.", "Try again.")
         case "23", _:
             return InvalidInput("refused_by_database", f"The database refuses it: {message}.")
         case _, "25006":

@@ -100,3 +100,33 @@ def test_add_as_a_plain_statement_moves_the_balance(tenant: Run, sql: psycopg.Co
         " credits_before, credits_after) VALUES ('hr', 'acme', 2, 'adjustment', -4, 10, 6)"
     )
     assert tenant("credits", "balance", "hr", "-o", "json").data["credits_allocated"] == 6
+
+
+def test_check_whether_a_team_has_enough(tenant: Run, sql: psycopg.Connection) -> None:
+    assert tenant("credits", "check", "hr", "--need", 10, "-o", "json").data["credits_remaining"] == 10
+    sql.execute("UPDATE team_credits SET credits_reserved = 1")
+    short = tenant("credits", "check", "hr", "--need", 10)
+    assert short.status == 5
+    assert "9 credit(s) free, not 10" in short.err
+    assert tenant("credits", "check", "nobody", "--need", 1).status == 3
+
+
+def test_check_which_teams_run_low(tenant: Run) -> None:
+    tenant("org", "create", "other")
+    tenant("team", "create", "it", "--org", "other", "--credits", 3)
+    low = tenant("credits", "check", "--below", 11, "-o", "json")
+    assert (low.status, [team["team_id"] for team in low.data]) == (9, ["it", "hr"])
+    assert [team["credits_free"] for team in low.data] == [3, 10]
+    assert [
+        team["team_id"] for team in tenant("credits", "check", "--below", 11, "--org", "acme", "-o", "json").data
+    ] == ["hr"]
+    tenant("team", "suspend", "it")
+    fine = tenant("credits", "check", "--below", 10, "-o", "json")
+    assert (fine.status, fine.data) == (0, [])
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("hr",), ("--need", 1), ("hr", "--below", 1), ("hr", "--need", 1, "--below", 1)]
+)
+def test_check_wants_one_question(tenant: Run, options: tuple[object, ...]) -> None:
+    assert tenant("credits", "check", *options).status == 2

@@ -1,7 +1,12 @@
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
+import pytest
 from conftest import Result
+
+from saasllm_cli import database
+from saasllm_cli.commands import group
 
 Run = Callable[..., Result]
 FIELDS = ["group_name", "display_name", "description", "status", "models", "created_at", "updated_at"]
@@ -53,3 +58,60 @@ def test_resolve(tenant: Run, sql: psycopg.Connection) -> None:
     sql.execute("UPDATE model_groups SET status = 'inactive' WHERE group_name = 'Other'")
     inactive = tenant("group", "resolve", "Other", "-o", "json")
     assert (inactive.status, inactive.error["code"]) == (6, "group_inactive")
+
+
+def models(run: Run, group: str) -> list[str]:
+    return [model["model_name"] for model in run("group", "get", group, "-o", "json").data["models"]]
+
+
+def test_update_leaves_what_is_not_given(saasllm: Run) -> None:
+    saasllm("group", "create", "G", "--model", "a", "--display-name", "D")
+    changed = saasllm("group", "update", "G", "--description", "what for", "--status", "inactive", "-o", "json").data
+    assert (changed["display_name"], changed["description"], changed["status"]) == ("D", "what for", "inactive")
+    assert saasllm("group", "update", "nothing").status == 3
+
+
+def test_set_models_replaces_all_in_order(saasllm: Run) -> None:
+    saasllm("group", "create", "G", "--model", "a", "--model", "b")
+    changed = saasllm("group", "set-models", "G", "b", "c", "a", "-o", "json").data
+    assert [(model["model_name"], model["priority"]) for model in changed["models"]] == [("b", 0), ("c", 1), ("a", 2)]
+    assert saasllm("group", "set-models", "G", "b", "b").status == 2
+    assert saasllm("group", "set-models", "G").status == 2
+    assert saasllm("group", "set-models", "nothing", "a").status == 3
+    assert models(saasllm, "G") == ["b", "c", "a"]
+
+
+def test_a_reader_of_set_models_never_sees_half(saasllm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two who change it all the time, one who reads."""
+    saasllm("group", "create", "G", "--model", "a", "--model", "b", "--model", "c")
+    both = (["a", "b", "c"], ["x", "a"])
+    monkeypatch.setattr("saasllm_cli.commands.group.show", lambda *_: None)
+
+    def change(turn: int) -> None:
+        group.set_models("G", both[turn % 2])
+
+    with ThreadPoolExecutor(2) as threads, database.connect() as db:
+        changes = [threads.submit(change, turn) for turn in range(60)]
+        while not all(change.done() for change in changes):
+            found = db.maybe("group.get", group_name="G")
+            assert found
+            assert [model["model_name"] for model in found["models"]] in both
+        for done in changes:
+            done.result()
+
+
+def test_delete_refuses_a_group_in_use_unless_forced(tenant: Run) -> None:
+    refused = tenant("group", "delete", "Echo", "--yes")
+    assert refused.status == 4
+    assert "1 team(s): hr" in refused.err
+    assert tenant("group", "delete", "Echo").status == 2
+    assert tenant("group", "delete", "Echo", "--yes", "--force").status == 0
+    assert tenant("team", "get", "hr", "-o", "json").data["model_groups"] == ["Down"]
+    assert tenant("group", "delete", "Echo", "--yes").status == 3
+
+
+def test_a_deleted_group_stays_in_the_history(tenant: Run) -> None:
+    job_id = tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x", "-o", "json").data["job_id"]
+    assert tenant("group", "delete", "Echo", "--yes", "--force").status == 0
+    job = tenant("job", "get", job_id, "-o", "json").data
+    assert (job["model_groups_used"], job["calls"][0]["model_group_used"]) == (["Echo"], "Echo")

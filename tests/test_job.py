@@ -481,3 +481,21 @@ def wait_for_request(provider: Provider, process: "subprocess.Popen[str]") -> No
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_costs_per_model(tenant: Run, provider: Provider) -> None:
+    with_models(tenant, "openai/status-503", "openai/gpt-4-turbo")
+    provider.stands_for["gpt-4-turbo"] = "ok"
+    job_id = job_run(tenant, "G", "--prompt", "x", "-o", "json").data["job_id"]
+    failed, answered = tenant("job", "costs", job_id, "-o", "json").data
+    assert (failed["resolved_model"], failed["calls"], failed["failed_calls"]) == ("openai/status-503", 1, 1)
+    assert (failed["cost_usd"], failed["unpriced_calls"]) == (None, 0)
+    assert (answered["total_tokens"], answered["cost_usd"], answered["unpriced_calls"]) == (17, 0.00027, 0)
+    assert tenant("job", "costs", "0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d").status == 3
+
+
+def test_annotate_merges_also_when_the_job_is_finished(tenant: Run) -> None:
+    job_id = job_run(tenant, "Echo", "--prompt", "x", "--metadata", "a=1", "-o", "json").data["job_id"]
+    changed = tenant("job", "annotate", job_id, "--metadata", "b=2", "--unset-metadata", "a", "-o", "json")
+    assert (changed.status, changed.data["metadata"], changed.data["status"]) == (0, {"b": "2"}, "completed")
+    assert tenant("job", "annotate", "0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d", "--metadata", "a=1").status == 3

@@ -98,3 +98,39 @@ def test_bad_input_is_one_error_that_names_the_field(saasllm: Run, arguments: li
     assert result.err.startswith("Error: ")
     assert named in result.err
     assert saasllm("org", "list", "-o", "json").data == []
+
+
+def test_update_merges(saasllm: Run) -> None:
+    saasllm("org", "create", "acme", "--metadata", "a=1", "--metadata", "b=2")
+    changed = saasllm(
+        "org", "update", "acme", "--name", "New", "--metadata", "b=3", "--unset-metadata", "a", "-o", "json"
+    )
+    assert (changed.data["name"], changed.data["metadata"]) == ("New", {"b": "3"})
+    same = saasllm("org", "update", "acme", "-o", "json").data
+    assert (same["name"], same["metadata"]) == ("New", {"b": "3"})
+    assert same["updated_at"] > changed.data["created_at"]
+    assert saasllm("org", "update", "nobody").status == 3
+
+
+def test_suspended_its_teams_begin_no_jobs(tenant: Run) -> None:
+    job = ("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x", "-o", "json")
+    assert tenant("org", "suspend", "acme", "-o", "json").data["status"] == "suspended"
+    assert tenant("org", "suspend", "acme").status == 0
+    assert tenant(*job).error["code"] == "organization_suspended"
+    assert tenant("org", "resume", "acme", "-o", "json").data["status"] == "active"
+    assert tenant(*job).status == 0
+    assert tenant("org", "suspend", "nobody").status == 3
+
+
+def test_delete_only_without_teams_and_only_when_meant(tenant: Run) -> None:
+    tenant("org", "create", "empty")
+    unasked = tenant("org", "delete", "empty", "-o", "json")
+    assert unasked.status == 2, "delete prints no data"
+    assert "--yes" in tenant("org", "delete", "empty").err
+    assert tenant("org", "get", "empty").status == 0
+    assert tenant("org", "delete", "empty", "--yes").status == 0
+    assert tenant("org", "get", "empty").status == 3
+    assert tenant("org", "delete", "empty", "--yes").status == 3
+    used = tenant("org", "delete", "acme", "--yes")
+    assert used.status == 4
+    assert "1 team" in used.err

@@ -1,6 +1,12 @@
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from conftest import Result
+
+from saasllm_cli import database
+from saasllm_cli.commands import team
+from saasllm_cli.jobs import runner
 
 Run = Callable[..., Result]
 FIELDS = [
@@ -11,10 +17,10 @@ FIELDS = [
 
 
 def test_create_with_groups_and_opening_credits(tenant: Run) -> None:
-    team = tenant("team", "get", "hr", "-o", "json")
-    assert list(team.data) == FIELDS
-    assert team.data["model_groups"] == ["Down", "Echo"]
-    assert (team.data["credits_allocated"], team.data["credits_remaining"]) == (10, 10)
+    shown = tenant("team", "get", "hr", "-o", "json")
+    assert list(shown.data) == FIELDS
+    assert shown.data["model_groups"] == ["Down", "Echo"]
+    assert (shown.data["credits_allocated"], shown.data["credits_remaining"]) == (10, 10)
     (entry,) = tenant("credits", "transactions", "hr", "-o", "json").data
     assert (entry["transaction_type"], entry["credits_before"], entry["credits_after"]) == ("allocation", 0, 10)
 
@@ -56,3 +62,68 @@ def test_bad_credits(tenant: Run) -> None:
         result = tenant("team", "create", "it", "--org", "acme", "--credits", number)
         assert result.status == 2
         assert "--credits" in result.err
+
+
+def groups(run: Run) -> list[str]:
+    return list(run("team", "get", "hr", "-o", "json").data["model_groups"])
+
+
+def test_update_merges(tenant: Run) -> None:
+    changed = tenant("team", "update", "hr", "--alias", "Human", "--metadata", '{"a": 1, "b": 2}', "-o", "json").data
+    assert (changed["team_alias"], changed["metadata"]) == ("Human", {"a": 1, "b": 2})
+    assert tenant("team", "update", "hr", "--unset-metadata", "a", "-o", "json").data["metadata"] == {"b": 2}
+    assert tenant("team", "update", "nobody").status == 3
+
+
+def test_assign_adds_and_replaces(tenant: Run) -> None:
+    tenant("group", "create", "Third", "--model", "a")
+    assert tenant("team", "assign", "hr", "Third", "Echo", "-o", "json").data["model_groups"] == [
+        "Down",
+        "Echo",
+        "Third",
+    ]
+    assert tenant("team", "assign", "hr", "Third", "Echo", "--replace").status == 0
+    assert groups(tenant) == ["Echo", "Third"]
+    missing = tenant("team", "assign", "hr", "Down", "No", "--replace", "-o", "json")
+    assert (missing.status, missing.error["code"]) == (3, "group_not_found")
+    assert groups(tenant) == ["Echo", "Third"]
+    assert tenant("team", "assign", "nobody", "Echo", "-o", "json").error["code"] == "team_not_found"
+
+
+def test_of_two_who_replace_at_once_one_wins(tenant: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saasllm_cli.commands.team.show", lambda *_: None)
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(20):
+            list(threads.map(lambda name: team.assign("hr", [name], replace=True), ["Echo", "Down"]))
+            with database.connect() as db:
+                assert db.found("team.get", "team", "hr", team_id="hr")["model_groups"] in (["Echo"], ["Down"])
+
+
+def test_unassign(tenant: Run) -> None:
+    result = tenant("team", "unassign", "hr", "Echo", "No", "-o", "json")
+    assert (result.status, result.data["model_groups"]) == (0, ["Down"])
+    assert "No" in result.err
+    assert tenant("team", "unassign", "nobody", "Echo").status == 3
+
+
+def test_suspended_it_begins_no_jobs_and_what_runs_finishes(tenant: Run) -> None:
+    job_id = runner.new_job_id()
+    asked = runner.JobRequest("hr", "Echo", [{"role": "user", "content": "x"}], 5)
+    runner._begin(job_id, asked)
+    assert tenant("team", "suspend", "hr", "-o", "json").data["status"] == "suspended"
+    refused = tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x", "-o", "json")
+    assert (refused.status, refused.error["code"]) == (6, "team_suspended")
+    assert runner._settle(job_id, "completed", None, [], 5)["settled"]
+    assert tenant("team", "resume", "hr", "-o", "json").data["status"] == "active"
+    assert tenant("team", "get", "hr", "-o", "json").data["credits_remaining"] == 9
+
+
+def test_delete_only_without_history(tenant: Run) -> None:
+    tenant("team", "create", "new", "--org", "acme", "--group", "Echo")
+    assert tenant("team", "delete", "new").status == 2
+    assert tenant("team", "delete", "new", "--yes").status == 0
+    assert tenant("team", "delete", "new", "--yes").status == 3
+    used = tenant("team", "delete", "hr", "--yes")
+    assert used.status == 4
+    assert "0 job(s) and 1 ledger entries" in used.err
+    assert tenant("team", "get", "hr").status == 0

@@ -9,12 +9,14 @@ from saasllm_cli.commands.inputs import (
     MOST_CREDITS,
     IdempotencyKey,
     Limit,
+    OrgFilter,
     Output,
     TeamId,
+    identifier,
     label,
     noun,
 )
-from saasllm_cli.errors import Conflict
+from saasllm_cli.errors import CheckFailed, Conflict, InsufficientCredits, InvalidInput
 from saasllm_cli.output import show
 
 app = noun()
@@ -61,6 +63,42 @@ def add(
             "Take a new key for a new entry.",
         )
     show(entry, output)
+
+
+@app.command(epilog="Example: saasllm credits check team_engineering --need 10 || echo too few")
+def check(
+    team_id: Annotated[
+        str | None, typer.Argument(metavar="[TEAM]", parser=identifier, show_default=False, help="With --need.")
+    ] = None,
+    need: Annotated[
+        int | None, typer.Option(min=1, max=MOST_CREDITS, metavar="N", help="Exit 5 unless the team has N free.")
+    ] = None,
+    below: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST_CREDITS, metavar="N", help="List the active teams with less than N free: exit 9."),
+    ] = None,
+    org: OrgFilter = None,
+    output: Output = None,
+) -> None:
+    """Ask whether a team can start jobs (--need), or which teams soon cannot (--below, for cron)."""
+    if (team_id is None) != (need is None) or (need is None) == (below is None) or (org and below is None):
+        raise InvalidInput("usage", "Give either TEAM with --need, or --below.", "See: saasllm credits check --help")
+    with database.connect() as db:
+        if below is not None:
+            teams = db.many("credits.below", credits=below, organization_id=org)
+            show(teams, output)
+            if teams:
+                raise CheckFailed("credits_low", f"{len(teams)} team(s) have less than {below} credits free.")
+            return
+        balance = db.found("credits.balance", "team", str(team_id), team_id=team_id)
+    show(balance, output)
+    free = balance["credits_remaining"] - balance["credits_reserved"]
+    if need is not None and free < need:
+        raise InsufficientCredits(
+            "insufficient_credits",
+            f"The team {team_id} has {free} credit(s) free, not {need}.",
+            f"Run: saasllm credits add {team_id} AMOUNT",
+        )
 
 
 @app.command(epilog="Example: saasllm credits transactions team_engineering --type deduction -o csv")

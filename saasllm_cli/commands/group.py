@@ -10,6 +10,8 @@ from saasllm_cli.commands.inputs import (
     IfNotExists,
     Limit,
     Output,
+    Yes,
+    confirm,
     identifier,
     label,
     model_name,
@@ -17,10 +19,12 @@ from saasllm_cli.commands.inputs import (
     same_or_conflict,
     unique,
 )
-from saasllm_cli.errors import refused
-from saasllm_cli.output import show
+from saasllm_cli.errors import Conflict, refused
+from saasllm_cli.output import note, show
 
 app = noun()
+
+Status = Literal["active", "inactive"]
 
 
 @app.command(
@@ -73,7 +77,7 @@ def get(group_name: GroupName, output: Output = None) -> None:
 
 @app.command("list", epilog="Example: saasllm group list -o json")
 def list_(
-    status: Annotated[Literal["active", "inactive"] | None, typer.Option(help="Only those in this status.")] = None,
+    status: Annotated[Status | None, typer.Option(help="Only those in this status.")] = None,
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
@@ -81,6 +85,66 @@ def list_(
     with database.connect() as db:
         groups = db.many("group.list", status=status, row_limit=limit + 1)
     show(groups, output, columns=("group_name", "display_name", "status", "models"), limit=limit)
+
+
+@app.command(epilog="Example: saasllm group update ResumeAgent --status inactive")
+def update(
+    group_name: GroupName,
+    display_name: Annotated[
+        str | None, typer.Option(parser=label, metavar="TEXT", help="Its new name for people.")
+    ] = None,
+    description: Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="What it is for.")] = None,
+    status: Annotated[Status | None, typer.Option(help="No job of an inactive group begins.")] = None,
+    output: Output = None,
+) -> None:
+    """Change a model group. Its models: `set-models`."""
+    with database.connect() as db:
+        db.found(
+            "group.update",
+            *("group", group_name),
+            group_name=group_name,
+            display_name=display_name,
+            description=description,
+            status=status,
+        )
+        group = _found(db, group_name)
+    show(group, output)
+
+
+@app.command("set-models", epilog="Example: saasllm group set-models ResumeAgent gpt-4o gpt-4o-mini")
+def set_models(
+    group_name: GroupName,
+    models: Annotated[list[str], typer.Argument(parser=model_name, metavar="MODEL...", show_default=False)],
+    output: Output = None,
+) -> None:
+    """Put these models, in this order, in the place of those that the group has."""
+    model_names = unique(models, "MODEL")
+    with database.connect() as db:
+        with db.transaction():
+            db.found("group.lock", "group", group_name, group_name=group_name)
+            db.one("group.set_models", group_name=group_name, model_names=model_names)
+        group = _found(db, group_name)
+    show(group, output)
+
+
+@app.command(epilog="Example: saasllm group delete ResumeAgent --yes")
+def delete(
+    group_name: GroupName,
+    force: Annotated[bool, typer.Option("--force", help="Take it from the teams that use it.")] = False,
+    yes: Yes = False,
+) -> None:
+    """Delete a model group that no team uses. The calls that were made through it keep its name."""
+    confirm(f"Delete the group {group_name}?", yes)
+    with database.connect() as db:
+        result = db.one("group.delete", group_name=group_name, unassign=force)
+        if not result["deleted"]:
+            _found(db, group_name)
+            raise Conflict(
+                "group_in_use",
+                f"The group {group_name} is assigned to {len(result['teams'])} team(s): {_some(result['teams'])}.",
+                "Unassign it, or add --force.",
+            )
+    note(f"The group {group_name} was deleted.")
 
 
 @app.command(epilog="Example: saasllm group resolve ResumeAgent --team team_engineering")
@@ -97,6 +161,10 @@ def resolve(
     if resolved["refusal"]:
         raise refused(resolved["refusal"], team, group_name, resolved["organization_id"])
     show(resolved["models"], output)
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _found(db: database.Database, group_name: str) -> database.Row:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import unicodedata
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -9,7 +10,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from saasllm_cli.errors import Conflict, InvalidInput
+from saasllm_cli.errors import Conflict, Interrupted, InvalidInput
 from saasllm_cli.settings import Format
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
@@ -145,6 +146,16 @@ def same_or_conflict(
         )
 
 
+def confirm(question: str, yes: bool) -> None:
+    """Asks before something is destroyed; where nobody can answer, the flag must have."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise InvalidInput("not_confirmed", f"{question} There is no terminal to ask at.", "Add --yes.")
+    if not typer.confirm(question, err=True):
+        raise Interrupted("not_confirmed", "Nothing was changed.")
+
+
 Activity = Literal["active", "suspended"]
 
 Output = Annotated[
@@ -165,6 +176,10 @@ Metadata = Annotated[
         help="Metadata to attach; repeatable, or one JSON object.",
     ),
 ]
+UnsetMetadata = Annotated[
+    list[str], typer.Option("--unset-metadata", metavar="KEY", help="Metadata to remove; repeatable.")
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 Limit = Annotated[int, typer.Option("--limit", min=1, max=100_000, metavar="N", help="Show at most N.")]
 IdempotencyKey = Annotated[
     str | None,

@@ -18,6 +18,7 @@ from saasllm_cli.commands.inputs import (
     OrgFilter,
     Output,
     TeamFilter,
+    UnsetMetadata,
     identifier,
     label,
     merged,
@@ -39,6 +40,8 @@ SILENT_STDIN_SECONDS = 3
 
 
 Status = Literal["pending", "in_progress", "completed", "failed", "cancelled"]
+
+JobId = Annotated[UUID, typer.Argument(metavar="JOB", show_default=False)]
 
 
 @app.command(
@@ -119,7 +122,7 @@ def run(
 
 
 @app.command(epilog="Example: saasllm job get 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d -o json | jq '.calls[].error'")
-def get(job_id: Annotated[UUID, typer.Argument(metavar="JOB", show_default=False)], output: Output = None) -> None:
+def get(job_id: JobId, output: Output = None) -> None:
     """Show a job and each of its calls: which model, why it failed, how long it took, what it cost."""
     with database.connect() as db:
         job = db.found("job.get", "job", str(job_id), job_id=job_id)
@@ -144,6 +147,30 @@ def list_(
         jobs = db.many("job.list", team_id=team, organization_id=org, status=status, since=since, row_limit=limit + 1)
     columns = ("job_id", "team_id", "job_type", "status", "model_groups_used", "credit_applied", "created_at")
     show(jobs, output, columns=columns, limit=limit)
+
+
+@app.command(epilog="Example: saasllm job costs 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d -o csv")
+def costs(job_id: JobId, output: Output = None) -> None:
+    """Show what a job cost with the providers, per model."""
+    with database.connect() as db:
+        db.found("job.get", "job", str(job_id), job_id=job_id)
+        models = db.many("job.costs", job_id=job_id)
+    show(models, output)
+
+
+@app.command(epilog="Example: saasllm job annotate 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d --metadata reviewed=yes")
+def annotate(job_id: JobId, metadata: Metadata = [], unset_metadata: UnsetMetadata = [], output: Output = None) -> None:
+    """Change a job's metadata; it is merged."""
+    with database.connect() as db:
+        db.found(
+            "job.annotate",
+            *("job", str(job_id)),
+            job_id=job_id,
+            metadata=merged(metadata),
+            unset_metadata=unset_metadata,
+        )
+        job = db.found("job.get", "job", str(job_id), job_id=job_id)
+    show(job, output)
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:

@@ -12,12 +12,17 @@ from saasllm_cli.commands.inputs import (
     OrganizationId,
     Output,
     StatusFilter,
+    UnsetMetadata,
+    Yes,
+    confirm,
     label,
     merged,
     noun,
     same_or_conflict,
 )
-from saasllm_cli.output import show
+from saasllm_cli.errors import Conflict
+from saasllm_cli.output import note, show
+from saasllm_cli.settings import Format
 
 app = noun()
 
@@ -61,6 +66,68 @@ def list_(status: StatusFilter = None, limit: Limit = 100, output: Output = None
     with database.connect() as db:
         organizations = db.many("org.list", status=status, row_limit=limit + 1)
     show(organizations, output, columns=("organization_id", "name", "status", "created_at"), limit=limit)
+
+
+@app.command(epilog="Example: saasllm org update org_acme_corp --metadata plan=pro --unset-metadata trial")
+def update(
+    organization_id: OrganizationId,
+    name: Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="Its new name for people.")] = None,
+    metadata: Metadata = [],
+    unset_metadata: UnsetMetadata = [],
+    output: Output = None,
+) -> None:
+    """Change an organization; metadata is merged."""
+    with database.connect() as db:
+        db.found(
+            "org.update",
+            *("organization", organization_id),
+            organization_id=organization_id,
+            name=name,
+            metadata=merged(metadata),
+            unset_metadata=unset_metadata,
+        )
+        organization = _found(db, organization_id)
+    show(organization, output)
+
+
+@app.command(epilog="Example: saasllm org suspend org_acme_corp")
+def suspend(organization_id: OrganizationId, output: Output = None) -> None:
+    """Let no team of an organization begin a job; those that run finish."""
+    _set_status(organization_id, "suspended", output)
+
+
+@app.command(epilog="Example: saasllm org resume org_acme_corp")
+def resume(organization_id: OrganizationId, output: Output = None) -> None:
+    """Let the teams of a suspended organization begin jobs again."""
+    _set_status(organization_id, "active", output)
+
+
+@app.command(epilog="Example: saasllm org delete org_acme_corp --yes")
+def delete(organization_id: OrganizationId, yes: Yes = False) -> None:
+    """Delete an organization that has no teams."""
+    confirm(f"Delete the organization {organization_id}?", yes)
+    with database.connect() as db:
+        result = db.one("org.delete", organization_id=organization_id)
+        if not result["deleted"]:
+            _found(db, organization_id)
+            raise Conflict(
+                "organization_in_use",
+                f"The organization {organization_id} has {result['teams']} team(s).",
+                f"Delete them first, or suspend it: saasllm org suspend {organization_id}",
+            )
+    note(f"The organization {organization_id} was deleted.")
+
+
+def _set_status(organization_id: str, status: str, output: Format | None) -> None:
+    with database.connect() as db:
+        db.found(
+            "org.set_status",
+            *("organization", organization_id),
+            organization_id=organization_id,
+            status=status,
+        )
+        organization = _found(db, organization_id)
+    show(organization, output)
 
 
 def _found(db: database.Database, organization_id: str) -> database.Row:

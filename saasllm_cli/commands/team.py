@@ -14,6 +14,9 @@ from saasllm_cli.commands.inputs import (
     Output,
     StatusFilter,
     TeamId,
+    UnsetMetadata,
+    Yes,
+    confirm,
     identifier,
     label,
     merged,
@@ -21,10 +24,13 @@ from saasllm_cli.commands.inputs import (
     same_or_conflict,
     unique,
 )
-from saasllm_cli.errors import not_found
-from saasllm_cli.output import show
+from saasllm_cli.errors import Conflict, not_found
+from saasllm_cli.output import note, show
+from saasllm_cli.settings import Format
 
 app = noun()
+
+Groups = Annotated[list[str], typer.Argument(parser=identifier, metavar="GROUP...", show_default=False)]
 
 
 @app.command(
@@ -96,6 +102,93 @@ def list_(org: OrgFilter = None, status: StatusFilter = None, limit: Limit = 100
         teams = db.many("team.list", organization_id=org, status=status, row_limit=limit + 1)
     columns = ("team_id", "organization_id", "team_alias", "status", "model_groups", "credits_remaining")
     show(teams, output, columns=columns, limit=limit)
+
+
+@app.command(epilog='Example: saasllm team update team_engineering --alias "Platform Team"')
+def update(
+    team_id: TeamId,
+    alias: Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="Its new name for people.")] = None,
+    metadata: Metadata = [],
+    unset_metadata: UnsetMetadata = [],
+    output: Output = None,
+) -> None:
+    """Change a team; metadata is merged. Its groups: `assign`; its credits: `saasllm credits`."""
+    with database.connect() as db:
+        db.found(
+            "team.update",
+            *("team", team_id),
+            team_id=team_id,
+            team_alias=alias,
+            metadata=merged(metadata),
+            unset_metadata=unset_metadata,
+        )
+        team = _found(db, team_id)
+    show(team, output)
+
+
+@app.command(epilog="Example: saasllm team assign team_engineering RAGAgent")
+def assign(
+    team_id: TeamId,
+    groups: Groups,
+    replace: Annotated[bool, typer.Option("--replace", help="Take all other groups from the team.")] = False,
+    output: Output = None,
+) -> None:
+    """Let a team use further groups."""
+    group_names = unique(groups, "GROUP")
+    with database.connect() as db:
+        with db.transaction():
+            db.found("team.lock", "team", team_id, team_id=team_id)
+            result = db.one("team.assign", team_id=team_id, group_names=group_names, is_replacing=replace)
+        if missing := result["missing_groups"]:
+            raise not_found("group", ", ".join(missing))
+        team = _found(db, team_id)
+    show(team, output)
+
+
+@app.command(epilog="Example: saasllm team unassign team_engineering RAGAgent")
+def unassign(team_id: TeamId, groups: Groups, output: Output = None) -> None:
+    """Take groups from a team; its running jobs finish."""
+    with database.connect() as db:
+        result = db.one("team.unassign", team_id=team_id, group_names=groups)
+        team = _found(db, team_id)
+    if result["not_assigned"]:
+        note(f"Not assigned to it before: {', '.join(result['not_assigned'])}.")
+    show(team, output)
+
+
+@app.command(epilog="Example: saasllm team suspend team_engineering")
+def suspend(team_id: TeamId, output: Output = None) -> None:
+    """Let a team begin no job; those that run finish."""
+    _set_status(team_id, "suspended", output)
+
+
+@app.command(epilog="Example: saasllm team resume team_engineering")
+def resume(team_id: TeamId, output: Output = None) -> None:
+    """Let a suspended team begin jobs again."""
+    _set_status(team_id, "active", output)
+
+
+@app.command(epilog="Example: saasllm team delete team_engineering --yes")
+def delete(team_id: TeamId, yes: Yes = False) -> None:
+    """Delete a team that has no history: no job and no movement of credits."""
+    confirm(f"Delete the team {team_id}?", yes)
+    with database.connect() as db:
+        result = db.one("team.delete", team_id=team_id)
+        if not result["deleted"]:
+            _found(db, team_id)
+            raise Conflict(
+                "team_has_history",
+                f"The team {team_id} has {result['jobs']} job(s) and {result['transactions']} ledger entries.",
+                f"Suspend it instead: saasllm team suspend {team_id}",
+            )
+    note(f"The team {team_id} was deleted.")
+
+
+def _set_status(team_id: str, status: str, output: Format | None) -> None:
+    with database.connect() as db:
+        db.found("team.set_status", "team", team_id, team_id=team_id, status=status)
+        team = _found(db, team_id)
+    show(team, output)
 
 
 def _found(db: database.Database, team_id: str) -> database.Row:

@@ -44,3 +44,14 @@ WHERE team_id = %(team_id)s
   AND (%(transaction_type)s::text IS NULL OR transaction_type = %(transaction_type)s)
 ORDER BY entry_no DESC
 LIMIT %(row_limit)s;
+
+-- name: below(credits, organization_id) :many
+-- The active teams that have less than this free to start jobs, the poorest first.
+SELECT
+    team_id, organization_id, credits_allocated, credits_used, credits_reserved, credits_remaining,
+    credits_remaining - credits_reserved AS credits_free
+FROM team_details
+WHERE status = 'active'
+  AND credits_remaining - credits_reserved < %(credits)s::bigint
+  AND (%(organization_id)s::text IS NULL OR organization_id = %(organization_id)s)
+ORDER BY credits_free, team_id;

@@ -50,3 +50,54 @@ CROSS JOIN LATERAL (
     FROM model_group_models
     WHERE group_name = g.group_name AND is_active
 ) m;
+
+-- name: update(group_name, display_name, description, status) :maybe
+-- What is not given stays.
+UPDATE model_groups
+SET display_name = coalesce(%(display_name)s, display_name),
+    description = coalesce(%(description)s, description),
+    status = coalesce(%(status)s, status),
+    updated_at = now()
+WHERE group_name = %(group_name)s
+RETURNING group_name;
+
+-- name: lock(group_name) :maybe
+-- So that of two who change its models at once the second sees what the first has done: within one statement it would
+-- not, for a statement sees what was there when it began.
+SELECT group_name FROM model_groups WHERE group_name = %(group_name)s FOR NO KEY UPDATE;
+
+-- name: set_models(group_name, model_names) :one
+-- Puts these models, in their order, in the place of all that the group has. The new ones are inserted after the old
+-- ones are gone, since a model may be in both.
+WITH changed AS (
+    UPDATE model_groups SET updated_at = now() WHERE group_name = %(group_name)s
+),
+removed AS (
+    DELETE FROM model_group_models WHERE group_name = %(group_name)s RETURNING model_name
+),
+inserted AS (
+    INSERT INTO model_group_models (group_name, model_name, priority)
+    SELECT %(group_name)s, model.name, model.position - 1
+    FROM (SELECT count(*) FROM removed) AS after_removal,
+        unnest(%(model_names)s::text[]) WITH ORDINALITY AS model (name, position)
+    RETURNING model_name
+)
+SELECT count(*) AS models FROM inserted;
+
+-- name: delete(group_name, unassign) :one
+-- Deletes a group that no team uses, or unassigns it first; says whether it did and which teams used it.
+WITH users AS (
+    SELECT team_id FROM team_model_groups WHERE group_name = %(group_name)s
+),
+unassigned AS (
+    DELETE FROM team_model_groups WHERE group_name = %(group_name)s AND %(unassign)s RETURNING team_id
+),
+deleted AS (
+    DELETE FROM model_groups
+    WHERE group_name = %(group_name)s
+      AND (SELECT count(*) FROM unassigned) = (SELECT count(*) FROM users)
+    RETURNING group_name
+)
+SELECT
+    EXISTS (SELECT FROM deleted) AS deleted,
+    ARRAY(SELECT team_id::text FROM users ORDER BY team_id) AS teams;

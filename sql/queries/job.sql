@@ -194,3 +194,25 @@ WHERE (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
   AND (%(since)s::timestamptz IS NULL OR created_at >= %(since)s)
 ORDER BY created_at DESC, job_id DESC
 LIMIT %(row_limit)s;
+
+-- name: annotate(job_id, metadata, unset_metadata) :maybe
+UPDATE jobs
+SET metadata = (metadata || %(metadata)s::jsonb) - %(unset_metadata)s::text[]
+WHERE job_id = %(job_id)s
+RETURNING job_id;
+
+-- name: costs(job_id) :many
+-- What a job cost, per model. cost_usd is the sum of the known prices; unpriced_calls had tokens but no known price.
+SELECT
+    resolved_model,
+    count(*) AS calls,
+    count(error) AS failed_calls,
+    sum(prompt_tokens) AS prompt_tokens,
+    sum(completion_tokens) AS completion_tokens,
+    sum(total_tokens) AS total_tokens,
+    sum(cost_usd) AS cost_usd,
+    count(*) FILTER (WHERE error IS NULL AND cost_usd IS NULL) AS unpriced_calls
+FROM llm_calls
+WHERE job_id = %(job_id)s
+GROUP BY resolved_model
+ORDER BY min(call_id);

@@ -19,3 +19,31 @@ FROM organization_details
 WHERE (%(status)s::text IS NULL OR status = %(status)s)
 ORDER BY organization_id
 LIMIT %(row_limit)s;
+
+-- name: update(organization_id, name, metadata, unset_metadata) :maybe
+-- What is not given stays; metadata is merged, key by key.
+UPDATE organizations
+SET name = coalesce(%(name)s, name),
+    metadata = (metadata || %(metadata)s::jsonb) - %(unset_metadata)s::text[],
+    updated_at = now()
+WHERE organization_id = %(organization_id)s
+RETURNING organization_id;
+
+-- name: set_status(organization_id, status) :maybe
+UPDATE organizations
+SET updated_at = CASE WHEN status = %(status)s THEN updated_at ELSE now() END,
+    status = %(status)s
+WHERE organization_id = %(organization_id)s
+RETURNING organization_id;
+
+-- name: delete(organization_id) :one
+-- Deletes an organization that has no team; says whether it did and how many teams there are.
+WITH deleted AS (
+    DELETE FROM organizations o
+    WHERE organization_id = %(organization_id)s
+      AND NOT EXISTS (SELECT FROM teams t WHERE t.organization_id = o.organization_id)
+    RETURNING organization_id
+)
+SELECT
+    EXISTS (SELECT FROM deleted) AS deleted,
+    (SELECT count(*) FROM teams WHERE organization_id = %(organization_id)s) AS teams;

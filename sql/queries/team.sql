@@ -58,3 +58,78 @@ LIMIT %(row_limit)s;
 SELECT coalesce(sum(credits_amount), 0)::bigint AS credits
 FROM credit_transactions
 WHERE idempotency_key = 'opening:' || %(team_id)s::text;
+
+-- name: update(team_id, team_alias, metadata, unset_metadata) :maybe
+-- What is not given stays; metadata is merged, key by key.
+UPDATE teams
+SET team_alias = coalesce(%(team_alias)s, team_alias),
+    metadata = (metadata || %(metadata)s::jsonb) - %(unset_metadata)s::text[],
+    updated_at = now()
+WHERE team_id = %(team_id)s
+RETURNING team_id;
+
+-- name: set_status(team_id, status) :maybe
+UPDATE teams
+SET updated_at = CASE WHEN status = %(status)s THEN updated_at ELSE now() END,
+    status = %(status)s
+WHERE team_id = %(team_id)s
+RETURNING team_id;
+
+-- name: lock(team_id) :maybe
+-- So that of two who change its groups at once the second sees what the first has done.
+SELECT team_id FROM teams WHERE team_id = %(team_id)s FOR NO KEY UPDATE;
+
+-- name: assign(team_id, group_names, is_replacing) :one
+-- Lets the team use these groups, and where they replace, no others. Nothing is done where one of them is missing.
+WITH missing AS (
+    SELECT asked.group_name
+    FROM unnest(%(group_names)s::text[]) AS asked (group_name)
+    WHERE NOT EXISTS (SELECT FROM model_groups g WHERE g.group_name = asked.group_name)
+),
+target AS (
+    UPDATE teams
+    SET updated_at = now()
+    WHERE team_id = %(team_id)s AND NOT EXISTS (SELECT FROM missing)
+    RETURNING team_id
+),
+unassigned AS (
+    DELETE FROM team_model_groups
+    WHERE team_id IN (SELECT team_id FROM target)
+      AND %(is_replacing)s
+      AND group_name <> ALL (%(group_names)s::text[])
+),
+assigned AS (
+    INSERT INTO team_model_groups (team_id, group_name)
+    SELECT target.team_id, asked.group_name
+    FROM target, unnest(%(group_names)s::text[]) AS asked (group_name)
+    ON CONFLICT (team_id, group_name) DO NOTHING
+)
+SELECT ARRAY(SELECT group_name FROM missing) AS missing_groups;
+
+-- name: unassign(team_id, group_names) :one
+-- Takes these groups from the team; says which of them it did not have.
+WITH unassigned AS (
+    DELETE FROM team_model_groups
+    WHERE team_id = %(team_id)s AND group_name = ANY (%(group_names)s::text[])
+    RETURNING group_name
+)
+SELECT ARRAY(
+    SELECT asked.group_name
+    FROM unnest(%(group_names)s::text[]) AS asked (group_name)
+    WHERE asked.group_name NOT IN (SELECT group_name FROM unassigned)
+) AS not_assigned;
+
+-- name: delete(team_id) :one
+-- Deletes a team without history; says whether it did and what history there is.
+WITH history AS (
+    SELECT
+        (SELECT count(*) FROM jobs WHERE team_id = %(team_id)s) AS jobs,
+        (SELECT count(*) FROM credit_transactions WHERE team_id = %(team_id)s) AS transactions
+),
+deleted AS (
+    DELETE FROM teams
+    USING history
+    WHERE team_id = %(team_id)s AND history.jobs = 0 AND history.transactions = 0
+    RETURNING team_id
+)
+SELECT EXISTS (SELECT FROM deleted) AS deleted, jobs, transactions FROM history;
