@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from saasllm_cli.errors import InvalidInput, SaasllmError
 from saasllm_cli.output import discard, note, show_error
-from saasllm_cli.settings import Format, settings
+from saasllm_cli.settings import Format, command_line, settings
 
 # The nouns, in the order of a first day. Each is a module of commands/, loaded when it is typed.
 NOUNS = {
@@ -25,6 +25,7 @@ NOUNS = {
     "team": "Teams of an organization: which groups they use, what credits they have.",
     "credits": "The prepaid credits of teams, and the ledger of all their movements.",
     "job": "Jobs: call a model for a team, and charge one credit when it succeeds.",
+    "audit": "Who changed what.",
     "db": "The database: the embedded PostgreSQL, or the one that SAASLLM_DATABASE_URL names.",
 }
 UNEXPECTED = "This is a fault in saasllm; `saasllm --debug …` shows where."
@@ -89,6 +90,7 @@ def run(arguments: list[str]) -> int:
     A command finds this function as its context's `obj` (the demo runs others by it).
     """
     _ready_streams()
+    command_line.set(tuple(arguments))
     try:
         status = app(arguments, prog_name="saasllm", standalone_mode=False, obj=run)
         sys.stdout.flush()

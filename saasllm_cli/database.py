@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from decimal import Decimal
@@ -17,7 +18,7 @@ from psycopg.types.json import JsonbDumper
 
 from saasllm_cli.errors import Conflict, DatabaseUnavailable, InsufficientCredits, InvalidInput, SaasllmError, not_found
 from saasllm_cli.queries import SQL, Query, query
-from saasllm_cli.settings import settings
+from saasllm_cli.settings import command_line, settings
 
 logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # what goes wrong is told once, by us
 
@@ -30,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "tcp_user_timeout": 30_000,  # milliseconds, for a network that goes silent
 }
 TRIES = 5
+LONGEST_COMMAND = 1000
 # Of what a connection is made of, all but what could be a secret.
 SHOWN_KEYWORDS = ("host", "hostaddr", "port", "user", "dbname", "sslmode", "options", "service", "target_session_attrs")
 SHORTEST_SECRET = 3  # a piece of one or two letters stands in any message
@@ -112,11 +114,21 @@ class Database:
 def connect() -> Iterator[Database]:
     """The database of the settings.
 
-    Its first query carries the check of the migrations: where one is pending, or the database has one that this
-    program does not know, nothing is done.
+    Its first query carries the check of the migrations (where one is pending, or the database has one that this
+    program does not know, nothing is done), and says for the audit log who acts by which command.
     """
     with raw_connection() as connection:
-        yield Database(connection, "migrate.check", known=known_migrations())
+        yield Database(
+            connection,
+            "migrate.check",
+            known=known_migrations(),
+            actor=_storable(settings().actor),
+            command=_storable(shlex.join(["saasllm", *command_line.get()])),
+        )
+
+
+def _storable(text: str) -> str:
+    return text.encode(errors="replace").decode().replace("\0", "")[:LONGEST_COMMAND]
 
 
 @contextmanager

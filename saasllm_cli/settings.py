@@ -1,7 +1,9 @@
 """Settings, strongest first: a command's flag, the environment, `.env`, the user's config file."""
 
+from contextvars import ContextVar
 from enum import StrEnum
 from functools import cache
+from getpass import getuser
 from pathlib import Path
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError
@@ -13,6 +15,9 @@ from pydantic_settings import (
 )
 
 from saasllm_cli.errors import InvalidInput
+
+# The words of the command that runs, for the audit log.
+command_line: ContextVar[tuple[str, ...]] = ContextVar("command_line", default=())
 
 CONFIG_FILE = Path("~/.config/saasllm/config.toml").expanduser()
 
@@ -38,6 +43,7 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("SAASLLM_DATABASE_URL", "DATABASE_URL", "database_url"),
     )
     data_dir: Path | None = None
+    actor: str = Field(default_factory=getuser)
     output: Format = Format.TABLE
 
     @classmethod

@@ -200,3 +200,7 @@ TeamFilter = Annotated[
     str | None, typer.Option("--team", metavar="TEAM", parser=identifier, help="Only those of this team.")
 ]
 StatusFilter = Annotated[Activity | None, typer.Option("--status", help="Only those in this status.")]
+Since = Annotated[
+    datetime | None,
+    typer.Option("--since", parser=moment, metavar="WHEN", help="Only those since then: 7d, 2026-11-01 or RFC 3339."),
+]

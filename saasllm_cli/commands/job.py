@@ -3,7 +3,6 @@
 import re
 import select
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import UUID
@@ -17,12 +16,12 @@ from saasllm_cli.commands.inputs import (
     Metadata,
     OrgFilter,
     Output,
+    Since,
     TeamFilter,
     UnsetMetadata,
     identifier,
     label,
     merged,
-    moment,
     noun,
 )
 from saasllm_cli.errors import InvalidInput, NoAnswer
@@ -135,10 +134,7 @@ def list_(
     team: TeamFilter = None,
     org: OrgFilter = None,
     status: Annotated[Status | None, typer.Option(help="Only those in this status.")] = None,
-    since: Annotated[
-        datetime | None,
-        typer.Option(parser=moment, metavar="WHEN", help="Only those created since: 7d, 2026-11-01 or RFC 3339."),
-    ] = None,
+    since: Since = None,
     limit: Limit = 100,
     output: Output = None,
 ) -> None:

@@ -27,9 +27,13 @@ BEGIN
 END
 $$;
 
--- name: check(known) :one
--- Raises SL001 where one of the known migrations is pending, SL002 where another one is applied.
-SELECT require_migrations(%(known)s) AS checked;
+-- name: check(known, actor, command) :one
+-- Raises SL001 where one of the known migrations is pending, SL002 where another one is applied. The rest is for the
+-- audit log.
+SELECT
+    require_migrations(%(known)s) AS checked,
+    set_config('saasllm.actor', %(actor)s, false) AS actor,
+    set_config('saasllm.command', %(command)s, false) AS command;
 
 -- name: limit_time(milliseconds) :one
 SELECT set_config('statement_timeout', %(milliseconds)s, false) AS milliseconds;

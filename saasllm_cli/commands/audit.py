@@ -1,0 +1,36 @@
+"""Who changed what."""
+
+from typing import Annotated
+
+import typer
+
+from saasllm_cli import database
+from saasllm_cli.commands.inputs import Limit, OrgFilter, Output, Since, TeamFilter, identifier, noun
+from saasllm_cli.output import show
+
+app = noun()
+
+
+@app.callback()
+def audit() -> None:
+    """So that `list` stays a verb, also as long as it is the only one."""
+
+
+@app.command("list", epilog="Example: saasllm audit list --team team_engineering --since 7d")
+def list_(
+    team: TeamFilter = None,
+    org: OrgFilter = None,
+    group: Annotated[
+        str | None, typer.Option(parser=identifier, metavar="GROUP", help="Only those of this group.")
+    ] = None,
+    since: Since = None,
+    limit: Limit = 100,
+    output: Output = None,
+) -> None:
+    """List the changes of organizations, teams, groups and assignments, the newest first."""
+    with database.connect() as db:
+        changes = db.many(
+            "audit.list", organization_id=org, team_id=team, group_name=group, since=since, row_limit=limit + 1
+        )
+    columns = ("created_at", "actor", "noun", "action", "organization_id", "team_id", "group_name", "command")
+    show(changes, output, columns=columns, limit=limit)

@@ -1,0 +1,109 @@
+from collections.abc import Callable
+
+import psycopg
+import pytest
+from conftest import Result
+
+from saasllm_cli.settings import settings
+
+Run = Callable[..., Result]
+FIELDS = [
+    *("audit_id", "created_at", "actor", "command", "noun", "action"),
+    *("organization_id", "team_id", "group_name", "before", "after"),
+]
+
+
+@pytest.fixture
+def changes(saasllm: Run) -> Callable[..., list[tuple[str, str]]]:
+    """What was changed since the last question: noun and action, the oldest first."""
+    seen = [0]
+
+    def changes(*options: object) -> list[tuple[str, str]]:
+        rows = saasllm("audit", "list", *options, "-o", "json").data
+        new = [row for row in reversed(rows) if row["audit_id"] > seen[0]]
+        seen[0] = max([row["audit_id"] for row in rows], default=seen[0])
+        return [(row["noun"], row["action"]) for row in new]
+
+    return changes
+
+
+def test_who_did_what_by_which_command(saasllm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAASLLM_ACTOR", "ada")
+    settings.cache_clear()
+    saasllm("org", "create", "acme", "--name", "ACME Corp")
+    saasllm("org", "update", "acme", "--metadata", "plan=pro")
+    update, create = saasllm("audit", "list", "-o", "json").data
+    assert list(update) == FIELDS
+    assert (create["actor"], create["action"], create["before"]) == ("ada", "create", None)
+    assert create["command"] == "saasllm org create acme --name 'ACME Corp'"
+    assert (update["before"]["metadata"], update["after"]["metadata"]) == ({}, {"plan": "pro"})
+    assert update["organization_id"] == "acme"
+
+
+def test_each_change_is_one_record(saasllm: Run, changes: Callable[..., list[tuple[str, str]]]) -> None:
+    expected = {
+        "org create acme": [("organization", "create")],
+        "org create acme --if-not-exists": [],
+        "org suspend acme": [("organization", "update")],
+        "org suspend acme --output json": [],
+        "org resume acme": [("organization", "update")],
+        "group create G --model a --model b": [("group", "create")],
+        "group set-models G b c": [("group", "update")],
+        "group set-models G b c --output json": [],
+        "group update G --description x": [("group", "update")],
+        "group create H --model a": [("group", "create")],
+        "team create hr --org acme --group G --credits 5": [("team", "create"), ("assignment", "create")],
+        "team assign hr G": [],
+        "team assign hr H --replace": [("assignment", "delete"), ("assignment", "create")],
+        "team unassign hr H": [("assignment", "delete")],
+        "team update hr --alias People": [("team", "update")],
+        "credits add hr 5": [],
+        "team create it --org acme --group H": [("team", "create"), ("assignment", "create")],
+        "team delete it --yes": [("assignment", "delete"), ("team", "delete")],
+        "group delete H --yes": [("group", "delete")],
+    }
+    for command, records in expected.items():
+        assert saasllm(*command.split()).status == 0, command
+        assert sorted(changes()) == sorted(records), command
+
+
+def test_a_refused_change_leaves_no_record(tenant: Run, changes: Callable[..., list[tuple[str, str]]]) -> None:
+    changes()
+    assert tenant("team", "assign", "hr", "Echo", "No").status == 3
+    assert tenant("team", "delete", "hr", "--yes").status == 4
+    assert tenant("org", "create", "acme").status == 4
+    assert changes() == []
+
+
+def test_before_and_after_of_a_group_hold_its_models(saasllm: Run) -> None:
+    saasllm("group", "create", "G", "--model", "a", "--model", "b")
+    saasllm("group", "set-models", "G", "c")
+    (update, create) = saasllm("audit", "list", "--group", "G", "-o", "json").data
+    assert [model["model_name"] for model in create["after"]["models"]] == ["a", "b"]
+    assert update["before"] == create["after"]
+    assert [model["model_name"] for model in update["after"]["models"]] == ["c"]
+
+
+def test_another_client_is_recorded_by_its_role(tenant: Run, sql: psycopg.Connection) -> None:
+    sql.execute("UPDATE teams SET status = 'suspended'; UPDATE model_group_models SET is_active = false")
+    for record in tenant("audit", "list", "--limit", 2, "-o", "json").data:
+        assert (record["actor"], record["command"], record["action"]) == ("postgres", None, "update")
+
+
+def test_filters(tenant: Run) -> None:
+    tenant("org", "create", "other")
+    nouns = [row["noun"] for row in tenant("audit", "list", "--team", "hr", "-o", "json").data]
+    assert sorted(nouns) == ["assignment", "assignment", "team"]
+    of_acme = [row["noun"] for row in tenant("audit", "list", "--org", "acme", "-o", "json").data]
+    assert sorted(of_acme) == ["assignment", "assignment", "organization", "team"]
+    assert len(tenant("audit", "list", "--group", "Echo", "-o", "json").data) == 2
+    assert tenant("audit", "list", "--since", "2999-01-01", "-o", "json").data == []
+    assert len(tenant("audit", "list", "--limit", 1, "-o", "json").data) == 1
+
+
+@pytest.mark.parametrize(
+    "statement", ["UPDATE audit_log SET actor = 'x'", "DELETE FROM audit_log", "TRUNCATE audit_log"]
+)
+def test_it_is_append_only(tenant: Run, sql: psycopg.Connection, statement: str) -> None:
+    with pytest.raises(psycopg.Error, match="audit_log is append-only"):
+        sql.execute(statement)
