@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import reference
 import typer
 import yaml
 from conftest import Result, start_process
@@ -23,15 +24,6 @@ HEAVY = {
 }
 
 
-def commands() -> list[list[str]]:
-    root = typer.main.get_command(cli.app)
-    found = []
-    for noun in cli.NOUNS:
-        command = root.get_command(None, noun)  # type: ignore[attr-defined]
-        found += [[noun, verb] for verb in getattr(command, "commands", [])] or [[noun]]
-    return found
-
-
 def loaded_by(code: str) -> set[str]:
     """The heavy modules that a fresh interpreter has loaded after this code."""
     script = f"import sys\n{code}\nprint(*sys.modules)"
@@ -39,7 +31,7 @@ def loaded_by(code: str) -> set[str]:
     return HEAVY & set(done.stdout.rsplit("\n", 2)[-2].split())
 
 
-@pytest.mark.parametrize("command", commands(), ids=" ".join)
+@pytest.mark.parametrize("command", [words.split() for words, _ in reference.commands()], ids=" ".join)
 def test_help_has_an_example(run: Run, command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.status == 0
@@ -48,6 +40,10 @@ def test_help_has_an_example(run: Run, command: list[str]) -> None:
         "db",
         "url",
     ]
+
+
+def test_the_readme_lists_the_commands_as_they_are() -> None:
+    assert reference.README.read_text() == reference.renewed(), "Run: python tests/reference.py"
 
 
 def test_the_list_of_nouns_is_that_of_their_modules(run: Run) -> None:
