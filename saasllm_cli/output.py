@@ -36,7 +36,7 @@ def show(
     if limit is not None and len(data) > limit:
         assert not isinstance(data, Mapping)
         data = data[:limit]
-        note(f"Only the first {limit} are shown; more with --limit.")
+        note(f"Only the first {limit} are shown; the next ones with --after, more with --limit.")
     rows = [data] if isinstance(data, Mapping) else data
     match output or settings().output:
         case Format.JSON:

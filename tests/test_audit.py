@@ -98,7 +98,10 @@ def test_filters(tenant: Run) -> None:
     assert sorted(of_acme) == ["assignment", "assignment", "organization", "team"]
     assert len(tenant("audit", "list", "--group", "Echo", "-o", "json").data) == 2
     assert tenant("audit", "list", "--since", "2999-01-01", "-o", "json").data == []
-    assert len(tenant("audit", "list", "--limit", 1, "-o", "json").data) == 1
+    rows = tenant("audit", "list", "-o", "json").data
+    page = tenant("audit", "list", "--limit", 1, "-o", "json").data
+    assert page + tenant("audit", "list", "--after", page[0]["audit_id"], "-o", "json").data == rows
+    assert tenant("audit", "list", "--until", "2026-01-01", "-o", "json").data == []
 
 
 @pytest.mark.parametrize(

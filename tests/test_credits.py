@@ -37,7 +37,11 @@ def test_transactions_newest_first_and_by_type(tenant: Run) -> None:
     rows = tenant("credits", "transactions", "hr", "-o", "json").data
     assert [row["credits_amount"] for row in rows] == [7, 5, 10]
     assert tenant("credits", "transactions", "hr", "--type", "deduction", "-o", "json").data == []
-    assert len(tenant("credits", "transactions", "hr", "--limit", 2, "-o", "json").data) == 2
+    page = tenant("credits", "transactions", "hr", "--limit", 2, "-o", "json").data
+    after = page[-1]["transaction_id"]
+    assert page + tenant("credits", "transactions", "hr", "--after", after, "-o", "json").data == rows
+    assert tenant("credits", "transactions", "hr", "--until", "2026-01-01", "-o", "json").data == []
+    assert tenant("credits", "transactions", "hr", "--since", "1h", "-o", "json").data == rows
 
 
 def test_the_same_key_has_one_effect(tenant: Run) -> None:

@@ -247,7 +247,8 @@ def test_a_key_whose_job_failed_begins_a_new_one(tenant: Run, sql: psycopg.Conne
 
 
 def test_list_filters(tenant: Run) -> None:
-    job_run(tenant, "Echo", "--prompt", "x")
+    kept = ("--job-type", "parsing", "--external-task-id", "task-7", "--metadata", '{"a": {"b": 1}, "c": 2}')
+    job_run(tenant, "Echo", "--prompt", "x", *kept)
     job_run(tenant, "Down", "--prompt", "x")
     listed = tenant("job", "list", "-o", "json").data
     assert [list(job) for job in listed] == [FIELDS, FIELDS]
@@ -260,7 +261,18 @@ def test_list_filters(tenant: Run) -> None:
         (("--since", "1h"), 2),
         (("--since", "2026-01-01"), 2),
         (("--since", "2999-01-01T00:00:00Z"), 0),
+        (("--until", "2026-01-01"), 0),
+        (("--group", "Echo"), 1),
+        (("--group", "No"), 0),
+        (("--job-type", "parsing"), 1),
+        (("--external-task-id", "task-7"), 1),
+        (("--external-task-id", "task-8"), 0),
+        (("--metadata", '{"a": {"b": 1}}'), 1),
+        (("--metadata", "c=2"), 0),
+        (("--metadata", '{"c": 2}', "--metadata", '{"d": 1}'), 0),
         (("--limit", "1"), 1),
+        (("--after", listed[0]["job_id"]), 1),
+        (("--after", listed[1]["job_id"]), 0),
     ):
         assert len(tenant("job", "list", *options, "-o", "json").data) == number
     assert tenant("job", "list", "--since", "yesterday").status == 2

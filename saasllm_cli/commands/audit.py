@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from saasllm_cli import database
-from saasllm_cli.commands.inputs import Limit, OrgFilter, Output, Since, TeamFilter, identifier, noun
+from saasllm_cli.commands.inputs import Limit, OrgFilter, Output, Since, TeamFilter, Until, identifier, noun
 from saasllm_cli.output import show
 
 app = noun()
@@ -24,13 +24,32 @@ def list_(
         str | None, typer.Option(parser=identifier, metavar="GROUP", help="Only those of this group.")
     ] = None,
     since: Since = None,
+    until: Until = None,
+    after: Annotated[int | None, typer.Option(min=1, metavar="ID", help="The next page: behind this audit_id.")] = None,
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
     """List the changes of organizations, teams, groups and assignments, the newest first."""
     with database.connect() as db:
         changes = db.many(
-            "audit.list", organization_id=org, team_id=team, group_name=group, since=since, row_limit=limit + 1
+            "audit.list",
+            organization_id=org,
+            team_id=team,
+            group_name=group,
+            since=since,
+            until=until,
+            after=after,
+            row_limit=limit + 1,
         )
-    columns = ("created_at", "actor", "noun", "action", "organization_id", "team_id", "group_name", "command")
+    columns = (
+        "audit_id",
+        "created_at",
+        "actor",
+        "noun",
+        "action",
+        "organization_id",
+        "team_id",
+        "group_name",
+        "command",
+    )
     show(changes, output, columns=columns, limit=limit)

@@ -11,7 +11,9 @@ from saasllm_cli.commands.inputs import (
     Limit,
     OrgFilter,
     Output,
+    Since,
     TeamId,
+    Until,
     identifier,
     label,
     noun,
@@ -105,12 +107,25 @@ def check(
 def transactions(
     team_id: TeamId,
     type_: Annotated[TransactionType | None, typer.Option("--type", help="Only those of this type.")] = None,
+    since: Since = None,
+    until: Until = None,
+    after: Annotated[
+        int | None, typer.Option(min=1, metavar="ID", help="The next page: behind this transaction_id.")
+    ] = None,
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
     """List the movements of a team's credits, the newest first."""
     with database.connect() as db:
-        entries = db.many("credits.transactions", team_id=team_id, transaction_type=type_, row_limit=limit + 1)
+        entries = db.many(
+            "credits.transactions",
+            team_id=team_id,
+            transaction_type=type_,
+            since=since,
+            until=until,
+            after=after,
+            row_limit=limit + 1,
+        )
         if not entries:  # none, or no such team
             db.found("credits.balance", "team", team_id, team_id=team_id)
     columns = (

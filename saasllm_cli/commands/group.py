@@ -6,6 +6,7 @@ import typer
 
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import (
+    After,
     GroupName,
     IfNotExists,
     Limit,
@@ -78,12 +79,13 @@ def get(group_name: GroupName, output: Output = None) -> None:
 @app.command("list", epilog="Example: saasllm group list -o json")
 def list_(
     status: Annotated[Status | None, typer.Option(help="Only those in this status.")] = None,
+    after: After = None,
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
     """List model groups by their names."""
     with database.connect() as db:
-        groups = db.many("group.list", status=status, row_limit=limit + 1)
+        groups = db.many("group.list", status=status, after=after, row_limit=limit + 1)
     show(groups, output, columns=("group_name", "display_name", "status", "models"), limit=limit)
 
 

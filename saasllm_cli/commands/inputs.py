@@ -176,6 +176,12 @@ Metadata = Annotated[
         help="Metadata to attach; repeatable, or one JSON object.",
     ),
 ]
+MetadataFilter = Annotated[
+    list[dict],  # type: ignore[type-arg]
+    typer.Option(
+        "--metadata", metavar="KEY=VALUE", parser=metadata_item, help="Only those that have this; repeatable."
+    ),
+]
 UnsetMetadata = Annotated[
     list[str], typer.Option("--unset-metadata", metavar="KEY", help="Metadata to remove; repeatable.")
 ]
@@ -203,4 +209,11 @@ StatusFilter = Annotated[Activity | None, typer.Option("--status", help="Only th
 Since = Annotated[
     datetime | None,
     typer.Option("--since", parser=moment, metavar="WHEN", help="Only those since then: 7d, 2026-11-01 or RFC 3339."),
+]
+Until = Annotated[
+    datetime | None, typer.Option("--until", parser=moment, metavar="WHEN", help="Only those before then.")
+]
+After = Annotated[
+    str | None,
+    typer.Option("--after", metavar="ID", parser=identifier, help="The next page: behind this id, the last one shown."),
 ]

@@ -14,11 +14,13 @@ from saasllm_cli.commands.inputs import (
     IdempotencyKey,
     Limit,
     Metadata,
+    MetadataFilter,
     OrgFilter,
     Output,
     Since,
     TeamFilter,
     UnsetMetadata,
+    Until,
     identifier,
     label,
     merged,
@@ -134,13 +136,36 @@ def list_(
     team: TeamFilter = None,
     org: OrgFilter = None,
     status: Annotated[Status | None, typer.Option(help="Only those in this status.")] = None,
+    group: Annotated[
+        str | None, typer.Option(parser=identifier, metavar="GROUP", help="Only those that used this group.")
+    ] = None,
+    job_type: Annotated[str | None, typer.Option(parser=label, metavar="TYPE", help="Only those of this type.")] = None,
+    external_task_id: Annotated[
+        str | None, typer.Option(parser=label, metavar="ID", help="Only those with this id of yours.")
+    ] = None,
+    metadata: MetadataFilter = [],
     since: Since = None,
+    until: Until = None,
+    after: Annotated[UUID | None, typer.Option(metavar="JOB", help="The next page: behind this job.")] = None,
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
     """List jobs, the newest first."""
     with database.connect() as db:
-        jobs = db.many("job.list", team_id=team, organization_id=org, status=status, since=since, row_limit=limit + 1)
+        jobs = db.many(
+            "job.list",
+            team_id=team,
+            organization_id=org,
+            status=status,
+            group_name=group,
+            job_type=job_type,
+            external_task_id=external_task_id,
+            metadata=merged(metadata) or None,
+            since=since,
+            until=until,
+            after=after,
+            row_limit=limit + 1,
+        )
     columns = ("job_id", "team_id", "job_type", "status", "model_groups_used", "credit_applied", "created_at")
     show(jobs, output, columns=columns, limit=limit)
 

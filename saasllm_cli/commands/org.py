@@ -6,6 +6,7 @@ import typer
 
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import (
+    After,
     IfNotExists,
     Limit,
     Metadata,
@@ -61,10 +62,10 @@ def get(organization_id: OrganizationId, output: Output = None) -> None:
 
 
 @app.command("list", epilog="Example: saasllm org list --status suspended")
-def list_(status: StatusFilter = None, limit: Limit = 100, output: Output = None) -> None:
+def list_(status: StatusFilter = None, after: After = None, limit: Limit = 100, output: Output = None) -> None:
     """List organizations by their ids."""
     with database.connect() as db:
-        organizations = db.many("org.list", status=status, row_limit=limit + 1)
+        organizations = db.many("org.list", status=status, after=after, row_limit=limit + 1)
     show(organizations, output, columns=("organization_id", "name", "status", "created_at"), limit=limit)
 
 

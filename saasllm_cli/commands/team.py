@@ -7,6 +7,7 @@ import typer
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import (
     MOST_CREDITS,
+    After,
     IfNotExists,
     Limit,
     Metadata,
@@ -96,10 +97,12 @@ def get(team_id: TeamId, output: Output = None) -> None:
 
 
 @app.command("list", epilog="Example: saasllm team list --org org_acme_corp")
-def list_(org: OrgFilter = None, status: StatusFilter = None, limit: Limit = 100, output: Output = None) -> None:
+def list_(
+    org: OrgFilter = None, status: StatusFilter = None, after: After = None, limit: Limit = 100, output: Output = None
+) -> None:
     """List teams by their ids."""
     with database.connect() as db:
-        teams = db.many("team.list", organization_id=org, status=status, row_limit=limit + 1)
+        teams = db.many("team.list", organization_id=org, status=status, after=after, row_limit=limit + 1)
     columns = ("team_id", "organization_id", "team_alias", "status", "model_groups", "credits_remaining")
     show(teams, output, columns=columns, limit=limit)
 

@@ -1,12 +1,14 @@
 -- Who changed what.
 
--- name: list(organization_id, team_id, group_name, since, row_limit) :many
--- The newest first.
+-- name: list(organization_id, team_id, group_name, since, until, after, row_limit) :many
+-- The newest first, behind the record `after`.
 SELECT audit_id, created_at, actor, command, noun, action, organization_id, team_id, group_name, before, after
 FROM audit_log
 WHERE (%(organization_id)s::text IS NULL OR organization_id = %(organization_id)s)
   AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
   AND (%(group_name)s::text IS NULL OR group_name = %(group_name)s)
   AND (%(since)s::timestamptz IS NULL OR created_at >= %(since)s)
+  AND (%(until)s::timestamptz IS NULL OR created_at < %(until)s)
+  AND (%(after)s::bigint IS NULL OR audit_id < %(after)s)
 ORDER BY audit_id DESC
 LIMIT %(row_limit)s;

@@ -18,10 +18,11 @@ SELECT EXISTS (SELECT FROM created) AS created;
 -- name: get(group_name) :maybe
 SELECT * FROM model_group_details WHERE group_name = %(group_name)s;
 
--- name: list(status, row_limit) :many
+-- name: list(status, after, row_limit) :many
 SELECT *
 FROM model_group_details
 WHERE (%(status)s::text IS NULL OR status = %(status)s)
+  AND (%(after)s::text IS NULL OR group_name > %(after)s)
 ORDER BY group_name
 LIMIT %(row_limit)s;
 

@@ -13,10 +13,11 @@ SELECT EXISTS (SELECT FROM created) AS created;
 -- name: get(organization_id) :maybe
 SELECT * FROM organization_details WHERE organization_id = %(organization_id)s;
 
--- name: list(status, row_limit) :many
+-- name: list(status, after, row_limit) :many
 SELECT *
 FROM organization_details
 WHERE (%(status)s::text IS NULL OR status = %(status)s)
+  AND (%(after)s::text IS NULL OR organization_id > %(after)s)
 ORDER BY organization_id
 LIMIT %(row_limit)s;
 

@@ -45,11 +45,12 @@ FROM request;
 -- name: get(team_id) :maybe
 SELECT * FROM team_details WHERE team_id = %(team_id)s;
 
--- name: list(organization_id, status, row_limit) :many
+-- name: list(organization_id, status, after, row_limit) :many
 SELECT *
 FROM team_details
 WHERE (%(organization_id)s::text IS NULL OR organization_id = %(organization_id)s)
   AND (%(status)s::text IS NULL OR status = %(status)s)
+  AND (%(after)s::text IS NULL OR team_id > %(after)s)
 ORDER BY team_id
 LIMIT %(row_limit)s;
 
