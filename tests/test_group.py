@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psycopg
 import pytest
 from conftest import Result
+from provider import Provider
 
 from saasllm_cli import database
 from saasllm_cli.commands import group
@@ -115,3 +116,22 @@ def test_a_deleted_group_stays_in_the_history(tenant: Run) -> None:
     assert tenant("group", "delete", "Echo", "--yes", "--force").status == 0
     job = tenant("job", "get", job_id, "-o", "json").data
     assert (job["model_groups_used"], job["calls"][0]["model_group_used"]) == (["Echo"], "Echo")
+
+
+def test_test_asks_each_model_and_charges_nobody(tenant: Run, provider: Provider) -> None:
+    tenant("group", "create", "G", "--model", "openai/ok", "--model", "openai/status-503", "--model", "openai/slow")
+    unasked = tenant("group", "test", "G", "-o", "json")
+    assert (unasked.status, unasked.error["code"], provider.requests) == (2, "not_confirmed", [])
+    result = tenant("group", "test", "G", "--yes", "--timeout", 5, "-o", "json")
+    assert result.status == 9
+    assert [row["answered"] for row in result.data] == [True, False, False]
+    assert "503" in result.data[1]["error"]
+    assert result.data[2]["latency_ms"] < 10_000
+    assert len(provider.requests) == 3
+    assert tenant("job", "list", "-o", "json").data == []
+
+
+def test_test_of_offline_models_asks_nobody(tenant: Run) -> None:
+    assert tenant("group", "test", "Echo", "-o", "json").data[0]["answered"]
+    assert tenant("group", "test", "Down").status == 8
+    assert tenant("group", "test", "nothing").status == 3

@@ -20,8 +20,8 @@ from saasllm_cli.commands.inputs import (
     same_or_conflict,
     unique,
 )
-from saasllm_cli.errors import Conflict, refused
-from saasllm_cli.output import note, show
+from saasllm_cli.errors import CheckFailed, Conflict, NoAnswer, refused
+from saasllm_cli.output import note, progress, show
 
 app = noun()
 
@@ -163,6 +163,38 @@ def resolve(
     if resolved["refusal"]:
         raise refused(resolved["refusal"], team, group_name, resolved["organization_id"])
     show(resolved["models"], output)
+
+
+@app.command("test", epilog="Example: saasllm group test ResumeAgent --yes -o json")
+def test_(
+    group_name: GroupName,
+    timeout: Annotated[int, typer.Option(min=1, max=600, metavar="SECONDS", help="For each model.")] = 30,
+    yes: Yes = False,
+    output: Output = None,
+) -> None:
+    """Send one tiny request to each model of a group: which answer, how fast, and why not.
+
+    No team is charged, but the providers may bill it: so it asks first. Exit 9 when some do not answer, 8 when none
+    does.
+    """
+    with database.connect() as db:
+        models = [model["model_name"] for model in _found(db, group_name)["models"]]
+    if any(not model.startswith("offline/") for model in models):
+        confirm(f"Send a request to {_some(models)}, which the providers may bill?", yes)
+
+    from saasllm_cli.jobs.probe import probe
+
+    progress(f"Waiting for {_some(models)} …")
+    try:
+        results = probe(models, timeout)
+    finally:
+        progress("")
+    show(results, output)
+    failed = [result["model_name"] for result in results if not result["answered"]]
+    if len(failed) == len(models):
+        raise NoAnswer("no_answer", f"No model of {group_name} answered.")
+    if failed:
+        raise CheckFailed("some_failed", f"{len(failed)} of {len(models)} models did not answer: {_some(failed)}.")
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -3,15 +3,16 @@
 The import takes seconds, so this module is imported when a model is about to be called and not before.
 """
 
+import asyncio
 import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar
 
 from dotenv import load_dotenv
 
@@ -33,6 +34,8 @@ litellm.suppress_debug_info = True
 litellm.telemetry = False
 for logger in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy", "httpx", "asyncio"):
     logging.getLogger(logger).setLevel(logging.CRITICAL)
+
+T = TypeVar("T")
 
 LONGEST_ERROR = 500
 COST_UNIT = Decimal("1e-12")  # litellm computes costs in floats: beyond this is their noise
@@ -62,6 +65,12 @@ class ModelFailed(Exception):
         self.is_final = is_final
 
 
+def run(calls: Coroutine[Any, Any, T]) -> T:
+    """Runs calls to their end. Around them all, for stdout cannot be given back by calls that overlap."""
+    with redirect_stdout(sys.stderr):
+        return asyncio.run(calls)
+
+
 async def complete(model: str, messages: Sequence[dict[str, Any]], timeout: float) -> Answer:
     """Calls the model once, without a retry. `timeout` is in seconds, and per read: a deadline is the caller's.
 
@@ -72,10 +81,9 @@ async def complete(model: str, messages: Sequence[dict[str, Any]], timeout: floa
     except Exception:
         raise ModelFailed("litellm knows no provider for this name; write it as PROVIDER/MODEL") from None
     try:
-        with redirect_stdout(sys.stderr):
-            response = await litellm.acompletion(
-                model=model, messages=list(messages), timeout=timeout, max_retries=0, num_retries=0
-            )
+        response = await litellm.acompletion(
+            model=model, messages=list(messages), timeout=timeout, max_retries=0, num_retries=0
+        )
         return _answer(model, response)
     except ModelFailed:
         raise

@@ -237,7 +237,7 @@ def _content(
                 call.latency_ms = round((time.monotonic() - began) * 1000)
         return None
 
-    return asyncio.run(call_models())
+    return llm.run(call_models())
 
 
 def _settled(job_id: UUID, content: str | None, calls: list[Call]) -> JobResult:
