@@ -135,3 +135,11 @@ def test_test_of_offline_models_asks_nobody(tenant: Run) -> None:
     assert tenant("group", "test", "Echo", "-o", "json").data[0]["answered"]
     assert tenant("group", "test", "Down").status == 8
     assert tenant("group", "test", "nothing").status == 3
+
+
+def test_a_model_that_litellm_does_not_list_is_a_warning(saasllm: Run) -> None:
+    known = saasllm("group", "create", "G", "--model", "gpt-4o", "--model", "openai/gpt-4o", "--model", "ollama/mine")
+    assert (known.status, known.err) == (0, "")
+    misspelt = saasllm("group", "set-models", "G", "gpt-4o", "gpt-4oh", "-o", "json")
+    assert misspelt.status == 0
+    assert "does not list gpt-4oh;" in misspelt.err

@@ -66,6 +66,7 @@ def create(
         given = {"display_name": display_name, "description": description, "models": model_names}
         same_or_conflict("group", group_name, existing, given, if_not_exists)
     show(group, output)
+    _warn_of_unknown(model_names)
 
 
 @app.command(epilog="Example: saasllm group get ResumeAgent -o json | jq -r '.models[].model_name'")
@@ -127,6 +128,7 @@ def set_models(
             db.one("group.set_models", group_name=group_name, model_names=model_names)
         group = _found(db, group_name)
     show(group, output)
+    _warn_of_unknown(model_names)
 
 
 @app.command(epilog="Example: saasllm group delete ResumeAgent --yes")
@@ -195,6 +197,14 @@ def test_(
         raise NoAnswer("no_answer", f"No model of {group_name} answered.")
     if failed:
         raise CheckFailed("some_failed", f"{len(failed)} of {len(models)} models did not answer: {_some(failed)}.")
+
+
+def _warn_of_unknown(models: list[str]) -> None:
+    """A misspelt model would be found out by the first job. Only a warning: litellm's list is never complete."""
+    from saasllm_cli.jobs.known_models import unknown
+
+    if names := unknown(models):
+        note(f"Warning: litellm does not list {_some(names)}; check the name, or try: saasllm group test")
 
 
 def _some(names: list[str], most: int = 5) -> str:
