@@ -189,8 +189,10 @@ def adopt(to: str | None = None, on_wait: Callable[[], None] = lambda: None) -> 
                 "This database has its record of migrations already.",
                 "Run: saasllm migrate status",
             )
-        expected = _built_by(connection, adopted)
-        differences = _differences(expected, _objects(connection))
+        expected, actual = _built_by(connection, adopted), _objects(connection)
+        if not expected.keys() & actual.keys():
+            raise CheckFailed("schema_differs", "The database has none of our tables.", "Run: saasllm migrate up")
+        differences = _differences(expected, actual)
         if differences:
             raise CheckFailed(
                 "schema_differs",
@@ -422,7 +424,7 @@ def _differences(expected: dict[str, str], actual: dict[str, str]) -> list[str]:
     """What is missing, different or unexpected in the tables that the files build; other tables may be there."""
     tables = {_parts(name)[1] for name in expected} - {""}
     return [
-        *(f"missing: {name}" for name in expected if name not in actual),
+        *(f"missing: {name.rstrip('.')}" for name in expected if name not in actual),
         *(
             f"different: {name} is {actual[name]!r}, not {expected[name]!r}"
             for name in expected

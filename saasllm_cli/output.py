@@ -211,7 +211,10 @@ def _show_one(row: Row) -> None:
     _print_table(table)
     for name, items in lists.items():
         print_line(f"\n{name}")
-        _print_table(_table_of(items, tuple(items[0])))
+        # Which thing they belong to stands above.
+        _print_table(
+            _table_of(items, [column for column in items[0] if not (column.endswith("_id") and column in row)])
+        )
 
 
 def _table_of(rows: Sequence[Row], columns: Sequence[str]) -> "Table":
@@ -220,7 +223,12 @@ def _table_of(rows: Sequence[Row], columns: Sequence[str]) -> "Table":
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in columns:
         is_number = all(isinstance(row[name], int | Decimal | None) for row in rows)
-        table.add_column(_safe(name), justify="right" if is_number else "left", overflow="fold")
+        table.add_column(
+            _safe(name),
+            justify="right" if is_number else "left",
+            overflow="fold",
+            no_wrap=name.endswith(("_id", "_at")),
+        )
     for row in rows:
         table.add_row(*(_safe(_cell(row[name])) for name in columns))
     return table

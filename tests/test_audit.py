@@ -97,6 +97,9 @@ def test_filters(tenant: Run) -> None:
     of_acme = [row["noun"] for row in tenant("audit", "list", "--org", "acme", "-o", "json").data]
     assert sorted(of_acme) == ["assignment", "assignment", "organization", "team"]
     assert len(tenant("audit", "list", "--group", "Echo", "-o", "json").data) == 2
+    tenant("team", "create", "it", "--org", "other", "--group", "Echo")
+    tenant("team", "delete", "it", "--yes")
+    assert {row["organization_id"] for row in tenant("audit", "list", "--team", "it", "-o", "json").data} == {"other"}
     assert tenant("audit", "list", "--since", "2999-01-01", "-o", "json").data == []
     rows = tenant("audit", "list", "-o", "json").data
     page = tenant("audit", "list", "--limit", 1, "-o", "json").data

@@ -115,6 +115,16 @@ def test_check_whether_a_team_has_enough(tenant: Run, sql: psycopg.Connection) -
     assert tenant("credits", "check", "nobody", "--need", 1).status == 3
 
 
+def test_a_credit_of_an_expired_lease_is_free(tenant: Run, sql: psycopg.Connection) -> None:
+    sql.execute(
+        "UPDATE team_credits SET credits_reserved = 10; INSERT INTO jobs (team_id, organization_id, lease_expires_at)"
+        " VALUES ('hr', 'acme', now())"
+    )
+    assert tenant("credits", "check", "hr", "--need", 1).status == 0
+    assert tenant("credits", "check", "--below", 1).status == 0
+    assert tenant("credits", "check", "hr", "--need", 2).status == 5
+
+
 def test_check_which_teams_run_low(tenant: Run) -> None:
     tenant("org", "create", "other")
     tenant("team", "create", "it", "--org", "other", "--credits", 3)
@@ -124,6 +134,7 @@ def test_check_which_teams_run_low(tenant: Run) -> None:
     assert [
         team["team_id"] for team in tenant("credits", "check", "--below", 11, "--org", "acme", "-o", "json").data
     ] == ["hr"]
+    assert tenant("credits", "check", "--below", 1, "--org", "typo").status == 3
     tenant("team", "suspend", "it")
     fine = tenant("credits", "check", "--below", 10, "-o", "json")
     assert (fine.status, fine.data) == (0, [])

@@ -69,7 +69,8 @@ def test_update_leaves_what_is_not_given(saasllm: Run) -> None:
     saasllm("group", "create", "G", "--model", "a", "--display-name", "D")
     changed = saasllm("group", "update", "G", "--description", "what for", "--status", "inactive", "-o", "json").data
     assert (changed["display_name"], changed["description"], changed["status"]) == ("D", "what for", "inactive")
-    assert saasllm("group", "update", "nothing").status == 3
+    assert saasllm("group", "update", "nothing", "--description", "x").status == 3
+    assert saasllm("group", "update", "G").status == 2
 
 
 def test_set_models_replaces_all_in_order(saasllm: Run) -> None:

@@ -108,10 +108,11 @@ def test_update_merges(saasllm: Run) -> None:
         "org", "update", "acme", "--name", "New", "--metadata", "b=3", "--unset-metadata", "a", "-o", "json"
     )
     assert (changed.data["name"], changed.data["metadata"]) == ("New", {"b": "3"})
-    same = saasllm("org", "update", "acme", "-o", "json").data
+    same = saasllm("org", "update", "acme", "--name", "New", "-o", "json").data
     assert (same["name"], same["metadata"]) == ("New", {"b": "3"})
     assert same["updated_at"] > changed.data["created_at"]
-    assert saasllm("org", "update", "nobody").status == 3
+    assert saasllm("org", "update", "nobody", "--name", "x").status == 3
+    assert saasllm("org", "update", "acme").status == 2
 
 
 def test_suspended_its_teams_begin_no_jobs(tenant: Run) -> None:

@@ -72,7 +72,8 @@ def test_update_merges(tenant: Run) -> None:
     changed = tenant("team", "update", "hr", "--alias", "Human", "--metadata", '{"a": 1, "b": 2}', "-o", "json").data
     assert (changed["team_alias"], changed["metadata"]) == ("Human", {"a": 1, "b": 2})
     assert tenant("team", "update", "hr", "--unset-metadata", "a", "-o", "json").data["metadata"] == {"b": 2}
-    assert tenant("team", "update", "nobody").status == 3
+    assert tenant("team", "update", "nobody", "--alias", "x").status == 3
+    assert tenant("team", "update", "hr").status == 2
 
 
 def test_assign_adds_and_replaces(tenant: Run) -> None:

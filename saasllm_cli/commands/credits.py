@@ -61,7 +61,7 @@ def add(
     if different := [field for field, value in given.items() if entry[field] != value]:
         raise Conflict(
             "idempotency_key_reused",
-            f"The idempotency key was used before, for an entry with another {' and another '.join(different)}.",
+            f"The idempotency key was used before, for an entry with a different {' and a different '.join(different)}.",
             "Take a new key for a new entry.",
         )
     show(entry, output)
@@ -77,24 +77,38 @@ def check(
     ] = None,
     below: Annotated[
         int | None,
-        typer.Option(min=1, max=MOST_CREDITS, metavar="N", help="List the active teams with less than N free: exit 9."),
+        typer.Option(
+            min=1,
+            max=MOST_CREDITS,
+            metavar="N",
+            help="List the active teams with fewer than N free; exit 9 if there are any.",
+        ),
     ] = None,
     org: OrgFilter = None,
     output: Output = None,
 ) -> None:
-    """Ask whether a team can start jobs (--need), or which teams soon cannot (--below, for cron)."""
+    """Check that a team has credits free (--need), or list the teams that run low (--below, for cron).
+
+    A credit that only an expired lease holds counts as free, as it does for a job.
+    """
     if (team_id is None) != (need is None) or (need is None) == (below is None) or (org and below is None):
-        raise InvalidInput("usage", "Give either TEAM with --need, or --below.", "See: saasllm credits check --help")
+        raise InvalidInput(
+            "usage",
+            "Give TEAM and --need N, or --below N (with --org, if you like).",
+            "See: saasllm credits check --help",
+        )
     with database.connect() as db:
         if below is not None:
             teams = db.many("credits.below", credits=below, organization_id=org)
+            if not teams and org is not None:
+                db.found("org.get", "organization", org, organization_id=org)
             show(teams, output)
             if teams:
-                raise CheckFailed("credits_low", f"{len(teams)} team(s) have less than {below} credits free.")
+                raise CheckFailed("credits_low", f"{len(teams)} team(s) with fewer than {below} credits free.")
             return
-        balance = db.found("credits.balance", "team", str(team_id), team_id=team_id)
+        balance = db.found("credits.free", "team", str(team_id), team_id=team_id)
     show(balance, output)
-    free = balance["credits_remaining"] - balance["credits_reserved"]
+    free = balance["credits_free"]
     if need is not None and free < need:
         raise InsufficientCredits(
             "insufficient_credits",

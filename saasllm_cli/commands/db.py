@@ -80,6 +80,6 @@ def _require_embedded() -> None:
     if settings().database_url is not None:
         raise Conflict(
             "not_embedded",
-            "SAASLLM_DATABASE_URL (or DATABASE_URL) names the database: that server is not ours to start or stop.",
+            "SAASLLM_DATABASE_URL (or DATABASE_URL) is set: saasllm did not start that server and will not stop it.",
             "Unset it to use the embedded PostgreSQL.",
         )

@@ -17,6 +17,7 @@ from saasllm_cli.commands.inputs import (
     label,
     model_name,
     noun,
+    require_some,
     same_or_conflict,
     unique,
 )
@@ -97,10 +98,11 @@ def update(
         str | None, typer.Option(parser=label, metavar="TEXT", help="Its new name for people.")
     ] = None,
     description: Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="What it is for.")] = None,
-    status: Annotated[Status | None, typer.Option(help="No job of an inactive group begins.")] = None,
+    status: Annotated[Status | None, typer.Option(help="An inactive group accepts no new jobs.")] = None,
     output: Output = None,
 ) -> None:
     """Change a model group. Its models: `set-models`."""
+    require_some({"display_name": display_name, "description": description, "status": status})
     with database.connect() as db:
         db.found(
             "group.update",
@@ -120,7 +122,7 @@ def set_models(
     models: Annotated[list[str], typer.Argument(parser=model_name, metavar="MODEL...", show_default=False)],
     output: Output = None,
 ) -> None:
-    """Put these models, in this order, in the place of those that the group has."""
+    """Replace the group's models by these, in this order."""
     model_names = unique(models, "MODEL")
     with database.connect() as db:
         with db.transaction():
@@ -134,7 +136,7 @@ def set_models(
 @app.command(epilog="Example: saasllm group delete ResumeAgent --yes")
 def delete(
     group_name: GroupName,
-    force: Annotated[bool, typer.Option("--force", help="Take it from the teams that use it.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Delete it even if teams use it; they lose it.")] = False,
     yes: Yes = False,
 ) -> None:
     """Delete a model group that no team uses. The calls that were made through it keep its name."""

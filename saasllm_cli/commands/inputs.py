@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from saasllm_cli.errors import Conflict, Interrupted, InvalidInput
+from saasllm_cli.output import note
 from saasllm_cli.settings import Format
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
@@ -85,7 +86,7 @@ def metadata_item(value: str) -> dict[str, Any]:
         return parsed
     key, equals, text = value.partition("=")
     if not key or not equals:
-        raise typer.BadParameter(f"{value!r} has no '=': write KEY=VALUE, or one JSON object.")
+        raise typer.BadParameter(f"{value!r} is not KEY=VALUE, nor a JSON object.")
     return {key: text}
 
 
@@ -141,9 +142,15 @@ def same_or_conflict(
     if different:
         raise Conflict(
             f"{kind}_differs",
-            f"The {kind} {name} exists already, with another {' and another '.join(different)}.",
+            f"The {kind} {name} exists already, with a different {' and a different '.join(different)}.",
             "Look at it with `get`; give the same fields, or another id.",
         )
+
+
+def require_some(given: dict[str, Any]) -> None:
+    """Refuses a change of nothing."""
+    if not any(value is not None and value != [] for value in given.values()):
+        raise InvalidInput("nothing_given", "There is nothing to change.", "Give at least one option; see --help.")
 
 
 def confirm(question: str, yes: bool) -> None:
@@ -152,8 +159,13 @@ def confirm(question: str, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise InvalidInput("not_confirmed", f"{question} There is no terminal to ask at.", "Add --yes.")
-    if not typer.confirm(question, err=True):
-        raise Interrupted("not_confirmed", "Nothing was changed.")
+    try:
+        is_meant = typer.confirm(question, err=True)
+    except typer.Abort:  # Ctrl-C, or the end of the input
+        raise Interrupted("interrupted", "Interrupted; nothing was changed.") from None
+    if not is_meant:
+        note("Nothing was changed.")
+        raise typer.Exit(Interrupted.exit_status)
 
 
 Activity = Literal["active", "suspended"]
@@ -173,7 +185,7 @@ Metadata = Annotated[
         "--metadata",
         metavar="KEY=VALUE",
         parser=metadata_item,
-        help="Metadata to attach; repeatable, or one JSON object.",
+        help="Metadata to attach; repeatable, or one JSON object. It is merged, key by key.",
     ),
 ]
 MetadataFilter = Annotated[
@@ -193,7 +205,7 @@ IdempotencyKey = Annotated[
         "--idempotency-key",
         metavar="KEY",
         parser=idempotency_key,
-        help="A repeated run with the same key has no second effect.",
+        help="Repeating the command with this key has no further effect.",
     ),
 ]
 OrganizationId = Annotated[str, typer.Argument(metavar="ORG", parser=identifier, show_default=False)]

@@ -25,6 +25,7 @@ from saasllm_cli.commands.inputs import (
     label,
     merged,
     noun,
+    require_some,
 )
 from saasllm_cli.errors import InvalidInput, NoAnswer
 from saasllm_cli.output import note, print_answer, progress, show
@@ -82,7 +83,7 @@ def run(
             min=1,
             max=86400,
             metavar="SECONDS",
-            help="For all attempts together; the models left share what is left.",
+            help="Total for all attempts; what remains is divided among the models not yet tried.",
         ),
     ] = 300,
     idempotency_key: IdempotencyKey = None,
@@ -90,7 +91,8 @@ def run(
 ) -> None:
     """Ask a group's models, and charge the team one credit when one of them answers.
 
-    The prompt is --prompt, then --prompt-file or stdin. The answer goes to stdout, all else to stderr; with
+    The prompt is --prompt followed by the text of --prompt-file, or of stdin where no file is given. The answer goes
+    to stdout, all else to stderr; with
     -o json the answer is the field `content`. When no model answers nothing is charged and the exit status is 8.
     """
     messages = []
@@ -166,6 +168,10 @@ def list_(
             after=after,
             row_limit=limit + 1,
         )
+        if not jobs and team is not None:
+            db.found("team.get", "team", team, team_id=team)
+        if not jobs and org is not None:
+            db.found("org.get", "organization", org, organization_id=org)
     columns = ("job_id", "team_id", "job_type", "status", "model_groups_used", "credit_applied", "created_at")
     show(jobs, output, columns=columns, limit=limit)
 
@@ -182,6 +188,7 @@ def costs(job_id: JobId, output: Output = None) -> None:
 @app.command(epilog="Example: saasllm job annotate 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d --metadata reviewed=yes")
 def annotate(job_id: JobId, metadata: Metadata = [], unset_metadata: UnsetMetadata = [], output: Output = None) -> None:
     """Change a job's metadata; it is merged."""
+    require_some({"metadata": metadata, "unset_metadata": unset_metadata})
     with database.connect() as db:
         db.found(
             "job.annotate",

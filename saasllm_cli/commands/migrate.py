@@ -11,7 +11,7 @@ from saasllm_cli.settings import Format, settings
 
 app = noun()
 
-To = Annotated[str | None, typer.Option(metavar="NUMBER", help="Up to this migration; by default the last.")]
+To = Annotated[str | None, typer.Option(metavar="NUMBER", help="Stop after this migration (by default the latest).")]
 
 
 @app.command(epilog="Example: saasllm migrate up --dry-run")
@@ -20,7 +20,7 @@ def up(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be applied.")] = False,
     output: Output = None,
 ) -> None:
-    """Apply the pending migrations. Always safe to run again; nothing is ever dropped."""
+    """Apply the pending migrations. Always safe to run again; it drops nothing."""
     done = "Migration pending" if dry_run else "Migration completed"
     as_text = (output or settings().output) is Format.TABLE
 
@@ -64,7 +64,7 @@ def verify(output: Output = None) -> None:
 def adopt(to: To = None, output: Output = None) -> None:
     """Record a database as migrated that was built from the same files by other means.
 
-    Its tables are compared with what the files build; where they differ the difference is told and nothing recorded.
+    Its tables are compared with what the files build; where they differ, it lists how and records nothing.
     """
     names = migrations.adopt(to, on_wait=_tell_wait)
     show([{"migration": name, "status": "applied"} for name in names], output)

@@ -19,6 +19,7 @@ from saasllm_cli.commands.inputs import (
     label,
     merged,
     noun,
+    require_some,
     same_or_conflict,
 )
 from saasllm_cli.errors import Conflict
@@ -78,6 +79,7 @@ def update(
     output: Output = None,
 ) -> None:
     """Change an organization; metadata is merged."""
+    require_some({"name": name, "metadata": metadata, "unset_metadata": unset_metadata})
     with database.connect() as db:
         db.found(
             "org.update",
@@ -93,13 +95,13 @@ def update(
 
 @app.command(epilog="Example: saasllm org suspend org_acme_corp")
 def suspend(organization_id: OrganizationId, output: Output = None) -> None:
-    """Let no team of an organization begin a job; those that run finish."""
+    """Stop its teams from starting jobs; running jobs finish."""
     _set_status(organization_id, "suspended", output)
 
 
 @app.command(epilog="Example: saasllm org resume org_acme_corp")
 def resume(organization_id: OrganizationId, output: Output = None) -> None:
-    """Let the teams of a suspended organization begin jobs again."""
+    """Let its teams start jobs again."""
     _set_status(organization_id, "active", output)
 
 

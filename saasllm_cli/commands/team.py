@@ -22,6 +22,7 @@ from saasllm_cli.commands.inputs import (
     label,
     merged,
     noun,
+    require_some,
     same_or_conflict,
     unique,
 )
@@ -103,6 +104,8 @@ def list_(
     """List teams by their ids."""
     with database.connect() as db:
         teams = db.many("team.list", organization_id=org, status=status, after=after, row_limit=limit + 1)
+        if not teams and org is not None:
+            db.found("org.get", "organization", org, organization_id=org)
     columns = ("team_id", "organization_id", "team_alias", "status", "model_groups", "credits_remaining")
     show(teams, output, columns=columns, limit=limit)
 
@@ -116,6 +119,7 @@ def update(
     output: Output = None,
 ) -> None:
     """Change a team; metadata is merged. Its groups: `assign`; its credits: `saasllm credits`."""
+    require_some({"alias": alias, "metadata": metadata, "unset_metadata": unset_metadata})
     with database.connect() as db:
         db.found(
             "team.update",
@@ -133,7 +137,7 @@ def update(
 def assign(
     team_id: TeamId,
     groups: Groups,
-    replace: Annotated[bool, typer.Option("--replace", help="Take all other groups from the team.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Also remove every group not named here.")] = False,
     output: Output = None,
 ) -> None:
     """Let a team use further groups."""
@@ -155,25 +159,25 @@ def unassign(team_id: TeamId, groups: Groups, output: Output = None) -> None:
         result = db.one("team.unassign", team_id=team_id, group_names=groups)
         team = _found(db, team_id)
     if result["not_assigned"]:
-        note(f"Not assigned to it before: {', '.join(result['not_assigned'])}.")
+        note(f"Was not assigned: {', '.join(result['not_assigned'])}.")
     show(team, output)
 
 
 @app.command(epilog="Example: saasllm team suspend team_engineering")
 def suspend(team_id: TeamId, output: Output = None) -> None:
-    """Let a team begin no job; those that run finish."""
+    """Stop it from starting jobs; running jobs finish."""
     _set_status(team_id, "suspended", output)
 
 
 @app.command(epilog="Example: saasllm team resume team_engineering")
 def resume(team_id: TeamId, output: Output = None) -> None:
-    """Let a suspended team begin jobs again."""
+    """Let it start jobs again."""
     _set_status(team_id, "active", output)
 
 
 @app.command(epilog="Example: saasllm team delete team_engineering --yes")
 def delete(team_id: TeamId, yes: Yes = False) -> None:
-    """Delete a team that has no history: no job and no movement of credits."""
+    """Delete a team without history (no jobs, no ledger entries)."""
     confirm(f"Delete the team {team_id}?", yes)
     with database.connect() as db:
         result = db.one("team.delete", team_id=team_id)

@@ -7,7 +7,16 @@ from pathlib import Path
 
 LIST = "model_prices_and_context_window_backup.json"
 # Providers whose models are what somebody installed there: no list can know them.
-UNLISTED = ("offline/", "ollama/", "ollama_chat/", "hosted_vllm/", "litellm_proxy/", "lm_studio/", "custom/")
+UNLISTED = (
+    "offline/echo",
+    "offline/fail",
+    "ollama/",
+    "ollama_chat/",
+    "hosted_vllm/",
+    "litellm_proxy/",
+    "lm_studio/",
+    "custom/",
+)
 
 
 def unknown(models: Iterable[str]) -> list[str]:

@@ -170,7 +170,8 @@ def _raise_refusal(begun: database.Row, request: JobRequest) -> None:
                 "insufficient_credits",
                 f"The team {request.team_id} has no credit free: {begun['credits_remaining']} remaining, "
                 f"{begun['credits_reserved']} of them reserved by running jobs.",
-                f"Run: saasllm credits add {request.team_id} AMOUNT",
+                f"Run: saasllm credits add {request.team_id} AMOUNT"
+                + (" (or wait for its running jobs)" if begun["credits_reserved"] else ""),
             )
         case "key_in_use" if begun["existing_request_hash"] != request.hash():
             raise Conflict(

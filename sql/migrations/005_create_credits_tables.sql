@@ -64,7 +64,7 @@ CREATE FUNCTION refuse_ledger_change() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RAISE EXCEPTION 'credit_transactions is append-only: % is refused', TG_OP
-        USING ERRCODE = 'SL004', HINT = 'Correct a balance with a further entry: saasllm credits adjust.';
+        USING ERRCODE = 'SL004', HINT = 'A balance is corrected by a further entry.';
 END
 $$;
 
@@ -166,7 +166,7 @@ BEGIN
 
     IF NOT explained THEN
         RAISE EXCEPTION 'the credits of team % move only with their ledger rows', OLD.team_id
-            USING ERRCODE = 'SL006', HINT = 'Insert into credit_transactions: saasllm credits add, refund or adjust.';
+            USING ERRCODE = 'SL006', HINT = 'Insert into credit_transactions, as saasllm credits add does.';
     END IF;
     RETURN NEW;
 END

@@ -68,7 +68,15 @@ BEGIN
             TG_ARGV[0], 'delete',
             coalesce(
                 o.record ->> 'organization_id',
-                (SELECT t.organization_id FROM public.teams t WHERE t.team_id = o.record ->> 'team_id')
+                (SELECT t.organization_id FROM public.teams t WHERE t.team_id = o.record ->> 'team_id'),
+                -- Where the team is going with it, its last record knows.
+                (
+                    SELECT l.organization_id
+                    FROM public.audit_log l
+                    WHERE l.noun = 'team' AND l.team_id = o.record ->> 'team_id'
+                    ORDER BY l.audit_id DESC
+                    LIMIT 1
+                )
             ),
             o.record ->> 'team_id', o.record ->> 'group_name', o.record
         FROM (SELECT to_jsonb(old_rows) AS record FROM old_rows) o;
