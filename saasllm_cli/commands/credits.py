@@ -61,7 +61,7 @@ def add(
     if different := [field for field, value in given.items() if entry[field] != value]:
         raise Conflict(
             "idempotency_key_reused",
-            f"The idempotency key was used before, for an entry with a different {' and a different '.join(different)}.",
+            f"The idempotency key was used before, with a different {' and a different '.join(different)}.",
             "Take a new key for a new entry.",
         )
     show(entry, output)
