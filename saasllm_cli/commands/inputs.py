@@ -162,6 +162,7 @@ def confirm(question: str, yes: bool) -> None:
     try:
         is_meant = typer.confirm(question, err=True)
     except typer.Abort:  # Ctrl-C, or the end of the input
+        note("")  # the question's line is not ended yet
         raise Interrupted("interrupted", "Interrupted; nothing was changed.") from None
     if not is_meant:
         note("Nothing was changed.")
