@@ -92,13 +92,17 @@ class Database:
             try:
                 return self._execute(statement, parameters)
             except (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure):
-                if is_last:
+                if is_last or self._is_in_transaction():  # of several queries the first ones are undone too
                     raise
             except psycopg.errors.UniqueViolation as error:
                 # Another process has just used the same idempotency key: asked again, the statement finds its row.
-                if is_last or not (error.diag.constraint_name or "").endswith("_idempotency_key"):
+                is_key = (error.diag.constraint_name or "").endswith("_idempotency_key")
+                if is_last or not is_key or self._is_in_transaction():
                     raise
         raise AssertionError
+
+    def _is_in_transaction(self) -> bool:
+        return self._connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE
 
     def _execute(self, statement: Query, parameters: Row) -> list[Row]:
         if self._prelude is None:
@@ -117,13 +121,16 @@ def connect() -> Iterator[Database]:
     Its first query carries the check of the migrations (where one is pending, or the database has one that this
     program does not know, nothing is done), and says for the audit log who acts by which command.
     """
+    words = command_line.get()
+    if words[:1] == ("job",):  # what follows may be a prompt, which is nobody's to keep; jobs have no audit records
+        words = words[:2]
     with raw_connection() as connection:
         yield Database(
             connection,
             "migrate.check",
             known=known_migrations(),
             actor=_storable(settings().actor),
-            command=_storable(shlex.join(["saasllm", *command_line.get()])),
+            command=_storable(shlex.join(["saasllm", *words])),
         )
 
 

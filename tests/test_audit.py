@@ -4,7 +4,8 @@ import psycopg
 import pytest
 from conftest import Result
 
-from saasllm_cli.settings import settings
+from saasllm_cli import database
+from saasllm_cli.settings import command_line, settings
 
 Run = Callable[..., Result]
 FIELDS = [
@@ -113,3 +114,15 @@ def test_filters(tenant: Run) -> None:
 def test_it_is_append_only(tenant: Run, sql: psycopg.Connection, statement: str) -> None:
     with pytest.raises(psycopg.Error, match="audit_log is append-only"):
         sql.execute(statement)
+
+
+def test_a_prompt_is_no_command_to_be_kept(migrated_database: str) -> None:
+    command_line.set(("job", "run", "--team", "hr", "--prompt", "a secret"))
+    with database.connect() as db:
+        db.many(
+            "audit.list",
+            **dict.fromkeys(("organization_id", "team_id", "group_name", "since", "until", "after")),
+            row_limit=1,
+        )
+        row = db._connection.execute("SELECT current_setting('saasllm.command') AS command").fetchone()
+    assert row == {"command": "saasllm job run"}

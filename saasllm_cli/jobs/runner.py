@@ -113,15 +113,7 @@ def run(request: JobRequest, on_progress: Callable[[str], None] = lambda _: None
                 result = _settled(job_id, content, calls)
     except KeyboardInterrupt:
         if result is None:  # else it is too late to cancel
-            with suppress(DatabaseUnavailable):  # then the lease frees the credit
-                if (
-                    begun is None
-                ):  # there may be a job, or no database: not worth waiting for, nor deaf to a second Ctrl-C
-                    _settle(job_id, "cancelled", "Interrupted.", calls, 0)
-                else:
-                    with _signals(UNINTERRUPTED):
-                        _settle(job_id, "cancelled", "Interrupted.", calls, CANCEL_SECONDS)
-            raise Interrupted("interrupted", f"Job {job_id} was cancelled, and nothing was charged.") from None
+            raise _cancelled(job_id, calls, is_begun=begun is not None) from None
     except Exception as error:
         if begun is not None and not isinstance(error, SaasllmError):
             with suppress(SaasllmError), _signals(UNINTERRUPTED):
@@ -239,6 +231,20 @@ def _content(
         return None
 
     return llm.run(call_models())
+
+
+def _cancelled(job_id: UUID, calls: list[Call], is_begun: bool) -> Interrupted:
+    """Cancels the job, so far as the database answers; else its lease frees the credit."""
+    status = None
+    with suppress(SaasllmError):
+        if is_begun:
+            with _signals(UNINTERRUPTED):
+                status = _settle(job_id, "cancelled", "Interrupted.", calls, CANCEL_SECONDS)["status"]
+        else:  # there may be a job or no database: not worth waiting for, nor being deaf to a second Ctrl-C
+            status = _settle(job_id, "cancelled", "Interrupted.", calls, 0)["status"]
+    if status == "completed":
+        return Interrupted("interrupted", f"Job {job_id} was completed and charged before it could be cancelled.")
+    return Interrupted("interrupted", f"Job {job_id} was cancelled, and nothing was charged.")
 
 
 def _settled(job_id: UUID, content: str | None, calls: list[Call]) -> JobResult:
