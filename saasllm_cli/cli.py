@@ -90,12 +90,13 @@ def run(arguments: list[str]) -> int:
     A command finds this function as its context's `obj` (the demo runs others by it).
     """
     _ready_streams()
-    command_line.set(tuple(arguments))
+    is_debug = arguments[:1] == ["--debug"]
+    command_line.set(tuple(arguments[is_debug:]))
     try:
         status = app(arguments, prog_name="saasllm", standalone_mode=False, obj=run)
         sys.stdout.flush()
     except Exception as error:
-        if arguments[:1] == ["--debug"]:
+        if is_debug:
             import traceback
 
             from saasllm_cli.database import redacted

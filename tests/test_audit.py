@@ -116,6 +116,12 @@ def test_it_is_append_only(tenant: Run, sql: psycopg.Connection, statement: str)
         sql.execute(statement)
 
 
+def test_debug_is_no_part_of_the_command(saasllm: Run) -> None:
+    """What the words are is told by the noun, which stands first: a prompt is known by it."""
+    saasllm("--debug", "org", "create", "acme")
+    assert saasllm("audit", "list", "-o", "json").data[0]["command"] == "saasllm org create acme"
+
+
 def test_a_prompt_is_no_command_to_be_kept(migrated_database: str) -> None:
     command_line.set(("job", "run", "--team", "hr", "--prompt", "a secret"))
     with database.connect() as db:

@@ -44,6 +44,13 @@ def test_transactions_newest_first_and_by_type(tenant: Run) -> None:
     assert tenant("credits", "transactions", "hr", "--since", "1h", "-o", "json").data == rows
 
 
+def test_a_table_shows_the_id_for_the_next_page(tenant: Run) -> None:
+    entry = tenant("credits", "add", "hr", 5, "-o", "json").data
+    header, newest, _ = tenant("credits", "transactions", "hr").out.splitlines()
+    assert header.split()[0] == "transaction_id"
+    assert newest.split()[0] == str(entry["transaction_id"])
+
+
 def test_the_same_key_has_one_effect(tenant: Run) -> None:
     first = tenant("credits", "add", "hr", 5, "--idempotency-key", "k", "-o", "json")
     again = tenant("credits", "add", "hr", 5, "--idempotency-key", "k", "-o", "json")

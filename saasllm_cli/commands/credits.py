@@ -143,6 +143,7 @@ def transactions(
         if not entries:  # none, or no such team
             db.found("credits.balance", "team", team_id, team_id=team_id)
     columns = (
+        "transaction_id",
         "created_at",
         "transaction_type",
         "credits_amount",

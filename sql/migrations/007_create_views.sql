@@ -44,6 +44,26 @@ SELECT
 FROM teams t
 JOIN team_credits c USING (team_id);
 
+-- Free to start jobs are also the credits of expired leases, which the next job that needs them takes back.
+CREATE VIEW credit_details AS
+SELECT
+    t.team_id,
+    t.organization_id,
+    c.credits_allocated,
+    c.credits_used,
+    c.credits_reserved,
+    c.credits_remaining,
+    c.credits_remaining - c.credits_reserved + expired.credits AS credits_free
+FROM teams t
+JOIN team_credits c USING (team_id)
+CROSS JOIN LATERAL (
+    SELECT count(*) AS credits
+    FROM jobs j
+    WHERE j.team_id = t.team_id
+      AND j.status IN ('pending', 'in_progress')
+      AND j.lease_expires_at <= clock_timestamp()
+) expired;
+
 CREATE VIEW job_details AS
 SELECT
     job_id,

@@ -53,37 +53,17 @@ ORDER BY entry_no DESC
 LIMIT %(row_limit)s;
 
 -- name: free(team_id) :maybe
--- What a team has, with what it has free to start jobs: the credits of expired leases among it, which the next job
--- that needs them takes back.
-SELECT
-    team_id, organization_id, credits_allocated, credits_used, credits_reserved, credits_remaining,
-    credits_remaining - credits_reserved + expired.credits AS credits_free
-FROM team_details
-CROSS JOIN LATERAL (
-    SELECT count(*) AS credits
-    FROM jobs j
-    WHERE j.team_id = team_details.team_id
-      AND j.status IN ('pending', 'in_progress')
-      AND j.lease_expires_at <= clock_timestamp()
-) expired
-WHERE team_id = %(team_id)s;
+-- What a team has, with what it has free to start jobs.
+SELECT * FROM credit_details WHERE team_id = %(team_id)s;
 
 -- name: below(credits, organization_id) :many
 -- The active teams of active organizations that have less than this free, the poorest first.
-SELECT
-    team_id, organization_id, credits_allocated, credits_used, credits_reserved, credits_remaining,
-    credits_remaining - credits_reserved + expired.credits AS credits_free
-FROM team_details
-JOIN organizations o USING (organization_id)
-CROSS JOIN LATERAL (
-    SELECT count(*) AS credits
-    FROM jobs j
-    WHERE j.team_id = team_details.team_id
-      AND j.status IN ('pending', 'in_progress')
-      AND j.lease_expires_at <= clock_timestamp()
-) expired
-WHERE team_details.status = 'active'
+SELECT d.*
+FROM credit_details d
+JOIN teams t USING (team_id)
+JOIN organizations o ON o.organization_id = d.organization_id
+WHERE t.status = 'active'
   AND o.status = 'active'
-  AND credits_remaining - credits_reserved + expired.credits < %(credits)s::bigint
-  AND (%(organization_id)s::text IS NULL OR organization_id = %(organization_id)s)
-ORDER BY credits_free, team_id;
+  AND d.credits_free < %(credits)s::bigint
+  AND (%(organization_id)s::text IS NULL OR d.organization_id = %(organization_id)s)
+ORDER BY d.credits_free, d.team_id;
