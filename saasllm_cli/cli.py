@@ -95,6 +95,11 @@ def run(arguments: list[str]) -> int:
     try:
         status = app(arguments, prog_name="saasllm", standalone_mode=False, obj=run)
         sys.stdout.flush()
+    except SystemExit as leaving:
+        # Typer leaves so where whoever reads our output has seen enough, and where it has installed the completion.
+        if not isinstance(leaving.__context__, BrokenPipeError):
+            raise
+        return _tell(leaving.__context__, arguments)
     except Exception as error:
         if is_debug:
             import traceback

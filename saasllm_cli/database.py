@@ -4,11 +4,12 @@ import json
 import logging
 import re
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from decimal import Decimal
 from functools import partial
-from typing import Any
+from itertools import chain, islice
+from typing import Any, cast
 from urllib.parse import quote, unquote, urlencode
 
 import psycopg
@@ -30,6 +31,13 @@ DEFAULTS: dict[str, Any] = {
     "connect_timeout": 10,
     "tcp_user_timeout": 30_000,  # milliseconds, for a network that goes silent
 }
+# How a record is found by its id, where a list of what belongs to it is empty.
+GET = {
+    "organization": ("org.get", "organization_id"),
+    "team": ("team.get", "team_id"),
+    "group": ("group.get", "group_name"),
+    "job": ("job.get", "job_id"),
+}
 TRIES = 5
 LONGEST_COMMAND = 1000
 # Of what a connection is made of, all but what could be a secret.
@@ -48,6 +56,28 @@ class _JsonbDumper(JsonbDumper):
     _dumps = staticmethod(_exact_json)
 
 
+class Rows(Iterator[Row]):
+    """The rows of a query as they come, however many. The first one is there already, so that what is wrong with the
+    query, or that it finds nothing, is known before any is shown."""
+
+    def __init__(self, rows: Iterator[Row], fields: Callable[[], list[str]]) -> None:
+        self._first = list(islice(rows, 1))
+        self._rows = chain(self._first, rows)
+        self._fields = fields
+
+    def __next__(self) -> Row:
+        return next(self._rows)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._first
+
+    @property
+    def fields(self) -> list[str]:
+        """Their names, which are known also where there is no row."""
+        return list(self._first[0]) if self._first else self._fields()
+
+
 class Database:
     """A connection in which each query is a transaction of its own, unless several are made one.
 
@@ -58,6 +88,7 @@ class Database:
     def __init__(self, connection: Connection, prelude: str, **parameters: Any) -> None:
         self._connection = connection
         self._prelude: tuple[str, Row] | None = (query(prelude).sql, parameters)
+        self._stream: Generator[Row] | None = None
 
     def one(self, name: str, /, **parameters: Any) -> Row:
         (row,) = self._run(name, "one", parameters)
@@ -68,6 +99,33 @@ class Database:
 
     def many(self, name: str, /, **parameters: Any) -> list[Row]:
         return self._run(name, "many", parameters)
+
+    def stream(self, name: str, /, within: Mapping[str, object] | None = None, **parameters: Any) -> Rows:
+        """The rows of a `:many` query as they come; nothing else may be asked until they are read.
+
+        Where there is none, the records that they were asked for, `within` (noun to id), must be there, else
+        `NotFound`: a list of what was misspelt is not an empty one.
+        """
+        statement = _checked(name, "many", parameters)
+        if self._prelude is not None:
+            self._connection.execute(*self._prelude)
+            self._prelude = None
+        self._stream = cast("Generator[Row]", self._connection.cursor().stream(statement.sql, parameters))
+        rows = Rows(
+            self._stream,
+            lambda: [column.name for column in self._connection.execute(statement.sql, parameters).description or ()],
+        )
+        if rows.is_empty:
+            for noun, key in (within or {}).items():
+                if key is not None:
+                    query_name, parameter = GET[noun]
+                    self.found(query_name, noun, str(key), **{parameter: key})
+        return rows
+
+    def close(self) -> None:
+        """Ends a stream that was not read to its end, which would hold the connection for ever."""
+        if self._stream is not None:
+            self._stream.close()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -83,11 +141,7 @@ class Database:
         return row
 
     def _run(self, name: str, cardinality: str, parameters: Row) -> list[Row]:
-        statement = query(name)
-        if statement.cardinality != cardinality or statement.parameters != parameters.keys():
-            raise TypeError(f"{name} is declared :{statement.cardinality} with {sorted(statement.parameters)}")
-        for parameter, value in parameters.items():
-            _check_text(parameter, value)
+        statement = _checked(name, cardinality, parameters)
         for is_last in (*[False] * TRIES, True):
             try:
                 return self._execute(statement, parameters)
@@ -125,13 +179,10 @@ def connect() -> Iterator[Database]:
     if words[:1] == ("job",):  # what follows may be a prompt, which is nobody's to keep; jobs have no audit records
         words = words[:2]
     with raw_connection() as connection:
-        yield Database(
-            connection,
-            "migrate.check",
-            known=known_migrations(),
-            actor=_storable(settings().actor),
-            command=_storable(shlex.join(["saasllm", *words])),
-        )
+        actor, command = _storable(settings().actor), _storable(shlex.join(["saasllm", *words]))
+        db = Database(connection, "migrate.check", known=known_migrations(), actor=actor, command=command)
+        with closing(db):
+            yield db
 
 
 def _storable(text: str) -> str:
@@ -295,6 +346,16 @@ def _secrets() -> list[str]:
     words = [password, *re.split("[:@/?#]", password), found[1].strip("'") if found else ""]
     found_words = {word for piece in words for word in (piece, unquote(piece)) if len(word) >= SHORTEST_SECRET}
     return sorted(found_words, key=len, reverse=True)
+
+
+def _checked(name: str, cardinality: str, parameters: Row) -> Query:
+    """The query, if it is used as it is declared and its parameters can be stored."""
+    statement = query(name)
+    if statement.cardinality != cardinality or statement.parameters != parameters.keys():
+        raise TypeError(f"{name} is declared :{statement.cardinality} with {sorted(statement.parameters)}")
+    for parameter, value in parameters.items():
+        _check_text(parameter, value)
+    return statement
 
 
 def _check_text(name: str, value: Any) -> None:

@@ -4,9 +4,10 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TextIO
 from uuid import UUID
 
@@ -15,6 +16,8 @@ from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from saasllm_cli.database import Rows
 
 Row = Mapping[str, Any]
 
@@ -26,32 +29,33 @@ UNLIMITED_WIDTH = 100_000
 
 
 def show(
-    data: Row | Sequence[Row], output: Format | None, columns: Sequence[str] = (), limit: int | None = None
+    data: "Row | Sequence[Row] | Rows", output: Format | None, columns: Sequence[str] = (), limit: int | None = None
 ) -> None:
-    """Prints one thing (a row) or many (a sequence) in the format asked for, else in that of the settings.
+    """Prints one thing (a row) or many (rows) in the format asked for, else in that of the settings.
 
-    `columns` names those that a table of many things shows; every other form shows all. A list that is longer than
-    its `limit` is cut there, and says so.
+    Rows are printed as they come, but for a table, whose widths need all of them. `columns` names those that a table
+    of many things shows; every other form shows all. Rows beyond the `limit` are not shown, only told of.
     """
-    if limit is not None and len(data) > limit:
-        assert not isinstance(data, Mapping)
-        data = data[:limit]
-        note(f"Only the first {limit} are shown; the next ones with --after, more with --limit.")
-    rows = [data] if isinstance(data, Mapping) else data
+    is_one = isinstance(data, Mapping)
+    source: Iterator[Row] = iter([data] if isinstance(data, Mapping) else data)
+    rows = islice(source, limit)
     match output or settings().output:
+        case Format.JSON if is_one:
+            print(_json(data, indent=2))
         case Format.JSON:
-            print_line(_json(data, indent=2))
+            _show_array(rows)
         case Format.JSONL:
             for row in rows:
-                print_line(_json(row))
+                print(_json(row))
         case Format.CSV:
-            _show_csv(rows)
+            _show_csv(rows, _fields(data))
         case Format.TABLE if isinstance(data, Mapping):
             _show_one(data)
-        case Format.TABLE if rows:
-            _print_table(_table_of(rows, columns or tuple(rows[0])))
         case Format.TABLE:
-            note("Nothing found.")
+            _show_table(list(rows), columns)
+    sys.stdout.flush()
+    if limit is not None and next(source, None) is not None:
+        note(f"Only the first {limit} are shown; the next ones with --after, more with --limit.")
 
 
 def print_line(text: str) -> None:
@@ -144,14 +148,32 @@ def _escaped_if_unsafe(match: re.Match[str]) -> str:
     return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
 
 
-def _show_csv(rows: Sequence[Row]) -> None:
+def _show_array(rows: Iterator[Row]) -> None:
+    """An array of which no more than one row is held at a time."""
+    before = "[\n  "
+    for row in rows:
+        print(before + _json(row, indent=2).replace("\n", "\n  "), end="")
+        before = ",\n  "
+    print("\n]" if before.startswith(",") else "[]")
+
+
+def _show_csv(rows: Iterator[Row], fields: Sequence[str]) -> None:
     import csv
 
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    if rows:
-        writer.writerow(rows[0].keys())
-    writer.writerows([_csv_cell(value) for value in row.values()] for row in rows)
-    sys.stdout.flush()
+    if fields:
+        writer.writerow(fields)
+    for row in rows:
+        writer.writerow([_csv_cell(value) for value in row.values()])
+
+
+def _fields(data: "Row | Sequence[Row] | Rows") -> Sequence[str]:
+    """The names of the fields, which a query knows also where it has found nothing."""
+    if isinstance(data, Mapping):
+        return list(data)
+    if isinstance(data, Sequence):
+        return list(data[0]) if data else []
+    return data.fields
 
 
 def _csv_cell(value: Any) -> str:
@@ -215,6 +237,13 @@ def _show_one(row: Row) -> None:
         _print_table(
             _table_of(items, [column for column in items[0] if not (column.endswith("_id") and column in row)])
         )
+
+
+def _show_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
+    if rows:
+        _print_table(_table_of(rows, columns or tuple(rows[0])))
+    else:
+        note("Nothing found.")
 
 
 def _table_of(rows: Sequence[Row], columns: Sequence[str]) -> "Table":

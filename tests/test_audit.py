@@ -127,7 +127,7 @@ def test_a_prompt_is_no_command_to_be_kept(migrated_database: str) -> None:
     with database.connect() as db:
         db.many(
             "audit.list",
-            **dict.fromkeys(("organization_id", "team_id", "group_name", "since", "until", "after")),
+            **dict.fromkeys(("organization_id", "team_id", "group_name", "since", "until", "sort", "after")),
             row_limit=1,
         )
         row = db._connection.execute("SELECT current_setting('saasllm.command') AS command").fetchone()

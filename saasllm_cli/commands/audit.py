@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from saasllm_cli import database
-from saasllm_cli.commands.inputs import Limit, OrgFilter, Output, Since, TeamFilter, Until, identifier, noun
+from saasllm_cli.commands.inputs import Limit, OrgFilter, Output, Since, TeamFilter, TimeOrder, Until, identifier, noun
 from saasllm_cli.output import show
 
 app = noun()
@@ -25,22 +25,12 @@ def list_(
     ] = None,
     since: Since = None,
     until: Until = None,
+    sort: TimeOrder = "newest",
     after: Annotated[int | None, typer.Option(min=1, metavar="ID", help="The next page: behind this audit_id.")] = None,
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
     """List the changes of organizations, teams, groups and assignments, the newest first."""
-    with database.connect() as db:
-        changes = db.many(
-            "audit.list",
-            organization_id=org,
-            team_id=team,
-            group_name=group,
-            since=since,
-            until=until,
-            after=after,
-            row_limit=limit + 1,
-        )
     columns = (
         "audit_id",
         "created_at",
@@ -52,4 +42,16 @@ def list_(
         "group_name",
         "command",
     )
-    show(changes, output, columns=columns, limit=limit)
+    with database.connect() as db:
+        changes = db.stream(
+            "audit.list",
+            organization_id=org,
+            team_id=team,
+            group_name=group,
+            since=since,
+            until=until,
+            sort=sort,
+            after=after,
+            row_limit=limit + 1,
+        )
+        show(changes, output, columns=columns, limit=limit)

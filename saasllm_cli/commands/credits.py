@@ -13,6 +13,7 @@ from saasllm_cli.commands.inputs import (
     Output,
     Since,
     TeamId,
+    TimeOrder,
     Until,
     identifier,
     label,
@@ -99,12 +100,10 @@ def check(
         )
     with database.connect() as db:
         if below is not None:
-            teams = db.many("credits.below", credits=below, organization_id=org)
-            if not teams and org is not None:
-                db.found("org.get", "organization", org, organization_id=org)
+            teams = db.stream("credits.below", {"organization": org}, credits=below, organization_id=org)
             show(teams, output)
-            if teams:
-                raise CheckFailed("credits_low", f"{len(teams)} team(s) with fewer than {below} credits free.")
+            if not teams.is_empty:
+                raise CheckFailed("credits_low", f"There are teams with fewer than {below} credits free.")
             return
         balance = db.found("credits.free", "team", str(team_id), team_id=team_id)
     show(balance, output)
@@ -123,6 +122,7 @@ def transactions(
     type_: Annotated[TransactionType | None, typer.Option("--type", help="Only those of this type.")] = None,
     since: Since = None,
     until: Until = None,
+    sort: TimeOrder = "newest",
     after: Annotated[
         int | None, typer.Option(min=1, metavar="ID", help="The next page: behind this transaction_id.")
     ] = None,
@@ -130,18 +130,6 @@ def transactions(
     output: Output = None,
 ) -> None:
     """List the movements of a team's credits, the newest first."""
-    with database.connect() as db:
-        entries = db.many(
-            "credits.transactions",
-            team_id=team_id,
-            transaction_type=type_,
-            since=since,
-            until=until,
-            after=after,
-            row_limit=limit + 1,
-        )
-        if not entries:  # none, or no such team
-            db.found("credits.balance", "team", team_id, team_id=team_id)
     columns = (
         "transaction_id",
         "created_at",
@@ -152,4 +140,16 @@ def transactions(
         "reason",
         "job_id",
     )
-    show(entries, output, columns=columns, limit=limit)
+    with database.connect() as db:
+        entries = db.stream(
+            "credits.transactions",
+            {"team": team_id},
+            team_id=team_id,
+            transaction_type=type_,
+            since=since,
+            until=until,
+            sort=sort,
+            after=after,
+            row_limit=limit + 1,
+        )
+        show(entries, output, columns=columns, limit=limit)

@@ -10,7 +10,9 @@ from saasllm_cli.commands.inputs import (
     GroupName,
     IfNotExists,
     Limit,
+    Order,
     Output,
+    Search,
     Yes,
     confirm,
     identifier,
@@ -81,14 +83,24 @@ def get(group_name: GroupName, output: Output = None) -> None:
 @app.command("list", epilog="Example: saasllm group list -o json")
 def list_(
     status: Annotated[Status | None, typer.Option(help="Only those in this status.")] = None,
+    search: Search = None,
+    sort: Order = "id",
     after: After = None,
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
-    """List model groups by their names."""
+    """List model groups."""
     with database.connect() as db:
-        groups = db.many("group.list", status=status, after=after, row_limit=limit + 1)
-    show(groups, output, columns=("group_name", "display_name", "status", "models"), limit=limit)
+        groups = db.stream(
+            "group.list",
+            {"group": after if sort != "id" else None},
+            status=status,
+            search=search,
+            sort=sort,
+            after=after,
+            row_limit=limit + 1,
+        )
+        show(groups, output, columns=("group_name", "display_name", "status", "models"), limit=limit)
 
 
 @app.command(epilog="Example: saasllm group update ResumeAgent --status inactive")

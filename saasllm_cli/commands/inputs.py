@@ -19,6 +19,7 @@ MODEL_NAME = re.compile(r"[^\s\x00-\x1f\x7f]{1,255}")
 METADATA_BYTES = 65536
 METADATA_DEPTH = 32
 MOST_CREDITS = 10**15
+EVERY_ROW = 10**18
 RESERVED_KEYS = "opening:"
 AGES = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -62,6 +63,21 @@ def moment(value: str) -> datetime:
             f"{value!r} is not a time: write 7d, 12h, 2026-11-01 or 2026-11-01T08:00:00Z."
         ) from None
     return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+
+
+def row_limit(value: str | int) -> int:
+    """How many rows; the default comes as a number."""
+    if value == "all":
+        return EVERY_ROW
+    if not re.fullmatch(r"[1-9][0-9]{0,17}", str(value)):
+        raise typer.BadParameter(f"{value!r} is neither a number from 1 on nor 'all'.")
+    return int(value)
+
+
+def search(value: str) -> str:
+    if not any(char.isalnum() for char in value):
+        raise typer.BadParameter(f"{value!r} holds no word to search for.")
+    return value
 
 
 def idempotency_key(value: str) -> str:
@@ -199,7 +215,20 @@ UnsetMetadata = Annotated[
     list[str], typer.Option("--unset-metadata", metavar="KEY", help="Metadata to remove; repeatable.")
 ]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
-Limit = Annotated[int, typer.Option("--limit", min=1, max=100_000, metavar="N", help="Show at most N.")]
+Limit = Annotated[
+    int,
+    typer.Option(
+        "--limit", parser=row_limit, metavar="N|all", help="Show at most N, or all: one by one, but in a table."
+    ),
+]
+TimeOrder = Annotated[Literal["newest", "oldest"], typer.Option("--sort", help="Which come first.")]
+Order = Annotated[Literal["id", "newest", "oldest"], typer.Option("--sort", help="Which come first.")]
+Search = Annotated[
+    str | None,
+    typer.Option(
+        "--search", parser=search, metavar="TEXT", help="Only those in whose id or name each word of it begins a word."
+    ),
+]
 IdempotencyKey = Annotated[
     str | None,
     typer.Option(

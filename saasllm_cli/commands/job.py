@@ -19,6 +19,7 @@ from saasllm_cli.commands.inputs import (
     Output,
     Since,
     TeamFilter,
+    TimeOrder,
     UnsetMetadata,
     Until,
     identifier,
@@ -148,14 +149,17 @@ def list_(
     metadata: MetadataFilter = [],
     since: Since = None,
     until: Until = None,
+    sort: TimeOrder = "newest",
     after: Annotated[UUID | None, typer.Option(metavar="JOB", help="The next page: behind this job.")] = None,
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
     """List jobs, the newest first."""
+    columns = ("job_id", "team_id", "job_type", "status", "model_groups_used", "credit_applied", "created_at")
     with database.connect() as db:
-        jobs = db.many(
+        jobs = db.stream(
             "job.list",
+            {"team": team, "organization": org, "job": after},
             team_id=team,
             organization_id=org,
             status=status,
@@ -165,24 +169,18 @@ def list_(
             metadata=merged(metadata) or None,
             since=since,
             until=until,
+            sort=sort,
             after=after,
             row_limit=limit + 1,
         )
-        if not jobs and team is not None:
-            db.found("team.get", "team", team, team_id=team)
-        if not jobs and org is not None:
-            db.found("org.get", "organization", org, organization_id=org)
-    columns = ("job_id", "team_id", "job_type", "status", "model_groups_used", "credit_applied", "created_at")
-    show(jobs, output, columns=columns, limit=limit)
+        show(jobs, output, columns=columns, limit=limit)
 
 
 @app.command(epilog="Example: saasllm job costs 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d -o csv")
 def costs(job_id: JobId, output: Output = None) -> None:
     """Show what a job cost with the providers, per model."""
     with database.connect() as db:
-        db.found("job.get", "job", str(job_id), job_id=job_id)
-        models = db.many("job.costs", job_id=job_id)
-    show(models, output)
+        show(db.stream("job.costs", {"job": job_id}, job_id=job_id), output)
 
 
 @app.command(epilog="Example: saasllm job annotate 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d --metadata reviewed=yes")

@@ -10,8 +10,11 @@ from saasllm_cli.commands.inputs import (
     IfNotExists,
     Limit,
     Metadata,
+    MetadataFilter,
+    Order,
     OrganizationId,
     Output,
+    Search,
     StatusFilter,
     UnsetMetadata,
     Yes,
@@ -63,11 +66,28 @@ def get(organization_id: OrganizationId, output: Output = None) -> None:
 
 
 @app.command("list", epilog="Example: saasllm org list --status suspended")
-def list_(status: StatusFilter = None, after: After = None, limit: Limit = 100, output: Output = None) -> None:
-    """List organizations by their ids."""
+def list_(
+    status: StatusFilter = None,
+    metadata: MetadataFilter = [],
+    search: Search = None,
+    sort: Order = "id",
+    after: After = None,
+    limit: Limit = 100,
+    output: Output = None,
+) -> None:
+    """List organizations."""
     with database.connect() as db:
-        organizations = db.many("org.list", status=status, after=after, row_limit=limit + 1)
-    show(organizations, output, columns=("organization_id", "name", "status", "created_at"), limit=limit)
+        organizations = db.stream(
+            "org.list",
+            {"organization": after if sort != "id" else None},
+            status=status,
+            metadata=merged(metadata) or None,
+            search=search,
+            sort=sort,
+            after=after,
+            row_limit=limit + 1,
+        )
+        show(organizations, output, columns=("organization_id", "name", "status", "created_at"), limit=limit)
 
 
 @app.command(epilog="Example: saasllm org update org_acme_corp --metadata plan=pro --unset-metadata trial")

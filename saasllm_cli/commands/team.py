@@ -11,8 +11,11 @@ from saasllm_cli.commands.inputs import (
     IfNotExists,
     Limit,
     Metadata,
+    MetadataFilter,
+    Order,
     OrgFilter,
     Output,
+    Search,
     StatusFilter,
     TeamId,
     UnsetMetadata,
@@ -99,15 +102,30 @@ def get(team_id: TeamId, output: Output = None) -> None:
 
 @app.command("list", epilog="Example: saasllm team list --org org_acme_corp")
 def list_(
-    org: OrgFilter = None, status: StatusFilter = None, after: After = None, limit: Limit = 100, output: Output = None
+    org: OrgFilter = None,
+    status: StatusFilter = None,
+    metadata: MetadataFilter = [],
+    search: Search = None,
+    sort: Order = "id",
+    after: After = None,
+    limit: Limit = 100,
+    output: Output = None,
 ) -> None:
-    """List teams by their ids."""
-    with database.connect() as db:
-        teams = db.many("team.list", organization_id=org, status=status, after=after, row_limit=limit + 1)
-        if not teams and org is not None:
-            db.found("org.get", "organization", org, organization_id=org)
+    """List teams."""
     columns = ("team_id", "organization_id", "team_alias", "status", "model_groups", "credits_remaining")
-    show(teams, output, columns=columns, limit=limit)
+    with database.connect() as db:
+        teams = db.stream(
+            "team.list",
+            {"organization": org, "team": after if sort != "id" else None},
+            organization_id=org,
+            status=status,
+            metadata=merged(metadata) or None,
+            search=search,
+            sort=sort,
+            after=after,
+            row_limit=limit + 1,
+        )
+        show(teams, output, columns=columns, limit=limit)
 
 
 @app.command(epilog='Example: saasllm team update team_engineering --alias "Platform Team"')

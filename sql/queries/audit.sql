@@ -1,7 +1,7 @@
 -- Who changed what.
 
--- name: list(organization_id, team_id, group_name, since, until, after, row_limit) :many
--- The newest first, behind the record `after`.
+-- name: list(organization_id, team_id, group_name, since, until, sort, after, row_limit) :many
+-- The newest first, or the oldest; behind the record `after`.
 SELECT audit_id, created_at, actor, command, noun, action, organization_id, team_id, group_name, before, after
 FROM audit_log
 WHERE (%(organization_id)s::text IS NULL OR organization_id = %(organization_id)s)
@@ -9,6 +9,12 @@ WHERE (%(organization_id)s::text IS NULL OR organization_id = %(organization_id)
   AND (%(group_name)s::text IS NULL OR group_name = %(group_name)s)
   AND (%(since)s::timestamptz IS NULL OR created_at >= %(since)s)
   AND (%(until)s::timestamptz IS NULL OR created_at < %(until)s)
-  AND (%(after)s::bigint IS NULL OR audit_id < %(after)s)
-ORDER BY audit_id DESC
+  AND CASE
+      WHEN %(after)s::bigint IS NULL THEN true
+      WHEN %(sort)s::text = 'oldest' THEN audit_id > %(after)s
+      ELSE audit_id < %(after)s
+  END
+ORDER BY
+    CASE WHEN %(sort)s::text = 'oldest' THEN audit_id END,
+    audit_id DESC
 LIMIT %(row_limit)s;

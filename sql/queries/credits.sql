@@ -34,9 +34,9 @@ SELECT
     reason, created_at
 FROM (SELECT * FROM entry UNION ALL SELECT * FROM existing) AS written;
 
--- name: transactions(team_id, transaction_type, since, until, after, row_limit) :many
--- The newest first, behind the transaction `after`: by the order in which the team's credits moved, which clocks need
--- not agree with.
+-- name: transactions(team_id, transaction_type, since, until, sort, after, row_limit) :many
+-- The newest first, or the oldest; behind the transaction `after`: by the order in which the team's credits moved,
+-- which clocks need not agree with.
 SELECT
     transaction_id, team_id, organization_id, job_id, transaction_type, credits_amount, credits_before, credits_after,
     reason, created_at
@@ -45,11 +45,19 @@ WHERE team_id = %(team_id)s
   AND (%(transaction_type)s::text IS NULL OR transaction_type = %(transaction_type)s)
   AND (%(since)s::timestamptz IS NULL OR created_at >= %(since)s)
   AND (%(until)s::timestamptz IS NULL OR created_at < %(until)s)
-  AND (
-      %(after)s::bigint IS NULL
-      OR entry_no < (SELECT entry_no FROM credit_transactions WHERE transaction_id = %(after)s)
-  )
-ORDER BY entry_no DESC
+  AND CASE
+      WHEN %(after)s::bigint IS NULL THEN true
+      WHEN %(sort)s::text = 'oldest'
+          THEN entry_no > (
+              SELECT entry_no FROM credit_transactions WHERE team_id = %(team_id)s AND transaction_id = %(after)s
+          )
+      ELSE entry_no < (
+          SELECT entry_no FROM credit_transactions WHERE team_id = %(team_id)s AND transaction_id = %(after)s
+      )
+  END
+ORDER BY
+    CASE WHEN %(sort)s::text = 'oldest' THEN entry_no END,
+    entry_no DESC
 LIMIT %(row_limit)s;
 
 -- name: free(team_id) :maybe

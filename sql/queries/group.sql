@@ -18,12 +18,25 @@ SELECT EXISTS (SELECT FROM created) AS created;
 -- name: get(group_name) :maybe
 SELECT * FROM model_group_details WHERE group_name = %(group_name)s;
 
--- name: list(status, after, row_limit) :many
+-- name: list(status, search, sort, after, row_limit) :many
+-- By the id, or by time where `sort` is newest or oldest; behind the row `after`.
 SELECT *
 FROM model_group_details
 WHERE (%(status)s::text IS NULL OR status = %(status)s)
-  AND (%(after)s::text IS NULL OR group_name > %(after)s)
-ORDER BY group_name
+  AND (%(search)s::text IS NULL OR search_vector(group_name, display_name) @@ search_query(%(search)s))
+  AND CASE
+      WHEN %(after)s::text IS NULL THEN true
+      WHEN %(sort)s::text = 'newest'
+          THEN (created_at, group_name) < ((SELECT created_at FROM model_groups WHERE group_name = %(after)s), %(after)s)
+      WHEN %(sort)s::text = 'oldest'
+          THEN (created_at, group_name) > ((SELECT created_at FROM model_groups WHERE group_name = %(after)s), %(after)s)
+      ELSE group_name > %(after)s
+  END
+ORDER BY
+    CASE WHEN %(sort)s::text = 'newest' THEN created_at END DESC,
+    CASE WHEN %(sort)s::text = 'newest' THEN group_name END DESC,
+    CASE WHEN %(sort)s::text = 'oldest' THEN created_at END,
+    group_name
 LIMIT %(row_limit)s;
 
 -- name: resolve(group_name, team_id) :one

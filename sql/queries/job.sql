@@ -184,8 +184,8 @@ SELECT * FROM job_details WHERE job_id = %(job_id)s;
 -- The attempts of a job, in the order in which they were made.
 SELECT * FROM llm_call_details WHERE job_id = %(job_id)s ORDER BY call_id;
 
--- name: list(team_id, organization_id, status, group_name, job_type, external_task_id, metadata, since, until, after, row_limit) :many
--- The newest first, behind the job `after`.
+-- name: list(team_id, organization_id, status, group_name, job_type, external_task_id, metadata, since, until, sort, after, row_limit) :many
+-- The newest first, or the oldest; behind the job `after`.
 SELECT *
 FROM job_details
 WHERE (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
@@ -194,14 +194,20 @@ WHERE (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
   AND (%(group_name)s::text IS NULL OR %(group_name)s = ANY (model_groups_used))
   AND (%(job_type)s::text IS NULL OR job_type = %(job_type)s)
   AND (%(external_task_id)s::text IS NULL OR external_task_id = %(external_task_id)s)
-  AND (%(metadata)s::jsonb IS NULL OR metadata @> %(metadata)s)
+  AND (%(metadata)s::jsonb IS NULL OR (metadata @> %(metadata)s AND metadata <> '{}'))
   AND (%(since)s::timestamptz IS NULL OR created_at >= %(since)s)
   AND (%(until)s::timestamptz IS NULL OR created_at < %(until)s)
-  AND (
-      %(after)s::uuid IS NULL
-      OR (created_at, job_id) < ((SELECT created_at FROM jobs WHERE job_id = %(after)s), %(after)s)
-  )
-ORDER BY created_at DESC, job_id DESC
+  AND CASE
+      WHEN %(after)s::uuid IS NULL THEN true
+      WHEN %(sort)s::text = 'oldest'
+          THEN (created_at, job_id) > ((SELECT created_at FROM jobs WHERE job_id = %(after)s), %(after)s)
+      ELSE (created_at, job_id) < ((SELECT created_at FROM jobs WHERE job_id = %(after)s), %(after)s)
+  END
+ORDER BY
+    CASE WHEN %(sort)s::text = 'oldest' THEN created_at END,
+    CASE WHEN %(sort)s::text = 'oldest' THEN job_id END,
+    created_at DESC,
+    job_id DESC
 LIMIT %(row_limit)s;
 
 -- name: annotate(job_id, metadata, unset_metadata) :maybe

@@ -13,12 +13,26 @@ SELECT EXISTS (SELECT FROM created) AS created;
 -- name: get(organization_id) :maybe
 SELECT * FROM organization_details WHERE organization_id = %(organization_id)s;
 
--- name: list(status, after, row_limit) :many
+-- name: list(status, metadata, search, sort, after, row_limit) :many
+-- By the id, or by time where `sort` is newest or oldest; behind the row `after`.
 SELECT *
 FROM organization_details
 WHERE (%(status)s::text IS NULL OR status = %(status)s)
-  AND (%(after)s::text IS NULL OR organization_id > %(after)s)
-ORDER BY organization_id
+  AND (%(metadata)s::jsonb IS NULL OR (metadata @> %(metadata)s AND metadata <> '{}'))
+  AND (%(search)s::text IS NULL OR search_vector(organization_id, name) @@ search_query(%(search)s))
+  AND CASE
+      WHEN %(after)s::text IS NULL THEN true
+      WHEN %(sort)s::text = 'newest'
+          THEN (created_at, organization_id) < ((SELECT created_at FROM organizations WHERE organization_id = %(after)s), %(after)s)
+      WHEN %(sort)s::text = 'oldest'
+          THEN (created_at, organization_id) > ((SELECT created_at FROM organizations WHERE organization_id = %(after)s), %(after)s)
+      ELSE organization_id > %(after)s
+  END
+ORDER BY
+    CASE WHEN %(sort)s::text = 'newest' THEN created_at END DESC,
+    CASE WHEN %(sort)s::text = 'newest' THEN organization_id END DESC,
+    CASE WHEN %(sort)s::text = 'oldest' THEN created_at END,
+    organization_id
 LIMIT %(row_limit)s;
 
 -- name: update(organization_id, name, metadata, unset_metadata) :maybe

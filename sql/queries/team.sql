@@ -45,13 +45,27 @@ FROM request;
 -- name: get(team_id) :maybe
 SELECT * FROM team_details WHERE team_id = %(team_id)s;
 
--- name: list(organization_id, status, after, row_limit) :many
+-- name: list(organization_id, status, metadata, search, sort, after, row_limit) :many
+-- By the id, or by time where `sort` is newest or oldest; behind the row `after`.
 SELECT *
 FROM team_details
-WHERE (%(organization_id)s::text IS NULL OR organization_id = %(organization_id)s)
-  AND (%(status)s::text IS NULL OR status = %(status)s)
-  AND (%(after)s::text IS NULL OR team_id > %(after)s)
-ORDER BY team_id
+WHERE (%(status)s::text IS NULL OR status = %(status)s)
+  AND (%(organization_id)s::text IS NULL OR organization_id = %(organization_id)s)
+  AND (%(metadata)s::jsonb IS NULL OR (metadata @> %(metadata)s AND metadata <> '{}'))
+  AND (%(search)s::text IS NULL OR search_vector(team_id, team_alias) @@ search_query(%(search)s))
+  AND CASE
+      WHEN %(after)s::text IS NULL THEN true
+      WHEN %(sort)s::text = 'newest'
+          THEN (created_at, team_id) < ((SELECT created_at FROM teams WHERE team_id = %(after)s), %(after)s)
+      WHEN %(sort)s::text = 'oldest'
+          THEN (created_at, team_id) > ((SELECT created_at FROM teams WHERE team_id = %(after)s), %(after)s)
+      ELSE team_id > %(after)s
+  END
+ORDER BY
+    CASE WHEN %(sort)s::text = 'newest' THEN created_at END DESC,
+    CASE WHEN %(sort)s::text = 'newest' THEN team_id END DESC,
+    CASE WHEN %(sort)s::text = 'oldest' THEN created_at END,
+    team_id
 LIMIT %(row_limit)s;
 
 -- name: opening_credits(team_id) :one
