@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager, suppress
 from decimal import Decimal
 from functools import partial
 from itertools import chain, islice
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from urllib.parse import quote, unquote, urlencode
 
 import psycopg
@@ -23,6 +23,7 @@ from saasllm_cli.settings import command_line, settings
 
 logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # what goes wrong is told once, by us
 
+T = TypeVar("T")
 Row = dict[str, Any]
 Connection = psycopg.Connection[Row]
 
@@ -39,6 +40,7 @@ GET = {
     "job": ("job.get", "job_id"),
 }
 TRIES = 5
+DEADLOCKS = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 LONGEST_COMMAND = 1000
 # Of what a connection is made of, all but what could be a secret.
 SHOWN_KEYWORDS = ("host", "hostaddr", "port", "user", "dbname", "sslmode", "options", "service", "target_session_attrs")
@@ -127,11 +129,18 @@ class Database:
         if self._stream is not None:
             self._stream.close()
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Several queries as one: all or nothing."""
-        with self._connection.transaction():
-            yield
+    def transaction(self, work: Callable[[], T]) -> T:
+        """Several queries as one, all or nothing; from the beginning again where a deadlock has undone them."""
+        prelude = self._prelude
+        for is_last in (*[False] * TRIES, True):
+            try:
+                with self._connection.transaction():
+                    return work()
+            except DEADLOCKS:
+                if is_last:
+                    raise
+                self._prelude = prelude  # what it has set is undone too
+        raise AssertionError
 
     def found(self, name: str, noun: str, key: str, /, **parameters: Any) -> Row:
         """The row of a `:maybe` query, or `NotFound` with the noun and the key that were asked for."""
@@ -145,7 +154,7 @@ class Database:
         for is_last in (*[False] * TRIES, True):
             try:
                 return self._execute(statement, parameters)
-            except (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure):
+            except DEADLOCKS:
                 if is_last or self._is_in_transaction():  # of several queries the first ones are undone too
                     raise
             except psycopg.errors.UniqueViolation as error:

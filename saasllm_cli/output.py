@@ -5,6 +5,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import islice
@@ -84,6 +85,16 @@ def progress(text: str) -> None:
         is_dumb = os.environ.get("TERM") == "dumb"
         line = f"{harmless(text)}\n" * bool(text) if is_dumb else f"\r\x1b[K{harmless(text)}"
         _to_stderr(line)
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Shows what is being waited for until it is there."""
+    progress(text)
+    try:
+        yield
+    finally:
+        progress("")
 
 
 def show_error(error: SaasllmError, as_json: bool) -> None:

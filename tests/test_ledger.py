@@ -25,7 +25,7 @@ ATTACKS = {
     "delete a balance": ("DELETE FROM team_credits", "goes with its team"),
     "truncate balances": ("TRUNCATE team_credits", "goes with its team"),
     "update the ledger": ("UPDATE credit_transactions SET reason = 'x'", "append-only"),
-    "delete from the ledger": ("DELETE FROM credit_transactions", "append-only"),
+    "delete from the ledger": ("DELETE FROM credit_transactions", "DELETE is refused"),
     "truncate the ledger": ("TRUNCATE credit_transactions", "append-only"),
     "truncate around it": ("TRUNCATE organizations CASCADE", "append-only|goes with its team"),
     "delete the team": ("DELETE FROM teams WHERE team_id = 'hr'", "credit_transactions_team"),

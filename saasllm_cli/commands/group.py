@@ -24,7 +24,7 @@ from saasllm_cli.commands.inputs import (
     unique,
 )
 from saasllm_cli.errors import CheckFailed, Conflict, NoAnswer, refused
-from saasllm_cli.output import note, progress, show
+from saasllm_cli.output import note, show, waiting
 
 app = noun()
 
@@ -137,9 +137,7 @@ def set_models(
     """Replace the group's models by these, in this order."""
     model_names = unique(models, "MODEL")
     with database.connect() as db:
-        with db.transaction():
-            db.found("group.lock", "group", group_name, group_name=group_name)
-            db.one("group.set_models", group_name=group_name, model_names=model_names)
+        db.transaction(lambda: _models_set(db, group_name, model_names))
         group = _found(db, group_name)
     show(group, output)
     _warn_of_unknown(model_names)
@@ -200,17 +198,19 @@ def test_(
 
     from saasllm_cli.jobs.probe import probe
 
-    progress(f"Waiting for {_some(models)} …")
-    try:
+    with waiting(f"Waiting for {_some(models)} …"):
         results = probe(models, timeout)
-    finally:
-        progress("")
     show(results, output)
     failed = [result["model_name"] for result in results if not result["answered"]]
     if len(failed) == len(models):
         raise NoAnswer("no_answer", f"No model of {group_name} answered.")
     if failed:
         raise CheckFailed("some_failed", f"{len(failed)} of {len(models)} models did not answer: {_some(failed)}.")
+
+
+def _models_set(db: database.Database, group_name: str, model_names: list[str]) -> database.Row:
+    db.found("group.lock", "group", group_name, group_name=group_name)
+    return db.one("group.set_models", group_name=group_name, model_names=model_names)
 
 
 def _warn_of_unknown(models: list[str]) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import unicodedata
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, Literal, NoReturn
@@ -171,18 +172,43 @@ def require_some(given: dict[str, Any]) -> None:
 
 def confirm(question: str, yes: bool) -> None:
     """Asks before something is destroyed; where nobody can answer, the flag must have."""
-    if yes:
-        return
+    if not yes and not _asked(question, "--yes", typer.confirm):
+        note("Nothing was changed.")
+        raise typer.Exit(Interrupted.exit_status)
+
+
+def confirm_purge(noun: str, name: str, purge: bool, confirmed: str | None) -> bool:
+    """Has the name typed before something is destroyed with its history; says whether that is asked for."""
+    if not purge:
+        if confirmed is not None:
+            raise InvalidInput("usage", "--confirm is for --purge.", "Add --purge, or --yes instead of --confirm.")
+        return False
+    if confirmed is None:
+        question = f"Purge the {noun} {name} with all its history? To confirm, type its id."
+        confirmed = _asked(question, f"--confirm {name}", typer.prompt)
+    if confirmed != name:
+        raise InvalidInput(
+            "not_confirmed", f"{confirmed!r} is not {name}: nothing was changed.", f"Confirm with: --confirm {name}"
+        )
+    return True
+
+
+def history(removed: dict[str, Any]) -> str:
+    """What a purge has removed, in words."""
+    return (
+        f"{removed['jobs']} job(s), {removed['llm_calls']} call(s), {removed['credit_transactions']} ledger "
+        f"entries and {removed['credits_remaining']} credit(s) left"
+    )
+
+
+def _asked(question: str, flag: str, ask: Callable[..., Any]) -> Any:
     if not sys.stdin.isatty():
-        raise InvalidInput("not_confirmed", f"{question} There is no terminal to ask at.", "Add --yes.")
+        raise InvalidInput("not_confirmed", f"{question} There is no terminal to ask at.", f"Add {flag}.")
     try:
-        is_meant = typer.confirm(question, err=True)
+        return ask(question, err=True)
     except typer.Abort:  # Ctrl-C, or the end of the input
         note("")  # the question's line is not ended yet
         raise Interrupted("interrupted", "Interrupted; nothing was changed.") from None
-    if not is_meant:
-        note("Nothing was changed.")
-        raise typer.Exit(Interrupted.exit_status)
 
 
 Activity = Literal["active", "suspended"]
@@ -213,6 +239,11 @@ MetadataFilter = Annotated[
 ]
 UnsetMetadata = Annotated[
     list[str], typer.Option("--unset-metadata", metavar="KEY", help="Metadata to remove; repeatable.")
+]
+Purge = Annotated[bool, typer.Option("--purge", help="Also all its history: jobs, calls and ledger.")]
+ConfirmPurge = Annotated[
+    str | None,
+    typer.Option("--confirm", metavar="ID", help="With --purge: the id once more, to show that it is meant."),
 ]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 Limit = Annotated[

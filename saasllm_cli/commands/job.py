@@ -29,7 +29,7 @@ from saasllm_cli.commands.inputs import (
     require_some,
 )
 from saasllm_cli.errors import InvalidInput, NoAnswer
-from saasllm_cli.output import note, print_answer, progress, show
+from saasllm_cli.output import note, print_answer, progress, show, waiting
 from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
@@ -113,10 +113,8 @@ def run(
         metadata=merged(metadata),
         idempotency_key=idempotency_key,
     )
-    try:
+    with waiting(""):
         result = runner.run(request, on_progress=progress)
-    finally:
-        progress("")
     if result.status == "failed":
         raise _no_answer(request, result)
     _show_result(result, output or settings().output)

@@ -7,6 +7,7 @@ import typer
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import (
     After,
+    ConfirmPurge,
     IfNotExists,
     Limit,
     Metadata,
@@ -14,11 +15,14 @@ from saasllm_cli.commands.inputs import (
     Order,
     OrganizationId,
     Output,
+    Purge,
     Search,
     StatusFilter,
     UnsetMetadata,
     Yes,
     confirm,
+    confirm_purge,
+    history,
     label,
     merged,
     noun,
@@ -26,7 +30,7 @@ from saasllm_cli.commands.inputs import (
     same_or_conflict,
 )
 from saasllm_cli.errors import Conflict
-from saasllm_cli.output import note, show
+from saasllm_cli.output import note, show, waiting
 from saasllm_cli.settings import Format
 
 app = noun()
@@ -125,9 +129,19 @@ def resume(organization_id: OrganizationId, output: Output = None) -> None:
     _set_status(organization_id, "active", output)
 
 
-@app.command(epilog="Example: saasllm org delete org_acme_corp --yes")
-def delete(organization_id: OrganizationId, yes: Yes = False) -> None:
-    """Delete an organization that has no teams."""
+@app.command(epilog="Example: saasllm org delete org_test --purge --confirm org_test")
+def delete(
+    organization_id: OrganizationId, purge: Purge = False, confirm_: ConfirmPurge = None, yes: Yes = False
+) -> None:
+    """Delete an organization that has no teams, or with --purge one with its teams and all their history.
+
+    A purge is one transaction. It leaves one record of what was removed; see it with `audit list --org ORG`.
+    """
+    if confirm_purge("organization", organization_id, purge, confirm_):
+        with waiting("Purging …"), database.connect() as db:
+            removed = db.transaction(lambda: _purged(db, organization_id))
+        note(f"The organization {organization_id} was purged: {len(removed['teams'])} team(s), {history(removed)}.")
+        return
     confirm(f"Delete the organization {organization_id}?", yes)
     with database.connect() as db:
         result = db.one("org.delete", organization_id=organization_id)
@@ -136,9 +150,18 @@ def delete(organization_id: OrganizationId, yes: Yes = False) -> None:
             raise Conflict(
                 "organization_in_use",
                 f"The organization {organization_id} has {result['teams']} team(s).",
-                f"Delete them first, or suspend it: saasllm org suspend {organization_id}",
+                f"Delete them first, or suspend it: saasllm org suspend {organization_id}; "
+                "or remove it with them and their history: --purge",
             )
     note(f"The organization {organization_id} was deleted.")
+
+
+def _purged(db: database.Database, organization_id: str) -> database.Row:
+    """What was removed."""
+    db.found("org.lock", "organization", organization_id, organization_id=organization_id)
+    db.many("team.lock_to_purge", organization_id=organization_id, team_id=None)
+    removed: database.Row = db.one("team.purge", organization_id=organization_id, team_id=None)["removed"]
+    return removed
 
 
 def _set_status(organization_id: str, status: str, output: Format | None) -> None:

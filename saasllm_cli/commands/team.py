@@ -8,6 +8,7 @@ from saasllm_cli import database
 from saasllm_cli.commands.inputs import (
     MOST_CREDITS,
     After,
+    ConfirmPurge,
     IfNotExists,
     Limit,
     Metadata,
@@ -15,12 +16,15 @@ from saasllm_cli.commands.inputs import (
     Order,
     OrgFilter,
     Output,
+    Purge,
     Search,
     StatusFilter,
     TeamId,
     UnsetMetadata,
     Yes,
     confirm,
+    confirm_purge,
+    history,
     identifier,
     label,
     merged,
@@ -30,7 +34,7 @@ from saasllm_cli.commands.inputs import (
     unique,
 )
 from saasllm_cli.errors import Conflict, not_found
-from saasllm_cli.output import note, show
+from saasllm_cli.output import note, show, waiting
 from saasllm_cli.settings import Format
 
 app = noun()
@@ -161,9 +165,7 @@ def assign(
     """Let a team use further groups."""
     group_names = unique(groups, "GROUP")
     with database.connect() as db:
-        with db.transaction():
-            db.found("team.lock", "team", team_id, team_id=team_id)
-            result = db.one("team.assign", team_id=team_id, group_names=group_names, is_replacing=replace)
+        result = db.transaction(lambda: _assigned(db, team_id, group_names, replace))
         if missing := result["missing_groups"]:
             raise not_found("group", ", ".join(missing))
         team = _found(db, team_id)
@@ -193,9 +195,17 @@ def resume(team_id: TeamId, output: Output = None) -> None:
     _set_status(team_id, "active", output)
 
 
-@app.command(epilog="Example: saasllm team delete team_engineering --yes")
-def delete(team_id: TeamId, yes: Yes = False) -> None:
-    """Delete a team without history (no jobs, no ledger entries)."""
+@app.command(epilog="Example: saasllm team delete team_test --purge --confirm team_test")
+def delete(team_id: TeamId, purge: Purge = False, confirm_: ConfirmPurge = None, yes: Yes = False) -> None:
+    """Delete a team without history, or with --purge a team and all its history.
+
+    A purge is one transaction. It leaves one record of what was removed; see it with `audit list --team TEAM`.
+    """
+    if confirm_purge("team", team_id, purge, confirm_):
+        with waiting("Purging …"), database.connect() as db:
+            removed = db.transaction(lambda: _purged(db, team_id))
+        note(f"The team {team_id} was purged: {history(removed)}.")
+        return
     confirm(f"Delete the team {team_id}?", yes)
     with database.connect() as db:
         result = db.one("team.delete", team_id=team_id)
@@ -204,9 +214,22 @@ def delete(team_id: TeamId, yes: Yes = False) -> None:
             raise Conflict(
                 "team_has_history",
                 f"The team {team_id} has {result['jobs']} job(s) and {result['transactions']} ledger entries.",
-                f"Suspend it instead: saasllm team suspend {team_id}",
+                f"Suspend it instead: saasllm team suspend {team_id}; or remove it with its history: --purge",
             )
     note(f"The team {team_id} was deleted.")
+
+
+def _assigned(db: database.Database, team_id: str, group_names: list[str], replace: bool) -> database.Row:
+    db.found("team.lock", "team", team_id, team_id=team_id)
+    return db.one("team.assign", team_id=team_id, group_names=group_names, is_replacing=replace)
+
+
+def _purged(db: database.Database, team_id: str) -> database.Row:
+    """What was removed."""
+    if not db.many("team.lock_to_purge", organization_id=None, team_id=team_id):
+        raise not_found("team", team_id)
+    removed: database.Row = db.one("team.purge", organization_id=None, team_id=team_id)["removed"]
+    return removed
 
 
 def _set_status(team_id: str, status: str, output: Format | None) -> None:

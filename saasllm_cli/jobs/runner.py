@@ -259,6 +259,8 @@ def _settled(job_id: UUID, content: str | None, calls: list[Call]) -> JobResult:
         result.unsettled = error
         return result
     # Settled before, with an answer that was lost on the way: the same status tells.
+    if settled["status"] is None:
+        raise Conflict("job_purged", f"Job {job_id} is gone: its team was purged meanwhile. Nothing was charged.")
     if not settled["settled"] and settled["status"] != status:
         raise Conflict(
             "lease_lost",

@@ -20,10 +20,16 @@ SELECT * FROM model_group_details WHERE group_name = %(group_name)s;
 
 -- name: list(status, search, sort, after, row_limit) :many
 -- By the id, or by time where `sort` is newest or oldest; behind the row `after`.
+-- What is searched for is found first: the planner cannot know how rare it is, and would walk along the order instead.
 SELECT *
 FROM model_group_details
 WHERE (%(status)s::text IS NULL OR status = %(status)s)
-  AND (%(search)s::text IS NULL OR search_vector(group_name, display_name) @@ search_query(%(search)s))
+  AND (
+      %(search)s::text IS NULL
+      OR group_name = ANY (
+          ARRAY(SELECT group_name FROM model_groups WHERE search_vector(group_name, display_name) @@ search_query(%(search)s))
+      )
+  )
   AND CASE
       WHEN %(after)s::text IS NULL THEN true
       WHEN %(sort)s::text = 'newest'

@@ -15,11 +15,17 @@ SELECT * FROM organization_details WHERE organization_id = %(organization_id)s;
 
 -- name: list(status, metadata, search, sort, after, row_limit) :many
 -- By the id, or by time where `sort` is newest or oldest; behind the row `after`.
+-- What is searched for is found first: the planner cannot know how rare it is, and would walk along the order instead.
 SELECT *
 FROM organization_details
 WHERE (%(status)s::text IS NULL OR status = %(status)s)
   AND (%(metadata)s::jsonb IS NULL OR (metadata @> %(metadata)s AND metadata <> '{}'))
-  AND (%(search)s::text IS NULL OR search_vector(organization_id, name) @@ search_query(%(search)s))
+  AND (
+      %(search)s::text IS NULL
+      OR organization_id = ANY (
+          ARRAY(SELECT organization_id FROM organizations WHERE search_vector(organization_id, name) @@ search_query(%(search)s))
+      )
+  )
   AND CASE
       WHEN %(after)s::text IS NULL THEN true
       WHEN %(sort)s::text = 'newest'
@@ -62,3 +68,7 @@ WITH deleted AS (
 SELECT
     EXISTS (SELECT FROM deleted) AS deleted,
     (SELECT count(*) FROM teams WHERE organization_id = %(organization_id)s) AS teams;
+
+-- name: lock(organization_id) :maybe
+-- So that no team comes to it until the end of the transaction.
+SELECT organization_id FROM organizations WHERE organization_id = %(organization_id)s FOR UPDATE;

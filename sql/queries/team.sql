@@ -47,12 +47,18 @@ SELECT * FROM team_details WHERE team_id = %(team_id)s;
 
 -- name: list(organization_id, status, metadata, search, sort, after, row_limit) :many
 -- By the id, or by time where `sort` is newest or oldest; behind the row `after`.
+-- What is searched for is found first: the planner cannot know how rare it is, and would walk along the order instead.
 SELECT *
 FROM team_details
 WHERE (%(status)s::text IS NULL OR status = %(status)s)
   AND (%(organization_id)s::text IS NULL OR organization_id = %(organization_id)s)
   AND (%(metadata)s::jsonb IS NULL OR (metadata @> %(metadata)s AND metadata <> '{}'))
-  AND (%(search)s::text IS NULL OR search_vector(team_id, team_alias) @@ search_query(%(search)s))
+  AND (
+      %(search)s::text IS NULL
+      OR team_id = ANY (
+          ARRAY(SELECT team_id FROM teams WHERE search_vector(team_id, team_alias) @@ search_query(%(search)s))
+      )
+  )
   AND CASE
       WHEN %(after)s::text IS NULL THEN true
       WHEN %(sort)s::text = 'newest'
@@ -148,3 +154,71 @@ deleted AS (
     RETURNING team_id
 )
 SELECT EXISTS (SELECT FROM deleted) AS deleted, jobs, transactions FROM history;
+
+-- name: lock_to_purge(organization_id, team_id) :many
+-- The team, or all teams of the organization, locked against every change; in the order in which all others lock too:
+-- open jobs, balances, teams. No job begins and no credit moves until the end of the transaction.
+WITH asked AS (
+    SELECT team_id FROM teams WHERE team_id = %(team_id)s OR organization_id = %(organization_id)s
+),
+open_job AS (
+    SELECT job_id
+    FROM jobs
+    WHERE team_id IN (SELECT team_id FROM asked) AND status IN ('pending', 'in_progress')
+    ORDER BY job_id
+    FOR UPDATE
+),
+balance AS (
+    SELECT team_id
+    FROM team_credits
+    WHERE team_id IN (SELECT team_id FROM asked) AND (SELECT count(*) FROM open_job) >= 0
+    ORDER BY team_id
+    FOR UPDATE
+)
+SELECT team_id
+FROM teams
+WHERE team_id IN (SELECT team_id FROM asked) AND (SELECT count(*) FROM balance) >= 0
+ORDER BY team_id
+FOR UPDATE;
+
+-- name: purge(organization_id, team_id) :one
+-- Deletes the team, or the organization with all its teams, and all their history. What is left is one record of it.
+WITH purged AS (
+    SELECT t.team_id, t.organization_id, c.credits_remaining
+    FROM teams t
+    JOIN team_credits c USING (team_id)
+    WHERE t.team_id = %(team_id)s OR t.organization_id = %(organization_id)s
+),
+calls AS (
+    DELETE FROM llm_calls WHERE team_id IN (SELECT team_id FROM purged) RETURNING 1
+),
+transactions AS (
+    DELETE FROM credit_transactions WHERE team_id IN (SELECT team_id FROM purged) RETURNING 1
+),
+finished AS (
+    DELETE FROM jobs WHERE team_id IN (SELECT team_id FROM purged) RETURNING 1
+),
+deleted AS (
+    DELETE FROM teams WHERE team_id IN (SELECT team_id FROM purged)
+),
+organization AS (
+    DELETE FROM organizations WHERE organization_id = %(organization_id)s
+),
+record AS (
+    INSERT INTO audit_log (noun, action, organization_id, team_id, before)
+    SELECT
+        CASE WHEN %(team_id)s::text IS NULL THEN 'organization' ELSE 'team' END,
+        'purge',
+        coalesce(%(organization_id)s::text, min(organization_id)),
+        %(team_id)s,
+        jsonb_build_object(
+            'teams', coalesce(jsonb_agg(team_id ORDER BY team_id), '[]'),
+            'jobs', (SELECT count(*) FROM finished),
+            'llm_calls', (SELECT count(*) FROM calls),
+            'credit_transactions', (SELECT count(*) FROM transactions),
+            'credits_remaining', coalesce(sum(credits_remaining), 0)
+        )
+    FROM purged
+    RETURNING before
+)
+SELECT before AS removed FROM record;
