@@ -26,6 +26,8 @@ Row = Mapping[str, Any]
 UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 # With one of these first, a spreadsheet takes a cell for a formula.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+MOST_REPORTED = 31  # of the rows of a list in a report: the days of a month
+BAR_WIDTH = 24
 UNLIMITED_WIDTH = 100_000
 
 
@@ -57,6 +59,20 @@ def show(
     sys.stdout.flush()
     if limit is not None and next(source, None) is not None:
         note(f"Only the first {limit} are shown; the next ones with --after, more with --limit.")
+
+
+def show_report(report: Row, tables: Mapping[str, Sequence[str]], output: Format | None) -> None:
+    """One thing with lists of its parts; as a table, each list has the columns of `tables`, the last one with a bar."""
+    if (output or settings().output) is not Format.TABLE:
+        show(report, output)
+        return
+    _show_one({name: value for name, value in report.items() if not isinstance(value, list)})
+    for name, columns in tables.items():
+        if rows := report.get(name):
+            print_line("")
+            _print_table(_table_of(rows[:MOST_REPORTED], columns, has_bars=True))
+            if len(rows) > MOST_REPORTED:
+                note(f"{len(rows) - MOST_REPORTED} more of the {name} in the other forms, such as -o json.")
 
 
 def print_line(text: str) -> None:
@@ -257,8 +273,13 @@ def _show_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
         note("Nothing found.")
 
 
-def _table_of(rows: Sequence[Row], columns: Sequence[str]) -> "Table":
+def _table_of(rows: Sequence[Row], columns: Sequence[str], has_bars: bool = False) -> "Table":
+    """Bars, of the last column, are drawn at a terminal that has their characters."""
+    from rich.bar import Bar
     from rich.table import Table
+
+    measured = columns[-1]
+    has_bars = has_bars and sys.stdout.isatty() and sys.stdout.encoding.lower().startswith("utf")
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in columns:
@@ -269,8 +290,10 @@ def _table_of(rows: Sequence[Row], columns: Sequence[str]) -> "Table":
             overflow="fold",
             no_wrap=name.endswith(("_id", "_at")),
         )
+    longest = float(max(row[measured] or 0 for row in rows)) if has_bars else 0.0
     for row in rows:
-        table.add_row(*(_safe(_cell(row[name])) for name in columns))
+        bars = [Bar(longest, 0, float(row[measured] or 0), width=BAR_WIDTH, color="cyan")] if longest else []
+        table.add_row(*(_safe(_cell(row[name])) for name in columns), *bars)
     return table
 
 

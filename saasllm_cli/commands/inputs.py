@@ -5,9 +5,9 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import typer
 
@@ -64,6 +64,38 @@ def moment(value: str) -> datetime:
             f"{value!r} is not a time: write 7d, 12h, 2026-11-01 or 2026-11-01T08:00:00Z."
         ) from None
     return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+
+
+class Period(NamedTuple):
+    since: datetime
+    until: datetime
+
+
+def period(value: str) -> Period:
+    """A year (`2026`), month (`2026-11`), ISO week (`2026-W47`) or day in UTC: when it begins, and the next one."""
+    try:
+        if match := re.fullmatch(r"(\d{4})-W(\d\d)", value, re.ASCII):
+            first = date.fromisocalendar(int(match[1]), int(match[2]), 1)
+            return Period(_midnight(first), _midnight(first + timedelta(days=7)))
+        if not re.fullmatch(r"\d{4}(-\d\d(-\d\d)?)?", value, re.ASCII):
+            raise ValueError
+        first = date(*map(int, (value + "-01-01")[:10].split("-")))
+        match value.count("-"):
+            case 0:
+                following = first.replace(year=first.year + 1)
+            case 1:
+                following = (first + timedelta(days=31)).replace(day=1)
+            case _:
+                following = first + timedelta(days=1)
+        return Period(_midnight(first), _midnight(following))
+    except (ValueError, OverflowError):
+        raise typer.BadParameter(
+            f"{value!r} is not a period: write a month 2026-11, a year 2026, a week 2026-W47 or a day 2026-11-22."
+        ) from None
+
+
+def _midnight(day: date) -> datetime:
+    return datetime(day.year, day.month, day.day, tzinfo=UTC)
 
 
 def row_limit(value: str | int) -> int:

@@ -29,6 +29,7 @@ from saasllm_cli.commands.inputs import (
     require_some,
     same_or_conflict,
 )
+from saasllm_cli.commands.usage import By, From, InPeriod, To, show_usage, span
 from saasllm_cli.errors import Conflict
 from saasllm_cli.output import note, show, waiting
 from saasllm_cli.settings import Format
@@ -154,6 +155,26 @@ def delete(
                 "or remove it with them and their history: --purge",
             )
     note(f"The organization {organization_id} was deleted.")
+
+
+@app.command(epilog="Example: saasllm org usage org_acme_corp --period 2026-11")
+def usage(
+    organization_id: OrganizationId,
+    period: InPeriod = None,
+    from_: From = None,
+    to: To = None,
+    by: By = None,
+    output: Output = None,
+) -> None:
+    """Show what an organization's teams used in a period: jobs, credits, calls, tokens, cost; by day, type and model.
+
+    Everything counts by its own time, in UTC: a job when it was created, a call when it was made, a credit when it
+    moved.
+    """
+    asked = span(period, from_, to)
+    with database.connect() as db:
+        _found(db, organization_id)
+        show_usage(db, organization_id, None, asked, by, output)
 
 
 def _purged(db: database.Database, organization_id: str) -> database.Row:

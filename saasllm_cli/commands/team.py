@@ -33,6 +33,7 @@ from saasllm_cli.commands.inputs import (
     same_or_conflict,
     unique,
 )
+from saasllm_cli.commands.usage import By, From, InPeriod, To, show_usage, span
 from saasllm_cli.errors import Conflict, not_found
 from saasllm_cli.output import note, show, waiting
 from saasllm_cli.settings import Format
@@ -217,6 +218,26 @@ def delete(team_id: TeamId, purge: Purge = False, confirm_: ConfirmPurge = None,
                 f"Suspend it instead: saasllm team suspend {team_id}; or remove it with its history: --purge",
             )
     note(f"The team {team_id} was deleted.")
+
+
+@app.command(epilog="Example: saasllm team usage team_engineering --from 2026-01 --to 2026-06 -o csv")
+def usage(
+    team_id: TeamId,
+    period: InPeriod = None,
+    from_: From = None,
+    to: To = None,
+    by: By = None,
+    output: Output = None,
+) -> None:
+    """Show what a team used in a period: jobs, credits, calls, tokens, cost; by day, type and model.
+
+    Everything counts by its own time, in UTC: a job when it was created, a call when it was made, a credit when it
+    moved.
+    """
+    asked = span(period, from_, to)
+    with database.connect() as db:
+        team = _found(db, team_id)
+        show_usage(db, team["organization_id"], team_id, asked, by, output)
 
 
 def _assigned(db: database.Database, team_id: str, group_names: list[str], replace: bool) -> database.Row:

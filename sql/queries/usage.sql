@@ -1,0 +1,86 @@
+-- What a team, or an organization with all its teams, has used in a period.
+--
+-- Each query gives the whole period and its parts: a row for each month, day and team, and for each type of job or
+-- model. Everything is counted by its own time in UTC (a job when it was created, a call when it was made, a credit
+-- when it moved), so that what was said of a closed month stays true.
+
+-- name: jobs(organization_id, team_id, since, until) :many
+SELECT
+    CASE GROUPING(month, day, job_type, team_id)
+        WHEN 7 THEN 'months' WHEN 11 THEN 'days' WHEN 13 THEN 'job_types' WHEN 14 THEN 'teams' ELSE 'all'
+    END AS part,
+    coalesce(month, day, job_type, team_id) AS key,
+    count(*) AS jobs,
+    count(*) FILTER (WHERE status = 'completed') AS jobs_completed,
+    count(*) FILTER (WHERE status = 'failed') AS jobs_failed,
+    count(*) FILTER (WHERE status = 'cancelled') AS jobs_cancelled,
+    count(*) FILTER (WHERE status IN ('pending', 'in_progress')) AS jobs_open
+FROM jobs
+CROSS JOIN LATERAL (
+    SELECT
+        to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM') AS month,
+        to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD') AS day
+) AS calendar
+WHERE organization_id = %(organization_id)s
+  AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
+  AND created_at >= %(since)s
+  AND created_at < %(until)s
+GROUP BY GROUPING SETS ((), (month), (day), (job_type), (team_id));
+
+-- name: credits(organization_id, team_id, since, until) :many
+SELECT
+    CASE GROUPING(month, day, team_id)
+        WHEN 3 THEN 'months' WHEN 5 THEN 'days' WHEN 6 THEN 'teams' ELSE 'all'
+    END AS part,
+    coalesce(month, day, team_id) AS key,
+    coalesce(sum(credits_amount) FILTER (WHERE transaction_type = 'allocation'), 0) AS credits_added,
+    coalesce(-sum(credits_amount) FILTER (WHERE transaction_type = 'deduction'), 0) AS credits_deducted,
+    coalesce(sum(credits_amount) FILTER (WHERE transaction_type = 'refund'), 0) AS credits_refunded,
+    coalesce(sum(credits_amount) FILTER (WHERE transaction_type = 'adjustment'), 0) AS credits_adjusted,
+    coalesce(-sum(credits_amount) FILTER (WHERE transaction_type = 'expiry'), 0) AS credits_expired
+FROM credit_transactions
+CROSS JOIN LATERAL (
+    SELECT
+        to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM') AS month,
+        to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD') AS day
+) AS calendar
+WHERE team_id IN (
+    SELECT team_id
+    FROM teams
+    WHERE organization_id = %(organization_id)s AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
+)
+  AND created_at >= %(since)s
+  AND created_at < %(until)s
+GROUP BY GROUPING SETS ((), (month), (day), (team_id));
+
+-- name: calls(organization_id, team_id, since, until) :many
+-- cost_usd is the sum of the known prices, and NULL where there were answers and none is known.
+SELECT
+    CASE GROUPING(month, day, resolved_model, team_id)
+        WHEN 7 THEN 'months' WHEN 11 THEN 'days' WHEN 13 THEN 'models' WHEN 14 THEN 'teams' ELSE 'all'
+    END AS part,
+    coalesce(month, day, resolved_model, team_id) AS key,
+    count(*) AS calls,
+    count(error) AS failed_calls,
+    coalesce(sum(prompt_tokens), 0) AS prompt_tokens,
+    coalesce(sum(completion_tokens), 0) AS completion_tokens,
+    coalesce(sum(total_tokens), 0) AS total_tokens,
+    CASE
+        WHEN count(cost_usd) = 0 AND count(*) > count(error) THEN NULL
+        ELSE coalesce(sum(cost_usd), 0)
+    END AS cost_usd,
+    count(*) FILTER (WHERE error IS NULL AND cost_usd IS NULL) AS unpriced_calls
+FROM llm_calls
+CROSS JOIN LATERAL (
+    SELECT
+        to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM') AS month,
+        to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD') AS day
+) AS calendar
+WHERE team_id IN (
+    SELECT team_id
+    FROM teams
+    WHERE organization_id = %(organization_id)s AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
+)
+  AND created_at >= %(since)s
+  AND created_at < %(until)s
+GROUP BY GROUPING SETS ((), (month), (day), (resolved_model), (team_id));

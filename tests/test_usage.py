@@ -1,0 +1,242 @@
+import csv
+import io
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+import psycopg
+import pytest
+import simplejson
+import typer
+from conftest import Result
+from test_output import Terminal
+
+from saasllm_cli.commands.inputs import period
+
+Run = Callable[..., Result]
+TOTALS = [
+    *("jobs", "jobs_completed", "jobs_failed", "jobs_cancelled", "jobs_open"),
+    *("credits_added", "credits_deducted", "credits_refunded", "credits_adjusted", "credits_expired"),
+    *("calls", "failed_calls", "prompt_tokens", "completion_tokens", "total_tokens", "cost_usd", "unpriced_calls"),
+]
+
+
+@pytest.fixture
+def used(tenant: Run, sql: psycopg.Connection) -> Run:
+    """The team `hr` has used something in March and May 2026, the team `it` of the same organization in March."""
+    tenant("team", "create", "it", "--org", "acme")
+    tenant("team", "create", "idle", "--org", "acme")
+    sql.execute(
+        """
+        INSERT INTO jobs (team_id, organization_id, job_type, status, created_at, lease_expires_at)
+        SELECT team, 'acme', type, 'in_progress', at::timestamptz, now() + interval '1 day'
+        FROM (VALUES
+            ('hr', 'parse', '2026-02-28T23:59:59.999Z'), ('hr', 'parse', '2026-03-01T00:00:00Z'),
+            ('hr', 'parse', '2026-03-31T23:59:59.999Z'), ('hr', 'match', '2026-03-31T12:00:00Z'),
+            ('hr', 'match', '2026-05-10T12:00:00Z'), ('it', 'parse', '2026-03-02T12:00:00Z')
+        ) AS job (team, type, at);
+        UPDATE jobs SET status = 'failed', completed_at = now(), lease_expires_at = NULL
+        WHERE created_at = '2026-03-31T12:00:00Z';
+        UPDATE jobs SET status = 'cancelled', completed_at = now(), lease_expires_at = NULL
+        WHERE created_at = '2026-03-01T00:00:00Z';
+
+        INSERT INTO llm_calls (job_id, team_id, model_group_used, resolved_model, attempt, latency_ms, created_at,
+            error, prompt_tokens, completion_tokens, total_tokens, cost_usd)
+        SELECT job_id, team_id, 'Echo', model, 1, 5, created_at, failure, tokens, tokens, 2 * tokens, cost
+        FROM jobs, (VALUES
+            ('a', 'HTTP 503', NULL::int, NULL::numeric), ('b', NULL, 10, 0.00000001), ('c', NULL, 1, NULL)
+        ) AS call (model, failure, tokens, cost);
+
+        INSERT INTO credit_transactions (team_id, organization_id, entry_no, transaction_type, credits_amount,
+            credits_before, credits_after, created_at)
+        VALUES
+            ('hr', 'acme', 2, 'allocation', 5, 10, 15, '2026-03-01T00:00:00Z'),
+            ('hr', 'acme', 3, 'adjustment', -2, 15, 13, '2026-03-31T23:59:59Z'),
+            ('hr', 'acme', 4, 'expiry', -3, 13, 10, '2026-04-01T00:00:00Z');
+        """
+    )
+    return tenant
+
+
+def rows(result: Result) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(result.out)))
+
+
+def test_a_month_of_a_team(used: Run) -> None:
+    result = used("team", "usage", "hr", "--period", "2026-03", "-o", "json")
+    report = simplejson.loads(result.out, use_decimal=True)
+    assert list(report) == [
+        *("team_id", "organization_id", "since", "until", *TOTALS),
+        *("months", "days", "job_types", "models"),
+    ]
+    assert (report["since"], report["until"]) == ("2026-03-01T00:00:00Z", "2026-04-01T00:00:00Z")
+    whole = dict(zip(TOTALS, [3, 0, 1, 1, 1, 5, 0, 0, -2, 0, 9, 3, 33, 33, 66, Decimal("0.00000003"), 3], strict=True))
+    assert {field: report[field] for field in TOTALS} == whole
+    assert report["months"] == [{"month": "2026-03", **whole}]
+    assert [day["day"] for day in report["days"]] == [f"2026-03-{day:02}" for day in range(1, 32)]
+    first, second, *_, last = report["days"]
+    assert (first["jobs"], first["jobs_cancelled"], first["credits_added"], first["calls"]) == (1, 1, 5, 3)
+    assert {value for field, value in second.items() if field != "day"} == {0}
+    assert (last["jobs"], last["jobs_failed"], last["jobs_open"], last["credits_adjusted"]) == (2, 1, 1, -2)
+    assert report["job_types"] == [
+        {
+            "job_type": name,
+            "jobs": jobs,
+            "jobs_completed": 0,
+            "jobs_failed": failed,
+            "jobs_cancelled": cancelled,
+            "jobs_open": still,
+        }
+        for name, jobs, failed, cancelled, still in (("parse", 2, 0, 1, 1), ("match", 1, 1, 0, 0))
+    ]
+    assert report["models"] == [
+        {
+            "resolved_model": "a",
+            "calls": 3,
+            "failed_calls": 3,
+            "prompt_tokens": 0,
+            "completion_tokens": 0,
+            "total_tokens": 0,
+            "cost_usd": 0,
+            "unpriced_calls": 0,
+        },
+        {
+            "resolved_model": "b",
+            "calls": 3,
+            "failed_calls": 0,
+            "prompt_tokens": 30,
+            "completion_tokens": 30,
+            "total_tokens": 60,
+            "cost_usd": Decimal("0.00000003"),
+            "unpriced_calls": 0,
+        },
+        {
+            "resolved_model": "c",
+            "calls": 3,
+            "failed_calls": 0,
+            "prompt_tokens": 3,
+            "completion_tokens": 3,
+            "total_tokens": 6,
+            "cost_usd": None,
+            "unpriced_calls": 3,
+        },
+    ]
+
+
+def test_the_rows_of_an_invoice(used: Run) -> None:
+    invoice = used("team", "usage", "hr", "--from", "2026-02", "--to", "2026-05", "-o", "csv")
+    assert [(row["team_id"], row["month"], row["jobs"], row["calls"]) for row in rows(invoice)] == [
+        ("hr", "2026-02", "1", "3"),
+        ("hr", "2026-03", "3", "9"),
+        ("hr", "2026-04", "0", "0"),
+        ("hr", "2026-05", "1", "3"),
+    ]
+    assert [row["credits_expired"] for row in rows(invoice)] == ["0", "0", "3", "0"]
+    assert rows(invoice)[1]["cost_usd"] == "0.00000003"
+
+
+def test_an_organization_is_the_sum_of_its_teams(used: Run) -> None:
+    report = used("org", "usage", "acme", "--period", "2026", "-o", "json").data
+    assert next(iter(report)) == "organization_id"
+    assert (report["jobs"], report["calls"]) == (6, 18)
+    assert [(team["team_id"], team["jobs"]) for team in report["teams"]][:2] == [("hr", 5), ("it", 1)]
+    assert len(report["months"]) == datetime.now(UTC).month if datetime.now(UTC).year == 2026 else 12
+    teams = [used("team", "usage", team, "--period", "2026", "-o", "json").data for team in ("hr", "it", "idle")]
+    for field in TOTALS:
+        assert report[field] == pytest.approx(sum(team[field] or 0 for team in teams)), field
+
+
+def test_what_was_just_done_is_in_this_month(tenant: Run) -> None:
+    for group in ("Echo", "Down"):
+        tenant("job", "run", "--team", "hr", "--group", group, "--prompt", "x")
+    report = tenant("team", "usage", "hr", "-o", "json").data
+    assert (report["jobs_completed"], report["jobs_failed"], report["credits_deducted"], report["calls"]) == (
+        1,
+        1,
+        1,
+        3,
+    )
+    assert report["days"][-1]["day"] == f"{datetime.now(UTC):%Y-%m-%d}"
+    assert report["days"][-1]["jobs"] == 2
+    assert tenant("org", "usage", "acme", "--by", "team", "-o", "json").data[0]["team_id"] == "hr"
+
+
+@pytest.mark.parametrize(
+    ("by", "field"),
+    [("month", "month"), ("day", "day"), ("job_type", "job_type"), ("model", "resolved_model"), ("team", "team_id")],
+)
+def test_rows_by_one_thing_in_every_form(used: Run, by: str, field: str) -> None:
+    command = ("org", "usage", "acme", "--period", "2026-03", "--by", by)
+    data = used(*command, "-o", "json").data
+    assert [row[field] for row in data] == [row[field] for row in rows(used(*command, "-o", "csv"))]
+    assert len(data) == len(used(*command, "-o", "jsonl").out.splitlines())
+    assert data[0][field] in used(*command).out
+
+
+def test_a_team_has_no_teams(used: Run) -> None:
+    assert used("team", "usage", "hr", "--by", "team").status == 2
+
+
+def test_a_table_has_the_days_of_a_month_or_the_months(used: Run) -> None:
+    month = used("team", "usage", "hr", "--period", "2026-03").out
+    assert "2026-03-31" in month
+    assert "resolved_model" in month
+    half = used("team", "usage", "hr", "--from", "2026-01", "--to", "2026-06").out
+    assert "2026-05" in half
+    assert "2026-05-10" not in half
+
+
+def test_bars_are_drawn_at_a_terminal_only(used: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "█" not in used("team", "usage", "hr", "--period", "2026-03").out
+    from saasllm_cli import output
+
+    report = used("team", "usage", "hr", "--period", "2026-03", "-o", "json").data
+    terminal = type("Utf8Terminal", (Terminal,), {"encoding": "utf-8"})()
+    monkeypatch.setattr("sys.stdout", terminal)
+    output.show_report(report, {"days": ("day", "jobs")}, None)
+    one, two = [line for line in terminal.getvalue().splitlines() if line.startswith(("2026-03-01 ", "2026-03-31 "))]
+    assert two.count("█") == 2 * one.count("█") == output.BAR_WIDTH
+
+
+@pytest.mark.parametrize(
+    ("text", "since", "until"),
+    [
+        ("2026", "2026-01-01", "2027-01-01"),
+        ("2026-12", "2026-12-01", "2027-01-01"),
+        ("2026-02", "2026-02-01", "2026-03-01"),
+        ("2028-02-29", "2028-02-29", "2028-03-01"),
+        ("2026-W01", "2025-12-29", "2026-01-05"),
+        ("2026-W53", "2026-12-28", "2027-01-04"),
+    ],
+)
+def test_periods(text: str, since: str, until: str) -> None:
+    assert [f"{moment:%Y-%m-%d}" for moment in period(text)] == [since, until]
+    assert {moment.utcoffset() for moment in period(text)} == {timedelta(0)}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "11", "2026-13", "2026-00", "2027-W53", "2026-02-30", "9999", "2026-1", "yesterday"]
+)
+def test_bad_periods(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is not a period"):
+        period(text)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--period", "x"),
+        ("--to", "2026-01"),
+        ("--period", "2026-01", "--from", "2026-01"),
+        ("--from", "2026-03", "--to", "2026-02"),
+        ("--from", "2999-01"),
+    ],
+)
+def test_bad_spans(used: Run, options: tuple[str, ...]) -> None:
+    result = used("team", "usage", "hr", *options, "-o", "json")
+    assert (result.status, result.out) == (2, "")
+
+
+def test_of_nobody(tenant: Run) -> None:
+    assert tenant("team", "usage", "no").status == 3
+    assert tenant("org", "usage", "no").status == 3
