@@ -45,6 +45,12 @@ class Root(TyperGroup):
         command.help = NOUNS[cmd_name]
         return command
 
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        from typer._click.shell_completion import CompletionItem
+
+        nouns = [CompletionItem(noun, help=text) for noun, text in NOUNS.items() if noun.startswith(incomplete)]
+        return nouns + super(TyperGroup, self).shell_complete(ctx, incomplete)
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
             formatter.write_dl(list(NOUNS.items()))
@@ -56,7 +62,6 @@ app = typer.Typer(
     help="Run a multi-tenant LLM product on nothing but PostgreSQL.",
     epilog="A first look, without a key or a database: saasllm demo",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,  # plain help: rich would take as long to import as all the rest
     context_settings={"help_option_names": ["-h", "--help"]},
 )

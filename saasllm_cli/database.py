@@ -32,6 +32,8 @@ DEFAULTS: dict[str, Any] = {
     "connect_timeout": 10,
     "tcp_user_timeout": 30_000,  # milliseconds, for a network that goes silent
 }
+COMPLETION = {"connect_timeout": 2}  # seconds; libpq takes no less
+COMPLETION_MILLISECONDS = 1000
 # How a record is found by its id, where a list of what belongs to it is empty.
 GET = {
     "organization": ("org.get", "organization_id"),
@@ -206,6 +208,13 @@ def connect_to_settle(seconds: float) -> Iterator[Database]:
 
 
 @contextmanager
+def connect_to_complete() -> Iterator[Database]:
+    """The database for a shell's completion, which nobody would wait for: no server is started for it."""
+    with psycopg.connect(**_keywords() | COMPLETION, autocommit=True, row_factory=dict_row) as connection:
+        yield Database(connection, "migrate.limit_time", milliseconds=str(COMPLETION_MILLISECONDS))
+
+
+@contextmanager
 def raw_connection() -> Iterator[Connection]:
     """A connection without the check of the migrations; the embedded server is started where it serves."""
     with translated_errors():
@@ -260,8 +269,12 @@ def url(conninfo: dict[str, Any]) -> str:
     return f"postgresql://{user + '@' if user else ''}{server}/{database}{parameters}"
 
 
+def _keywords() -> dict[str, Any]:
+    return DEFAULTS | conninfo()
+
+
 def _connect() -> Connection:
-    keywords = DEFAULTS | conninfo()
+    keywords = _keywords()
     try:
         return psycopg.connect(**keywords, autocommit=True, row_factory=dict_row)
     except psycopg.ProgrammingError:  # an option of the URL has no sense

@@ -27,7 +27,7 @@ UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 # With one of these first, a spreadsheet takes a cell for a formula.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 MOST_REPORTED = 31  # of the rows of a list in a report: the days of a month
-BAR_WIDTH = 24
+BAR_WIDTH = 16
 UNLIMITED_WIDTH = 100_000
 
 

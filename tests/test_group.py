@@ -144,3 +144,33 @@ def test_a_model_that_litellm_does_not_list_is_a_warning(saasllm: Run) -> None:
     misspelt = saasllm("group", "set-models", "G", "gpt-4o", "gpt-4oh", "-o", "json")
     assert misspelt.status == 0
     assert "does not list gpt-4oh;" in misspelt.err
+
+
+def test_one_model_is_passed_over_and_tried_again(saasllm: Run) -> None:
+    saasllm("group", "create", "G", "--model", "a", "--model", "b", "--model", "c")
+    updated = saasllm("group", "update", "G", "--deactivate", "a", "--deactivate", "c", "-o", "json").data
+    assert [(model["model_name"], model["is_active"]) for model in updated["models"]] == [
+        ("a", False),
+        ("b", True),
+        ("c", False),
+    ]
+    assert [model["model_name"] for model in saasllm("group", "resolve", "G", "-o", "json").data] == ["b"]
+    again = saasllm(
+        "group", "update", "G", "--activate", "a", "--deactivate", "b", "--status", "inactive", "-o", "json"
+    )
+    assert [model["is_active"] for model in again.data["models"]] == [True, False, False]
+    assert again.data["status"] == "inactive"
+    changes = saasllm("audit", "list", "--group", "G", "-o", "json").data
+    assert [change["action"] for change in changes] == ["update", "update", "create"]
+
+
+def test_a_model_that_the_group_lacks_changes_nothing(saasllm: Run) -> None:
+    saasllm("group", "create", "G", "--model", "a")
+    missing = saasllm(
+        "group", "update", "G", "--deactivate", "a", "--activate", "x", "--status", "inactive", "-o", "json"
+    )
+    assert (missing.status, missing.error["code"]) == (3, "model_not_in_group")
+    group = saasllm("group", "get", "G", "-o", "json").data
+    assert (group["status"], group["models"][0]["is_active"]) == ("active", True)
+    assert saasllm("group", "update", "G", "--deactivate", "a", "--activate", "a").status == 2
+    assert saasllm("group", "update", "No", "--deactivate", "a", "-o", "json").error["code"] == "group_not_found"

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from saasllm_cli import database
-from saasllm_cli.commands.inputs import Limit, OrgFilter, Output, Since, TeamFilter, TimeOrder, Until, identifier, noun
+from saasllm_cli.commands.inputs import GroupFilter, Limit, OrgFilter, Output, Since, TeamFilter, TimeOrder, Until, noun
 from saasllm_cli.output import show
 
 app = noun()
@@ -20,9 +20,7 @@ def audit() -> None:
 def list_(
     team: TeamFilter = None,
     org: OrgFilter = None,
-    group: Annotated[
-        str | None, typer.Option(parser=identifier, metavar="GROUP", help="Only those of this group.")
-    ] = None,
+    group: GroupFilter = None,
     since: Since = None,
     until: Until = None,
     sort: TimeOrder = "newest",

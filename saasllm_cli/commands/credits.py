@@ -6,6 +6,7 @@ import typer
 
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import (
+    A_TEAM,
     MOST_CREDITS,
     IdempotencyKey,
     Limit,
@@ -15,7 +16,6 @@ from saasllm_cli.commands.inputs import (
     TeamId,
     TimeOrder,
     Until,
-    identifier,
     label,
     noun,
 )
@@ -71,7 +71,7 @@ def add(
 @app.command(epilog="Example: saasllm credits check team_engineering --need 10 || echo too few")
 def check(
     team_id: Annotated[
-        str | None, typer.Argument(metavar="[TEAM]", parser=identifier, show_default=False, help="With --need.")
+        str | None, typer.Argument(**A_TEAM | {"metavar": "[TEAM]"}, show_default=False, help="With --need.")
     ] = None,
     need: Annotated[
         int | None, typer.Option(min=1, max=MOST_CREDITS, metavar="N", help="Exit 5 unless the team has N free.")

@@ -6,6 +6,7 @@ import typer
 
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import (
+    A_TEAM,
     After,
     GroupName,
     IfNotExists,
@@ -15,7 +16,6 @@ from saasllm_cli.commands.inputs import (
     Search,
     Yes,
     confirm,
-    identifier,
     label,
     model_name,
     noun,
@@ -23,7 +23,7 @@ from saasllm_cli.commands.inputs import (
     same_or_conflict,
     unique,
 )
-from saasllm_cli.errors import CheckFailed, Conflict, NoAnswer, refused
+from saasllm_cli.errors import CheckFailed, Conflict, NoAnswer, NotFound, refused
 from saasllm_cli.output import note, show, waiting
 
 app = noun()
@@ -111,19 +111,36 @@ def update(
     ] = None,
     description: Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="What it is for.")] = None,
     status: Annotated[Status | None, typer.Option(help="An inactive group accepts no new jobs.")] = None,
+    deactivate: Annotated[
+        list[str],
+        typer.Option(
+            parser=model_name, metavar="MODEL", help="Pass over this model until it is activated; repeatable."
+        ),
+    ] = [],
+    activate: Annotated[
+        list[str], typer.Option(parser=model_name, metavar="MODEL", help="Try this model again; repeatable.")
+    ] = [],
     output: Output = None,
 ) -> None:
-    """Change a model group. Its models: `set-models`."""
-    require_some({"display_name": display_name, "description": description, "status": status})
+    """Change a model group. Its models and their order: `set-models`."""
+    given = {"display_name": display_name, "description": description, "status": status}
+    require_some({**given, "activate": activate, "deactivate": deactivate})
+    unique(activate + deactivate, "The model")
     with database.connect() as db:
-        db.found(
+        result = db.found(
             "group.update",
             *("group", group_name),
             group_name=group_name,
-            display_name=display_name,
-            description=description,
-            status=status,
+            activated=activate,
+            deactivated=deactivate,
+            **given,
         )
+        if missing := result["missing_models"]:
+            raise NotFound(
+                "model_not_in_group",
+                f"The group {group_name} has no model {', '.join(missing)}.",
+                f"Its models: saasllm group get {group_name}",
+            )
         group = _found(db, group_name)
     show(group, output)
 
@@ -166,9 +183,7 @@ def delete(
 @app.command(epilog="Example: saasllm group resolve ResumeAgent --team team_engineering")
 def resolve(
     group_name: GroupName,
-    team: Annotated[
-        str | None, typer.Option(parser=identifier, metavar="TEAM", help="Ask for this team, as its job would.")
-    ] = None,
+    team: Annotated[str | None, typer.Option(**A_TEAM, help="Ask for this team, as its job would.")] = None,
     output: Output = None,
 ) -> None:
     """Show which models a job of the group would try, in order."""

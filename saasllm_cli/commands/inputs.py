@@ -5,12 +5,14 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import typer
 
+from saasllm_cli import database
 from saasllm_cli.errors import Conflict, Interrupted, InvalidInput
 from saasllm_cli.output import note
 from saasllm_cli.settings import Format
@@ -29,6 +31,17 @@ def noun() -> typer.Typer:
     """The app of one noun; its help is in the list of nouns."""
     # Plain help: rich would take as long to import as all the rest.
     return typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+
+def completed_by(name: str) -> Callable[[str], list[str]]:
+    """Completes an id by a query; by nothing where anything is wrong, for a shell shows whatever is said."""
+
+    def complete(incomplete: str) -> list[str]:
+        with suppress(Exception), database.connect_to_complete() as db:
+            return [row["id"] for row in db.many(name, prefix=incomplete)]
+        return []
+
+    return complete
 
 
 def identifier(value: str) -> str:
@@ -301,15 +314,20 @@ IdempotencyKey = Annotated[
         help="Repeating the command with this key has no further effect.",
     ),
 ]
-OrganizationId = Annotated[str, typer.Argument(metavar="ORG", parser=identifier, show_default=False)]
-TeamId = Annotated[str, typer.Argument(metavar="TEAM", parser=identifier, show_default=False)]
-GroupName = Annotated[str, typer.Argument(metavar="GROUP", parser=identifier, show_default=False)]
-OrgFilter = Annotated[
-    str | None, typer.Option("--org", metavar="ORG", parser=identifier, help="Only those of this organization.")
-]
-TeamFilter = Annotated[
-    str | None, typer.Option("--team", metavar="TEAM", parser=identifier, help="Only those of this team.")
-]
+# What the ids of each noun have in common, as arguments and as options.
+AN_ORGANIZATION: dict[str, Any] = {
+    "metavar": "ORG",
+    "parser": identifier,
+    "autocompletion": completed_by("org.complete"),
+}
+A_TEAM: dict[str, Any] = {"metavar": "TEAM", "parser": identifier, "autocompletion": completed_by("team.complete")}
+A_GROUP: dict[str, Any] = {"metavar": "GROUP", "parser": identifier, "autocompletion": completed_by("group.complete")}
+OrganizationId = Annotated[str, typer.Argument(**AN_ORGANIZATION, show_default=False)]
+TeamId = Annotated[str, typer.Argument(**A_TEAM, show_default=False)]
+GroupName = Annotated[str, typer.Argument(**A_GROUP, show_default=False)]
+OrgFilter = Annotated[str | None, typer.Option("--org", **AN_ORGANIZATION, help="Only those of this organization.")]
+TeamFilter = Annotated[str | None, typer.Option("--team", **A_TEAM, help="Only those of this team.")]
+GroupFilter = Annotated[str | None, typer.Option("--group", **A_GROUP, help="Only those of this group.")]
 StatusFilter = Annotated[Activity | None, typer.Option("--status", help="Only those in this status.")]
 Since = Annotated[
     datetime | None,

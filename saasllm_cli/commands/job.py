@@ -11,6 +11,9 @@ import typer
 
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import (
+    A_GROUP,
+    A_TEAM,
+    GroupFilter,
     IdempotencyKey,
     Limit,
     Metadata,
@@ -22,7 +25,6 @@ from saasllm_cli.commands.inputs import (
     TimeOrder,
     UnsetMetadata,
     Until,
-    identifier,
     label,
     merged,
     noun,
@@ -53,16 +55,11 @@ JobId = Annotated[UUID, typer.Argument(metavar="JOB", show_default=False)]
 def run(
     team: Annotated[
         str,
-        typer.Option(parser=identifier, metavar="TEAM", show_default=False, help="Whose credit it costs."),
+        typer.Option(**A_TEAM, show_default=False, help="Whose credit it costs."),
     ],
     group: Annotated[
         str,
-        typer.Option(
-            parser=identifier,
-            metavar="GROUP",
-            show_default=False,
-            help="Whose models are tried, in order.",
-        ),
+        typer.Option(**A_GROUP, show_default=False, help="Whose models are tried, in order."),
     ],
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What is asked; a document from stdin is joined after it.")
@@ -137,9 +134,7 @@ def list_(
     team: TeamFilter = None,
     org: OrgFilter = None,
     status: Annotated[Status | None, typer.Option(help="Only those in this status.")] = None,
-    group: Annotated[
-        str | None, typer.Option(parser=identifier, metavar="GROUP", help="Only those that used this group.")
-    ] = None,
+    group: GroupFilter = None,
     job_type: Annotated[str | None, typer.Option(parser=label, metavar="TYPE", help="Only those of this type.")] = None,
     external_task_id: Annotated[
         str | None, typer.Option(parser=label, metavar="ID", help="Only those with this id of yours.")

@@ -6,6 +6,8 @@ import typer
 
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import (
+    A_GROUP,
+    AN_ORGANIZATION,
     MOST_CREDITS,
     After,
     ConfirmPurge,
@@ -25,7 +27,6 @@ from saasllm_cli.commands.inputs import (
     confirm,
     confirm_purge,
     history,
-    identifier,
     label,
     merged,
     noun,
@@ -40,7 +41,7 @@ from saasllm_cli.settings import Format
 
 app = noun()
 
-Groups = Annotated[list[str], typer.Argument(parser=identifier, metavar="GROUP...", show_default=False)]
+Groups = Annotated[list[str], typer.Argument(**A_GROUP | {"metavar": "GROUP..."}, show_default=False)]
 
 
 @app.command(
@@ -51,14 +52,14 @@ def create(
     team_id: TeamId,
     org: Annotated[
         str,
-        typer.Option(parser=identifier, metavar="ORG", show_default=False, help="Whose team it is."),
+        typer.Option(**AN_ORGANIZATION, show_default=False, help="Whose team it is."),
     ],
     alias: Annotated[
         str | None, typer.Option(parser=label, metavar="TEXT", help="Its name for people; by default its id.")
     ] = None,
     group: Annotated[
         list[str],
-        typer.Option(parser=identifier, metavar="GROUP", help="A group it may use; repeatable."),
+        typer.Option(**A_GROUP, help="A group it may use; repeatable."),
     ] = [],
     credits_: Annotated[
         int | None,

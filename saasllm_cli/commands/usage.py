@@ -34,11 +34,11 @@ By = Annotated[
 ]
 # What a table shows of each part; the last column is drawn as a bar.
 COLUMNS = {
-    "months": ("month", "jobs", "calls", "total_tokens", "cost_usd", "credits_deducted"),
-    "days": ("day", "jobs", "calls", "total_tokens", "cost_usd", "credits_deducted"),
-    "job_types": ("job_type", "jobs_completed", "jobs_failed", "jobs_cancelled", "jobs_open", "jobs"),
-    "models": ("resolved_model", "failed_calls", "prompt_tokens", "completion_tokens", "cost_usd", "calls"),
-    "teams": ("team_id", "jobs", "calls", "total_tokens", "cost_usd", "credits_deducted"),
+    "months": ("month", "jobs", "total_tokens", "cost_usd", "credits_deducted"),
+    "days": ("day", "jobs", "total_tokens", "cost_usd", "credits_deducted"),
+    "job_types": ("job_type", "jobs_completed", "jobs_failed", "jobs"),
+    "models": ("resolved_model", "failed_calls", "total_tokens", "cost_usd", "calls"),
+    "teams": ("team_id", "jobs", "total_tokens", "cost_usd", "credits_deducted"),
 }
 
 

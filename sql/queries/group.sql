@@ -71,15 +71,33 @@ CROSS JOIN LATERAL (
     WHERE group_name = g.group_name AND is_active
 ) m;
 
--- name: update(group_name, display_name, description, status) :maybe
--- What is not given stays.
-UPDATE model_groups
-SET display_name = coalesce(%(display_name)s, display_name),
-    description = coalesce(%(description)s, description),
-    status = coalesce(%(status)s, status),
-    updated_at = now()
-WHERE group_name = %(group_name)s
-RETURNING group_name;
+-- name: update(group_name, display_name, description, status, activated, deactivated) :maybe
+-- What is not given stays. Nothing is done where the group lacks one of the models that are to be (de)activated.
+WITH missing AS (
+    SELECT asked.model_name
+    FROM unnest(%(activated)s::text[] || %(deactivated)s::text[]) AS asked (model_name)
+    WHERE NOT EXISTS (
+        SELECT FROM model_group_models m WHERE m.group_name = %(group_name)s AND m.model_name = asked.model_name
+    )
+),
+updated AS (
+    UPDATE model_groups
+    SET display_name = coalesce(%(display_name)s, display_name),
+        description = coalesce(%(description)s, description),
+        status = coalesce(%(status)s, status),
+        updated_at = now()
+    WHERE group_name = %(group_name)s AND NOT EXISTS (SELECT FROM missing)
+    RETURNING group_name
+),
+models AS (
+    UPDATE model_group_models
+    SET is_active = (model_name = ANY (%(activated)s::text[]))
+    WHERE group_name IN (SELECT group_name FROM updated)
+      AND model_name = ANY (%(activated)s::text[] || %(deactivated)s::text[])
+)
+SELECT ARRAY(SELECT model_name FROM missing) AS missing_models
+FROM model_groups
+WHERE group_name = %(group_name)s;
 
 -- name: lock(group_name) :maybe
 -- So that of two who change its models at once the second sees what the first has done: within one statement it would
@@ -121,3 +139,11 @@ deleted AS (
 SELECT
     EXISTS (SELECT FROM deleted) AS deleted,
     ARRAY(SELECT team_id::text FROM users ORDER BY team_id) AS teams;
+
+-- name: complete(prefix) :many
+-- The first ids that begin so, for a shell; '~' comes after every character of an id.
+SELECT group_name AS id
+FROM model_groups
+WHERE group_name >= %(prefix)s AND group_name < %(prefix)s || '~'
+ORDER BY group_name
+LIMIT 100;

@@ -72,3 +72,11 @@ SELECT
 -- name: lock(organization_id) :maybe
 -- So that no team comes to it until the end of the transaction.
 SELECT organization_id FROM organizations WHERE organization_id = %(organization_id)s FOR UPDATE;
+
+-- name: complete(prefix) :many
+-- The first ids that begin so, for a shell; '~' comes after every character of an id.
+SELECT organization_id AS id
+FROM organizations
+WHERE organization_id >= %(prefix)s AND organization_id < %(prefix)s || '~'
+ORDER BY organization_id
+LIMIT 100;

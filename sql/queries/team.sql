@@ -222,3 +222,11 @@ record AS (
     RETURNING before
 )
 SELECT before AS removed FROM record;
+
+-- name: complete(prefix) :many
+-- The first ids that begin so, for a shell; '~' comes after every character of an id.
+SELECT team_id AS id
+FROM teams
+WHERE team_id >= %(prefix)s AND team_id < %(prefix)s || '~'
+ORDER BY team_id
+LIMIT 100;
