@@ -58,7 +58,7 @@ def show(
             _show_table(list(rows), columns)
     sys.stdout.flush()
     if limit is not None and next(source, None) is not None:
-        note(f"Only the first {limit} are shown; the next ones with --after, more with --limit.")
+        note(f"There are more than {limit}: the next ones with --after, more at once with --limit.")
 
 
 def show_report(report: Row, tables: Mapping[str, Sequence[str]], output: Format | None) -> None:

@@ -29,6 +29,7 @@ numbers = count()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--postgres-bin", help="Run on a server of these PostgreSQL programs, not on the embedded one.")
+    parser.addoption("--renew", action="store_true", help="Write into the transcripts what is printed now.")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def test_a_team_goes_with_all_its_history_and_leaves_one_record(used: Run, sql: 
     others = state(sql, "hr")
     purged = used("team", "delete", "hr", "--purge", "--confirm", "hr")
     assert (purged.status, purged.out) == (0, "")
-    assert "3 job(s), 3 call(s), 2 ledger entries and 9 credit(s) left" in purged.err
+    assert "3 job(s), 3 call(s), 2 ledger entries, and 9 credit(s) that were left" in purged.err
     assert state(sql, "hr") == others == state(sql)
     (record,) = [row for row in used("audit", "list", "--team", "hr", "-o", "json").data if row["action"] == "purge"]
     assert (record["noun"], record["organization_id"], record["after"]) == ("team", "acme", None)
@@ -78,7 +78,7 @@ def test_an_organization_goes_with_all_its_teams(used: Run, sql: psycopg.Connect
     others = state(sql, "acme", "hr", "it")
     purged = used("org", "delete", "acme", "--purge", "--confirm", "acme")
     assert purged.status == 0
-    assert "2 team(s), 4 job(s), 4 call(s), 4 ledger entries and 13 credit(s) left" in purged.err
+    assert "2 team(s), 4 job(s), 4 call(s), 4 ledger entries, and 13 credit(s) that were left" in purged.err
     assert used("org", "get", "acme").status == 3
     assert state(sql, "acme", "hr", "it") == others
     assert [row["team_id"] for row in used("team", "list", "-o", "json").data] == ["theirs"]

@@ -7,7 +7,6 @@ import typer
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import (
     A_TEAM,
-    MOST_CREDITS,
     IdempotencyKey,
     Limit,
     OrgFilter,
@@ -16,6 +15,7 @@ from saasllm_cli.commands.inputs import (
     TeamId,
     TimeOrder,
     Until,
+    credits_from,
     label,
     noun,
 )
@@ -40,7 +40,7 @@ def balance(team_id: TeamId, output: Output = None) -> None:
 def add(
     team_id: TeamId,
     amount: Annotated[
-        int, typer.Argument(min=1, max=MOST_CREDITS, metavar="AMOUNT", show_default=False, help="How many.")
+        int, typer.Argument(parser=credits_from(1), metavar="AMOUNT", show_default=False, help="How many.")
     ],
     reason: Annotated[
         str | None, typer.Option(parser=label, metavar="TEXT", help="Why; it is kept in the ledger.")
@@ -74,13 +74,12 @@ def check(
         str | None, typer.Argument(**A_TEAM | {"metavar": "[TEAM]"}, show_default=False, help="With --need.")
     ] = None,
     need: Annotated[
-        int | None, typer.Option(min=1, max=MOST_CREDITS, metavar="N", help="Exit 5 unless the team has N free.")
+        int | None, typer.Option(parser=credits_from(1), metavar="N", help="Exit 5 unless the team has N free.")
     ] = None,
     below: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            max=MOST_CREDITS,
+            parser=credits_from(1),
             metavar="N",
             help="List the active teams with fewer than N free; exit 9 if there are any.",
         ),

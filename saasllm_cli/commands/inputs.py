@@ -84,6 +84,17 @@ class Period(NamedTuple):
     until: datetime
 
 
+def credits_from(least: int) -> Callable[[str], int]:
+    """How many credits: a whole number from here on; the default comes as a number."""
+
+    def parse(value: str | int) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,16}", str(value)) or not least <= int(value) <= MOST_CREDITS:
+            raise typer.BadParameter(f"{value!r} is not a whole number from {least} to {MOST_CREDITS}.")
+        return int(value)
+
+    return parse
+
+
 def period(value: str) -> Period:
     """A year (`2026`), month (`2026-11`), ISO week (`2026-W47`) or day in UTC: when it begins, and the next one."""
     try:
@@ -242,7 +253,7 @@ def history(removed: dict[str, Any]) -> str:
     """What a purge has removed, in words."""
     return (
         f"{removed['jobs']} job(s), {removed['llm_calls']} call(s), {removed['credit_transactions']} ledger "
-        f"entries and {removed['credits_remaining']} credit(s) left"
+        f"entries, and {removed['credits_remaining']} credit(s) that were left"
     )
 
 

@@ -8,7 +8,6 @@ from saasllm_cli import database
 from saasllm_cli.commands.inputs import (
     A_GROUP,
     AN_ORGANIZATION,
-    MOST_CREDITS,
     After,
     ConfirmPurge,
     IfNotExists,
@@ -26,6 +25,7 @@ from saasllm_cli.commands.inputs import (
     Yes,
     confirm,
     confirm_purge,
+    credits_from,
     history,
     label,
     merged,
@@ -63,7 +63,7 @@ def create(
     ] = [],
     credits_: Annotated[
         int | None,
-        typer.Option("--credits", min=0, max=MOST_CREDITS, metavar="N", help="What it starts with; 0 by default."),
+        typer.Option("--credits", parser=credits_from(0), metavar="N", help="What it starts with; 0 by default."),
     ] = None,
     metadata: Metadata = [],
     if_not_exists: IfNotExists = False,

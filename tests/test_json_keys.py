@@ -1,0 +1,123 @@
+"""The keys of every command's JSON, so that no script of a user breaks unnoticed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import reference
+from conftest import Result
+
+ORGANIZATION = ["organization_id", "name", "status", "metadata", "created_at", "updated_at"]
+GROUP = [
+    *("group_name", "display_name", "description", "status"),
+    {"models": [["model_name", "priority", "is_active"]]},
+    *("created_at", "updated_at"),
+]
+CREDITS = ["credits_allocated", "credits_used", "credits_reserved", "credits_remaining"]
+TEAM = [
+    *("team_id", "organization_id", "team_alias", "status", "model_groups", *CREDITS),
+    *("metadata", "created_at", "updated_at"),
+]
+ENTRY = [
+    *("transaction_id", "team_id", "organization_id", "job_id", "transaction_type"),
+    *("credits_amount", "credits_before", "credits_after", "reason", "created_at"),
+]
+JOB = [
+    *("job_id", "team_id", "organization_id", "job_type", "status", "model_groups_used", "external_task_id"),
+    *("credit_applied", "error_message", "metadata", "created_at", "started_at", "completed_at", "lease_expires_at"),
+]
+CALL = [
+    *("call_id", "job_id", "model_group_used", "resolved_model", "attempt", "prompt_tokens", "completion_tokens"),
+    *("total_tokens", "cost_usd", "latency_ms", "purpose", "error", "created_at"),
+]
+JOBS_USED = ["jobs", "jobs_completed", "jobs_failed", "jobs_cancelled", "jobs_open"]
+CREDITS_USED = ["credits_added", "credits_deducted", "credits_refunded", "credits_adjusted", "credits_expired"]
+CALLS_USED = [
+    *("calls", "failed_calls", "prompt_tokens", "completion_tokens", "total_tokens", "cost_usd", "unpriced_calls"),
+]
+USED = [*JOBS_USED, *CREDITS_USED, *CALLS_USED]
+USAGE = [
+    *("organization_id", "since", "until", *USED),
+    {"months": [["month", *USED]]},
+    {"days": [["day", *USED]]},
+    {"job_types": [["job_type", *JOBS_USED]]},
+    {"models": [["resolved_model", *CALLS_USED]]},
+]
+MIGRATION = ["migration", "status"]
+
+# What is typed, in this order, and the keys that come: of one thing a list, of many a list in a list.
+COMMANDS: dict[str, list[Any]] = {
+    "migrate status": [[*MIGRATION, "applied_at"]],
+    "migrate verify": [[*MIGRATION, "applied_at"]],
+    "org create o": ORGANIZATION,
+    "org get o": ORGANIZATION,
+    "org list": [ORGANIZATION],
+    "org update o --name x": ORGANIZATION,
+    "org suspend o": ORGANIZATION,
+    "org resume o": ORGANIZATION,
+    "group create g --model offline/echo": GROUP,
+    "group get g": GROUP,
+    "group list": [GROUP],
+    "group update g --display-name x": GROUP,
+    "group set-models g offline/echo": GROUP,
+    "group resolve g": [["model_name", "priority"]],
+    "group test g": [["model_name", "answered", "latency_ms", "error"]],
+    "team create t --org o --credits 5": TEAM,
+    "team get t": TEAM,
+    "team list": [TEAM],
+    "team update t --alias x": TEAM,
+    "team assign t g": TEAM,
+    "team unassign t g": TEAM,
+    "team suspend t": TEAM,
+    "team resume t": TEAM,
+    "credits balance t": ["team_id", "organization_id", *CREDITS],
+    "credits add t 5": ENTRY,
+    "credits check t --need 1": ["team_id", "organization_id", *CREDITS, "credits_free"],
+    "credits transactions t": [ENTRY],
+    "job run --team hr --group Echo --prompt x": [
+        *("job_id", "status", "content", "resolved_model", "prompt_tokens", "completion_tokens", "total_tokens"),
+        *("cost_usd", "latency_ms", "attempts", "credits_remaining"),
+    ],
+    "job get JOB": [*JOB, {"calls": [CALL]}],
+    "job list": [JOB],
+    "job costs JOB": [["resolved_model", *CALLS_USED]],
+    "job annotate JOB --metadata a=b": JOB,
+    "team usage hr": ["team_id", *USAGE],
+    "org usage acme": [*USAGE, {"teams": [["team_id", *USED]]}],
+    "audit list": [
+        [
+            *("audit_id", "created_at", "actor", "command", "noun", "action"),
+            *("organization_id", "team_id", "group_name", "before", "after"),
+        ]
+    ],
+    "db status": ["server", "url", "is_running", "version", "data_dir", "pid"],
+    "migrate reset --confirm DATABASE": [MIGRATION],
+    "migrate up": [MIGRATION],
+    "migrate adopt": [MIGRATION],
+}
+
+
+def keys(data: Any, like: list[Any]) -> list[Any]:
+    """The keys of one thing or many, with those of the things in it where they are to be compared, too."""
+    if like and isinstance(like[0], list):
+        return [keys(data[0], like[0])]
+    nested = {name: below for item in like if isinstance(item, dict) for name, below in item.items()}
+    return [{name: keys(value, nested[name])} if name in nested else name for name, value in data.items()]
+
+
+def test_the_keys_of_every_command(tenant: Callable[..., Result], migrated_database: str, sql) -> None:
+    names = {"DATABASE": migrated_database}
+    for command, expected in COMMANDS.items():
+        if command in ("migrate up", "migrate adopt"):  # so that there is something to do
+            tables = "" if command.endswith("adopt") else "DROP SCHEMA public CASCADE; CREATE SCHEMA public;"
+            sql.execute(tables or "DROP TABLE saasllm_migrations")
+        words = [names.get(word, word) for word in command.split()]
+        result = tenant(*words, "-o", "json")
+        assert result.status == 0, (command, result.err)
+        assert keys(result.data, expected) == expected, command
+        names["JOB"] = result.data["job_id"] if command.startswith("job run") else names.get("JOB", "")
+
+
+def test_no_command_is_forgotten() -> None:
+    typed = {" ".join(command.split()[:2]) for command in COMMANDS}
+    data = {words for words, command in reference.commands() if "output" in {param.name for param in command.params}}
+    assert typed == data
