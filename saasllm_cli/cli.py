@@ -46,6 +46,7 @@ class Root(TyperGroup):
         return command
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        # The inherited one imports every noun for its help.
         from typer._click.shell_completion import CompletionItem
 
         nouns = [CompletionItem(noun, help=text) for noun, text in NOUNS.items() if noun.startswith(incomplete)]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import shlex
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -24,6 +25,10 @@ from saasllm_cli.settings import command_line, settings
 logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # what goes wrong is told once, by us
 
 T = TypeVar("T")
+# Whatever the server, its database or the user's environment say: psycopg reads no other dates, and what a function of
+# the database writes of a time is to be in UTC. libpq takes them from here.
+os.environ |= {"PGDATESTYLE": "ISO", "PGTZ": "UTC"}
+
 Row = dict[str, Any]
 Connection = psycopg.Connection[Row]
 
@@ -34,7 +39,7 @@ DEFAULTS: dict[str, Any] = {
 }
 COMPLETION = {"connect_timeout": 2}  # seconds; libpq takes no less
 COMPLETION_MILLISECONDS = 1000
-# How a record is found by its id, where a list of what belongs to it is empty.
+# How a record is found by its id.
 GET = {
     "organization": ("org.get", "organization_id"),
     "team": ("team.get", "team_id"),
@@ -64,7 +69,8 @@ class Rows(Iterator[Row]):
     """The rows of a query as they come, however many. The first one is there already, so that what is wrong with the
     query, or that it finds nothing, is known before any is shown."""
 
-    def __init__(self, rows: Iterator[Row], fields: Callable[[], list[str]]) -> None:
+    def __init__(self, rows: Iterator[Row], fields: Callable[[], list[str]], limit: int | None) -> None:
+        self.limit = limit  # how many are asked for; one more comes where there are more
         self._first = list(islice(rows, 1))
         self._rows = chain(self._first, rows)
         self._fields = fields
@@ -85,8 +91,8 @@ class Rows(Iterator[Row]):
 class Database:
     """A connection in which each query is a transaction of its own, unless several are made one.
 
-    The first query brings along `prelude`, a query that is to pass before it, in the same round trip: where it fails,
-    nothing of the other is done.
+    The first query brings along `prelude`, a query that is to pass before it, in the same round trip (but of a
+    stream): where it fails, nothing of the other is done.
     """
 
     def __init__(self, connection: Connection, prelude: str, **parameters: Any) -> None:
@@ -104,12 +110,17 @@ class Database:
     def many(self, name: str, /, **parameters: Any) -> list[Row]:
         return self._run(name, "many", parameters)
 
-    def stream(self, name: str, /, within: Mapping[str, object] | None = None, **parameters: Any) -> Rows:
+    def stream(
+        self, name: str, within: Mapping[str, object] | None = None, /, limit: int | None = None, **parameters: Any
+    ) -> Rows:
         """The rows of a `:many` query as they come; nothing else may be asked until they are read.
 
-        Where there is none, the records that they were asked for, `within` (noun to id), must be there, else
-        `NotFound`: a list of what was misspelt is not an empty one.
+        With a limit, the query's `row_limit` is one more, so that it is known whether there are more. Where there is
+        no row, the records that they were asked for, `within` (noun to id), must be there, else `NotFound`: a list of
+        what was misspelt is not an empty one.
         """
+        if limit is not None:
+            parameters["row_limit"] = limit + 1
         statement = _checked(name, "many", parameters)
         if self._prelude is not None:
             self._connection.execute(*self._prelude)
@@ -118,13 +129,18 @@ class Database:
         rows = Rows(
             self._stream,
             lambda: [column.name for column in self._connection.execute(statement.sql, parameters).description or ()],
+            limit,
         )
         if rows.is_empty:
             for noun, key in (within or {}).items():
                 if key is not None:
-                    query_name, parameter = GET[noun]
-                    self.found(query_name, noun, str(key), **{parameter: key})
+                    self.get(noun, key)
         return rows
+
+    def get(self, noun: str, key: object) -> Row:
+        """The record of a noun, or `NotFound`."""
+        name, parameter = GET[noun]
+        return self.found(name, noun, str(key), **{parameter: key})
 
     def close(self) -> None:
         """Ends a stream that was not read to its end, which would hold the connection for ever."""
@@ -143,6 +159,12 @@ class Database:
                     raise
                 self._prelude = prelude  # what it has set is undone too
         raise AssertionError
+
+    def snapshot(self, work: Callable[[], T]) -> T:
+        """Several queries that read the same state of the database."""
+        self._connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        self._connection.read_only = True
+        return self.transaction(work)
 
     def found(self, name: str, noun: str, key: str, /, **parameters: Any) -> Row:
         """The row of a `:maybe` query, or `NotFound` with the noun and the key that were asked for."""
@@ -324,7 +346,7 @@ def _translated(error: psycopg.Error) -> SaasllmError:
         case "SL", _:
             return Conflict("refused_by_database", f"The database refuses it: {message}.", error.diag.message_hint)
         case _, "22003":
-            return InvalidInput("out_of_range", "The number is out of range.", "Whole numbers go up to 2^63 - 1.")
+            return InvalidInput("out_of_range", "A number is out of range.", "Whole numbers go up to 2^63 - 1.")
         case _, "23514" if error.diag.constraint_name == "team_credits_free":
             return InsufficientCredits("insufficient_credits", "The team has not so many credits free.")
         case _, ("23503" | "23505"):  # only where another client was quicker: the statements look before they write

@@ -26,20 +26,19 @@ Row = Mapping[str, Any]
 UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 # With one of these first, a spreadsheet takes a cell for a formula.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
-MOST_REPORTED = 31  # of the rows of a list in a report: the days of a month
+MOST_REPORTED = 60  # rows of a list in a report
 BAR_WIDTH = 16
 UNLIMITED_WIDTH = 100_000
 
 
-def show(
-    data: "Row | Sequence[Row] | Rows", output: Format | None, columns: Sequence[str] = (), limit: int | None = None
-) -> None:
+def show(data: "Row | Sequence[Row] | Rows", output: Format | None, columns: Sequence[str] = ()) -> None:
     """Prints one thing (a row) or many (rows) in the format asked for, else in that of the settings.
 
     Rows are printed as they come, but for a table, whose widths need all of them. `columns` names those that a table
-    of many things shows; every other form shows all. Rows beyond the `limit` are not shown, only told of.
+    of many things shows; every other form shows all. Rows beyond the limit of the query are not shown, only told of.
     """
     is_one = isinstance(data, Mapping)
+    limit = getattr(data, "limit", None)
     source: Iterator[Row] = iter([data] if isinstance(data, Mapping) else data)
     rows = islice(source, limit)
     match output or settings().output:
@@ -61,18 +60,21 @@ def show(
         note(f"There are more than {limit}: the next ones with --after, more at once with --limit.")
 
 
-def show_report(report: Row, tables: Mapping[str, Sequence[str]], output: Format | None) -> None:
-    """One thing with lists of its parts; as a table, each list has the columns of `tables`, the last one with a bar."""
+def show_report(
+    report: Row, tables: Mapping[str, Sequence[str]], bars: Mapping[str, str], output: Format | None
+) -> None:
+    """One thing with lists of its parts; as a table, each list has the columns of `tables` and a bar for its number of
+    `bars`."""
     if (output or settings().output) is not Format.TABLE:
         show(report, output)
         return
     _show_one({name: value for name, value in report.items() if not isinstance(value, list)})
     for name, columns in tables.items():
         if rows := report.get(name):
-            print_line("")
-            _print_table(_table_of(rows[:MOST_REPORTED], columns, has_bars=True))
+            print_line(f"\n{name}")
+            _print_table(_table_of(rows[:MOST_REPORTED], columns, bars[name]))
             if len(rows) > MOST_REPORTED:
-                note(f"{len(rows) - MOST_REPORTED} more of the {name} in the other forms, such as -o json.")
+                note(f"There are {len(rows)} {name}: all of them with -o json.")
 
 
 def print_line(text: str) -> None:
@@ -235,7 +237,9 @@ def _cell(value: Any) -> str:
         case list() | dict() if not value:
             return "-"
         case [dict(), *_]:
-            return ", ".join(_cell(next(iter(item.values()))) for item in value)
+            return ", ".join(
+                _cell(next(iter(item.values()))) + " (inactive)" * (item.get("is_active") is False) for item in value
+            )
         case list():
             return ", ".join(map(_cell, value))
         case dict():
@@ -273,13 +277,10 @@ def _show_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
         note("Nothing found.")
 
 
-def _table_of(rows: Sequence[Row], columns: Sequence[str], has_bars: bool = False) -> "Table":
-    """Bars, of the last column, are drawn at a terminal that has their characters."""
+def _table_of(rows: Sequence[Row], columns: Sequence[str], measured: str | None = None) -> "Table":
+    """With bars for one number, at a terminal that has their characters."""
     from rich.bar import Bar
     from rich.table import Table
-
-    measured = columns[-1]
-    has_bars = has_bars and sys.stdout.isatty() and sys.stdout.encoding.lower().startswith("utf")
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in columns:
@@ -290,9 +291,12 @@ def _table_of(rows: Sequence[Row], columns: Sequence[str], has_bars: bool = Fals
             overflow="fold",
             no_wrap=name.endswith(("_id", "_at")),
         )
-    longest = float(max(row[measured] or 0 for row in rows)) if has_bars else 0.0
-    for row in rows:
-        bars = [Bar(longest, 0, float(row[measured] or 0), width=BAR_WIDTH, color="cyan")] if longest else []
+    numbers = [0.0] * len(rows)
+    if measured and sys.stdout.isatty() and sys.stdout.encoding.lower().startswith("utf"):
+        numbers = [float(row[measured] or 0) for row in rows]
+    longest = max(numbers)
+    for row, number in zip(rows, numbers, strict=True):
+        bars = [Bar(longest, 0, number, width=BAR_WIDTH, color="cyan")] if longest else []
         table.add_row(*(_safe(_cell(row[name])) for name in columns), *bars)
     return table
 

@@ -4,17 +4,17 @@ How it is counted is said in `sql/queries/usage.sql`; here the counts are put to
 """
 
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from operator import itemgetter
 
 from saasllm_cli.database import Database, Row
 
-# The parts of a report, and the field by which the rows of each are told apart.
-PARTS = {"months": "month", "days": "day", "job_types": "job_type", "models": "resolved_model", "teams": "team_id"}
-# The queries, and the parts that each counts beside the whole.
-QUERIES = {
-    "usage.jobs": ("months", "days", "job_types", "teams"),
-    "usage.credits": ("months", "days", "teams"),
-    "usage.calls": ("months", "days", "models", "teams"),
+# The parts of a report: the field by which the rows of each are told apart, and by which count they are sorted.
+PARTS = {
+    "months": ("month", None),
+    "days": ("day", None),
+    "job_types": ("job_type", "jobs"),
+    "models": ("resolved_model", "calls"),
+    "teams": ("team_id", "jobs"),
 }
 
 
@@ -29,20 +29,19 @@ def report(db: Database, organization_id: str, team_id: str | None, since: datet
     counts: dict[str, dict[str, Row]] = {part: {} for part in ("all", *PARTS)}
     counts["days"] = {day: {} for day in days}
     counts["months"] = {day[:7]: {} for day in days}
-    nothing: dict[str, Row] = {part: {} for part in counts}
-    for name, parts in QUERIES.items():
-        rows = db.many(name, **period)
-        for row in rows:
-            part, key = row.pop("part"), row.pop("key")
-            counts[part].setdefault(key, {}).update(row)
-        for part in ("all", *parts):
-            nothing[part] |= dict.fromkeys(rows[0], 0)
+    for name in ("usage.jobs", "usage.credits", "usage.calls"):
+        for row in db.many(name, **period):
+            counts[row.pop("part")].setdefault(row.pop("key"), {}).update(row)
 
     (whole,) = counts.pop("all").values()
     result: Row = period | whole
-    for part, field in PARTS.items():
-        rows = [{field: key} | nothing[part] | counted for key, counted in counts[part].items()]
-        result[part] = sorted(rows, key=_by_time if part in ("months", "days") else _most_used_first)
+    for part, (field, measure) in PARTS.items():
+        # Job types and models are counted by one query each, the others by all.
+        nothing = {} if part in ("job_types", "models") else dict.fromkeys(whole, 0)
+        rows = [{field: key} | nothing | counted for key, counted in sorted(counts[part].items())]
+        if measure:
+            rows.sort(key=itemgetter(measure), reverse=True)
+        result[part] = rows
     del result["teams" if team_id else "team_id"]
     return result
 
@@ -51,12 +50,3 @@ def _days(since: datetime, until: datetime) -> list[str]:
     """The days of the period that have come."""
     last = min(until - timedelta(microseconds=1), datetime.now(UTC)).date()
     return [str(since.date() + timedelta(days=number)) for number in range((last - since.date()).days + 1)]
-
-
-def _by_time(row: Row) -> Any:
-    return next(iter(row.values()))
-
-
-def _most_used_first(row: Row) -> Any:
-    name, count, *_ = row.values()
-    return -count, name

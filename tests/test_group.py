@@ -1,3 +1,4 @@
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -174,3 +175,24 @@ def test_a_model_that_the_group_lacks_changes_nothing(saasllm: Run) -> None:
     assert (group["status"], group["models"][0]["is_active"]) == ("active", True)
     assert saasllm("group", "update", "G", "--deactivate", "a", "--activate", "a").status == 2
     assert saasllm("group", "update", "No", "--deactivate", "a", "-o", "json").error["code"] == "group_not_found"
+
+
+def test_set_models_keeps_what_is_deactivated(saasllm: Run) -> None:
+    saasllm("group", "create", "G", "--model", "a", "--model", "b")
+    saasllm("group", "update", "G", "--deactivate", "a")
+    changed = saasllm("group", "set-models", "G", "c", "a", "-o", "json").data
+    assert [(model["model_name"], model["is_active"]) for model in changed["models"]] == [("c", True), ("a", False)]
+    assert "c, a (inactive)" in saasllm("group", "list").out
+    assert "accepts no jobs" in saasllm("group", "update", "G", "--deactivate", "c").err
+
+
+def test_deactivating_waits_for_the_models_that_are_set_at_once(saasllm: Run, sql: psycopg.Connection) -> None:
+    saasllm("group", "create", "G", "--model", "a", "--model", "b")
+    with ThreadPoolExecutor(1) as threads:
+        with sql.transaction():
+            sql.execute("SELECT FROM model_groups WHERE group_name = 'G' FOR NO KEY UPDATE")
+            sql.execute("DELETE FROM model_group_models")
+            sql.execute("INSERT INTO model_group_models (group_name, model_name, priority) VALUES ('G', 'a', 0)")
+            waiting = threads.submit(saasllm, "group", "update", "G", "--deactivate", "a", "-o", "json")
+            time.sleep(0.5)
+        assert waiting.result(20).data["models"] == [{"model_name": "a", "priority": 0, "is_active": False}]

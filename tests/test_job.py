@@ -352,7 +352,7 @@ def test_what_was_begun_is_settled_on_a_newer_database(tenant: Run, sql: psycopg
     job_id = runner.new_job_id()
     runner._begin(job_id, request())
     sql.execute("INSERT INTO saasllm_migrations VALUES ('999_later.sql', 'x', now(), 1)")
-    assert runner._settled(job_id, "an answer", []).unsettled is None
+    assert runner._settled(job_id, "hr", "an answer", []).unsettled is None
 
 
 def test_an_unexpected_error_frees_the_credit(tenant: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,7 +414,7 @@ def test_an_expired_lease_is_lost_and_swept_by_the_next_begin(tenant: Run, sql: 
         runner._begin(job_id, request())
     sql.execute("UPDATE jobs SET lease_expires_at = now() WHERE job_id = ANY (%s)", [jobs[:4]])
     with pytest.raises(Conflict, match=r"lease of job .* ran out"):
-        runner._settled(jobs[0], "late", [])
+        runner._settled(jobs[0], "hr", "late", [])
     assert credits_of(tenant) == (10, 10)
     assert job_run(tenant, "Echo", "--prompt", "x").status == 0
     assert credits_of(tenant) == (9, 6)
@@ -422,7 +422,7 @@ def test_an_expired_lease_is_lost_and_swept_by_the_next_begin(tenant: Run, sql: 
     assert swept["status"] == "failed"
     assert "lease ran out" in swept["error_message"]
     with pytest.raises(Conflict, match="it is failed"):
-        runner._settled(jobs[0], "late", [])
+        runner._settled(jobs[0], "hr", "late", [])
 
 
 def test_an_expired_job_gives_its_key_back(tenant: Run, sql: psycopg.Connection) -> None:

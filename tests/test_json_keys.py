@@ -83,6 +83,11 @@ COMMANDS: dict[str, list[Any]] = {
     "job annotate JOB --metadata a=b": JOB,
     "team usage hr": ["team_id", *USAGE],
     "org usage acme": [*USAGE, {"teams": [["team_id", *USED]]}],
+    "team usage hr --by month": [["team_id", "organization_id", "month", *USED]],
+    "team usage hr --by day": [["team_id", "organization_id", "day", *USED]],
+    "team usage hr --by job_type": [["team_id", "organization_id", "job_type", *JOBS_USED]],
+    "team usage hr --by model": [["team_id", "organization_id", "resolved_model", *CALLS_USED]],
+    "org usage acme --by team": [["organization_id", "team_id", *USED]],
     "audit list": [
         [
             *("audit_id", "created_at", "actor", "command", "noun", "action"),
@@ -93,6 +98,12 @@ COMMANDS: dict[str, list[Any]] = {
     "migrate reset --confirm DATABASE": [MIGRATION],
     "migrate up": [MIGRATION],
     "migrate adopt": [MIGRATION],
+}
+
+# So that they have something to do.
+BEFORE = {
+    "migrate up": "DROP SCHEMA public CASCADE; CREATE SCHEMA public",
+    "migrate adopt": "DROP TABLE saasllm_migrations",
 }
 
 
@@ -107,14 +118,14 @@ def keys(data: Any, like: list[Any]) -> list[Any]:
 def test_the_keys_of_every_command(tenant: Callable[..., Result], migrated_database: str, sql) -> None:
     names = {"DATABASE": migrated_database}
     for command, expected in COMMANDS.items():
-        if command in ("migrate up", "migrate adopt"):  # so that there is something to do
-            tables = "" if command.endswith("adopt") else "DROP SCHEMA public CASCADE; CREATE SCHEMA public;"
-            sql.execute(tables or "DROP TABLE saasllm_migrations")
+        if command in BEFORE:
+            sql.execute(BEFORE[command])
         words = [names.get(word, word) for word in command.split()]
         result = tenant(*words, "-o", "json")
         assert result.status == 0, (command, result.err)
         assert keys(result.data, expected) == expected, command
-        names["JOB"] = result.data["job_id"] if command.startswith("job run") else names.get("JOB", "")
+        if command.startswith("job run"):
+            names["JOB"] = result.data["job_id"]
 
 
 def test_no_command_is_forgotten() -> None:

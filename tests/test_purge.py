@@ -52,9 +52,11 @@ def test_a_team_goes_with_all_its_history_and_leaves_one_record(used: Run, sql: 
     others = state(sql, "hr")
     purged = used("team", "delete", "hr", "--purge", "--confirm", "hr")
     assert (purged.status, purged.out) == (0, "")
-    assert "3 job(s), 3 call(s), 2 ledger entries, and 9 credit(s) that were left" in purged.err
+    assert "3 job(s), 3 call(s), 2 ledger entries, 9 credit(s) that were left" in purged.err
     assert state(sql, "hr") == others == state(sql)
-    (record,) = [row for row in used("audit", "list", "--team", "hr", "-o", "json").data if row["action"] == "purge"]
+    record, *before = used("audit", "list", "--team", "hr", "-o", "json").data
+    assert record["action"] == "purge"
+    assert {row["action"] for row in before} == {"create"}
     assert (record["noun"], record["organization_id"], record["after"]) == ("team", "acme", None)
     assert record["command"] == "saasllm team delete hr --purge --confirm hr"
     assert record["before"] == {
@@ -78,15 +80,15 @@ def test_an_organization_goes_with_all_its_teams(used: Run, sql: psycopg.Connect
     others = state(sql, "acme", "hr", "it")
     purged = used("org", "delete", "acme", "--purge", "--confirm", "acme")
     assert purged.status == 0
-    assert "2 team(s), 4 job(s), 4 call(s), 4 ledger entries, and 13 credit(s) that were left" in purged.err
+    assert "2 team(s), 4 job(s), 4 call(s), 4 ledger entries, 13 credit(s) that were left" in purged.err
     assert used("org", "get", "acme").status == 3
     assert state(sql, "acme", "hr", "it") == others
     assert [row["team_id"] for row in used("team", "list", "-o", "json").data] == ["theirs"]
     assert len(sql.execute("SELECT FROM llm_calls").fetchall()) == 1
-    records = [row for row in used("audit", "list", "--org", "acme", "-o", "json").data if row["action"] == "purge"]
-    assert [(row["noun"], row["team_id"], row["before"]["teams"]) for row in records] == [
-        ("organization", None, ["hr", "it"])
-    ]
+    record, *before = used("audit", "list", "--org", "acme", "-o", "json").data
+    assert (record["action"], record["noun"], record["team_id"]) == ("purge", "organization", None)
+    assert record["before"]["teams"] == ["hr", "it"]
+    assert {row["action"] for row in before} == {"create"}
 
 
 def test_an_organization_without_teams(saasllm: Run) -> None:
@@ -141,7 +143,7 @@ def test_a_job_that_runs_meanwhile_says_that_its_team_is_gone(used: Run) -> None
     runner._begin(job_id, ASKED)
     used("team", "delete", "hr", "--purge", "--confirm", "hr")
     with pytest.raises(Conflict, match="its team was purged"):
-        runner._settled(job_id, "an answer", [])
+        runner._settled(job_id, "hr", "an answer", [])
 
 
 def test_jobs_that_begin_and_end_while_it_is_purged(used: Run, sql: psycopg.Connection) -> None:
@@ -209,3 +211,56 @@ def test_the_same_team_anew_in_the_same_transaction_keeps_its_ledger(used: Run, 
         )
     sql.execute("ROLLBACK")
     assert used("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 9
+
+
+NESTED = {
+    "a part of the ledger while the team is away": PURGE
+    + """;
+        CREATE FUNCTION pg_temp.eat() RETURNS int LANGUAGE plpgsql AS $$ BEGIN
+            DELETE FROM public.credit_transactions WHERE team_id = 'hr' AND transaction_type = 'deduction';
+            DELETE FROM public.team_credits WHERE team_id = 'hr';
+            RETURN 1;
+        END $$;
+        WITH d AS (DELETE FROM teams WHERE team_id = 'hr' RETURNING *), e AS (SELECT d.*, pg_temp.eat() AS n FROM d)
+        INSERT INTO teams (team_id, organization_id, team_alias)
+        SELECT team_id, organization_id, team_alias FROM e WHERE n = 1""",
+    "the balance alone": """
+        CREATE FUNCTION pg_temp.eat() RETURNS int LANGUAGE plpgsql AS $$ BEGIN
+            DELETE FROM public.team_credits WHERE team_id = 'hr'; RETURN 1;
+        END $$;
+        WITH d AS (DELETE FROM teams WHERE team_id = 'hr' RETURNING *), e AS (SELECT d.*, pg_temp.eat() AS n FROM d)
+        INSERT INTO teams (team_id, organization_id, team_alias)
+        SELECT team_id, organization_id, team_alias FROM e WHERE n = 1""",
+    "the ledger, but not the jobs": PURGE
+    + """;
+        CREATE FUNCTION pg_temp.eat() RETURNS int LANGUAGE plpgsql AS $$ BEGIN
+            DELETE FROM public.credit_transactions WHERE team_id = 'hr';
+            DELETE FROM public.team_credits WHERE team_id = 'hr';
+            RETURN 1;
+        END $$;
+        WITH d AS (DELETE FROM teams WHERE team_id = 'hr' RETURNING *), e AS (SELECT d.*, pg_temp.eat() AS n FROM d)
+        INSERT INTO teams (team_id, organization_id, team_alias)
+        SELECT team_id, organization_id, team_alias FROM e WHERE n = 1""",
+    "under another name": PURGE
+    + """;
+        CREATE FUNCTION pg_temp.eat() RETURNS text LANGUAGE plpgsql AS $$ BEGIN
+            DELETE FROM public.credit_transactions WHERE team_id = 'hr';
+            UPDATE public.teams SET team_id = 'hr' WHERE team_id = 'zz';
+            RETURN 'x';
+        END $$;
+        WITH u AS (UPDATE teams SET team_id = 'zz' WHERE team_id = 'hr' RETURNING pg_temp.eat()) SELECT * FROM u""",
+    "a record of an organization that stays": PURGE.replace(
+        "'team', 'purge', 'acme', 'hr'", "'organization', 'purge', 'acme', NULL"
+    )
+    + "; "
+    + DELETE,
+}
+
+
+@pytest.mark.parametrize("statements", NESTED.values(), ids=NESTED.keys())
+def test_a_function_within_a_statement_takes_no_part_of_it(used: Run, sql: psycopg.Connection, statements: str) -> None:
+    before = state(sql)
+    with pytest.raises(psycopg.Error, match=r"history of|keeps its id|begins empty"):
+        sql.execute("BEGIN; " + statements + "; COMMIT")  # type: ignore[arg-type]
+    sql.execute("ROLLBACK")
+    assert state(sql) == before

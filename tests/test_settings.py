@@ -149,3 +149,21 @@ def test_the_url_without_its_password_connects_to_the_same(
     assert conninfo_to_dict(shown) == expected
     assert "p%40ss" not in shown
     assert os.environ["SAASLLM_DATABASE_URL"] == url
+
+
+def test_dates_are_read_whatever_their_style_is(tenant, start) -> None:
+    """The program sets its own, and a write that succeeded is told so."""
+    environment = os.environ | {"PGDATESTYLE": "SQL, DMY", "PGTZ": "Asia/Tokyo"}
+    for command in (("credits", "add", "hr", "5"), ("audit", "list"), ("migrate", "status")):
+        process = start(*command, "-o", "json", env=environment)
+        out, err = process.communicate(timeout=20)
+        assert (process.returncode, err) == (0, "")
+        assert "+09:00" not in out
+
+
+def test_dates_are_read_whatever_the_database_says(tenant, sql, migrated_database: str) -> None:
+    sql.execute(f"ALTER DATABASE {migrated_database} SET datestyle = 'SQL, DMY'")
+    sql.execute(f"ALTER DATABASE {migrated_database} SET timezone = 'Asia/Tokyo'")
+    assert tenant("credits", "add", "hr", 5, "-o", "json").data["created_at"].endswith("Z")
+    assert "+09:00" not in tenant("team", "update", "hr", "--alias", "x", "-o", "json").out
+    assert "+09:00" not in tenant("audit", "list", "-o", "json").out

@@ -1,6 +1,7 @@
 import csv
 import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -12,6 +13,8 @@ from conftest import Result
 from test_output import Terminal
 
 from saasllm_cli.commands.inputs import period
+from saasllm_cli.database import Database
+from saasllm_cli.jobs import runner
 
 Run = Callable[..., Result]
 TOTALS = [
@@ -170,11 +173,18 @@ def test_rows_by_one_thing_in_every_form(used: Run, by: str, field: str) -> None
     data = used(*command, "-o", "json").data
     assert [row[field] for row in data] == [row[field] for row in rows(used(*command, "-o", "csv"))]
     assert len(data) == len(used(*command, "-o", "jsonl").out.splitlines())
+    assert len(used(*command[:-2], "-o", "jsonl").out.splitlines()) == 1
     assert data[0][field] in used(*command).out
 
 
 def test_a_team_has_no_teams(used: Run) -> None:
     assert used("team", "usage", "hr", "--by", "team").status == 2
+
+
+def test_a_week_across_a_months_end_has_its_days(used: Run) -> None:
+    week = used("team", "usage", "hr", "--period", "2026-W14").out
+    assert "2026-03-31" in week
+    assert "2026-04-01" in week
 
 
 def test_a_table_has_the_days_of_a_month_or_the_months(used: Run) -> None:
@@ -193,7 +203,7 @@ def test_bars_are_drawn_at_a_terminal_only(used: Run, monkeypatch: pytest.Monkey
     report = used("team", "usage", "hr", "--period", "2026-03", "-o", "json").data
     terminal = type("Utf8Terminal", (Terminal,), {"encoding": "utf-8"})()
     monkeypatch.setattr("sys.stdout", terminal)
-    output.show_report(report, {"days": ("day", "jobs")}, None)
+    output.show_report(report, {"days": ("day", "jobs")}, {"days": "jobs"}, None)
     one, two = [line for line in terminal.getvalue().splitlines() if line.startswith(("2026-03-01 ", "2026-03-31 "))]
     assert two.count("█") == 2 * one.count("█") == output.BAR_WIDTH
 
@@ -215,7 +225,7 @@ def test_periods(text: str, since: str, until: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "11", "2026-13", "2026-00", "2027-W53", "2026-02-30", "9999", "2026-1", "yesterday"]
+    "text", ["", "11", "2026-13", "2026-00", "2027-W53", "2026-02-30", "1999", "0001", "9999", "2026-1", "yesterday"]
 )
 def test_bad_periods(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="is not a period"):
@@ -240,3 +250,23 @@ def test_bad_spans(used: Run, options: tuple[str, ...]) -> None:
 def test_of_nobody(tenant: Run) -> None:
     assert tenant("team", "usage", "no").status == 3
     assert tenant("org", "usage", "no").status == 3
+
+
+def test_a_report_is_of_one_moment(tenant: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that ends between its queries is in none of its parts."""
+    ask = Database.many
+
+    def ask_and_spend(db: Database, name: str, /, **parameters: object) -> object:
+        rows = ask(db, name, **parameters)
+        if name == "usage.jobs":
+            with ThreadPoolExecutor(1) as threads:
+                job_id = runner.new_job_id()
+                threads.submit(runner._begin, job_id, runner.JobRequest("hr", "Echo", [], 5)).result()
+                threads.submit(runner._settle, job_id, "completed", None, [], 5).result()
+        return rows
+
+    monkeypatch.setattr(Database, "many", ask_and_spend)
+    first = tenant("team", "usage", "hr", "-o", "json").data
+    assert (first["jobs_completed"], first["credits_deducted"]) == (0, 0)
+    second = tenant("team", "usage", "hr", "-o", "json").data
+    assert (second["jobs_completed"], second["credits_deducted"]) == (1, 1)

@@ -1,11 +1,18 @@
 """Who changed what."""
 
-from typing import Annotated
-
-import typer
-
 from saasllm_cli import database
-from saasllm_cli.commands.inputs import GroupFilter, Limit, OrgFilter, Output, Since, TeamFilter, TimeOrder, Until, noun
+from saasllm_cli.commands.inputs import (
+    AfterNumber,
+    GroupFilter,
+    Limit,
+    OrgFilter,
+    Output,
+    Since,
+    TeamFilter,
+    TimeOrder,
+    Until,
+    noun,
+)
 from saasllm_cli.output import show
 
 app = noun()
@@ -24,7 +31,7 @@ def list_(
     since: Since = None,
     until: Until = None,
     sort: TimeOrder = "newest",
-    after: Annotated[int | None, typer.Option(min=1, metavar="ID", help="The next page: behind this audit_id.")] = None,
+    after: AfterNumber = None,
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
@@ -50,6 +57,6 @@ def list_(
             until=until,
             sort=sort,
             after=after,
-            row_limit=limit + 1,
+            limit=limit,
         )
-        show(changes, output, columns=columns, limit=limit)
+        show(changes, output, columns=columns)

@@ -7,6 +7,7 @@ import typer
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import (
     A_TEAM,
+    AfterNumber,
     IdempotencyKey,
     Limit,
     OrgFilter,
@@ -122,9 +123,7 @@ def transactions(
     since: Since = None,
     until: Until = None,
     sort: TimeOrder = "newest",
-    after: Annotated[
-        int | None, typer.Option(min=1, metavar="ID", help="The next page: behind this transaction_id.")
-    ] = None,
+    after: AfterNumber = None,
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
@@ -149,6 +148,8 @@ def transactions(
             until=until,
             sort=sort,
             after=after,
-            row_limit=limit + 1,
+            limit=limit,
         )
-        show(entries, output, columns=columns, limit=limit)
+        if entries.is_empty and after is not None:
+            db.found("credits.transaction", "transaction", str(after), team_id=team_id, transaction_id=after)
+        show(entries, output, columns=columns)

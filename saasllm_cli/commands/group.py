@@ -1,5 +1,6 @@
 """Model groups: a name for an ordered list of models."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import typer
@@ -63,7 +64,7 @@ def create(
             description=description,
             model_names=model_names,
         )["created"]
-        group = _found(db, group_name)
+        group = db.get("group", group_name)
     if not created:
         existing = group | {"models": [item["model_name"] for item in group["models"]]}
         given = {"display_name": display_name, "description": description, "models": model_names}
@@ -76,7 +77,7 @@ def create(
 def get(group_name: GroupName, output: Output = None) -> None:
     """Show a model group and its models in the order in which they are tried."""
     with database.connect() as db:
-        group = _found(db, group_name)
+        group = db.get("group", group_name)
     show(group, output)
 
 
@@ -98,9 +99,9 @@ def list_(
             search=search,
             sort=sort,
             after=after,
-            row_limit=limit + 1,
+            limit=limit,
         )
-        show(groups, output, columns=("group_name", "display_name", "status", "models"), limit=limit)
+        show(groups, output, columns=("group_name", "display_name", "status", "models"))
 
 
 @app.command(epilog="Example: saasllm group update ResumeAgent --status inactive")
@@ -127,22 +128,18 @@ def update(
     require_some({**given, "activate": activate, "deactivate": deactivate})
     unique(activate + deactivate, "The model")
     with database.connect() as db:
-        result = db.found(
-            "group.update",
-            *("group", group_name),
-            group_name=group_name,
-            activated=activate,
-            deactivated=deactivate,
-            **given,
-        )
+        changes = {**given, "activated": activate, "deactivated": deactivate}
+        result = db.transaction(lambda: _updated(db, group_name, changes))
         if missing := result["missing_models"]:
             raise NotFound(
                 "model_not_in_group",
                 f"The group {group_name} has no model {', '.join(missing)}.",
                 f"Its models: saasllm group get {group_name}",
             )
-        group = _found(db, group_name)
+        group = db.get("group", group_name)
     show(group, output)
+    if not any(model["is_active"] for model in group["models"]):
+        note(f"No model of {group_name} is active: it accepts no jobs until one is activated.")
 
 
 @app.command("set-models", epilog="Example: saasllm group set-models ResumeAgent gpt-4o gpt-4o-mini")
@@ -151,11 +148,11 @@ def set_models(
     models: Annotated[list[str], typer.Argument(parser=model_name, metavar="MODEL...", show_default=False)],
     output: Output = None,
 ) -> None:
-    """Replace the group's models by these, in this order."""
+    """Replace the group's models by these, in this order. One that stays keeps whether it is active."""
     model_names = unique(models, "MODEL")
     with database.connect() as db:
         db.transaction(lambda: _models_set(db, group_name, model_names))
-        group = _found(db, group_name)
+        group = db.get("group", group_name)
     show(group, output)
     _warn_of_unknown(model_names)
 
@@ -171,7 +168,7 @@ def delete(
     with database.connect() as db:
         result = db.one("group.delete", group_name=group_name, unassign=force)
         if not result["deleted"]:
-            _found(db, group_name)
+            db.get("group", group_name)
             raise Conflict(
                 "group_in_use",
                 f"The group {group_name} is assigned to {len(result['teams'])} team(s): {_some(result['teams'])}.",
@@ -207,7 +204,7 @@ def test_(
     does.
     """
     with database.connect() as db:
-        models = [model["model_name"] for model in _found(db, group_name)["models"]]
+        models = [model["model_name"] for model in db.get("group", group_name)["models"]]
     if any(not model.startswith("offline/") for model in models):
         confirm(f"Send a request to {_some(models)}, which the providers may bill?", yes)
 
@@ -221,6 +218,11 @@ def test_(
         raise NoAnswer("no_answer", f"No model of {group_name} answered.")
     if failed:
         raise CheckFailed("some_failed", f"{len(failed)} of {len(models)} models did not answer: {_some(failed)}.")
+
+
+def _updated(db: database.Database, group_name: str, changes: Mapping[str, object]) -> database.Row:
+    db.found("group.lock", "group", group_name, group_name=group_name)
+    return db.one("group.update", group_name=group_name, **changes)
 
 
 def _models_set(db: database.Database, group_name: str, model_names: list[str]) -> database.Row:
@@ -238,7 +240,3 @@ def _warn_of_unknown(models: list[str]) -> None:
 
 def _some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _found(db: database.Database, group_name: str) -> database.Row:
-    return db.found("group.get", "group", group_name, group_name=group_name)

@@ -21,6 +21,7 @@ IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 MODEL_NAME = re.compile(r"[^\s\x00-\x1f\x7f]{1,255}")
 METADATA_BYTES = 65536
 METADATA_DEPTH = 32
+LARGEST_EXPONENT = 1000
 MOST_CREDITS = 10**15
 EVERY_ROW = 10**18
 RESERVED_KEYS = "opening:"
@@ -98,10 +99,10 @@ def credits_from(least: int) -> Callable[[str], int]:
 def period(value: str) -> Period:
     """A year (`2026`), month (`2026-11`), ISO week (`2026-W47`) or day in UTC: when it begins, and the next one."""
     try:
-        if match := re.fullmatch(r"(\d{4})-W(\d\d)", value, re.ASCII):
+        if match := re.fullmatch(r"(2\d{3})-W(\d\d)", value, re.ASCII):
             first = date.fromisocalendar(int(match[1]), int(match[2]), 1)
             return Period(_midnight(first), _midnight(first + timedelta(days=7)))
-        if not re.fullmatch(r"\d{4}(-\d\d(-\d\d)?)?", value, re.ASCII):
+        if not re.fullmatch(r"2\d{3}(-\d\d(-\d\d)?)?", value, re.ASCII):
             raise ValueError
         first = date(*map(int, (value + "-01-01")[:10].split("-")))
         match value.count("-"):
@@ -114,7 +115,8 @@ def period(value: str) -> Period:
         return Period(_midnight(first), _midnight(following))
     except (ValueError, OverflowError):
         raise typer.BadParameter(
-            f"{value!r} is not a period: write a month 2026-11, a year 2026, a week 2026-W47 or a day 2026-11-22."
+            f"{value!r} is not a period: write a month 2026-11, a year 2026, a week 2026-W47 or a day 2026-11-22, "
+            "from the year 2000 on."
         ) from None
 
 
@@ -132,8 +134,8 @@ def row_limit(value: str | int) -> int:
 
 
 def search(value: str) -> str:
-    if not any(char.isalnum() for char in value):
-        raise typer.BadParameter(f"{value!r} holds no word to search for.")
+    if not any(char.isalnum() for char in value) or len(value) > 255:
+        raise typer.BadParameter("It must hold a word to search for, and at most 255 characters.")
     return value
 
 
@@ -149,9 +151,11 @@ def metadata_item(value: str) -> dict[str, Any]:
         try:
             # Numbers stay exact: a float would round what it cannot hold.
             parsed = json.loads(
-                value, parse_float=Decimal, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates
+                value, parse_float=_exact, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates
             )
-        except (ValueError, RecursionError) as error:
+        except RecursionError:
+            raise typer.BadParameter(f"It is nested more than {METADATA_DEPTH} deep.") from None
+        except ValueError as error:
             raise typer.BadParameter(f"It is not a valid JSON object: {error}.") from None
         assert isinstance(parsed, dict)
         if _depth(parsed) > METADATA_DEPTH:
@@ -161,6 +165,13 @@ def metadata_item(value: str) -> dict[str, Any]:
     if not key or not equals:
         raise typer.BadParameter(f"{value!r} is not KEY=VALUE, nor a JSON object.")
     return {key: text}
+
+
+def _exact(text: str) -> Decimal:
+    number = Decimal(text)
+    if abs(number.adjusted()) > LARGEST_EXPONENT:
+        raise ValueError(f"{text} is out of range")
+    return number
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -228,36 +239,13 @@ def require_some(given: dict[str, Any]) -> None:
 
 def confirm(question: str, yes: bool) -> None:
     """Asks before something is destroyed; where nobody can answer, the flag must have."""
-    if not yes and not _asked(question, "--yes", typer.confirm):
+    if not yes and not asked(question, "--yes", typer.confirm):
         note("Nothing was changed.")
         raise typer.Exit(Interrupted.exit_status)
 
 
-def confirm_purge(noun: str, name: str, purge: bool, confirmed: str | None) -> bool:
-    """Has the name typed before something is destroyed with its history; says whether that is asked for."""
-    if not purge:
-        if confirmed is not None:
-            raise InvalidInput("usage", "--confirm is for --purge.", "Add --purge, or --yes instead of --confirm.")
-        return False
-    if confirmed is None:
-        question = f"Purge the {noun} {name} with all its history? To confirm, type its id."
-        confirmed = _asked(question, f"--confirm {name}", typer.prompt)
-    if confirmed != name:
-        raise InvalidInput(
-            "not_confirmed", f"{confirmed!r} is not {name}: nothing was changed.", f"Confirm with: --confirm {name}"
-        )
-    return True
-
-
-def history(removed: dict[str, Any]) -> str:
-    """What a purge has removed, in words."""
-    return (
-        f"{removed['jobs']} job(s), {removed['llm_calls']} call(s), {removed['credit_transactions']} ledger "
-        f"entries, and {removed['credits_remaining']} credit(s) that were left"
-    )
-
-
-def _asked(question: str, flag: str, ask: Callable[..., Any]) -> Any:
+def asked(question: str, flag: str, ask: Callable[..., Any]) -> Any:
+    """The answer at the terminal; where there is none, the flag must have given it."""
     if not sys.stdin.isatty():
         raise InvalidInput("not_confirmed", f"{question} There is no terminal to ask at.", f"Add {flag}.")
     try:
@@ -296,25 +284,18 @@ MetadataFilter = Annotated[
 UnsetMetadata = Annotated[
     list[str], typer.Option("--unset-metadata", metavar="KEY", help="Metadata to remove; repeatable.")
 ]
-Purge = Annotated[bool, typer.Option("--purge", help="Also all its history: jobs, calls and ledger.")]
-ConfirmPurge = Annotated[
-    str | None,
-    typer.Option("--confirm", metavar="ID", help="With --purge: the id once more, to show that it is meant."),
-]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 Limit = Annotated[
     int,
     typer.Option(
-        "--limit", parser=row_limit, metavar="N|all", help="Show at most N, or all: one by one, but in a table."
+        "--limit", parser=row_limit, metavar="N|all", help="At most so many; all is a stream, but for a table."
     ),
 ]
 TimeOrder = Annotated[Literal["newest", "oldest"], typer.Option("--sort", help="Which come first.")]
 Order = Annotated[Literal["id", "newest", "oldest"], typer.Option("--sort", help="Which come first.")]
 Search = Annotated[
     str | None,
-    typer.Option(
-        "--search", parser=search, metavar="TEXT", help="Only those in whose id or name each word of it begins a word."
-    ),
+    typer.Option("--search", parser=search, metavar="TEXT", help="Only those with words in id or name that begin so."),
 ]
 IdempotencyKey = Annotated[
     str | None,
@@ -346,6 +327,12 @@ Since = Annotated[
 ]
 Until = Annotated[
     datetime | None, typer.Option("--until", parser=moment, metavar="WHEN", help="Only those before then.")
+]
+AfterNumber = Annotated[
+    int | None,
+    typer.Option(
+        "--after", min=1, max=2**63 - 1, metavar="ID", help="The next page: behind this id, the last one shown."
+    ),
 ]
 After = Annotated[
     str | None,

@@ -124,7 +124,7 @@ def run(
 def get(job_id: JobId, output: Output = None) -> None:
     """Show a job and each of its calls: which model, why it failed, how long it took, what it cost."""
     with database.connect() as db:
-        job = db.found("job.get", "job", str(job_id), job_id=job_id)
+        job = db.get("job", job_id)
         calls = db.many("job.calls", job_id=job_id)
     show(job | {"calls": calls}, output)
 
@@ -164,9 +164,9 @@ def list_(
             until=until,
             sort=sort,
             after=after,
-            row_limit=limit + 1,
+            limit=limit,
         )
-        show(jobs, output, columns=columns, limit=limit)
+        show(jobs, output, columns=columns)
 
 
 @app.command(epilog="Example: saasllm job costs 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d -o csv")
@@ -188,7 +188,7 @@ def annotate(job_id: JobId, metadata: Metadata = [], unset_metadata: UnsetMetada
             metadata=merged(metadata),
             unset_metadata=unset_metadata,
         )
-        job = db.found("job.get", "job", str(job_id), job_id=job_id)
+        job = db.get("job", job_id)
     show(job, output)
 
 

@@ -7,7 +7,6 @@ import typer
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import (
     After,
-    ConfirmPurge,
     IfNotExists,
     Limit,
     Metadata,
@@ -15,23 +14,22 @@ from saasllm_cli.commands.inputs import (
     Order,
     OrganizationId,
     Output,
-    Purge,
     Search,
     StatusFilter,
     UnsetMetadata,
     Yes,
     confirm,
-    confirm_purge,
-    history,
     label,
     merged,
     noun,
     require_some,
     same_or_conflict,
 )
-from saasllm_cli.commands.usage import By, From, InPeriod, To, show_usage, span
+from saasllm_cli.commands.purge import Confirm, Purge, is_purge
+from saasllm_cli.commands.purge import purge as purge_all
+from saasllm_cli.commands.usage import ByTeam, From, InPeriod, To, show_usage, span
 from saasllm_cli.errors import Conflict
-from saasllm_cli.output import note, show, waiting
+from saasllm_cli.output import note, show
 from saasllm_cli.settings import Format
 
 app = noun()
@@ -56,7 +54,7 @@ def create(
             name=name or organization_id,
             metadata=given["metadata"] or {},
         )["created"]
-        organization = _found(db, organization_id)
+        organization = db.get("organization", organization_id)
     if not created:
         same_or_conflict("organization", organization_id, organization, given, if_not_exists)
     show(organization, output)
@@ -66,7 +64,7 @@ def create(
 def get(organization_id: OrganizationId, output: Output = None) -> None:
     """Show an organization."""
     with database.connect() as db:
-        organization = _found(db, organization_id)
+        organization = db.get("organization", organization_id)
     show(organization, output)
 
 
@@ -90,9 +88,9 @@ def list_(
             search=search,
             sort=sort,
             after=after,
-            row_limit=limit + 1,
+            limit=limit,
         )
-        show(organizations, output, columns=("organization_id", "name", "status", "created_at"), limit=limit)
+        show(organizations, output, columns=("organization_id", "name", "status", "created_at"))
 
 
 @app.command(epilog="Example: saasllm org update org_acme_corp --metadata plan=pro --unset-metadata trial")
@@ -114,7 +112,7 @@ def update(
             metadata=merged(metadata),
             unset_metadata=unset_metadata,
         )
-        organization = _found(db, organization_id)
+        organization = db.get("organization", organization_id)
     show(organization, output)
 
 
@@ -131,23 +129,19 @@ def resume(organization_id: OrganizationId, output: Output = None) -> None:
 
 
 @app.command(epilog="Example: saasllm org delete org_test --purge --confirm org_test")
-def delete(
-    organization_id: OrganizationId, purge: Purge = False, confirm_: ConfirmPurge = None, yes: Yes = False
-) -> None:
+def delete(organization_id: OrganizationId, purge: Purge = False, confirm_: Confirm = None, yes: Yes = False) -> None:
     """Delete an organization that has no teams, or with --purge one with its teams and all their history.
 
     A purge is one transaction. It leaves one record of what was removed; see it with `audit list --org ORG`.
     """
-    if confirm_purge("organization", organization_id, purge, confirm_):
-        with waiting("Purging …"), database.connect() as db:
-            removed = db.transaction(lambda: _purged(db, organization_id))
-        note(f"The organization {organization_id} was purged: {len(removed['teams'])} team(s), {history(removed)}.")
+    if is_purge("organization", organization_id, purge, confirm_):
+        purge_all(organization_id=organization_id)
         return
     confirm(f"Delete the organization {organization_id}?", yes)
     with database.connect() as db:
         result = db.one("org.delete", organization_id=organization_id)
         if not result["deleted"]:
-            _found(db, organization_id)
+            db.get("organization", organization_id)
             raise Conflict(
                 "organization_in_use",
                 f"The organization {organization_id} has {result['teams']} team(s).",
@@ -163,26 +157,18 @@ def usage(
     period: InPeriod = None,
     from_: From = None,
     to: To = None,
-    by: By = None,
+    by: ByTeam = None,
     output: Output = None,
 ) -> None:
     """Show what an organization's teams used in a period: jobs, credits, calls, tokens, cost; by day, type and model.
 
     Everything counts by its own time, in UTC: a job when it was created, a call when it was made, a credit when it
-    moved.
+    moved. An invoice counts credits_deducted.
     """
     asked = span(period, from_, to)
     with database.connect() as db:
-        _found(db, organization_id)
+        db.get("organization", organization_id)
         show_usage(db, organization_id, None, asked, by, output)
-
-
-def _purged(db: database.Database, organization_id: str) -> database.Row:
-    """What was removed."""
-    db.found("org.lock", "organization", organization_id, organization_id=organization_id)
-    db.many("team.lock_to_purge", organization_id=organization_id, team_id=None)
-    removed: database.Row = db.one("team.purge", organization_id=organization_id, team_id=None)["removed"]
-    return removed
 
 
 def _set_status(organization_id: str, status: str, output: Format | None) -> None:
@@ -193,9 +179,5 @@ def _set_status(organization_id: str, status: str, output: Format | None) -> Non
             organization_id=organization_id,
             status=status,
         )
-        organization = _found(db, organization_id)
+        organization = db.get("organization", organization_id)
     show(organization, output)
-
-
-def _found(db: database.Database, organization_id: str) -> database.Row:
-    return db.found("org.get", "organization", organization_id, organization_id=organization_id)

@@ -9,7 +9,7 @@ from saasllm_cli.commands.inputs import (
     A_GROUP,
     AN_ORGANIZATION,
     After,
-    ConfirmPurge,
+    GroupFilter,
     IfNotExists,
     Limit,
     Metadata,
@@ -17,16 +17,13 @@ from saasllm_cli.commands.inputs import (
     Order,
     OrgFilter,
     Output,
-    Purge,
     Search,
     StatusFilter,
     TeamId,
     UnsetMetadata,
     Yes,
     confirm,
-    confirm_purge,
     credits_from,
-    history,
     label,
     merged,
     noun,
@@ -34,9 +31,11 @@ from saasllm_cli.commands.inputs import (
     same_or_conflict,
     unique,
 )
+from saasllm_cli.commands.purge import Confirm, Purge, is_purge
+from saasllm_cli.commands.purge import purge as purge_all
 from saasllm_cli.commands.usage import By, From, InPeriod, To, show_usage, span
 from saasllm_cli.errors import Conflict, not_found
-from saasllm_cli.output import note, show, waiting
+from saasllm_cli.output import note, show
 from saasllm_cli.settings import Format
 
 app = noun()
@@ -91,7 +90,7 @@ def create(
             raise not_found("organization", org)
         if missing := result["missing_groups"]:
             raise not_found("group", ", ".join(missing))
-        team = _found(db, team_id)
+        team = db.get("team", team_id)
         if not result["created"]:
             existing = team | db.one("team.opening_credits", team_id=team_id)
             same_or_conflict("team", team_id, existing, given, if_not_exists)
@@ -102,7 +101,7 @@ def create(
 def get(team_id: TeamId, output: Output = None) -> None:
     """Show a team, its groups and its credits."""
     with database.connect() as db:
-        team = _found(db, team_id)
+        team = db.get("team", team_id)
     show(team, output)
 
 
@@ -110,6 +109,7 @@ def get(team_id: TeamId, output: Output = None) -> None:
 def list_(
     org: OrgFilter = None,
     status: StatusFilter = None,
+    group: GroupFilter = None,
     metadata: MetadataFilter = [],
     search: Search = None,
     sort: Order = "id",
@@ -122,16 +122,17 @@ def list_(
     with database.connect() as db:
         teams = db.stream(
             "team.list",
-            {"organization": org, "team": after if sort != "id" else None},
+            {"organization": org, "group": group, "team": after if sort != "id" else None},
             organization_id=org,
             status=status,
+            group_name=group,
             metadata=merged(metadata) or None,
             search=search,
             sort=sort,
             after=after,
-            row_limit=limit + 1,
+            limit=limit,
         )
-        show(teams, output, columns=columns, limit=limit)
+        show(teams, output, columns=columns)
 
 
 @app.command(epilog='Example: saasllm team update team_engineering --alias "Platform Team"')
@@ -153,7 +154,7 @@ def update(
             metadata=merged(metadata),
             unset_metadata=unset_metadata,
         )
-        team = _found(db, team_id)
+        team = db.get("team", team_id)
     show(team, output)
 
 
@@ -170,7 +171,7 @@ def assign(
         result = db.transaction(lambda: _assigned(db, team_id, group_names, replace))
         if missing := result["missing_groups"]:
             raise not_found("group", ", ".join(missing))
-        team = _found(db, team_id)
+        team = db.get("team", team_id)
     show(team, output)
 
 
@@ -179,7 +180,7 @@ def unassign(team_id: TeamId, groups: Groups, output: Output = None) -> None:
     """Take groups from a team; its running jobs finish."""
     with database.connect() as db:
         result = db.one("team.unassign", team_id=team_id, group_names=groups)
-        team = _found(db, team_id)
+        team = db.get("team", team_id)
     if result["not_assigned"]:
         note(f"Was not assigned: {', '.join(result['not_assigned'])}.")
     show(team, output)
@@ -198,21 +199,19 @@ def resume(team_id: TeamId, output: Output = None) -> None:
 
 
 @app.command(epilog="Example: saasllm team delete team_test --purge --confirm team_test")
-def delete(team_id: TeamId, purge: Purge = False, confirm_: ConfirmPurge = None, yes: Yes = False) -> None:
+def delete(team_id: TeamId, purge: Purge = False, confirm_: Confirm = None, yes: Yes = False) -> None:
     """Delete a team without history, or with --purge a team and all its history.
 
     A purge is one transaction. It leaves one record of what was removed; see it with `audit list --team TEAM`.
     """
-    if confirm_purge("team", team_id, purge, confirm_):
-        with waiting("Purging …"), database.connect() as db:
-            removed = db.transaction(lambda: _purged(db, team_id))
-        note(f"The team {team_id} was purged: {history(removed)}.")
+    if is_purge("team", team_id, purge, confirm_):
+        purge_all(team_id=team_id)
         return
     confirm(f"Delete the team {team_id}?", yes)
     with database.connect() as db:
         result = db.one("team.delete", team_id=team_id)
         if not result["deleted"]:
-            _found(db, team_id)
+            db.get("team", team_id)
             raise Conflict(
                 "team_has_history",
                 f"The team {team_id} has {result['jobs']} job(s) and {result['transactions']} ledger entries.",
@@ -233,11 +232,11 @@ def usage(
     """Show what a team used in a period: jobs, credits, calls, tokens, cost; by day, type and model.
 
     Everything counts by its own time, in UTC: a job when it was created, a call when it was made, a credit when it
-    moved.
+    moved. An invoice counts credits_deducted.
     """
     asked = span(period, from_, to)
     with database.connect() as db:
-        team = _found(db, team_id)
+        team = db.get("team", team_id)
         show_usage(db, team["organization_id"], team_id, asked, by, output)
 
 
@@ -246,20 +245,8 @@ def _assigned(db: database.Database, team_id: str, group_names: list[str], repla
     return db.one("team.assign", team_id=team_id, group_names=group_names, is_replacing=replace)
 
 
-def _purged(db: database.Database, team_id: str) -> database.Row:
-    """What was removed."""
-    if not db.many("team.lock_to_purge", organization_id=None, team_id=team_id):
-        raise not_found("team", team_id)
-    removed: database.Row = db.one("team.purge", organization_id=None, team_id=team_id)["removed"]
-    return removed
-
-
 def _set_status(team_id: str, status: str, output: Format | None) -> None:
     with database.connect() as db:
         db.found("team.set_status", "team", team_id, team_id=team_id, status=status)
-        team = _found(db, team_id)
+        team = db.get("team", team_id)
     show(team, output)
-
-
-def _found(db: database.Database, team_id: str) -> database.Row:
-    return db.found("team.get", "team", team_id, team_id=team_id)

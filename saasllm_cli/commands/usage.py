@@ -26,54 +26,52 @@ From = Annotated[
     typer.Option("--from", parser=period, metavar="PERIOD", help="The first period of several, instead of --period."),
 ]
 To = Annotated[
-    Period | None, typer.Option("--to", parser=period, metavar="PERIOD", help="The last of them; by default until now.")
+    Period | None, typer.Option("--to", parser=period, metavar="PERIOD", help="The last of them; by default today.")
 ]
-By = Annotated[
-    Literal["month", "day", "job_type", "model", "team"] | None,
-    typer.Option("--by", help="Only these rows. CSV and JSONL are rows by month, where nothing else is said."),
-]
-# What a table shows of each part; the last column is drawn as a bar.
+BY_HELP = "Only a row for each; with -o csv it is by month, where nothing else is said."
+By = Annotated[Literal["month", "day", "job_type", "model"] | None, typer.Option("--by", help=BY_HELP)]
+ByTeam = Annotated[Literal["month", "day", "job_type", "model", "team"] | None, typer.Option("--by", help=BY_HELP)]
+
+# What a table shows of each part, and what it draws as bars.
 COLUMNS = {
     "months": ("month", "jobs", "total_tokens", "cost_usd", "credits_deducted"),
     "days": ("day", "jobs", "total_tokens", "cost_usd", "credits_deducted"),
-    "job_types": ("job_type", "jobs_completed", "jobs_failed", "jobs"),
-    "models": ("resolved_model", "failed_calls", "total_tokens", "cost_usd", "calls"),
+    "job_types": ("job_type", "jobs", "jobs_completed", "jobs_failed"),
+    "models": ("resolved_model", "calls", "failed_calls", "total_tokens", "cost_usd"),
     "teams": ("team_id", "jobs", "total_tokens", "cost_usd", "credits_deducted"),
 }
+BARS = {
+    "months": "credits_deducted",
+    "days": "credits_deducted",
+    "job_types": "jobs",
+    "models": "calls",
+    "teams": "credits_deducted",
+}
+MOST_DAYS = 31
 
 
 def show_usage(
-    db: Database,
-    organization_id: str,
-    team_id: str | None,
-    span: tuple[datetime, datetime],
-    by: str | None,
-    output: Format | None,
+    db: Database, organization_id: str, team_id: str | None, asked: Period, by: str | None, output: Format | None
 ) -> None:
-    """The report of the span, or its rows by one thing."""
-    form = output or settings().output
-    report = usage.report(db, organization_id, team_id, *span)
-    if by is None and form in (Format.CSV, Format.JSONL):
+    """The report of a period, or its rows by one thing."""
+    report = db.snapshot(lambda: usage.report(db, organization_id, team_id, *asked))
+    if by is None and (output or settings().output) is Format.CSV:
         by = "month"
     if by is None:
-        # One month is shown by its days, several by themselves.
-        hidden = "months" if len(report["months"]) == 1 else "days"
-        show_report(report, {part: columns for part, columns in COLUMNS.items() if part != hidden}, output)
-        return
-    part = f"{by}s"
-    if part not in report:
-        raise InvalidInput("usage", "--by team is for an organization.", "Choose another, such as --by month.")
-    ids = {name: report[name] for name in ("team_id", "organization_id") if name in report}
-    show([ids | row for row in report[part]], output, columns=COLUMNS[part])
+        hidden = "months" if len(report["days"]) <= MOST_DAYS else "days"
+        show_report(report, {part: columns for part, columns in COLUMNS.items() if part != hidden}, BARS, output)
+    else:
+        ids = {name: report[name] for name in ("team_id", "organization_id") if name in report}
+        show([ids | row for row in report[f"{by}s"]], output, columns=COLUMNS[f"{by}s"])
 
 
-def span(within: Period | None, first: Period | None, last: Period | None) -> tuple[datetime, datetime]:
+def span(within: Period | None, first: Period | None, last: Period | None) -> Period:
     """From when until when --period, or --from and --to, ask."""
     if (within and (first or last)) or (last and not first):
         raise InvalidInput("usage", "Give --period, or --from and --to.", "By default it is this month.")
     if first is None:
         return within or period(f"{datetime.now(UTC):%Y-%m}")
-    until = last.until if last else datetime.now(UTC)
-    if until <= first.since:
-        raise InvalidInput("usage", "--from is later than --to, or than now.", "Give the earlier one first.")
-    return first.since, until
+    last = last or period(f"{datetime.now(UTC):%Y-%m-%d}")
+    if last.until <= first.since:
+        raise InvalidInput("usage", "--from is later than --to, or than today.", "Give the earlier one first.")
+    return Period(first.since, last.until)

@@ -110,7 +110,7 @@ def run(request: JobRequest, on_progress: Callable[[str], None] = lambda _: None
                 return _first_result(begun["existing_job_id"], begun["credits_remaining"])
             content = _content(begun["model_names"], request, calls, on_progress)
             with _signals(UNINTERRUPTED):
-                result = _settled(job_id, content, calls)
+                result = _settled(job_id, request.team_id, content, calls)
     except KeyboardInterrupt:
         if result is None:  # else it is too late to cancel
             raise _cancelled(job_id, calls, is_begun=begun is not None) from None
@@ -247,7 +247,7 @@ def _cancelled(job_id: UUID, calls: list[Call], is_begun: bool) -> Interrupted:
     return Interrupted("interrupted", f"Job {job_id} was cancelled, and nothing was charged.")
 
 
-def _settled(job_id: UUID, content: str | None, calls: list[Call]) -> JobResult:
+def _settled(job_id: UUID, team_id: str, content: str | None, calls: list[Call]) -> JobResult:
     status = "failed" if content is None else "completed"
     error_message = None
     if content is None:
@@ -258,9 +258,13 @@ def _settled(job_id: UUID, content: str | None, calls: list[Call]) -> JobResult:
     except SaasllmError as error:  # an answer that is there is not lost for it
         result.unsettled = error
         return result
-    # Settled before, with an answer that was lost on the way: the same status tells.
     if settled["status"] is None:
-        raise Conflict("job_purged", f"Job {job_id} is gone: its team was purged meanwhile. Nothing was charged.")
+        raise Conflict(
+            "job_purged",
+            f"Job {job_id} is gone: its team was purged meanwhile. Nothing was charged.",
+            f"See: saasllm audit list --team {team_id}",
+        )
+    # Settled before, with an answer that was lost on the way: the same status tells.
     if not settled["settled"] and settled["status"] != status:
         raise Conflict(
             "lease_lost",

@@ -24,8 +24,8 @@ CREATE INDEX organizations_by_time ON organizations (created_at, organization_id
 CREATE INDEX teams_by_time ON teams (created_at, team_id);
 CREATE INDEX model_groups_by_time ON model_groups (created_at, group_name);
 
--- Most records are active, have succeeded, are of the usual type and have no metadata: an index of the others costs
--- nothing where there is none.
+-- Most records are active, have succeeded, are of the usual type and have no metadata: these indexes hold only the
+-- others, and cost little.
 CREATE INDEX organizations_not_active ON organizations (organization_id) WHERE status <> 'active';
 CREATE INDEX teams_not_active ON teams (team_id) WHERE status <> 'active';
 CREATE INDEX organizations_metadata ON organizations USING gin (metadata jsonb_path_ops) WHERE metadata <> '{}';

@@ -60,6 +60,9 @@ ORDER BY
     entry_no DESC
 LIMIT %(row_limit)s;
 
+-- name: transaction(team_id, transaction_id) :maybe
+SELECT transaction_id FROM credit_transactions WHERE team_id = %(team_id)s AND transaction_id = %(transaction_id)s;
+
 -- name: free(team_id) :maybe
 -- What a team has, with what it has free to start jobs.
 SELECT * FROM credit_details WHERE team_id = %(team_id)s;

@@ -19,8 +19,8 @@ SELECT EXISTS (SELECT FROM created) AS created;
 SELECT * FROM model_group_details WHERE group_name = %(group_name)s;
 
 -- name: list(status, search, sort, after, row_limit) :many
--- By the id, or by time where `sort` is newest or oldest; behind the row `after`.
--- What is searched for is found first: the planner cannot know how rare it is, and would walk along the order instead.
+-- By the id, or by time where `sort` is newest or oldest; behind the row `after`. What is searched for is found first:
+-- the planner cannot know how rare it is, and would walk along the order instead.
 SELECT *
 FROM model_group_details
 WHERE (%(status)s::text IS NULL OR status = %(status)s)
@@ -71,7 +71,7 @@ CROSS JOIN LATERAL (
     WHERE group_name = g.group_name AND is_active
 ) m;
 
--- name: update(group_name, display_name, description, status, activated, deactivated) :maybe
+-- name: update(group_name, display_name, description, status, activated, deactivated) :one
 -- What is not given stays. Nothing is done where the group lacks one of the models that are to be (de)activated.
 WITH missing AS (
     SELECT asked.model_name
@@ -95,9 +95,7 @@ models AS (
     WHERE group_name IN (SELECT group_name FROM updated)
       AND model_name = ANY (%(activated)s::text[] || %(deactivated)s::text[])
 )
-SELECT ARRAY(SELECT model_name FROM missing) AS missing_models
-FROM model_groups
-WHERE group_name = %(group_name)s;
+SELECT ARRAY(SELECT model_name FROM missing) AS missing_models;
 
 -- name: lock(group_name) :maybe
 -- So that of two who change its models at once the second sees what the first has done: within one statement it would
@@ -106,18 +104,19 @@ SELECT group_name FROM model_groups WHERE group_name = %(group_name)s FOR NO KEY
 
 -- name: set_models(group_name, model_names) :one
 -- Puts these models, in their order, in the place of all that the group has. The new ones are inserted after the old
--- ones are gone, since a model may be in both.
+-- ones are gone, since a model may be in both; then it stays active or inactive as it was.
 WITH changed AS (
     UPDATE model_groups SET updated_at = now() WHERE group_name = %(group_name)s
 ),
 removed AS (
-    DELETE FROM model_group_models WHERE group_name = %(group_name)s RETURNING model_name
+    DELETE FROM model_group_models WHERE group_name = %(group_name)s RETURNING model_name, is_active
 ),
 inserted AS (
-    INSERT INTO model_group_models (group_name, model_name, priority)
-    SELECT %(group_name)s, model.name, model.position - 1
-    FROM (SELECT count(*) FROM removed) AS after_removal,
-        unnest(%(model_names)s::text[]) WITH ORDINALITY AS model (name, position)
+    INSERT INTO model_group_models (group_name, model_name, priority, is_active)
+    SELECT %(group_name)s, model.name, model.position - 1, coalesce(removed.is_active, true)
+    FROM unnest(%(model_names)s::text[]) WITH ORDINALITY AS model (name, position)
+    LEFT JOIN removed ON removed.model_name = model.name
+    WHERE (SELECT count(*) FROM removed) >= 0
     RETURNING model_name
 )
 SELECT count(*) AS models FROM inserted;

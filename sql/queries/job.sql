@@ -185,7 +185,7 @@ SELECT * FROM job_details WHERE job_id = %(job_id)s;
 SELECT * FROM llm_call_details WHERE job_id = %(job_id)s ORDER BY call_id;
 
 -- name: list(team_id, organization_id, status, group_name, job_type, external_task_id, metadata, since, until, sort, after, row_limit) :many
--- The newest first, or the oldest; behind the job `after`.
+-- The newest first, or the oldest; behind the job `after`. (`metadata <> '{}'` is the condition of the index.)
 SELECT *
 FROM job_details
 WHERE (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
@@ -217,15 +217,19 @@ WHERE job_id = %(job_id)s
 RETURNING job_id;
 
 -- name: costs(job_id) :many
--- What a job cost, per model. cost_usd is the sum of the known prices; unpriced_calls had tokens but no known price.
+-- What a job cost, per model. cost_usd is the sum of the known prices, and NULL where there were answers and none is
+-- known; unpriced_calls were answered without a known price.
 SELECT
     resolved_model,
     count(*) AS calls,
     count(error) AS failed_calls,
-    sum(prompt_tokens) AS prompt_tokens,
-    sum(completion_tokens) AS completion_tokens,
-    sum(total_tokens) AS total_tokens,
-    sum(cost_usd) AS cost_usd,
+    coalesce(sum(prompt_tokens), 0) AS prompt_tokens,
+    coalesce(sum(completion_tokens), 0) AS completion_tokens,
+    coalesce(sum(total_tokens), 0) AS total_tokens,
+    CASE
+        WHEN count(cost_usd) = 0 AND count(*) > count(error) THEN NULL
+        ELSE coalesce(sum(cost_usd), 0)
+    END AS cost_usd,
     count(*) FILTER (WHERE error IS NULL AND cost_usd IS NULL) AS unpriced_calls
 FROM llm_calls
 WHERE job_id = %(job_id)s

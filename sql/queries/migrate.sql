@@ -112,7 +112,7 @@ JOIN pg_class c ON c.oid = g.tgrelid
 WHERE c.relnamespace = current_schema()::regnamespace AND NOT g.tgisinternal
 UNION ALL
 SELECT 'function ' || p.oid::regprocedure::text,
-    concat_ws(' ', md5(p.prosrc), p.proconfig::text, p.provolatile::text, CASE WHEN p.prosecdef THEN 'SECURITY DEFINER' END)
+    concat_ws(' ', md5(coalesce(replace(pg_get_function_sqlbody(p.oid), current_schema() || '.', ''), p.prosrc)), p.proconfig::text, p.provolatile::text, CASE WHEN p.prosecdef THEN 'SECURITY DEFINER' END)
 FROM pg_proc p
 WHERE p.pronamespace = current_schema()::regnamespace AND p.proname <> 'require_migrations'
 UNION ALL

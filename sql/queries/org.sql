@@ -14,8 +14,9 @@ SELECT EXISTS (SELECT FROM created) AS created;
 SELECT * FROM organization_details WHERE organization_id = %(organization_id)s;
 
 -- name: list(status, metadata, search, sort, after, row_limit) :many
--- By the id, or by time where `sort` is newest or oldest; behind the row `after`.
--- What is searched for is found first: the planner cannot know how rare it is, and would walk along the order instead.
+-- By the id, or by time where `sort` is newest or oldest; behind the row `after`. What is searched for is found first:
+-- the planner cannot know how rare it is, and would walk along the order instead.
+-- (`metadata <> '{}'` is the condition of the index.)
 SELECT *
 FROM organization_details
 WHERE (%(status)s::text IS NULL OR status = %(status)s)

@@ -45,13 +45,18 @@ FROM request;
 -- name: get(team_id) :maybe
 SELECT * FROM team_details WHERE team_id = %(team_id)s;
 
--- name: list(organization_id, status, metadata, search, sort, after, row_limit) :many
--- By the id, or by time where `sort` is newest or oldest; behind the row `after`.
--- What is searched for is found first: the planner cannot know how rare it is, and would walk along the order instead.
+-- name: list(organization_id, status, group_name, metadata, search, sort, after, row_limit) :many
+-- By the id, or by time where `sort` is newest or oldest; behind the row `after`. What is searched for is found first:
+-- the planner cannot know how rare it is, and would walk along the order instead.
+-- (`metadata <> '{}'` is the condition of the index.)
 SELECT *
-FROM team_details
+FROM team_details d
 WHERE (%(status)s::text IS NULL OR status = %(status)s)
   AND (%(organization_id)s::text IS NULL OR organization_id = %(organization_id)s)
+  AND (
+      %(group_name)s::text IS NULL
+      OR EXISTS (SELECT FROM team_model_groups a WHERE a.team_id = d.team_id AND a.group_name = %(group_name)s)
+  )
   AND (%(metadata)s::jsonb IS NULL OR (metadata @> %(metadata)s AND metadata <> '{}'))
   AND (
       %(search)s::text IS NULL

@@ -1,13 +1,17 @@
 -- What a team, or an organization with all its teams, has used in a period.
 --
 -- Each query gives the whole period and its parts: a row for each month, day and team, and for each type of job or
--- model. Everything is counted by its own time in UTC (a job when it was created, a call when it was made, a credit
--- when it moved), so that what was said of a closed month stays true.
+-- model. Everything is counted by its own time in UTC: a job when it was created, by what has become of it since; a call
+-- when it was made; a credit when it moved. So the credits of a closed month stay what they are, unless it is purged.
 
 -- name: jobs(organization_id, team_id, since, until) :many
 SELECT
-    CASE GROUPING(month, day, job_type, team_id)
-        WHEN 7 THEN 'months' WHEN 11 THEN 'days' WHEN 13 THEN 'job_types' WHEN 14 THEN 'teams' ELSE 'all'
+    CASE
+        WHEN GROUPING(month) = 0 THEN 'months'
+        WHEN GROUPING(day) = 0 THEN 'days'
+        WHEN GROUPING(job_type) = 0 THEN 'job_types'
+        WHEN GROUPING(team_id) = 0 THEN 'teams'
+        ELSE 'all'
     END AS part,
     coalesce(month, day, job_type, team_id) AS key,
     count(*) AS jobs,
@@ -29,8 +33,11 @@ GROUP BY GROUPING SETS ((), (month), (day), (job_type), (team_id));
 
 -- name: credits(organization_id, team_id, since, until) :many
 SELECT
-    CASE GROUPING(month, day, team_id)
-        WHEN 3 THEN 'months' WHEN 5 THEN 'days' WHEN 6 THEN 'teams' ELSE 'all'
+    CASE
+        WHEN GROUPING(month) = 0 THEN 'months'
+        WHEN GROUPING(day) = 0 THEN 'days'
+        WHEN GROUPING(team_id) = 0 THEN 'teams'
+        ELSE 'all'
     END AS part,
     coalesce(month, day, team_id) AS key,
     coalesce(sum(credits_amount) FILTER (WHERE transaction_type = 'allocation'), 0) AS credits_added,
@@ -56,8 +63,12 @@ GROUP BY GROUPING SETS ((), (month), (day), (team_id));
 -- name: calls(organization_id, team_id, since, until) :many
 -- cost_usd is the sum of the known prices, and NULL where there were answers and none is known.
 SELECT
-    CASE GROUPING(month, day, resolved_model, team_id)
-        WHEN 7 THEN 'months' WHEN 11 THEN 'days' WHEN 13 THEN 'models' WHEN 14 THEN 'teams' ELSE 'all'
+    CASE
+        WHEN GROUPING(month) = 0 THEN 'months'
+        WHEN GROUPING(day) = 0 THEN 'days'
+        WHEN GROUPING(resolved_model) = 0 THEN 'models'
+        WHEN GROUPING(team_id) = 0 THEN 'teams'
+        ELSE 'all'
     END AS part,
     coalesce(month, day, resolved_model, team_id) AS key,
     count(*) AS calls,

@@ -1,0 +1,56 @@
+"""What `org delete --purge` and `team delete --purge` have in common."""
+
+from typing import Annotated
+
+import typer
+
+from saasllm_cli import database
+from saasllm_cli.commands.inputs import asked
+from saasllm_cli.errors import InvalidInput, not_found
+from saasllm_cli.output import note, waiting
+
+Purge = Annotated[bool, typer.Option("--purge", help="Also all its history: jobs, calls and ledger.")]
+Confirm = Annotated[
+    str | None,
+    typer.Option("--confirm", metavar="ID", help="With --purge: the id once more, to show that it is meant."),
+]
+
+
+def is_purge(noun: str, key: str, purge: bool, confirm: str | None) -> bool:
+    """Whether a purge is asked for; then its id must have been typed once more, or is asked for."""
+    if not purge:
+        if confirm is not None:
+            raise InvalidInput("usage", "--confirm is for --purge.", "Add --purge, or --yes instead of --confirm.")
+        return False
+    if confirm is None:
+        question = f"Purge the {noun} {key} with all its history? To confirm, type its id."
+        confirm = asked(question, f"--confirm {key}", typer.prompt)
+    if confirm != key:
+        raise InvalidInput(
+            "not_confirmed", f"{confirm!r} is not {key}: nothing was changed.", f"Confirm with: --confirm {key}"
+        )
+    return True
+
+
+def purge(organization_id: str | None = None, team_id: str | None = None) -> None:
+    """Removes the organization or the team, and says what was removed."""
+    noun, key = ("organization", organization_id) if organization_id else ("team", team_id)
+    scope = {"organization_id": organization_id, "team_id": team_id}
+
+    def work() -> database.Row:
+        if organization_id:  # locked, no team comes to it any more
+            db.found("org.lock", noun, organization_id, organization_id=organization_id)
+        if not db.many("team.lock_to_purge", **scope) and team_id:
+            raise not_found(noun, team_id)
+        return db.one("team.purge", **scope)
+
+    with waiting("Purging …"), database.connect() as db:
+        removed = db.transaction(work)["removed"]
+    counts = {
+        "team(s)": len(removed["teams"]),
+        "job(s)": removed["jobs"],
+        "call(s)": removed["llm_calls"],
+        "ledger entries": removed["credit_transactions"],
+        "credit(s) that were left": removed["credits_remaining"],
+    }
+    note(f"The {noun} {key} was purged: " + ", ".join(f"{count} {what}" for what, count in counts.items()) + ".")
