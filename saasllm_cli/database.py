@@ -47,6 +47,8 @@ GET = {
     "job": ("job.get", "job_id"),
 }
 TRIES = 5
+# The names of the unique indexes of what is done once.
+ONCE = ("_idempotency_key", "_once_a_job")
 DEADLOCKS = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 LONGEST_COMMAND = 1000
 # Of what a connection is made of, all but what could be a secret.
@@ -182,9 +184,9 @@ class Database:
                 if is_last or self._is_in_transaction():  # of several queries the first ones are undone too
                     raise
             except psycopg.errors.UniqueViolation as error:
-                # Another process has just used the same idempotency key: asked again, the statement finds its row.
-                is_key = (error.diag.constraint_name or "").endswith("_idempotency_key")
-                if is_last or not is_key or self._is_in_transaction():
+                # Another process has just done the same: asked again, the statement finds its row.
+                is_once = (error.diag.constraint_name or "").endswith(ONCE)
+                if is_last or not is_once or self._is_in_transaction():
                     raise
         raise AssertionError
 
@@ -347,7 +349,7 @@ def _translated(error: psycopg.Error) -> SaasllmError:
             return Conflict("refused_by_database", f"The database refuses it: {message}.", error.diag.message_hint)
         case _, "22003":
             return InvalidInput("out_of_range", "A number is out of range.", "Whole numbers go up to 2^63 - 1.")
-        case _, "23514" if error.diag.constraint_name == "team_credits_free":
+        case _, "23514" if error.diag.constraint_name in ("team_credits_free", "credit_transactions_not_negative"):
             return InsufficientCredits("insufficient_credits", "The team has not so many credits free.")
         case _, ("23503" | "23505"):  # only where another client was quicker: the statements look before they write
             return Conflict("refused_by_database", f"The database refuses it: {message}.", "Try again.")

@@ -70,7 +70,8 @@ _COMMANDS = {"organization": "org"}  # where the command has another name than t
 
 def not_found(noun: str, name: str) -> NotFound:
     command = _COMMANDS.get(noun, noun)
-    return NotFound(f"{noun}_not_found", f"There is no {noun} {name}.", f"See: saasllm {command} list")
+    hint = "See: saasllm credits transactions TEAM" if noun == "transaction" else f"See: saasllm {command} list"
+    return NotFound(f"{noun}_not_found", f"There is no {noun} {name}.", hint)
 
 
 def refused(outcome: str, team: str | None, group: str, organization: str | None) -> SaasllmError:

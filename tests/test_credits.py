@@ -11,8 +11,16 @@ from saasllm_cli import database
 Run = Callable[..., Result]
 FIELDS = [
     *("transaction_id", "team_id", "organization_id", "job_id", "transaction_type"),
-    *("credits_amount", "credits_before", "credits_after", "reason", "created_at"),
+    *("credits_amount", "credits_before", "credits_after", "reason", "source", "created_at"),
 ]
+ENTRY = {
+    "team_id": "hr",
+    "transaction_type": "allocation",
+    "credits_amount": 1,
+    "reason": None,
+    "source": None,
+    "idempotency_key": None,
+}
 
 
 def test_add_shows_its_ledger_entry(tenant: Run) -> None:
@@ -73,7 +81,7 @@ def test_twenty_clients_at_once(tenant: Run, key: str | None) -> None:
     def add(_: int) -> int:
         with database.connect() as db:
             together.wait()
-            entry = db.maybe("credits.add", team_id="hr", credits_amount=3, reason=None, idempotency_key=key)
+            entry = db.maybe("credits.enter", **ENTRY | {"credits_amount": 3, "idempotency_key": key})
             assert entry
             return int(entry["transaction_id"])
 
@@ -94,7 +102,7 @@ def test_bad_amounts(tenant: Run, amount: str) -> None:
 
 def test_a_sum_beyond_the_range_is_refused(tenant: Run) -> None:
     with database.connect() as db, pytest.raises(Exception, match="out of range"):
-        db.maybe("credits.add", team_id="hr", credits_amount=2**63 - 5, reason=None, idempotency_key=None)
+        db.maybe("credits.enter", **ENTRY | {"credits_amount": 2**63 - 5})
     assert tenant("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 10
 
 
@@ -152,3 +160,110 @@ def test_check_which_teams_run_low(tenant: Run) -> None:
 )
 def test_check_wants_one_question(tenant: Run, options: tuple[object, ...]) -> None:
     assert tenant("credits", "check", *options).status == 2
+
+
+def charged(run: Run) -> str:
+    """A job that was charged."""
+    return str(run("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x", "-o", "json").data["job_id"])
+
+
+def test_a_refund_gives_back_what_a_job_was_charged_once(tenant: Run) -> None:
+    job_id = charged(tenant)
+    entry = tenant(
+        "credits", "refund", "--job", job_id, "--reason", "Wrong answer", "--source", "ticket 7", "-o", "json"
+    )
+    assert list(entry.data) == FIELDS
+    assert (entry.data["credits_before"], entry.data["credits_amount"], entry.data["credits_after"]) == (9, 1, 10)
+    assert (entry.data["job_id"], entry.data["reason"], entry.data["source"]) == (job_id, "Wrong answer", "ticket 7")
+    again = tenant("credits", "refund", "--job", job_id, "-o", "json")
+    assert (again.status, again.error["code"]) == (4, "job_refunded_before")
+    balance = tenant("credits", "balance", "hr", "-o", "json").data
+    assert (balance["credits_allocated"], balance["credits_used"], balance["credits_remaining"]) == (10, 0, 10)
+    assert tenant("job", "get", job_id, "-o", "json").data["status"] == "completed"
+
+
+def test_a_refund_with_a_key_is_told_again(tenant: Run) -> None:
+    job_id = charged(tenant)
+    command = ("credits", "refund", "--job", job_id, "--idempotency-key", "k", "-o", "json")
+    first = tenant(*command)
+    assert (tenant(*command).data, tenant(*command).status) == (first.data, 0)
+    other = tenant("credits", "refund", "--job", charged(tenant), "--idempotency-key", "k", "-o", "json")
+    assert (other.status, other.error["code"]) == (4, "idempotency_key_reused")
+
+
+def test_what_was_not_charged_is_not_given_back(tenant: Run) -> None:
+    tenant("job", "run", "--team", "hr", "--group", "Down", "--prompt", "x")
+    (failed,) = tenant("job", "list", "-o", "json").data
+    refused = tenant("credits", "refund", "--job", failed["job_id"], "-o", "json")
+    assert (refused.status, refused.error["code"]) == (4, "job_not_charged")
+    unknown = tenant("credits", "refund", "--job", "0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d", "-o", "json")
+    assert (unknown.status, unknown.error["code"]) == (3, "job_not_found")
+    assert tenant("credits", "refund", "--job", "x").status == 2
+    assert tenant("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 10
+
+
+def test_twenty_refunds_of_one_job_at_once(tenant: Run) -> None:
+    job_id = charged(tenant)
+    together = threading.Barrier(20)
+
+    def refund(_: int) -> str | None:
+        with database.connect() as db:
+            together.wait()
+            result = db.one("credits.refund", job_id=job_id, reason=None, source=None, idempotency_key=None)
+            return str(result["refusal"]) if result["transaction_id"] is None else None
+
+    with ThreadPoolExecutor(20) as threads:
+        outcomes = list(threads.map(refund, range(20)))
+    assert sorted(outcomes, key=str) == [None] + ["job_refunded_before"] * 19
+    assert tenant("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 10
+
+
+def test_adjust_up_and_down(tenant: Run) -> None:
+    up = tenant("credits", "adjust", "hr", 5, "--reason", "Counted wrong", "-o", "json").data
+    assert (up["transaction_type"], up["credits_amount"], up["credits_after"]) == ("adjustment", 5, 15)
+    down = tenant("credits", "adjust", "hr", -15, "--reason", "All of it", "--source", "audit", "-o", "json").data
+    assert (down["credits_amount"], down["credits_after"], down["source"]) == (-15, 0, "audit")
+
+
+def test_adjust_never_below_what_is_used_and_reserved(tenant: Run, sql: psycopg.Connection) -> None:
+    charged(tenant)
+    sql.execute("UPDATE team_credits SET credits_reserved = 4")
+    for amount in (-6, -9, -10, -1000):
+        refused = tenant("credits", "adjust", "hr", amount, "--reason", "x", "-o", "json")
+        assert (refused.status, refused.error["code"]) == (5, "insufficient_credits"), amount
+        assert f"hr has 5 credit(s) free: {-amount} cannot" in refused.error["message"]
+    assert tenant("credits", "adjust", "hr", -5, "--reason", "x", "-o", "json").data["credits_after"] == 4
+
+
+@pytest.mark.parametrize("amount", ["0", "-0", "1.5", "x", "--5", "-", "9" * 17, "-" + "9" * 17])
+def test_bad_adjustments(tenant: Run, amount: str) -> None:
+    assert tenant("credits", "adjust", "hr", amount, "--reason", "x").status == 2
+    assert tenant("credits", "adjust", "hr", "5").status == 2  # without a reason
+    assert len(tenant("credits", "transactions", "hr", "-o", "json").data) == 1
+
+
+def test_the_same_key_for_another_kind_of_entry(tenant: Run) -> None:
+    tenant("credits", "add", "hr", 5, "--reason", "x", "--idempotency-key", "k")
+    other = tenant("credits", "adjust", "hr", 5, "--reason", "x", "--idempotency-key", "k", "-o", "json")
+    assert (other.status, other.error["code"]) == (4, "idempotency_key_reused")
+    assert "transaction_type" in other.error["message"]
+
+
+def test_the_balance_of_any_past_moment(tenant: Run, sql: psycopg.Connection) -> None:
+    charged(tenant)
+    (deduction, opening) = tenant("credits", "transactions", "hr", "-o", "json").data
+    tenant("credits", "adjust", "hr", -3, "--reason", "x")
+    now = tenant("credits", "balance", "hr", "-o", "json").data
+
+    def as_of(moment: str) -> list[object]:
+        balance = tenant("credits", "balance", "hr", "--as-of", moment, "-o", "json").data
+        assert balance.keys() == now.keys()
+        assert balance["credits_reserved"] is None
+        return [balance[field] for field in ("credits_allocated", "credits_used", "credits_remaining")]
+
+    assert as_of("2026-01-01") == [0, 0, 0]
+    assert as_of(opening["created_at"]) == [10, 0, 10]
+    assert as_of(deduction["created_at"]) == [10, 1, 9]
+    assert as_of("0s") == [now["credits_allocated"], now["credits_used"], now["credits_remaining"]] == [7, 1, 6]
+    assert tenant("credits", "balance", "no", "--as-of", "7d").status == 3
+    assert tenant("credits", "balance", "hr", "--as-of", "yesterday").status == 2

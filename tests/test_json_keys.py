@@ -19,7 +19,7 @@ TEAM = [
 ]
 ENTRY = [
     *("transaction_id", "team_id", "organization_id", "job_id", "transaction_type"),
-    *("credits_amount", "credits_before", "credits_after", "reason", "created_at"),
+    *("credits_amount", "credits_before", "credits_after", "reason", "source", "created_at"),
 ]
 JOB = [
     *("job_id", "team_id", "organization_id", "job_type", "status", "model_groups_used", "external_task_id"),
@@ -71,6 +71,7 @@ COMMANDS: dict[str, list[Any]] = {
     "team resume t": TEAM,
     "credits balance t": ["team_id", "organization_id", *CREDITS],
     "credits add t 5": ENTRY,
+    "credits adjust t -1 --reason x": ENTRY,
     "credits check t --need 1": ["team_id", "organization_id", *CREDITS, "credits_free"],
     "credits transactions t": [ENTRY],
     "job run --team hr --group Echo --prompt x": [
@@ -81,6 +82,7 @@ COMMANDS: dict[str, list[Any]] = {
     "job list": [JOB],
     "job costs JOB": [["resolved_model", *CALLS_USED]],
     "job annotate JOB --metadata a=b": JOB,
+    "credits refund --job JOB": ENTRY,
     "team usage hr": ["team_id", *USAGE],
     "org usage acme": [*USAGE, {"teams": [["team_id", *USED]]}],
     "team usage hr --by month": [["team_id", "organization_id", "month", *USED]],

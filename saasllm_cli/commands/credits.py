@@ -1,12 +1,15 @@
 """The prepaid credits of teams, and the ledger of all their movements."""
 
-from typing import Annotated, Literal
+from datetime import datetime
+from typing import Annotated, Any, Literal
+from uuid import UUID
 
 import typer
 
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import (
     A_TEAM,
+    MOST_CREDITS,
     AfterNumber,
     IdempotencyKey,
     Limit,
@@ -18,22 +21,50 @@ from saasllm_cli.commands.inputs import (
     Until,
     credits_from,
     label,
+    moment,
     noun,
 )
-from saasllm_cli.errors import CheckFailed, Conflict, InsufficientCredits, InvalidInput
+from saasllm_cli.errors import (
+    CheckFailed,
+    Conflict,
+    InsufficientCredits,
+    InvalidInput,
+    SaasllmError,
+    not_found,
+)
 from saasllm_cli.output import show
+from saasllm_cli.settings import Format
 
 app = noun()
 
 
+Reason = Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="Why; it is kept in the ledger.")]
+Source = Annotated[
+    str | None,
+    typer.Option(
+        parser=label, metavar="TEXT", help="Where it comes from, such as an invoice's number; it is kept, too."
+    ),
+]
 TransactionType = Literal["allocation", "deduction", "refund", "adjustment", "expiry"]
 
 
 @app.command(epilog="Example: saasllm credits balance team_engineering -o json | jq .credits_remaining")
-def balance(team_id: TeamId, output: Output = None) -> None:
+def balance(
+    team_id: TeamId,
+    as_of: Annotated[
+        datetime | None,
+        typer.Option(
+            parser=moment, metavar="WHEN", help="What it was then, from the ledger: 7d, 2026-11-01 or RFC 3339."
+        ),
+    ] = None,
+    output: Output = None,
+) -> None:
     """Show what a team was given, has used, has reserved for running jobs, and has left."""
     with database.connect() as db:
-        credits_ = db.found("credits.balance", "team", team_id, team_id=team_id)
+        if as_of is None:
+            credits_ = db.found("credits.balance", "team", team_id, team_id=team_id)
+        else:
+            credits_ = db.found("credits.balance_as_of", "team", team_id, team_id=team_id, as_of=as_of)
     show(credits_, output)
 
 
@@ -43,30 +74,63 @@ def add(
     amount: Annotated[
         int, typer.Argument(parser=credits_from(1), metavar="AMOUNT", show_default=False, help="How many.")
     ],
-    reason: Annotated[
-        str | None, typer.Option(parser=label, metavar="TEXT", help="Why; it is kept in the ledger.")
-    ] = None,
+    reason: Reason = None,
+    source: Source = None,
     idempotency_key: IdempotencyKey = None,
     output: Output = None,
 ) -> None:
     """Add credits to a team, and show the ledger entry."""
-    given = {"team_id": team_id, "transaction_type": "allocation", "credits_amount": amount, "reason": reason}
+    _enter(team_id, "allocation", amount, reason, source, idempotency_key, output)
+
+
+@app.command(
+    epilog='Example: saasllm credits refund --job 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d --reason "Wrong answer"'
+)
+def refund(
+    job: Annotated[UUID, typer.Option(metavar="JOB", show_default=False, help="The job that was charged.")],
+    reason: Reason = None,
+    source: Source = None,
+    idempotency_key: IdempotencyKey = None,
+    output: Output = None,
+) -> None:
+    """Give back what a job was charged, once, and show the ledger entry. The job stays completed."""
+    given = {"transaction_type": "refund", "job_id": job, "reason": reason, "source": source}
     with database.connect() as db:
-        entry = db.found(
-            "credits.add",
-            *("team", team_id),
-            team_id=team_id,
-            credits_amount=amount,
-            reason=reason,
-            idempotency_key=idempotency_key,
-        )
-    if different := [field for field, value in given.items() if entry[field] != value]:
-        raise Conflict(
-            "idempotency_key_reused",
-            f"The idempotency key was used before, with a different {' and a different '.join(different)}.",
-            "Take a new key for a new entry.",
-        )
+        result = db.one("credits.refund", job_id=job, reason=reason, source=source, idempotency_key=idempotency_key)
+        if result["transaction_id"] is None:
+            raise _not_refunded(result["refusal"], job)
+        entry = _entry(db, result["transaction_id"], given)
     show(entry, output)
+
+
+@app.command(
+    epilog='Example: saasllm credits adjust team_engineering -5 --reason "Counted twice in October"',
+    context_settings={"ignore_unknown_options": True},  # -5 is an amount
+)
+def adjust(
+    team_id: TeamId,
+    amount: Annotated[
+        int,
+        typer.Argument(
+            parser=credits_from(-MOST_CREDITS),
+            metavar="AMOUNT",
+            show_default=False,
+            help="How many; fewer with a minus.",
+        ),
+    ],
+    reason: Annotated[
+        str, typer.Option(parser=label, metavar="TEXT", show_default=False, help="Why; it is kept in the ledger.")
+    ],
+    source: Source = None,
+    idempotency_key: IdempotencyKey = None,
+    output: Output = None,
+) -> None:
+    """Correct a team's credits, up or down, and show the ledger entry. Not below what is reserved for running jobs."""
+    if amount == 0:
+        raise InvalidInput(
+            "usage", "The AMOUNT of an adjustment is not 0.", "Give how many more, or fewer with a minus."
+        )
+    _enter(team_id, "adjustment", amount, reason, source, idempotency_key, output)
 
 
 @app.command(epilog="Example: saasllm credits check team_engineering --need 10 || echo too few")
@@ -151,5 +215,58 @@ def transactions(
             limit=limit,
         )
         if entries.is_empty and after is not None:
-            db.found("credits.transaction", "transaction", str(after), team_id=team_id, transaction_id=after)
+            _require_entry_of(db, team_id, after)
         show(entries, output, columns=columns)
+
+
+def _enter(
+    team_id: str,
+    transaction_type: TransactionType,
+    amount: int,
+    reason: str | None,
+    source: str | None,
+    idempotency_key: str | None,
+    output: Format | None,
+) -> None:
+    given = {
+        "team_id": team_id,
+        "transaction_type": transaction_type,
+        "credits_amount": amount,
+        "reason": reason,
+        "source": source,
+    }
+    try:
+        with database.connect() as db:
+            written = db.found("credits.enter", "team", team_id, idempotency_key=idempotency_key, **given)
+            entry = _entry(db, written["transaction_id"], given)
+    except InsufficientCredits as error:
+        with database.connect() as db:
+            free = db.found("credits.free", "team", team_id, team_id=team_id)["credits_free"]
+        error.message = f"The team {team_id} has {free} credit(s) free: {-amount} cannot be taken away."
+        raise
+    show(entry, output)
+
+
+def _entry(db: database.Database, transaction_id: int, given: dict[str, Any]) -> database.Row:
+    """The entry, if it is what was asked for: a key may have been used for another one before."""
+    entry = db.found("credits.transaction", "transaction", str(transaction_id), transaction_id=transaction_id)
+    if different := [field for field, value in given.items() if entry[field] != value]:
+        raise Conflict(
+            "idempotency_key_reused",
+            f"The idempotency key was used before, with a different {' and a different '.join(different)}.",
+            "Take a new key for a new entry.",
+        )
+    return entry
+
+
+def _require_entry_of(db: database.Database, team_id: str, transaction_id: int) -> None:
+    entry = db.maybe("credits.transaction", transaction_id=transaction_id)
+    if entry is None or entry["team_id"] != team_id:
+        raise not_found("transaction", f"{transaction_id} of the team {team_id}")
+
+
+def _not_refunded(refusal: str, job_id: UUID) -> SaasllmError:
+    if refusal == "job_not_found":
+        return not_found("job", str(job_id))
+    what = "has given its credit back before" if refusal == "job_refunded_before" else "was not charged"
+    return Conflict(refusal, f"Job {job_id} {what}.", f"See: saasllm job get {job_id}")

@@ -6,10 +6,30 @@ SELECT team_id, organization_id, credits_allocated, credits_used, credits_reserv
 FROM team_details
 WHERE team_id = %(team_id)s;
 
--- name: add(team_id, credits_amount, reason, idempotency_key) :maybe
--- The new ledger row, or the one that the key has made already. Nothing where there is no such team.
+-- name: balance_as_of(team_id, as_of) :maybe
+-- What the ledger says of a moment: all entries up to the last one that was written by then. What was reserved it does
+-- not know.
+SELECT
+    t.team_id,
+    t.organization_id,
+    coalesce(sum(c.credits_amount) FILTER (WHERE c.transaction_type NOT IN ('deduction', 'refund')), 0)::bigint
+        AS credits_allocated,
+    coalesce(-sum(c.credits_amount) FILTER (WHERE c.transaction_type IN ('deduction', 'refund')), 0)::bigint
+        AS credits_used,
+    NULL::bigint AS credits_reserved,
+    coalesce(sum(c.credits_amount), 0)::bigint AS credits_remaining
+FROM teams t
+LEFT JOIN credit_transactions c ON c.team_id = t.team_id
+    AND c.entry_no <= (
+        SELECT max(entry_no) FROM credit_transactions WHERE team_id = %(team_id)s AND created_at <= %(as_of)s
+    )
+WHERE t.team_id = %(team_id)s
+GROUP BY t.team_id;
+
+-- name: enter(team_id, transaction_type, credits_amount, reason, source, idempotency_key) :maybe
+-- The new entry, or the one that the key has made already. Nothing where there is no such team.
 WITH existing AS (
-    SELECT * FROM credit_transactions WHERE idempotency_key = %(idempotency_key)s
+    SELECT transaction_id FROM credit_transactions WHERE idempotency_key = %(idempotency_key)s
 ),
 balance AS (
     SELECT t.team_id, t.organization_id, c.last_entry_no, c.credits_remaining
@@ -21,25 +41,65 @@ balance AS (
 entry AS (
     INSERT INTO credit_transactions (
         team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after,
-        reason, idempotency_key
+        reason, source, idempotency_key
     )
     SELECT
-        team_id, organization_id, last_entry_no + 1, 'allocation', %(credits_amount)s::bigint,
-        credits_remaining, credits_remaining + %(credits_amount)s::bigint, %(reason)s, %(idempotency_key)s
+        team_id, organization_id, last_entry_no + 1, %(transaction_type)s, %(credits_amount)s::bigint,
+        credits_remaining, credits_remaining + %(credits_amount)s::bigint, %(reason)s, %(source)s, %(idempotency_key)s
     FROM balance
-    RETURNING *
+    RETURNING transaction_id
+)
+SELECT transaction_id FROM entry UNION ALL SELECT transaction_id FROM existing;
+
+-- name: refund(job_id, reason, source, idempotency_key) :one
+-- The entry that gives back what a job was charged, or the one that the key has made already; else why there is none.
+WITH existing AS (
+    SELECT transaction_id FROM credit_transactions WHERE idempotency_key = %(idempotency_key)s
+),
+request AS (
+    SELECT
+        j.job_id,
+        j.team_id,
+        j.organization_id,
+        CASE
+            WHEN j.job_id IS NULL THEN 'job_not_found'
+            WHEN NOT coalesce(j.credit_applied, false) THEN 'job_not_charged'
+            WHEN EXISTS (
+                SELECT FROM credit_transactions c WHERE c.job_id = j.job_id AND c.transaction_type = 'refund'
+            ) THEN 'job_refunded_before'
+        END AS refusal
+    FROM (VALUES (%(job_id)s::uuid)) AS asked (job_id)
+    LEFT JOIN jobs j USING (job_id)
+),
+balance AS (
+    SELECT r.job_id, r.team_id, r.organization_id, c.last_entry_no, c.credits_remaining
+    FROM request r
+    JOIN team_credits c USING (team_id)
+    WHERE r.refusal IS NULL AND NOT EXISTS (SELECT FROM existing)
+    FOR UPDATE OF c
+),
+entry AS (
+    INSERT INTO credit_transactions (
+        team_id, organization_id, entry_no, job_id, transaction_type, credits_amount, credits_before, credits_after,
+        reason, source, idempotency_key
+    )
+    SELECT
+        team_id, organization_id, last_entry_no + 1, job_id, 'refund', 1, credits_remaining, credits_remaining + 1,
+        %(reason)s, %(source)s, %(idempotency_key)s
+    FROM balance
+    RETURNING transaction_id
 )
 SELECT
-    transaction_id, team_id, organization_id, job_id, transaction_type, credits_amount, credits_before, credits_after,
-    reason, created_at
-FROM (SELECT * FROM entry UNION ALL SELECT * FROM existing) AS written;
+    coalesce((SELECT transaction_id FROM entry), (SELECT transaction_id FROM existing)) AS transaction_id,
+    refusal
+FROM request;
 
 -- name: transactions(team_id, transaction_type, since, until, sort, after, row_limit) :many
 -- The newest first, or the oldest; behind the transaction `after`: by the order in which the team's credits moved,
 -- which clocks need not agree with.
 SELECT
     transaction_id, team_id, organization_id, job_id, transaction_type, credits_amount, credits_before, credits_after,
-    reason, created_at
+    reason, source, created_at
 FROM credit_transactions
 WHERE team_id = %(team_id)s
   AND (%(transaction_type)s::text IS NULL OR transaction_type = %(transaction_type)s)
@@ -60,8 +120,12 @@ ORDER BY
     entry_no DESC
 LIMIT %(row_limit)s;
 
--- name: transaction(team_id, transaction_id) :maybe
-SELECT transaction_id FROM credit_transactions WHERE team_id = %(team_id)s AND transaction_id = %(transaction_id)s;
+-- name: transaction(transaction_id) :maybe
+SELECT
+    transaction_id, team_id, organization_id, job_id, transaction_type, credits_amount, credits_before, credits_after,
+    reason, source, created_at
+FROM credit_transactions
+WHERE transaction_id = %(transaction_id)s;
 
 -- name: free(team_id) :maybe
 -- What a team has, with what it has free to start jobs.
