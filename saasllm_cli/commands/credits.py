@@ -32,8 +32,8 @@ from saasllm_cli.errors import (
     SaasllmError,
     not_found,
 )
-from saasllm_cli.output import show
-from saasllm_cli.settings import Format
+from saasllm_cli.output import note, show, waiting
+from saasllm_cli.settings import Format, settings
 
 app = noun()
 
@@ -217,6 +217,27 @@ def transactions(
         if entries.is_empty and after is not None:
             _require_entry_of(db, team_id, after)
         show(entries, output, columns=columns)
+
+
+@app.command(epilog="Example: saasllm credits verify || echo 'the ledger is broken'")
+def verify(
+    team_id: Annotated[
+        str | None, typer.Argument(**A_TEAM | {"metavar": "[TEAM]"}, show_default=False, help="By default all teams.")
+    ] = None,
+    output: Output = None,
+) -> None:
+    """Replay the ledger and compare balances, reservations and jobs with it; exit 9 where anything differs."""
+    with database.connect() as db:
+        with waiting("Replaying the ledger …"):
+            problems = db.stream("credits.verify", {"team": team_id}, team_id=team_id)
+        if problems.is_empty and (output or settings().output) is Format.TABLE:
+            note("The ledger, the balances and the jobs agree.")
+            return
+        show(problems, output)
+        if not problems.is_empty:
+            raise CheckFailed(
+                "credits_differ", "The ledger, the balances and the jobs do not agree; see the rows above."
+            )
 
 
 def _enter(

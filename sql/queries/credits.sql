@@ -142,3 +142,86 @@ WHERE t.status = 'active'
   AND d.credits_free < %(credits)s::bigint
   AND (%(organization_id)s::text IS NULL OR d.organization_id = %(organization_id)s)
 ORDER BY d.credits_free, d.team_id;
+
+-- name: verify(team_id) :many
+-- Everything in which the ledger, the balances and the jobs disagree, of one team or of all, at one moment: the rules
+-- that the database enforces, proven from the data alone.
+WITH entry AS (
+    SELECT
+        transaction_id, team_id, entry_no, job_id, transaction_type, credits_amount, credits_before, credits_after,
+        idempotency_key,
+        lag(entry_no, 1, 0::bigint) OVER chain AS previous_no,
+        lag(credits_after, 1, 0::bigint) OVER chain AS previous_after
+    FROM credit_transactions
+    WHERE %(team_id)s::text IS NULL OR team_id = %(team_id)s
+    WINDOW chain AS (PARTITION BY team_id ORDER BY entry_no)
+),
+ledger AS (
+    SELECT
+        team_id,
+        max(entry_no) AS last_entry_no,
+        sum(credits_amount) FILTER (WHERE transaction_type NOT IN ('deduction', 'refund')) AS credits_allocated,
+        -sum(credits_amount) FILTER (WHERE transaction_type IN ('deduction', 'refund')) AS credits_used
+    FROM entry
+    GROUP BY team_id
+),
+open_job AS (
+    SELECT team_id, count(*) AS jobs
+    FROM jobs
+    WHERE status IN ('pending', 'in_progress') AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
+    GROUP BY team_id
+),
+balance AS (
+    SELECT t.team_id, b.field, b.expected, b.found
+    FROM teams t
+    LEFT JOIN team_credits c USING (team_id)
+    LEFT JOIN ledger l USING (team_id)
+    LEFT JOIN open_job o USING (team_id)
+    CROSS JOIN LATERAL (
+        VALUES
+            ('credits_allocated', coalesce(l.credits_allocated, 0), c.credits_allocated),
+            ('credits_used', coalesce(l.credits_used, 0), c.credits_used),
+            ('last_entry_no', coalesce(l.last_entry_no, 0), c.last_entry_no),
+            ('credits_reserved', coalesce(o.jobs, 0), c.credits_reserved)
+    ) AS b (field, expected, found)
+    WHERE (%(team_id)s::text IS NULL OR t.team_id = %(team_id)s) AND b.expected IS DISTINCT FROM b.found
+)
+SELECT team_id, field || ' differs' AS problem, NULL::bigint AS transaction_id, NULL::uuid AS job_id, expected, found
+FROM balance
+UNION ALL
+SELECT team_id, 'entry_no does not follow', transaction_id, job_id, previous_no + 1, entry_no
+FROM entry
+WHERE entry_no <> previous_no + 1
+UNION ALL
+SELECT team_id, 'credits_before does not follow', transaction_id, job_id, previous_after, credits_before
+FROM entry
+WHERE credits_before <> previous_after
+UNION ALL
+SELECT team_id, 'credits_after is not the sum', transaction_id, job_id, credits_before + credits_amount, credits_after
+FROM entry
+WHERE credits_after <> credits_before + credits_amount
+UNION ALL
+SELECT e.team_id, 'entry of no completed job of the team', e.transaction_id, e.job_id, NULL, NULL
+FROM entry e
+LEFT JOIN jobs j ON j.job_id = e.job_id AND j.team_id = e.team_id AND j.status = 'completed'
+WHERE e.transaction_type IN ('deduction', 'refund') AND j.job_id IS NULL
+UNION ALL
+SELECT min(team_id::text), transaction_type || ' more than once', max(transaction_id), job_id, 1, count(*)
+FROM entry
+WHERE job_id IS NOT NULL
+GROUP BY job_id, transaction_type
+HAVING count(*) > 1
+UNION ALL
+SELECT min(team_id::text), 'idempotency_key more than once', max(transaction_id), NULL, 1, count(*)
+FROM entry
+WHERE idempotency_key IS NOT NULL
+GROUP BY idempotency_key
+HAVING count(*) > 1
+UNION ALL
+SELECT j.team_id, 'completed job without its deduction', NULL, j.job_id, 1, 0
+FROM jobs j
+LEFT JOIN entry e ON e.job_id = j.job_id AND e.transaction_type = 'deduction'
+WHERE j.status = 'completed'
+  AND e.job_id IS NULL
+  AND (%(team_id)s::text IS NULL OR j.team_id = %(team_id)s)
+ORDER BY team_id, transaction_id, problem;
