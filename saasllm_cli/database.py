@@ -149,12 +149,13 @@ class Database:
         if self._stream is not None:
             self._stream.close()
 
-    def transaction(self, work: Callable[[], T]) -> T:
-        """Several queries as one, all or nothing; from the beginning again where a deadlock has undone them."""
+    def transaction(self, work: Callable[[], T], is_rehearsal: bool = False) -> T:
+        """Several queries as one, all or nothing; from the beginning again where a deadlock has undone them. What a
+        rehearsal has done is undone at its end."""
         prelude = self._prelude
         for is_last in (*[False] * TRIES, True):
             try:
-                with self._connection.transaction():
+                with self._connection.transaction(force_rollback=is_rehearsal):
                     return work()
             except DEADLOCKS:
                 if is_last:

@@ -15,8 +15,10 @@ GROUP = [
 CREDITS = ["credits_allocated", "credits_used", "credits_reserved", "credits_remaining"]
 TEAM = [
     *("team_id", "organization_id", "team_alias", "status", "model_groups", *CREDITS),
-    *("metadata", "created_at", "updated_at"),
+    *("metadata", "created_at", "updated_at", "schedule"),
 ]
+SCHEDULE = ["credits_amount", "every", "mode", "credits_max", "next_on"]
+REFUSED = ["team_id", "period", "reason"]
 ENTRY = [
     *("transaction_id", "team_id", "organization_id", "job_id", "transaction_type"),
     *("credits_amount", "credits_before", "credits_after", "reason", "source", "created_at"),
@@ -74,6 +76,14 @@ COMMANDS: dict[str, list[Any]] = {
     "credits adjust t -1 --reason x": ENTRY,
     "credits check t --need 1": ["team_id", "organization_id", *CREDITS, "credits_free"],
     "credits transactions t": [ENTRY],
+    "credits schedule t --amount 5 --every monthly --mode add --starts 2026-01-01": [
+        *("team_id", "organization_id", *SCHEDULE)
+    ],
+    "credits allocate --as-of 2026-01-01": [
+        *("as_of", "granted", "full", "credits_granted", "credits_expired"),
+        {"skipped": [REFUSED]},
+        "failed",
+    ],
     "job run --team hr --group Echo --prompt x": [
         *("job_id", "status", "content", "resolved_model", "prompt_tokens", "completion_tokens", "total_tokens"),
         *("cost_usd", "latency_ms", "attempts", "credits_remaining"),
@@ -105,6 +115,7 @@ COMMANDS: dict[str, list[Any]] = {
 
 # So that they have something to do.
 BEFORE = {
+    "credits allocate --as-of 2026-01-01": "UPDATE teams SET status = 'suspended' WHERE team_id = 't'",
     "credits verify": "SET session_replication_role = replica; UPDATE team_credits SET credits_used = 1",
     "migrate up": "DROP SCHEMA public CASCADE; CREATE SCHEMA public",
     "migrate adopt": "DROP TABLE saasllm_migrations",

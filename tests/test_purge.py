@@ -156,7 +156,7 @@ def test_jobs_that_begin_and_end_while_it_is_purged(used: Run, sql: psycopg.Conn
         job_id = runner.new_job_id()
         try:
             runner._begin(job_id, ASKED)
-            runner._settle(job_id, "completed", None, [], 5)
+            runner._settle(job_id, "completed", None, [], 60)
         except NotFound:
             return "gone"
         except SaasllmError as error:

@@ -12,7 +12,7 @@ Run = Callable[..., Result]
 FIELDS = [
     *("team_id", "organization_id", "team_alias", "status", "model_groups"),
     *("credits_allocated", "credits_used", "credits_reserved", "credits_remaining"),
-    *("metadata", "created_at", "updated_at"),
+    *("metadata", "created_at", "updated_at", "schedule"),
 ]
 
 

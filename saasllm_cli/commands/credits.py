@@ -1,7 +1,8 @@
 """The prepaid credits of teams, and the ledger of all their movements."""
 
-from datetime import datetime
-from typing import Annotated, Any, Literal
+from dataclasses import asdict
+from datetime import UTC, date, datetime, timedelta
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import UUID
 
 import typer
@@ -16,13 +17,16 @@ from saasllm_cli.commands.inputs import (
     OrgFilter,
     Output,
     Since,
+    TeamFilter,
     TeamId,
     TimeOrder,
     Until,
     credits_from,
+    day,
     label,
     moment,
     noun,
+    period,
 )
 from saasllm_cli.errors import (
     CheckFailed,
@@ -32,10 +36,15 @@ from saasllm_cli.errors import (
     SaasllmError,
     not_found,
 )
-from saasllm_cli.output import note, show, waiting
+from saasllm_cli.output import note, print_line, progress, show, waiting
 from saasllm_cli.settings import Format, settings
 
+if TYPE_CHECKING:
+    from saasllm_cli.allocation import Allocation
+
 app = noun()
+
+MOST_NAMED = 20
 
 
 Reason = Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="Why; it is kept in the ledger.")]
@@ -219,6 +228,101 @@ def transactions(
         show(entries, output, columns=columns)
 
 
+@app.command(epilog="Example: saasllm credits schedule team_engineering --amount 500 --every monthly --mode reset")
+def schedule(
+    team_id: TeamId,
+    amount: Annotated[
+        int | None, typer.Option(parser=credits_from(1), metavar="N", help="How many credits for each period.")
+    ] = None,
+    every: Annotated[
+        Literal["daily", "weekly", "monthly"] | None,
+        typer.Option(help="The period: a day, an ISO week or a month, in UTC."),
+    ] = None,
+    mode: Annotated[
+        Literal["add", "reset", "top-up"] | None,
+        typer.Option(help="What is left is kept, expires, or is only filled up to --amount."),
+    ] = None,
+    max_: Annotated[
+        int | None,
+        typer.Option("--max", parser=credits_from(1), metavar="N", help="With --mode add: grant no more than up to N."),
+    ] = None,
+    starts: Annotated[
+        date | None,
+        typer.Option(parser=day, metavar="DATE", help="A day of the first period; by default the next one."),
+    ] = None,
+    off: Annotated[bool, typer.Option("--off", help="Remove the schedule.")] = False,
+    output: Output = None,
+) -> None:
+    """Set what credits a team is granted by itself; `credits allocate` grants them."""
+    if off:
+        if any(value is not None for value in (amount, every, mode, max_, starts)):
+            raise InvalidInput("usage", "--off goes with no other option.", "Give --off alone.")
+        _unschedule(team_id)
+        return
+    if amount is None or every is None or mode is None:
+        raise InvalidInput(
+            "usage", "Give --amount, --every and --mode; or --off.", "See: saasllm credits schedule --help"
+        )
+    if max_ is not None and (mode != "add" or max_ < amount):
+        raise InvalidInput("usage", "--max goes with --mode add, and is not less than --amount.", "Correct --max.")
+    with database.connect() as db:
+        db.found(
+            "credits.schedule",
+            *("team", team_id),
+            team_id=team_id,
+            credits_amount=amount,
+            every=every,
+            mode=mode,
+            credits_max=max_,
+            starts_on=starts,
+            today=datetime.now(UTC).date(),
+        )
+        team = db.get("team", team_id)
+    show({"team_id": team_id, "organization_id": team["organization_id"], **team["schedule"]}, output)
+
+
+@app.command(epilog="Example: saasllm credits allocate --dry-run")
+def allocate(
+    as_of: Annotated[
+        date | None, typer.Option(parser=day, metavar="DATE", help="As if it were this day; by default today, in UTC.")
+    ] = None,
+    period_: Annotated[
+        str | None,
+        typer.Option(
+            "--period", metavar="PERIOD", help="As if it were in this period, and only for schedules of its length."
+        ),
+    ] = None,
+    catch_up: Annotated[
+        int, typer.Option(min=0, max=1000, metavar="N", help="Also up to N periods that were missed.")
+    ] = 1,
+    team: TeamFilter = None,
+    org: OrgFilter = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be granted.")] = False,
+    output: Output = None,
+) -> None:
+    """Grant every due team its scheduled credits: what cron runs, as often as it likes.
+
+    A period is granted once. Suspended teams are skipped (exit 0), and get what they missed when they are resumed, as
+    far as --catch-up goes; exit 9 where a team could not be granted its credits.
+    """
+    if as_of and period_:
+        raise InvalidInput("usage", "Give --as-of or --period, not both.", "See: saasllm credits allocate --help")
+    day_, every = _last_day(period_) if period_ else (as_of or datetime.now(UTC).date(), None)
+
+    from saasllm_cli import allocation
+
+    with waiting("Allocating …"):
+        result = allocation.allocate(
+            *(day_, catch_up, every, org, team),
+            is_rehearsal=dry_run,
+            on_wait=lambda: note("Another allocation is running; waiting for it."),
+            on_progress=progress,
+        )
+    _show_allocation(result, dry_run, output)
+    if result.failed:
+        raise CheckFailed("some_failed", f"{len(result.failed)} team(s) could not be granted their credits.")
+
+
 @app.command(epilog="Example: saasllm credits verify || echo 'the ledger is broken'")
 def verify(
     team_id: Annotated[
@@ -291,3 +395,35 @@ def _not_refunded(refusal: str, job_id: UUID) -> SaasllmError:
         return not_found("job", str(job_id))
     what = "has given its credit back before" if refusal == "job_refunded_before" else "was not charged"
     return Conflict(refusal, f"Job {job_id} {what}.", f"See: saasllm job get {job_id}")
+
+
+def _unschedule(team_id: str) -> None:
+    with database.connect() as db:
+        removed = db.maybe("credits.unschedule", team_id=team_id)
+        if removed is None:
+            db.get("team", team_id)
+    note(f"The team {team_id} has no schedule{' any more' if removed else ''}.")
+
+
+def _last_day(period_: str) -> tuple[date, str]:
+    """The last day of a period, and how often it comes."""
+    every = {(1, True): "weekly", (1, False): "monthly", (2, False): "daily"}.get((period_.count("-"), "W" in period_))
+    if every is None:
+        raise typer.BadParameter("Write a month 2026-11, a week 2026-W47 or a day 2026-11-22.", param_hint="--period")
+    return (period(period_).until - timedelta(days=1)).date(), every
+
+
+def _show_allocation(result: "Allocation", dry_run: bool, output: Format | None) -> None:
+    if (output or settings().output) is not Format.TABLE:
+        show(asdict(result) | {"as_of": str(result.as_of)}, output)
+        return
+    told = "would be granted" if dry_run else "granted"
+    print_line(
+        f"{result.as_of}: {result.credits_granted} credits {told} for {result.granted} period(s), "
+        f"{result.credits_expired} expired, {result.full} had enough, {len(result.skipped)} skipped, "
+        f"{len(result.failed)} failed"
+    )
+    for row in (result.skipped + result.failed)[:MOST_NAMED]:
+        note(f"{row['team_id']} {row['period']}: {row['reason']}")
+    if (more := len(result.skipped) + len(result.failed) - MOST_NAMED) > 0:
+        note(f"and {more} more: see -o json")

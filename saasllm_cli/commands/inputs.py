@@ -120,6 +120,13 @@ def period(value: str) -> Period:
         ) from None
 
 
+def day(value: str) -> date:
+    """A day such as 2026-11-22."""
+    if not re.fullmatch(r"2\d{3}-\d\d-\d\d", value, re.ASCII):
+        raise typer.BadParameter(f"{value!r} is not a day: write 2026-11-22.")
+    return period(value).since.date()
+
+
 def _midnight(day: date) -> datetime:
     return datetime(day.year, day.month, day.day, tzinfo=UTC)
 

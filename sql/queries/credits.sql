@@ -225,3 +225,131 @@ WHERE j.status = 'completed'
   AND e.job_id IS NULL
   AND (%(team_id)s::text IS NULL OR j.team_id = %(team_id)s)
 ORDER BY team_id, transaction_id, problem;
+
+-- name: schedule(team_id, credits_amount, every, mode, credits_max, starts_on, today) :maybe
+-- Sets the team's schedule. Its first period is the one of `starts_on`, else the next one after today; a schedule that
+-- is changed goes on with its next period, as far as that is one of its new length.
+INSERT INTO credit_schedules (team_id, credits_amount, every, mode, credits_max, next_on)
+SELECT
+    team_id, %(credits_amount)s, %(every)s, %(mode)s, %(credits_max)s,
+    CASE
+        WHEN %(starts_on)s::date IS NOT NULL THEN period_start(%(every)s, %(starts_on)s)
+        ELSE period_after(%(every)s, period_start(%(every)s, %(today)s), 1)
+    END
+FROM teams
+WHERE team_id = %(team_id)s
+ON CONFLICT (team_id) DO UPDATE
+SET credits_amount = excluded.credits_amount,
+    mode = excluded.mode,
+    credits_max = excluded.credits_max,
+    next_on = CASE
+        WHEN %(starts_on)s::date IS NULL AND credit_schedules.every = excluded.every THEN credit_schedules.next_on
+        ELSE excluded.next_on
+    END,
+    every = excluded.every,
+    updated_at = now()
+RETURNING team_id;
+
+-- name: unschedule(team_id) :maybe
+DELETE FROM credit_schedules WHERE team_id = %(team_id)s RETURNING team_id;
+
+-- name: lock_allocation() :one
+-- Whether this session is now the one that allocates, until it ends.
+SELECT pg_try_advisory_lock(hashtext('saasllm'), hashtext('allocate')) AS is_locked;
+
+-- name: allocate(as_of, catch_up, every, organization_id, team_id, after, upto, row_limit) :one
+-- Grants one period, the first that is due, to each of the next teams by their ids (behind `after`, up to `upto`): with
+-- all of their rows locked in this order, so that a second run finds them not due. Who is suspended, or would have more
+-- credits than there are numbers, is left as it is. Periods before the last `catch_up` missed ones are forgone.
+WITH due AS (
+    SELECT
+        s.team_id, s.credits_amount, s.every, s.mode, s.credits_max,
+        greatest(s.next_on, period_after(s.every, period_start(s.every, %(as_of)s), - %(catch_up)s::integer)) AS first_day
+    FROM credit_schedules s
+    WHERE s.next_on <= %(as_of)s
+      AND s.team_id > %(after)s
+      AND (%(upto)s::text IS NULL OR s.team_id <= %(upto)s)
+      AND (%(every)s::text IS NULL OR s.every = %(every)s)
+      AND (%(team_id)s::text IS NULL OR s.team_id = %(team_id)s)
+      AND (
+          %(organization_id)s::text IS NULL
+          OR s.team_id IN (SELECT t.team_id FROM teams t WHERE t.organization_id = %(organization_id)s)
+      )
+    ORDER BY s.team_id
+    LIMIT %(row_limit)s
+    FOR UPDATE
+),
+balance AS (
+    SELECT c.team_id, c.last_entry_no, c.credits_allocated, c.credits_remaining, c.credits_reserved
+    FROM team_credits c
+    WHERE c.team_id IN (SELECT team_id FROM due)
+    ORDER BY c.team_id
+    FOR UPDATE
+),
+plan AS (
+    SELECT
+        due.team_id, t.organization_id, due.every, due.first_day, b.last_entry_no, b.credits_remaining,
+        period_name(due.every, due.first_day) AS period,
+        period_after(due.every, due.first_day, 1) AS following,
+        CASE
+            WHEN due.mode = 'reset' AND before.period IS NULL THEN b.credits_remaining - b.credits_reserved
+            ELSE 0
+        END AS expires,
+        CASE
+            WHEN before.period IS NOT NULL THEN 0 -- granted before its schedule was set anew
+            WHEN due.mode = 'top-up' THEN greatest(due.credits_amount - b.credits_remaining, 0)
+            WHEN due.mode = 'add' THEN greatest(
+                least(due.credits_amount, coalesce(due.credits_max, 9223372036854775807) - b.credits_remaining), 0
+            )
+            ELSE due.credits_amount
+        END AS grants,
+        CASE
+            WHEN o.status <> 'active' THEN 'organization_suspended'
+            WHEN t.status <> 'active' THEN 'team_suspended'
+            WHEN b.credits_allocated > 9223372036854775807 - due.credits_amount THEN 'out_of_range'
+        END AS refusal
+    FROM due
+    JOIN balance b USING (team_id)
+    JOIN teams t USING (team_id)
+    JOIN organizations o USING (organization_id)
+    LEFT JOIN credit_transactions before ON before.team_id = due.team_id
+        AND before.period = period_name(due.every, due.first_day)
+        AND before.transaction_type = 'allocation'
+),
+granted AS (
+    SELECT * FROM plan WHERE refusal IS NULL
+),
+entry AS (
+    INSERT INTO credit_transactions (
+        team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after, reason,
+        period
+    )
+    SELECT
+        team_id, organization_id, last_entry_no + 1, 'expiry', -expires, credits_remaining,
+        credits_remaining - expires, 'Not used before ' || period, period
+    FROM granted
+    WHERE expires > 0
+    UNION ALL
+    SELECT
+        team_id, organization_id, last_entry_no + 1 + (expires > 0)::integer, 'allocation', grants,
+        credits_remaining - expires, credits_remaining - expires + grants, 'Allocation for ' || period, period
+    FROM granted
+    WHERE grants > 0
+),
+moved_on AS (
+    UPDATE credit_schedules s SET next_on = granted.following FROM granted WHERE s.team_id = granted.team_id
+)
+SELECT
+    max(team_id::text) AS last_team_id,
+    count(*) FILTER (WHERE refusal IS NULL AND grants > 0) AS granted,
+    count(*) FILTER (WHERE refusal IS NULL AND grants = 0) AS full,
+    coalesce(sum(grants) FILTER (WHERE refusal IS NULL), 0) AS credits_granted,
+    coalesce(sum(expires) FILTER (WHERE refusal IS NULL), 0) AS credits_expired,
+    count(*) FILTER (WHERE refusal IS NULL AND following <= %(as_of)s) AS still_due,
+    coalesce(
+        jsonb_agg(
+            jsonb_build_object('team_id', team_id, 'period', period, 'reason', refusal) ORDER BY team_id
+        ) FILTER (WHERE refusal IS NOT NULL),
+        '[]'
+    ) AS refused
+FROM plan;

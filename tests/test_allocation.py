@@ -1,0 +1,300 @@
+"""Schedules, and what cron grants by them."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, date, datetime, timedelta
+
+import psycopg
+import pytest
+from conftest import Result, start_process
+
+from saasllm_cli import allocation, database
+from saasllm_cli.jobs import runner
+
+Run = Callable[..., Result]
+
+
+def schedule(run: Run, *options: object, team: str = "hr") -> Result:
+    return run("credits", "schedule", team, *options, "-o", "json")
+
+
+def allocate(run: Run, *options: object) -> dict[str, object]:
+    result = run("credits", "allocate", *options, "-o", "json")
+    assert result.status == 0, result.err
+    return dict(result.data)
+
+
+def scheduled(sql: psycopg.Connection, teams: int, schedules: str) -> None:
+    """Many teams with schedules."""
+    sql.execute(
+        "INSERT INTO teams (team_id, organization_id, team_alias)"
+        f" SELECT 't' || n, 'acme', 'x' FROM generate_series(1, {teams}) n;"  # type: ignore[arg-type]
+        f" INSERT INTO credit_schedules (team_id, credits_amount, every, mode, next_on) {schedules}"
+    )
+
+
+def remaining(run: Run, team: str = "hr") -> int:
+    return int(run("credits", "balance", team, "-o", "json").data["credits_remaining"])
+
+
+def test_a_schedule_begins_with_the_next_period_and_is_shown(tenant: Run) -> None:
+    today = datetime.now(UTC).date()
+    set_ = schedule(tenant, "--amount", 500, "--every", "monthly", "--mode", "reset").data
+    next_month = (today.replace(day=1) + timedelta(days=31)).replace(day=1)
+    assert set_ == {
+        "team_id": "hr",
+        "organization_id": "acme",
+        "credits_amount": 500,
+        "every": "monthly",
+        "mode": "reset",
+        "credits_max": None,
+        "next_on": str(next_month),
+    }
+    assert tenant("team", "get", "hr", "-o", "json").data["schedule"]["next_on"] == str(next_month)
+    assert allocate(tenant)["granted"] == 0
+    assert schedule(tenant, "--amount", 5, "--every", "daily", "--mode", "add").data["next_on"] == str(
+        today + timedelta(days=1)
+    )
+    off = schedule(tenant, "--off")
+    assert (off.status, off.out) == (0, "")
+    assert tenant("team", "get", "hr", "-o", "json").data["schedule"] is None
+    assert schedule(tenant, "--off").status == 0
+    assert schedule(tenant, "--off", team="no").status == 3
+
+
+def test_a_change_of_the_amount_keeps_the_date(tenant: Run) -> None:
+    schedule(tenant, "--amount", 5, "--every", "monthly", "--mode", "add", "--starts", "2026-01-15")
+    changed = schedule(tenant, "--amount", 7, "--every", "monthly", "--mode", "top-up").data
+    assert (changed["credits_amount"], changed["mode"], changed["next_on"]) == (7, "top-up", "2026-01-01")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--amount", 5),
+        ("--amount", 0, "--every", "daily", "--mode", "add"),
+        ("--amount", 5, "--every", "yearly", "--mode", "add"),
+        ("--amount", 5, "--every", "daily", "--mode", "x"),
+        ("--amount", 5, "--every", "daily", "--mode", "add", "--starts", "2026-13-01"),
+        ("--amount", 5, "--every", "daily", "--mode", "add", "--starts", "2026-11"),
+        ("--amount", 5, "--every", "daily", "--mode", "reset", "--max", 9),
+        ("--amount", 5, "--every", "daily", "--mode", "add", "--max", 4),
+        ("--off", "--amount", 5),
+    ],
+)
+def test_bad_schedules(tenant: Run, options: tuple[object, ...]) -> None:
+    assert schedule(tenant, *options).status == 2
+    assert tenant("team", "get", "hr", "-o", "json").data["schedule"] is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "after"),
+    [
+        ("add", (), [15, 20, 25]),
+        ("add", ("--max", 12), [12, 12, 12]),
+        ("reset", (), [5, 5, 5]),
+        ("top-up", (), [10, 10, 10]),
+    ],
+)
+def test_modes(tenant: Run, mode: str, options: tuple[object, ...], after: list[int]) -> None:
+    """From ten credits on, five every day, for three days without use."""
+    schedule(tenant, "--amount", 5, "--every", "daily", "--mode", mode, "--starts", "2026-03-01", *options)
+    for day, left in enumerate(after, start=1):
+        allocate(tenant, "--as-of", f"2026-03-{day:02}")
+        assert remaining(tenant) == left
+    assert tenant("credits", "verify").status == 0
+
+
+def test_a_reset_leaves_what_is_reserved_and_says_what_expired(tenant: Run) -> None:
+    runner._begin(runner.new_job_id(), runner.JobRequest("hr", "Echo", [], 60))
+    schedule(tenant, "--amount", 5, "--every", "monthly", "--mode", "reset", "--starts", "2026-03-31")
+    result = allocate(tenant, "--as-of", "2026-03-31")
+    assert (result["credits_granted"], result["credits_expired"]) == (5, 9)
+    granted, expired, _ = tenant("credits", "transactions", "hr", "-o", "json").data
+    assert (expired["transaction_type"], expired["credits_amount"]) == ("expiry", -9)
+    assert (granted["transaction_type"], granted["credits_amount"]) == ("allocation", 5)
+    assert granted["reason"] == "Allocation for 2026-03"
+    assert remaining(tenant) == 6
+
+
+def test_a_second_run_grants_nothing_and_missed_periods_are_caught_up(tenant: Run) -> None:
+    schedule(tenant, "--amount", 5, "--every", "monthly", "--mode", "add", "--starts", "2026-01-01")
+    assert allocate(tenant, "--as-of", "2026-04-30")["credits_granted"] == 10  # March and April; the rest is forgone
+    assert allocate(tenant, "--as-of", "2026-04-30")["granted"] == 0
+    assert allocate(tenant, "--as-of", "2026-01-31", "--catch-up", 9)["granted"] == 0
+    assert allocate(tenant, "--as-of", "2026-07-01", "--catch-up", 0)["credits_granted"] == 5
+    assert allocate(tenant, "--as-of", "2026-12-31", "--catch-up", 9)["credits_granted"] == 25
+    reasons = [row["reason"] for row in tenant("credits", "transactions", "hr", "-o", "json").data]
+    assert reasons[:3] == ["Allocation for 2026-12", "Allocation for 2026-11", "Allocation for 2026-10"]
+
+
+def test_a_period_is_granted_once_whatever_the_schedule_says(tenant: Run) -> None:
+    for mode in ("add", "reset"):
+        schedule(tenant, "--amount", 5, "--every", "monthly", "--mode", mode, "--starts", "2026-03-01")
+        allocate(tenant, "--as-of", "2026-03-05")
+        assert remaining(tenant) == 15
+
+
+@pytest.mark.parametrize(
+    ("every", "step", "names"),
+    [
+        ("monthly", 31, ["2026-01", "2028-02", "2028-12"]),
+        ("weekly", 7, ["2026-W01", "2026-W53", "2027-W01"]),
+        ("daily", 1, ["2026-01-01", "2028-02-29", "2028-12-31"]),
+    ],
+)
+def test_thirty_six_months(tenant: Run, sql: psycopg.Connection, every: str, step: int, names: list[str]) -> None:
+    """Run day by day (in larger steps where the periods are longer), each period is granted once."""
+    schedule(tenant, "--amount", 1, "--every", every, "--mode", "add", "--starts", "2026-01-01")
+    day, last = date(2026, 1, 1), date(2028, 12, 31)
+    while day <= last:
+        allocation.allocate(day, catch_up=31)
+        day += timedelta(days=max(step - 3, 1) if every != "daily" else 29)
+    allocation.allocate(last, catch_up=31)
+    periods = [
+        row["period"]
+        for row in sql.execute("SELECT period FROM credit_transactions WHERE period IS NOT NULL ORDER BY entry_no")
+    ]
+    assert len(periods) == len(set(periods)) == {"monthly": 36, "weekly": 157, "daily": 1096}[every]
+    assert set(names) <= set(periods)
+    assert tenant("credits", "verify").status == 0
+
+
+def test_by_period(tenant: Run) -> None:
+    schedule(tenant, "--amount", 5, "--every", "monthly", "--mode", "add", "--starts", "2026-03-01")
+    assert allocate(tenant, "--period", "2026-W12")["granted"] == 0
+    assert allocate(tenant, "--period", "2026-03-31")["granted"] == 0
+    assert allocate(tenant, "--period", "2026-03")["granted"] == 1
+    for options in (("--period", "2026"), ("--period", "x"), ("--period", "2026-03", "--as-of", "2026-03-01")):
+        assert tenant("credits", "allocate", *options).status == 2
+
+
+def test_who_is_skipped_and_who_fails_stops_nobody(tenant: Run, sql: psycopg.Connection) -> None:
+    tenant("org", "create", "other")
+    for team, org in (("it", "acme"), ("theirs", "other"), ("rich", "acme")):
+        tenant("team", "create", team, "--org", org)
+    for team in ("hr", "it", "theirs", "rich"):
+        schedule(tenant, "--amount", 5, "--every", "monthly", "--mode", "add", "--starts", "2026-03-01", team=team)
+    sql.execute(
+        "INSERT INTO credit_transactions (team_id, organization_id, entry_no, transaction_type, credits_amount,"
+        " credits_before, credits_after) VALUES ('rich', 'acme', 1, 'allocation', 2^63 - 3, 0, 2^63 - 3)".replace(
+            "2^63 - 3", str(2**63 - 3)
+        )
+    )
+    tenant("team", "suspend", "it")
+    tenant("org", "suspend", "other")
+    result = tenant("credits", "allocate", "--as-of", "2026-03-01", "-o", "json")
+    assert result.status == 9
+    assert (result.data["granted"], result.data["credits_granted"]) == (1, 5)
+    assert {row["team_id"]: row["reason"] for row in result.data["skipped"]} == {
+        "it": "team_suspended",
+        "theirs": "organization_suspended",
+    }
+    assert result.data["failed"] == [{"team_id": "rich", "period": "2026-03", "reason": "out_of_range"}]
+    text = tenant("credits", "allocate", "--as-of", "2026-03-01", "--org", "other")
+    assert text.status == 0
+    assert text.out == "2026-03-01: 0 credits granted for 0 period(s), 0 expired, 0 had enough, 1 skipped, 0 failed\n"
+    assert "theirs 2026-03: organization_suspended" in text.err
+    tenant("org", "resume", "other")
+    assert allocate(tenant, "--as-of", "2026-04-01", "--team", "theirs")["credits_granted"] == 10
+    assert tenant("credits", "allocate", "--team", "no").status == 3
+    assert tenant("credits", "allocate", "--org", "no").status == 3
+
+
+def test_a_dry_run_tells_what_would_be_and_does_nothing(tenant: Run) -> None:
+    schedule(tenant, "--amount", 5, "--every", "monthly", "--mode", "reset", "--starts", "2026-01-01")
+    told = allocate(tenant, "--as-of", "2026-04-01", "--dry-run")
+    assert (told["granted"], told["credits_granted"], told["credits_expired"], remaining(tenant)) == (2, 10, 15, 10)
+    assert "would be granted" in tenant("credits", "allocate", "--as-of", "2026-04-01", "--dry-run").out
+    assert allocate(tenant, "--as-of", "2026-04-01") == told
+    assert remaining(tenant) == 5
+
+
+def test_in_chunks(tenant: Run, sql: psycopg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocation, "CHUNK", 7)
+    scheduled(sql, 50, "SELECT 't' || n, n, 'monthly', 'add', '2026-01-01' FROM generate_series(1, 50) n")
+    result = allocation.allocate(date(2026, 3, 1), catch_up=2)
+    assert (result.granted, result.credits_granted) == (150, 3 * 1275)
+    assert allocation.allocate(date(2026, 3, 1), catch_up=2).granted == 0
+    assert tenant("credits", "verify").status == 0
+
+
+def test_twenty_at_once_over_thirty_six_months(tenant: Run, sql: psycopg.Connection) -> None:
+    scheduled(sql, 20, "SELECT 't' || n, 1, 'monthly', 'add', '2026-01-01' FROM generate_series(1, 20) n")
+    with ThreadPoolExecutor(20) as threads:
+        granted = sum(
+            result.granted for result in threads.map(lambda _: allocation.allocate(date(2028, 12, 31), 99), range(20))
+        )
+    assert granted == 20 * 36
+    assert sql.execute("SELECT sum(credits_allocated) AS n FROM team_credits").fetchone() == {"n": 10 + 20 * 36}
+    assert tenant("credits", "verify").status == 0
+
+
+def test_beside_jobs_and_a_purge(tenant: Run, sql: psycopg.Connection) -> None:
+    scheduled(sql, 30, "SELECT team_id, 300, 'daily', 'reset', '2026-01-01' FROM teams")
+
+    tenant("credits", "add", "hr", 1000)
+
+    def work(number: int) -> str:
+        if number % 4 == 0:
+            allocation.allocate(date(2026, 1, 1) + timedelta(days=number), 9)
+        elif number % 4 == 1:
+            return str(
+                tenant("team", "delete", f"t{number // 4 + 1}", "--purge", "--confirm", f"t{number // 4 + 1}").status
+            )
+        else:
+            job_id = runner.new_job_id()
+            runner._begin(job_id, runner.JobRequest("hr", "Echo", [], 60))
+            runner._settle(job_id, "completed" if number % 4 == 2 else "failed", None, [], 5)
+        return "0"
+
+    with ThreadPoolExecutor(6) as threads:
+        assert set(threads.map(work, range(40))) == {"0"}
+    assert tenant("credits", "verify").status == 0
+
+
+def test_killed_it_leaves_whole_chunks_and_the_next_run_goes_on(tenant: Run, sql: psycopg.Connection) -> None:
+    scheduled(sql, 20000, "SELECT team_id, 1, 'monthly', 'add', '2026-01-01' FROM teams WHERE team_id <> 'hr'")
+    process = start_process("credits", "allocate", "--as-of", "2026-01-31")
+    while not (row := sql.execute("SELECT count(*) AS n FROM credit_transactions WHERE period IS NOT NULL").fetchone())[
+        "n"
+    ]:
+        pass
+    process.kill()
+    process.wait()
+    assert tenant("credits", "verify").status == 0
+    allocate(tenant, "--as-of", "2026-01-31")
+    row = sql.execute("SELECT count(*) AS n FROM credit_transactions WHERE period = '2026-01'").fetchone()
+    assert row == {"n": 20000}
+    assert tenant("credits", "verify").status == 0
+
+
+def test_schedules_are_audited_but_not_their_dates(tenant: Run) -> None:
+    schedule(tenant, "--amount", 5, "--every", "monthly", "--mode", "add", "--starts", "2026-01-01")
+    allocate(tenant, "--as-of", "2026-01-01")
+    schedule(tenant, "--amount", 6, "--every", "monthly", "--mode", "add")
+    schedule(tenant, "--off")
+    rows = [row for row in tenant("audit", "list", "--team", "hr", "-o", "json").data if row["noun"] == "schedule"]
+    assert [row["action"] for row in rows] == ["delete", "update", "create"]
+    assert rows[1]["before"]["credits_amount"] == 5
+    assert rows[1]["after"]["credits_amount"] == 6
+    assert rows[0]["organization_id"] == "acme"
+
+
+def test_a_team_is_deleted_and_purged_with_its_schedule(tenant: Run) -> None:
+    tenant("team", "create", "it", "--org", "acme")
+    for team in ("it", "hr"):
+        schedule(tenant, "--amount", 5, "--every", "monthly", "--mode", "add", team=team)
+    assert tenant("team", "delete", "it", "--yes").status == 0
+    assert tenant("team", "delete", "hr", "--purge", "--confirm", "hr").status == 0
+
+
+def test_the_second_of_two_waits(tenant: Run) -> None:
+    with database.connect() as db:
+        assert db.one("credits.lock_allocation")["is_locked"]
+        process = start_process("credits", "allocate")
+        assert process.stderr
+        assert "Another allocation is running" in process.stderr.readline()
+        assert process.poll() is None
+    assert process.wait(20) == 0
