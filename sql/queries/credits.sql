@@ -347,8 +347,8 @@ SELECT
     coalesce(sum(expires) FILTER (WHERE refusal IS NULL), 0) AS credits_expired,
     count(*) FILTER (WHERE refusal IS NULL AND following <= %(as_of)s) AS still_due,
     coalesce(
-        jsonb_agg(
-            jsonb_build_object('team_id', team_id, 'period', period, 'reason', refusal) ORDER BY team_id
+        json_agg(
+            json_build_object('team_id', team_id, 'period', period, 'reason', refusal) ORDER BY team_id
         ) FILTER (WHERE refusal IS NOT NULL),
         '[]'
     ) AS refused
