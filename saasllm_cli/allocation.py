@@ -10,7 +10,7 @@ from saasllm_cli import database
 from saasllm_cli.database import Database, Row
 from saasllm_cli.errors import Conflict
 
-CHUNK = 5000  # teams whose rows are locked at a time
+CHUNK = 10_000  # teams whose rows are locked at a time
 WAIT_SECONDS = 3600
 SKIPPED = ("team_suspended", "organization_suspended")
 
