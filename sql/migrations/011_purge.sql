@@ -163,8 +163,14 @@ BEGIN
             WHERE p.action = 'purge'
               AND p.purged_by = pg_current_xact_id()
               AND (
-                  p.before -> 'teams' ? (o.record ->> 'team_id')
-                  OR (TG_ARGV[0] = 'organization' AND p.team_id IS NULL AND p.organization_id = o.record ->> 'organization_id')
+                  p.team_id = o.record ->> 'team_id'
+                  OR (p.team_id IS NULL AND p.organization_id = o.record ->> 'organization_id')
+                  -- An assignment does not know its organization: it is gone with its team.
+                  OR (
+                      p.team_id IS NULL
+                      AND TG_ARGV[0] = 'assignment'
+                      AND NOT EXISTS (SELECT FROM public.teams t WHERE t.team_id = o.record ->> 'team_id')
+                  )
               )
         );
     ELSE
