@@ -27,15 +27,21 @@ WHERE (%(status)s::text IS NULL OR status = %(status)s)
   AND (
       %(search)s::text IS NULL
       OR group_name = ANY (
-          ARRAY(SELECT group_name FROM model_groups WHERE search_vector(group_name, display_name) @@ search_query(%(search)s))
+          ARRAY(
+              SELECT group_name
+              FROM model_groups
+              WHERE search_vector(group_name, display_name) @@ search_query(%(search)s)
+          )
       )
   )
   AND CASE
       WHEN %(after)s::text IS NULL THEN true
       WHEN %(sort)s::text = 'newest'
-          THEN (created_at, group_name) < ((SELECT created_at FROM model_groups WHERE group_name = %(after)s), %(after)s)
+          THEN (created_at, group_name)
+              < ((SELECT created_at FROM model_groups WHERE group_name = %(after)s), %(after)s)
       WHEN %(sort)s::text = 'oldest'
-          THEN (created_at, group_name) > ((SELECT created_at FROM model_groups WHERE group_name = %(after)s), %(after)s)
+          THEN (created_at, group_name)
+              > ((SELECT created_at FROM model_groups WHERE group_name = %(after)s), %(after)s)
       ELSE group_name > %(after)s
   END
 ORDER BY

@@ -24,15 +24,21 @@ WHERE (%(status)s::text IS NULL OR status = %(status)s)
   AND (
       %(search)s::text IS NULL
       OR organization_id = ANY (
-          ARRAY(SELECT organization_id FROM organizations WHERE search_vector(organization_id, name) @@ search_query(%(search)s))
+          ARRAY(
+              SELECT organization_id
+              FROM organizations
+              WHERE search_vector(organization_id, name) @@ search_query(%(search)s)
+          )
       )
   )
   AND CASE
       WHEN %(after)s::text IS NULL THEN true
       WHEN %(sort)s::text = 'newest'
-          THEN (created_at, organization_id) < ((SELECT created_at FROM organizations WHERE organization_id = %(after)s), %(after)s)
+          THEN (created_at, organization_id)
+              < ((SELECT created_at FROM organizations WHERE organization_id = %(after)s), %(after)s)
       WHEN %(sort)s::text = 'oldest'
-          THEN (created_at, organization_id) > ((SELECT created_at FROM organizations WHERE organization_id = %(after)s), %(after)s)
+          THEN (created_at, organization_id)
+              > ((SELECT created_at FROM organizations WHERE organization_id = %(after)s), %(after)s)
       ELSE organization_id > %(after)s
   END
 ORDER BY
