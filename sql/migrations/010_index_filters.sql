@@ -37,29 +37,3 @@ CREATE INDEX jobs_by_type ON jobs (job_type, created_at, job_id) WHERE job_type 
 -- What a team was charged and has called in a period.
 CREATE INDEX credit_transactions_by_time ON credit_transactions (team_id, created_at);
 CREATE INDEX llm_calls_by_team ON llm_calls (team_id, created_at);
-
--- A team's balance is looked up team by team (the OFFSET says so): joined by merging, a page in the middle of the list
--- would read all balances before it.
-CREATE OR REPLACE VIEW team_details AS
-SELECT
-    t.team_id,
-    t.organization_id,
-    t.team_alias,
-    t.status,
-    ARRAY(
-        SELECT a.group_name::text FROM team_model_groups a WHERE a.team_id = t.team_id ORDER BY a.group_name
-    ) AS model_groups,
-    c.credits_allocated,
-    c.credits_used,
-    c.credits_reserved,
-    c.credits_remaining,
-    t.metadata,
-    t.created_at,
-    t.updated_at
-FROM teams t
-CROSS JOIN LATERAL (
-    SELECT credits_allocated, credits_used, credits_reserved, credits_remaining
-    FROM team_credits
-    WHERE team_id = t.team_id
-    OFFSET 0
-) c;

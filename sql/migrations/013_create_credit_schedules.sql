@@ -94,7 +94,8 @@ CREATE TRIGGER credit_schedules_audit_update AFTER UPDATE ON credit_schedules
     EXECUTE FUNCTION audit_schedule();
 
 
--- A team is shown with its schedule.
+-- A team is shown with its schedule. Its balance is looked up team by team (the OFFSET says so): joined by merging, a
+-- page in the middle of a list would read all balances before it.
 CREATE OR REPLACE VIEW team_details AS
 SELECT
     t.team_id,
