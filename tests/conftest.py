@@ -16,6 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import psycopg
 import pytest
 from provider import Provider
@@ -30,6 +31,20 @@ numbers = count()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--postgres-bin", help="Run on a server of these PostgreSQL programs, not on the embedded one.")
     parser.addoption("--renew", action="store_true", help="Write into the transcripts what is printed now.")
+    parser.addoption(
+        "--thorough", action="store_true", help="Random sequences, races and crashes in their full number."
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Random sequences: a bounded number, the same in each run; with --thorough many, and others each time."""
+    hypothesis.settings.register_profile(
+        "bounded", deadline=None, derandomize=True, database=None, max_examples=15, stateful_step_count=40
+    )
+    hypothesis.settings.register_profile(
+        "thorough", deadline=None, max_examples=300, stateful_step_count=100, print_blob=True
+    )
+    hypothesis.settings.load_profile("thorough" if config.getoption("--thorough") else "bounded")
 
 
 @dataclass(frozen=True)
