@@ -6,7 +6,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TextIO
@@ -31,11 +31,18 @@ BAR_WIDTH = 16
 UNLIMITED_WIDTH = 100_000
 
 
-def show(data: "Row | Sequence[Row] | Rows", output: Format | None, columns: Sequence[str] = ()) -> None:
+def show(
+    data: "Row | Sequence[Row] | Rows",
+    output: Format | None,
+    columns: Sequence[str] = (),
+    bar: str | None = None,
+    more: str = "the next ones with --after, more at once with --limit",
+) -> None:
     """Prints one thing (a row) or many (rows) in the format asked for, else in that of the settings.
 
     Rows are printed as they come, but for a table, whose widths need all of them. `columns` names those that a table
-    of many things shows; every other form shows all. Rows beyond the limit of the query are not shown, only told of.
+    of many things shows, `bar` the one that it also draws; every other form shows all. Rows beyond the limit of the
+    query are not shown, only told of, with how to see `more`.
     """
     is_one = isinstance(data, Mapping)
     limit = getattr(data, "limit", None)
@@ -54,10 +61,10 @@ def show(data: "Row | Sequence[Row] | Rows", output: Format | None, columns: Seq
         case Format.TABLE if isinstance(data, Mapping):
             _show_one(data)
         case Format.TABLE:
-            _show_table(list(rows), columns)
+            _show_table(list(rows), columns, bar)
     sys.stdout.flush()
     if limit is not None and next(source, None) is not None:
-        note(f"There are more than {limit}: the next ones with --after, more at once with --limit.")
+        note(f"There are more than {limit}: {more}.")
 
 
 def show_report(
@@ -160,7 +167,7 @@ def _json(data: Any, indent: int | None = None) -> str:
                 return timestamp(value)
             case Decimal():
                 return simplejson.RawJSON(f"{value:f}")
-            case UUID():
+            case date() | UUID():
                 return str(value)
         raise TypeError(f"{type(value).__name__} has no form in JSON")
 
@@ -270,9 +277,9 @@ def _show_one(row: Row) -> None:
         )
 
 
-def _show_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
+def _show_table(rows: Sequence[Row], columns: Sequence[str], bar: str | None) -> None:
     if rows:
-        _print_table(_table_of(rows, columns or tuple(rows[0])))
+        _print_table(_table_of(rows, columns or tuple(rows[0]), bar))
     else:
         note("Nothing found.")
 

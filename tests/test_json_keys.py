@@ -84,6 +84,12 @@ COMMANDS: dict[str, list[Any]] = {
         {"skipped": [REFUSED]},
         "failed",
     ],
+    "credits forecast": [
+        [
+            *("team_id", "organization_id", "credits_remaining", "credits_per_day", "days_left", "runs_out_on"),
+            *("next_on", "next_amount"),
+        ]
+    ],
     "job run --team hr --group Echo --prompt x": [
         *("job_id", "status", "content", "resolved_model", "prompt_tokens", "completion_tokens", "total_tokens"),
         *("cost_usd", "latency_ms", "attempts", "credits_remaining"),

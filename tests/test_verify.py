@@ -1,11 +1,15 @@
-"""`credits verify` finds every kind of damage, which only a superuser with the triggers off can do."""
+"""`credits verify` finds every kind of damage, which only a superuser with the triggers off can do, and repairs what an
+adjustment can repair."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import psycopg
 import pytest
 from conftest import Result
 
+from saasllm_cli.errors import Conflict
 from saasllm_cli.jobs import runner
 
 Run = Callable[..., Result]
@@ -85,3 +89,93 @@ def test_it_names_all_that_is_broken(used: Run, sql: psycopg.Connection, damage:
         assert {row["team_id"] for row in result.data} == {"hr"}
         assert result.error["code"] == "credits_differ"
     assert used("credits", "verify", "it").status == 0
+
+
+DAMAGE_HR = (
+    "SET session_replication_role = replica;"
+    " UPDATE team_credits SET credits_allocated = credits_allocated + 100 WHERE team_id = 'hr'"
+)
+# What a repair leaves hr with, of the 14 that it has, and by which adjustment.
+REPAIRED = {
+    "credits_allocated = credits_allocated + 100": (114, 100),
+    "credits_allocated = credits_allocated - 5": (9, -5),
+    "credits_used = 0": (15, 1),
+    "credits_allocated = credits_allocated + 3, credits_used = credits_used + 3": (14, None),
+    "last_entry_no = 1": (14, None),
+    "credits_reserved = 9": (14, None),
+    "credits_reserved = 0": (14, None),
+}
+
+
+def history(run: Run) -> list[dict[str, object]]:
+    return list(run("credits", "transactions", "hr", "-o", "json").data)
+
+
+@pytest.mark.parametrize(("damage", "balance"), REPAIRED.items())
+def test_a_repair(used: Run, sql: psycopg.Connection, damage: str, balance: tuple[int, int | None]) -> None:
+    before = history(used)
+    sql.execute(f"SET session_replication_role = replica; UPDATE team_credits SET {damage} WHERE team_id = 'hr'")  # type: ignore[arg-type]
+    assert used("credits", "verify", "--repair").status == 2  # nobody there to ask
+    assert history(used) == before
+    result = used("credits", "verify", "--repair", "--yes")
+    assert result.status == 0
+    assert "differs" in result.out
+
+    remaining, adjustment = balance
+    entries = history(used)
+    if adjustment:
+        new, *entries = entries
+        assert (new["transaction_type"], new["credits_amount"]) == ("adjustment", adjustment)
+        assert new["reason"] == f"Repair: the ledger said 14, the balance {remaining}"
+    assert entries == before
+    after = used("credits", "balance", "hr", "-o", "json").data
+    assert (after["credits_remaining"], after["credits_reserved"]) == (remaining, 1)
+    assert used("credits", "verify").status == 0
+
+
+@pytest.mark.parametrize("damage", list(DAMAGE)[4:7])
+def test_what_no_adjustment_repairs_is_left_alone(used: Run, sql: psycopg.Connection, damage: str) -> None:
+    sql.execute("SET session_replication_role = replica; " + damage)  # type: ignore[arg-type]
+    found, before = used("credits", "verify", "-o", "json").data, history(used)
+    result = used("credits", "verify", "--repair", "--yes", "-o", "json")
+    assert (result.status, result.data) == (9, found)
+    assert f"{len(found)} row(s) are left" in result.err
+    assert (used("credits", "verify", "-o", "json").data, history(used)) == (found, before)
+
+
+def test_a_wrong_balance_stands_still_until_it_is_repaired(used: Run, sql: psycopg.Connection) -> None:
+    before = history(used)
+    sql.execute(DAMAGE_HR)
+    for command in ("credits add hr 5", "credits adjust hr -1 --reason x", "job run --team hr --group Echo --prompt x"):
+        result = used(*command.split())
+        assert result.status
+        assert "is not what its ledger says" in result.err
+        assert "credits verify hr --repair" in result.err
+    for team in ("hr", "it"):
+        used(*f"credits schedule {team} --amount 5 --every daily --mode add --starts 2026-01-01".split())
+    allocated = used("credits", "allocate", "--as-of", "2026-01-01", "-o", "json")
+    assert (allocated.status, allocated.data["granted"]) == (9, 1)
+    assert allocated.data["failed"] == [{"team_id": "hr", "period": "2026-01-01", "reason": "balance_differs"}]
+    assert history(used) == before
+    assert used("credits", "verify", "--repair", "--yes").status == 0
+    assert used("credits", "allocate", "--as-of", "2026-01-01", "-o", "json").data["granted"] == 1
+
+
+def test_a_repair_among_jobs(used: Run, sql: psycopg.Connection) -> None:
+    """Of jobs that begin and end while it is repaired, none is forgotten or counted twice."""
+    sql.execute(DAMAGE_HR)
+
+    def work(number: int) -> None:
+        job_id = runner.new_job_id()
+        runner._begin(job_id, runner.JobRequest("hr", "Echo", [], 60))
+        if number == 3:
+            assert used("credits", "verify", "hr", "--repair", "--yes").status == 0
+        while True:
+            with suppress(Conflict):
+                runner._settle(job_id, "completed" if number % 2 else "failed", None, [], 5)
+                break
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(30)))
+    assert used("credits", "verify").status == 0
+    assert used("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 114 - 15

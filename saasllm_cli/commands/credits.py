@@ -21,6 +21,8 @@ from saasllm_cli.commands.inputs import (
     TeamId,
     TimeOrder,
     Until,
+    Yes,
+    confirm,
     credits_from,
     day,
     label,
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 app = noun()
 
 MOST_NAMED = 20
-
+REPAIRABLE = ("credits_allocated differs", "credits_used differs", "last_entry_no differs", "credits_reserved differs")
 
 Reason = Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="Why; it is kept in the ledger.")]
 Source = Annotated[
@@ -323,25 +325,90 @@ def allocate(
         raise CheckFailed("some_failed", f"{len(result.failed)} team(s) could not be granted their credits.")
 
 
+@app.command(epilog="Example: saasllm credits forecast --org org_acme_corp")
+def forecast(
+    team_id: Annotated[
+        str | None, typer.Argument(**A_TEAM | {"metavar": "[TEAM]"}, show_default=False, help="By default all teams.")
+    ] = None,
+    org: OrgFilter = None,
+    days: Annotated[
+        int, typer.Option(min=1, max=366, metavar="N", help="How many of the last days tell what they use.")
+    ] = 30,
+    limit: Limit = 100,
+    output: Output = None,
+) -> None:
+    """Forecast when the active teams run out of credits, the first of them first.
+
+    They are taken to go on as in the last days, less what was refunded, and to be granted what is scheduled. A team
+    without a day does not run out within a year.
+    """
+    columns = ("team_id", "credits_remaining", "credits_per_day", "runs_out_on", "next_on", "next_amount", "days_left")
+    with database.connect() as db:
+        teams = db.stream(
+            "credits.forecast",
+            {"team": team_id, "organization": org},
+            team_id=team_id,
+            organization_id=org,
+            days=days,
+            limit=limit,
+        )
+        show(teams, output, columns, bar="days_left", more="more with --limit")
+
+
 @app.command(epilog="Example: saasllm credits verify || echo 'the ledger is broken'")
 def verify(
     team_id: Annotated[
         str | None, typer.Argument(**A_TEAM | {"metavar": "[TEAM]"}, show_default=False, help="By default all teams.")
     ] = None,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Where a balance differs, enter the difference in the ledger as an adjustment."),
+    ] = False,
+    yes: Yes = False,
     output: Output = None,
 ) -> None:
-    """Replay the ledger and compare balances, reservations and jobs with it; exit 9 where anything differs."""
+    """Replay the ledger and compare balances, reservations and jobs with it; exit 9 where anything differs.
+
+    A repair leaves the team with what it had: `credits adjust` corrects that, where it was wrong. It changes no entry.
+    """
     with database.connect() as db:
         with waiting("Replaying the ledger …"):
             problems = db.stream("credits.verify", {"team": team_id}, team_id=team_id)
         if problems.is_empty and (output or settings().output) is Format.TABLE:
             note("The ledger, the balances and the jobs agree.")
             return
-        show(problems, output)
-        if not problems.is_empty:
+        if not repair:
+            show(problems, output)
+            if not problems.is_empty:
+                raise CheckFailed(
+                    "credits_differ",
+                    "The ledger, the balances and the jobs do not agree; see the rows above.",
+                    "Balances and reservations are mended by: saasllm credits verify --repair",
+                )
+            return
+        found = list(problems)
+        show(found, output)
+        if teams := sorted({row["team_id"] for row in found if row["problem"] in REPAIRABLE}):
+            confirm(f"Repair the credits of {len(teams)} team(s)?", yes)
+            _repair(db, teams)
+        if left := len(db.many("credits.verify", team_id=team_id)):
             raise CheckFailed(
-                "credits_differ", "The ledger, the balances and the jobs do not agree; see the rows above."
+                "credits_differ", f"{left} row(s) are left that no adjustment mends.", "See: saasllm credits verify"
             )
+
+
+def _repair(db: database.Database, team_ids: list[str]) -> None:
+    def work() -> list[database.Row]:
+        db.many("credits.lock_to_repair", team_ids=team_ids)
+        repaired = db.many("credits.repair", team_ids=team_ids)
+        db.many("credits.reserve_open_jobs", team_ids=[row["team_id"] for row in repaired])
+        return repaired
+
+    for row in db.transaction(work):
+        if row["transaction_id"]:
+            note(f"{row['team_id']}: an adjustment of {row['credits_amount']:+} (transaction {row['transaction_id']}).")
+        else:
+            note(f"{row['team_id']}: counted anew; no adjustment was needed.")
 
 
 def _enter(
@@ -415,7 +482,7 @@ def _last_day(period_: str) -> tuple[date, str]:
 
 def _show_allocation(result: "Allocation", dry_run: bool, output: Format | None) -> None:
     if (output or settings().output) is not Format.TABLE:
-        show(asdict(result) | {"as_of": str(result.as_of)}, output)
+        show(asdict(result), output)
         return
     told = "would be granted" if dry_run else "granted"
     print_line(

@@ -143,6 +143,88 @@ WHERE t.status = 'active'
   AND (%(organization_id)s::text IS NULL OR d.organization_id = %(organization_id)s)
 ORDER BY d.credits_free, d.team_id;
 
+-- name: forecast(team_id, organization_id, days, row_limit) :many
+-- The active teams of active organizations by the day on which their credits run out: if they go on as in the last
+-- `days` (or since they were created, a day at least), and are granted what is scheduled. No day means not within a
+-- year. Of one team, one organization or all.
+WITH RECURSIVE burn AS (
+    SELECT team_id, -sum(credits_amount) AS credits
+    FROM credit_transactions
+    WHERE transaction_type IN ('deduction', 'refund')
+      AND created_at >= now() - %(days)s::integer * interval '1 day'
+      AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
+      AND (%(organization_id)s::text IS NULL OR organization_id = %(organization_id)s)
+    GROUP BY team_id
+),
+team AS (
+    SELECT
+        t.team_id, t.organization_id, c.credits_remaining, s.every, s.mode, s.credits_amount, s.credits_max,
+        -- What is overdue is granted today.
+        CASE WHEN s.next_on IS NOT NULL THEN greatest(s.next_on, period_start(s.every, current_date)) END AS next_on,
+        greatest(burn.credits, 0)
+        / least(%(days)s, greatest(1, EXTRACT(epoch FROM now() - t.created_at) / 86400)) AS credits_per_day
+    FROM teams t
+    JOIN organizations o USING (organization_id)
+    JOIN team_credits c USING (team_id)
+    LEFT JOIN burn USING (team_id)
+    LEFT JOIN credit_schedules s USING (team_id)
+    WHERE t.status = 'active'
+      AND o.status = 'active'
+      AND (%(team_id)s::text IS NULL OR t.team_id = %(team_id)s)
+      AND (%(organization_id)s::text IS NULL OR t.organization_id = %(organization_id)s)
+),
+-- From grant to grant: what a team has on that day, and for how many days it lasts.
+span AS (
+    SELECT
+        team_id, credits_per_day, every, mode, credits_amount, credits_max, next_on,
+        current_date AS day,
+        credits_remaining::numeric AS credits,
+        credits_remaining / credits_per_day AS lasts,
+        -- A grant that is enough for the longest period is enough for all that follow.
+        credits_amount >= credits_per_day * CASE every WHEN 'daily' THEN 1 WHEN 'weekly' THEN 7 ELSE 31 END AS is_enough
+    FROM team
+    WHERE credits_per_day > 0
+    UNION ALL
+    SELECT
+        team_id, credits_per_day, every, mode, credits_amount, credits_max,
+        period_after(every, next_on, 1),
+        greatest(next_on, day),
+        granted.credits,
+        granted.credits / credits_per_day,
+        is_enough
+    FROM span
+    CROSS JOIN LATERAL (
+        SELECT greatest(credits - credits_per_day * greatest(next_on - day, 0), 0) AS credits
+    ) AS left_over
+    CROSS JOIN LATERAL (
+        SELECT
+            CASE mode
+                WHEN 'reset' THEN credits_amount
+                WHEN 'top-up' THEN greatest(left_over.credits, credits_amount)
+                ELSE greatest(left_over.credits, least(left_over.credits + credits_amount, credits_max))
+            END AS credits
+    ) AS granted
+    WHERE next_on - day <= lasts AND NOT is_enough AND next_on <= current_date + 365
+),
+ending AS (
+    SELECT team_id, day + floor(lasts)::integer AS runs_out_on
+    FROM span
+    WHERE lasts <= 365 - (day - current_date) AND (next_on IS NULL OR next_on - day > lasts)
+)
+SELECT
+    team_id,
+    team.organization_id,
+    team.credits_remaining,
+    round(coalesce(team.credits_per_day, 0), 2) AS credits_per_day,
+    ending.runs_out_on - current_date AS days_left,
+    ending.runs_out_on,
+    team.next_on,
+    team.credits_amount AS next_amount
+FROM team
+LEFT JOIN ending USING (team_id)
+ORDER BY ending.runs_out_on, team_id
+LIMIT %(row_limit)s;
+
 -- name: verify(team_id) :many
 -- Everything in which the ledger, the balances and the jobs disagree, of one team or of all, at one moment: the rules
 -- that the database enforces, proven from the data alone.
@@ -226,6 +308,88 @@ WHERE j.status = 'completed'
   AND (%(team_id)s::text IS NULL OR j.team_id = %(team_id)s)
 ORDER BY team_id, transaction_id, problem;
 
+-- name: lock_to_repair(team_ids) :many
+SELECT team_id FROM team_credits WHERE team_id = ANY (%(team_ids)s::text[]) ORDER BY team_id FOR UPDATE;
+
+-- name: repair(team_ids) :many
+-- Makes the balances that differ from their ledger what it says, and enters by what they differed as an adjustment, so
+-- that what remains stays as it was. Left alone are teams whose ledger is broken in itself or that have more open jobs
+-- than credits. No credit is reserved afterwards: `reserve_open_jobs` goes with it.
+WITH ledger AS (
+    SELECT
+        team_id,
+        max(entry_no) AS last_entry_no,
+        coalesce(sum(credits_amount) FILTER (WHERE transaction_type NOT IN ('deduction', 'refund')), 0) AS allocated,
+        coalesce(-sum(credits_amount) FILTER (WHERE transaction_type IN ('deduction', 'refund')), 0) AS used,
+        sum(credits_amount) AS remaining,
+        (array_agg(credits_after ORDER BY entry_no DESC))[1] AS last_after
+    FROM credit_transactions
+    WHERE team_id = ANY (%(team_ids)s::text[])
+    GROUP BY team_id
+),
+open_job AS (
+    SELECT team_id, count(*) AS jobs
+    FROM jobs
+    WHERE team_id = ANY (%(team_ids)s::text[]) AND status IN ('pending', 'in_progress')
+    GROUP BY team_id
+),
+wrong AS (
+    SELECT
+        c.team_id,
+        c.credits_remaining,
+        coalesce(l.last_entry_no, 0) AS last_entry_no,
+        coalesce(l.allocated, 0) AS allocated,
+        coalesce(l.used, 0) AS used,
+        coalesce(l.remaining, 0) AS ledger_remaining
+    FROM team_credits c
+    LEFT JOIN ledger l USING (team_id)
+    LEFT JOIN open_job o USING (team_id)
+    WHERE c.team_id = ANY (%(team_ids)s::text[])
+      AND (c.credits_allocated, c.credits_used, c.last_entry_no, c.credits_reserved)
+          <> (coalesce(l.allocated, 0), coalesce(l.used, 0), coalesce(l.last_entry_no, 0), coalesce(o.jobs, 0))
+      AND coalesce(l.remaining = l.last_after, true)
+      AND c.credits_remaining >= coalesce(o.jobs, 0)
+),
+restored AS (
+    UPDATE team_credits c
+    SET credits_allocated = wrong.allocated,
+        credits_used = wrong.used,
+        credits_reserved = 0,
+        last_entry_no = wrong.last_entry_no
+    FROM wrong
+    WHERE c.team_id = wrong.team_id
+    RETURNING wrong.*
+),
+entry AS (
+    INSERT INTO credit_transactions (
+        team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after, reason
+    )
+    SELECT
+        team_id, organization_id, last_entry_no + 1, 'adjustment', credits_remaining - ledger_remaining,
+        ledger_remaining, credits_remaining,
+        'Repair: the ledger said ' || ledger_remaining || ', the balance ' || credits_remaining
+    FROM restored
+    JOIN teams USING (team_id)
+    WHERE credits_remaining <> ledger_remaining
+    RETURNING team_id, transaction_id, credits_amount
+)
+SELECT team_id, entry.transaction_id, coalesce(entry.credits_amount, 0) AS credits_amount
+FROM restored
+LEFT JOIN entry USING (team_id)
+ORDER BY team_id;
+
+-- name: reserve_open_jobs(team_ids) :many
+UPDATE team_credits c
+SET credits_reserved = open_job.jobs
+FROM (
+    SELECT team_id, count(*) AS jobs
+    FROM jobs
+    WHERE team_id = ANY (%(team_ids)s::text[]) AND status IN ('pending', 'in_progress')
+    GROUP BY team_id
+) AS open_job
+WHERE c.team_id = open_job.team_id
+RETURNING c.team_id;
+
 -- name: schedule(team_id, credits_amount, every, mode, credits_max, starts_on, today) :maybe
 -- Sets the team's schedule. Its first period is the one of `starts_on`, else the next one after today; a schedule that
 -- is changed goes on with its next period, as far as that is one of its new length.
@@ -307,6 +471,7 @@ plan AS (
             WHEN o.status <> 'active' THEN 'organization_suspended'
             WHEN t.status <> 'active' THEN 'team_suspended'
             WHEN b.credits_allocated > 9223372036854775807 - due.credits_amount THEN 'out_of_range'
+            WHEN b.credits_remaining <> coalesce(last.credits_after, 0) THEN 'balance_differs'
         END AS refusal
     FROM due
     JOIN balance b USING (team_id)
@@ -315,6 +480,7 @@ plan AS (
     LEFT JOIN credit_transactions before ON before.team_id = due.team_id
         AND before.period = period_name(due.every, due.first_day)
         AND before.transaction_type = 'allocation'
+    LEFT JOIN credit_transactions last ON last.team_id = due.team_id AND last.entry_no = b.last_entry_no
 ),
 granted AS (
     SELECT * FROM plan WHERE refusal IS NULL

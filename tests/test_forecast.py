@@ -1,0 +1,98 @@
+"""When credits run out: a team of twenty credits that has used ten of them in its five days."""
+
+from collections.abc import Callable
+
+import psycopg
+import pytest
+from conftest import Result
+
+from saasllm_cli.jobs import runner
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def used(tenant: Run, sql: psycopg.Connection) -> Run:
+    tenant("credits", "add", "hr", 10)
+    sql.execute("UPDATE teams SET created_at = now() - interval '5 days'")
+    use(10)
+    return tenant
+
+
+def use(credits_: int, team: str = "hr") -> None:
+    for _ in range(credits_):
+        job_id = runner.new_job_id()
+        runner._begin(job_id, runner.JobRequest(team, "Echo", [], 60))
+        runner._settle(job_id, "completed", None, [], 5)
+
+
+def forecast(run: Run, *options: object) -> list[dict[str, object]]:
+    result = run("credits", "forecast", *options, "-o", "json")
+    assert result.status == 0, result.err
+    return list(result.data)
+
+
+def test_the_rate_of_the_last_days_and_the_day(used: Run, sql: psycopg.Connection) -> None:
+    (team,) = forecast(used)
+    day = sql.execute("SELECT (current_date + 5)::text AS day").fetchone()
+    assert team == {
+        "team_id": "hr",
+        "organization_id": "acme",
+        "credits_remaining": 10,
+        "credits_per_day": 2,
+        "days_left": 5,
+        "runs_out_on": day and day["day"],
+        "next_on": None,
+        "next_amount": None,
+    }
+    assert forecast(used, "--days", 1)[0]["days_left"] == 1  # ten in the last one
+    job_id = used("job", "list", "--limit", 1, "-o", "json").data[0]["job_id"]
+    used("credits", "refund", "--job", job_id)
+    assert forecast(used)[0]["credits_per_day"] == 1.8
+
+
+@pytest.mark.parametrize(
+    ("schedule", "days_left"),
+    [
+        ("1, 'daily', 'add', NULL, current_date + 1", 9),  # 9 8 7 6 5 4 3 2 1
+        ("1, 'daily', 'add', 5, current_date + 1", 7),  # 8 6 5 4 3 2 1
+        ("1, 'daily', 'top-up', NULL, current_date + 1", 5),  # 8 6 4 2 1
+        ("1, 'daily', 'reset', NULL, current_date + 2", 2),
+        ("1, 'daily', 'reset', NULL, current_date + 9", 5),
+        ("1, 'daily', 'reset', NULL, current_date - 9", 0),  # what is overdue comes today
+        ("8, 'daily', 'add', NULL, current_date - 9", None),
+        ("2, 'daily', 'reset', NULL, current_date + 5", None),
+        ("62, 'monthly', 'top-up', NULL, date_trunc('month', current_date)", None),
+        ("14, 'weekly', 'reset', NULL, date_trunc('week', current_date)", None),
+    ],
+)
+def test_what_is_scheduled_counts(used: Run, sql: psycopg.Connection, schedule: str, days_left: int | None) -> None:
+    sql.execute(
+        "INSERT INTO credit_schedules (team_id, credits_amount, every, mode, credits_max, next_on)"
+        f" SELECT 'hr', {schedule}"  # type: ignore[arg-type]
+    )
+    assert forecast(used)[0]["days_left"] == days_left
+
+
+def test_who_runs_out_first_comes_first(used: Run) -> None:
+    for team, credits_ in (("it", 6), ("ops", 3), ("idle", 5), ("off", 3)):
+        used("team", "create", team, "--org", "acme", "--group", "Echo", "--credits", credits_)
+        if team != "idle":
+            use(2, team)
+    used("team", "suspend", "off")
+    assert [(team["team_id"], team["days_left"]) for team in forecast(used)] == [
+        ("ops", 0),
+        ("it", 2),
+        ("hr", 5),
+        ("idle", None),
+    ]
+    assert [team["team_id"] for team in forecast(used, "it")] == ["it"]
+    limited = used("credits", "forecast", "--limit", 1)
+    assert limited.out.splitlines()[1].startswith("ops")
+    assert limited.err == "There are more than 1: more with --limit.\n"
+
+
+def test_wrong_names_and_numbers(tenant: Run) -> None:
+    assert tenant("credits", "forecast", "no").status == 3
+    assert tenant("credits", "forecast", "--org", "no").status == 3
+    assert tenant("credits", "forecast", "--days", 0).status == 2
