@@ -74,13 +74,13 @@ def not_found(noun: str, name: str) -> NotFound:
     return NotFound(f"{noun}_not_found", f"There is no {noun} {name}.", hint)
 
 
-def refused(outcome: str, team: str | None, group: str, organization: str | None) -> SaasllmError:
+def refused(outcome: str, team: str | None, group: str | None, organization: str | None) -> SaasllmError:
     """Why a team may not run a job of a group: the outcomes of `job.begin` and `group.resolve` as errors."""
     match outcome:
         case "team_not_found":
             return not_found("team", str(team))
         case "group_not_found":
-            return not_found("group", group)
+            return not_found("group", str(group))
         case "organization_suspended":
             message = f"The organization {organization} of the team {team} is suspended."
             hint = f"See: saasllm org get {organization}"

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -29,6 +29,8 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 MOST_REPORTED = 60  # rows of a list in a report
 BAR_WIDTH = 16
 UNLIMITED_WIDTH = 100_000
+
+_has_progress = False  # whether a line of it stands at the terminal
 
 
 def show(
@@ -99,6 +101,17 @@ def print_answer(text: str) -> None:
     print_line(harmless(text, keep="\n\t") if sys.stdout.isatty() else text)
 
 
+def printer() -> Callable[[str], None]:
+    """What prints the pieces of a model's answer as they come: to stdout as it is now, for while a model is called
+    litellm's words are kept from there."""
+    stdout = sys.stdout
+
+    def print_piece(text: str) -> None:
+        print(harmless(text, keep="\n\t") if stdout.isatty() else text, end="", file=stdout, flush=True)
+
+    return print_piece
+
+
 def note(text: str) -> None:
     """A word to whoever sits at the terminal or reads the log."""
     _to_stderr(harmless(text, keep="\n") + "\n")
@@ -106,7 +119,9 @@ def note(text: str) -> None:
 
 def progress(text: str) -> None:
     """What is being waited for, at a terminal only; the next one takes its place, and "" removes it."""
-    if sys.stderr.isatty():
+    global _has_progress
+    if sys.stderr.isatty() and (text or _has_progress):
+        _has_progress = bool(text)
         is_dumb = os.environ.get("TERM") == "dumb"
         line = f"{harmless(text)}\n" * bool(text) if is_dumb else f"\r\x1b[K{harmless(text)}"
         _to_stderr(line)
@@ -271,10 +286,13 @@ def _show_one(row: Row) -> None:
     _print_table(table)
     for name, items in lists.items():
         print_line(f"\n{name}")
-        # Which thing they belong to stands above.
-        _print_table(
-            _table_of(items, [column for column in items[0] if not (column.endswith("_id") and column in row)])
-        )
+        # Which thing they belong to stands above, and what none of them has is left out.
+        columns = [
+            name
+            for name in items[0]
+            if not (name.endswith("_id") and name in row) and any(item[name] is not None for item in items)
+        ]
+        _print_table(_table_of(items, columns))
 
 
 def _show_table(rows: Sequence[Row], columns: Sequence[str], bar: str | None) -> None:

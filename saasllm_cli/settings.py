@@ -45,6 +45,7 @@ class Settings(BaseSettings):
     data_dir: Path | None = None
     actor: str = Field(default_factory=getuser)
     output: Format = Format.TABLE
+    keep_content: int = Field(default=0, ge=0, le=1_000_000)  # how many characters of each prompt and each answer
 
     @classmethod
     def settings_customise_sources(

@@ -1,16 +1,19 @@
 """An OpenAI-compatible HTTP server on loopback, with faults on demand.
 
-The name of the model says what happens: `ok`, `status-429`, `empty`, `blank`, `html`, `cut`, `slow`, `drip`, `context`,
-`policy`. Anything after a second dash is free.
+The name of the model says what happens: `ok`, `status-429`, `busy` (429, and says when to come back; then ok),
+`tools`, `empty`, `blank`, `html`, `cut`, `torn` (a stream cut in the middle), `slow`, `drip`, `context`, `policy`.
+Anything after a second dash is free.
 """
 
 import json
 import threading
 import time
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
 ANSWER = "The answer of the model."
+NO_HEADERS: Mapping[str, str] = {}
 USAGE = {"prompt_tokens": 12, "completion_tokens": 5, "total_tokens": 17}
 
 
@@ -21,6 +24,8 @@ class Provider:
         self.requests: list[dict[str, Any]] = []
         self.stands_for: dict[str, str] = {}
         self.usage: dict[str, Any] = USAGE
+        self.answer = ANSWER
+        self.retry_after = "1"
         self.message = "fault {status} for key {key}"
         self.closing = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"provider": self}))
@@ -46,8 +51,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.provider.requests.append(body)
         model = body["model"]
         match self.provider.stands_for.get(model, model).split("-"):
-            case ["ok", *_]:
-                self._answer(200, _completion(model, ANSWER) | {"usage": self.provider.usage})
+            case ["busy", *_] if sum(request["model"] == model for request in self.provider.requests) == 1:
+                self._answer(429, _error("Too many requests."), {"Retry-After": self.provider.retry_after})
+            case ["ok" | "torn" as fault, *_] if body.get("stream"):
+                self._stream(model, is_torn=fault == "torn")
+            case ["ok" | "busy", *_]:
+                self._answer(200, _completion(model, self.provider.answer) | {"usage": self.provider.usage})
+            case ["tools", *_]:
+                function = {"name": "look_up", "arguments": '{"name": "Ada"}'}
+                call = {"id": "call_1", "type": "function", "function": function}
+                self._answer(200, _completion(model, None, tool_calls=[call]))
             case ["blank", *_]:
                 self._answer(200, _completion(model, ""))
             case ["empty", *_]:
@@ -89,13 +102,39 @@ class _Handler(BaseHTTPRequestHandler):
             except OSError:
                 return
 
-    def _answer(self, status: int, body: dict[str, Any]) -> None:
-        self._send(status, "application/json", json.dumps(body).encode())
+    def _stream(self, model: str, is_torn: bool) -> None:
+        """The answer word by word, as server-sent events."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        words = self.provider.answer.split(" ")
+        events = [
+            _chunk(model, {"content": f"{word} " if number < len(words) else word})
+            for number, word in enumerate(words, 1)
+        ]
+        events.append(_chunk(model, {}, finish_reason="stop") | {"usage": self.provider.usage})
+        for event in events[:2] if is_torn else events:
+            self._write_chunk(f"data: {json.dumps(event)}\n\n")
+        if is_torn:
+            self.close_connection = True
+        else:
+            self._write_chunk("data: [DONE]\n\n")
+            self._write_chunk("")
 
-    def _send(self, status: int, kind: str, content: bytes) -> None:
+    def _write_chunk(self, text: str) -> None:
+        self.wfile.write(f"{len(text.encode()):x}\r\n{text}\r\n".encode())
+        self.wfile.flush()
+
+    def _answer(self, status: int, body: dict[str, Any], headers: Mapping[str, str] = NO_HEADERS) -> None:
+        self._send(status, "application/json", json.dumps(body).encode(), headers)
+
+    def _send(self, status: int, kind: str, content: bytes, headers: Mapping[str, str] = NO_HEADERS) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
 
@@ -103,8 +142,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def _completion(model: str, content: str) -> dict[str, Any]:
-    message = {"role": "assistant", "content": content}
+def _completion(model: str, content: str | None, **further: Any) -> dict[str, Any]:
+    message = {"role": "assistant", "content": content, **further}
     return {
         "id": "chatcmpl-1",
         "object": "chat.completion",
@@ -112,6 +151,16 @@ def _completion(model: str, content: str) -> dict[str, Any]:
         "model": model,
         "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
         "usage": USAGE,
+    }
+
+
+def _chunk(model: str, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}],
     }
 
 

@@ -10,6 +10,7 @@ from conftest import Result, start_process
 
 from saasllm_cli import allocation, database
 from saasllm_cli.jobs import runner
+from saasllm_cli.jobs.calls import CallRequest
 
 Run = Callable[..., Result]
 
@@ -107,7 +108,7 @@ def test_modes(tenant: Run, mode: str, options: tuple[object, ...], after: list[
 
 
 def test_a_reset_leaves_what_is_reserved_and_says_what_expired(tenant: Run) -> None:
-    runner._begin(runner.new_job_id(), runner.JobRequest("hr", "Echo", [], 60))
+    runner._begin(runner.new_job_id(), runner.JobRequest("hr", CallRequest("Echo", [], 60)))
     schedule(tenant, "--amount", 5, "--every", "monthly", "--mode", "reset", "--starts", "2026-03-31")
     result = allocate(tenant, "--as-of", "2026-03-31")
     assert (result["credits_granted"], result["credits_expired"]) == (5, 9)
@@ -245,7 +246,7 @@ def test_beside_jobs_and_a_purge(tenant: Run, sql: psycopg.Connection) -> None:
             )
         else:
             job_id = runner.new_job_id()
-            runner._begin(job_id, runner.JobRequest("hr", "Echo", [], 60))
+            runner._begin(job_id, runner.JobRequest("hr", CallRequest("Echo", [], 60)))
             runner._settle(job_id, "completed" if number % 4 == 2 else "failed", None, [], 5)
         return "0"
 

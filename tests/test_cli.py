@@ -54,7 +54,7 @@ def test_the_list_of_nouns_is_that_of_their_modules(run: Run) -> None:
         if noun != "demo":
             assert root.get_command(None, noun).help == description  # type: ignore[attr-defined]
     modules = {path.stem for path in (Path(cli.__file__).parent / "commands").glob("*.py")}
-    assert modules - {"__init__", "inputs", "purge", "usage"} == set(cli.NOUNS)
+    assert modules - {"__init__", "calls", "inputs", "purge", "usage"} == set(cli.NOUNS)
 
 
 def test_version_and_nonsense(run: Run) -> None:

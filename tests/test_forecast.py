@@ -7,6 +7,7 @@ import pytest
 from conftest import Result
 
 from saasllm_cli.jobs import runner
+from saasllm_cli.jobs.calls import CallRequest
 
 Run = Callable[..., Result]
 
@@ -22,7 +23,7 @@ def used(tenant: Run, sql: psycopg.Connection) -> Run:
 def use(credits_: int, team: str = "hr") -> None:
     for _ in range(credits_):
         job_id = runner.new_job_id()
-        runner._begin(job_id, runner.JobRequest(team, "Echo", [], 60))
+        runner._begin(job_id, runner.JobRequest(team, CallRequest("Echo", [], 60)))
         runner._settle(job_id, "completed", None, [], 5)
 
 

@@ -13,6 +13,7 @@ from provider import ANSWER, Provider
 
 from saasllm_cli.errors import Conflict, DatabaseUnavailable, InsufficientCredits
 from saasllm_cli.jobs import runner
+from saasllm_cli.jobs.calls import CallRequest
 
 Run = Callable[..., Result]
 FIELDS = [
@@ -21,7 +22,7 @@ FIELDS = [
 ]
 CALL_FIELDS = [
     *("call_id", "job_id", "model_group_used", "resolved_model", "attempt", "prompt_tokens", "completion_tokens"),
-    *("total_tokens", "cost_usd", "latency_ms", "purpose", "error", "created_at"),
+    *("total_tokens", "cost_usd", "latency_ms", "purpose", "error", "created_at", "prompt", "answer"),
 ]
 
 
@@ -218,7 +219,7 @@ def test_the_prompt_from_a_file(tenant: Run, home) -> None:
     assert job_run(tenant, "Echo", "--prompt-file", "cv.txt", stdin="unread").out == "aus Köln\n\n"
     assert job_run(tenant, "Echo", "--prompt-file", "-", stdin="read").out == "read\n"
     missing = job_run(tenant, "Echo", "--prompt-file", "none.txt", "-o", "json")
-    assert (missing.status, missing.error["code"]) == (2, "unreadable_prompt")
+    assert (missing.status, missing.error["code"]) == (2, "unreadable_file")
 
 
 def test_what_is_kept_with_the_job(tenant: Run) -> None:
@@ -286,8 +287,7 @@ def test_unknown_job(tenant: Run) -> None:
 
 
 def request(**changes: object) -> runner.JobRequest:
-    asked = {"team_id": "hr", "group_name": "Echo", "messages": [{"role": "user", "content": "x"}], "timeout": 5.0}
-    return runner.JobRequest(**asked | changes)
+    return runner.JobRequest("hr", CallRequest("Echo", [{"role": "user", "content": "x"}], 5.0), **changes)
 
 
 def test_forty_begins_on_ten_credits(tenant: Run) -> None:
@@ -356,7 +356,7 @@ def test_what_was_begun_is_settled_on_a_newer_database(tenant: Run, sql: psycopg
 
 
 def test_an_unexpected_error_frees_the_credit(tenant: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saasllm_cli.jobs.runner._content", lambda *_: 1 / 0)
+    monkeypatch.setattr("saasllm_cli.jobs.runner.ask", lambda *_: 1 / 0)
     result = job_run(tenant, "Echo", "--prompt", "x", "-o", "json")
     assert (result.status, result.error["code"]) == (1, "unexpected")
     assert tenant("job", "list", "-o", "json").data[0]["status"] == "failed"

@@ -29,7 +29,11 @@ JOB = [
 ]
 CALL = [
     *("call_id", "job_id", "model_group_used", "resolved_model", "attempt", "prompt_tokens", "completion_tokens"),
-    *("total_tokens", "cost_usd", "latency_ms", "purpose", "error", "created_at"),
+    *("total_tokens", "cost_usd", "latency_ms", "purpose", "error", "created_at", "prompt", "answer"),
+]
+ANSWER = [
+    *("job_id", "status", "content", "tool_calls", "resolved_model", "prompt_tokens", "completion_tokens"),
+    *("total_tokens", "cost_usd", "latency_ms", "attempts"),
 ]
 JOBS_USED = ["jobs", "jobs_completed", "jobs_failed", "jobs_cancelled", "jobs_open"]
 CREDITS_USED = ["credits_added", "credits_deducted", "credits_refunded", "credits_adjusted", "credits_expired"]
@@ -90,10 +94,15 @@ COMMANDS: dict[str, list[Any]] = {
             *("next_on", "next_amount"),
         ]
     ],
-    "job run --team hr --group Echo --prompt x": [
-        *("job_id", "status", "content", "resolved_model", "prompt_tokens", "completion_tokens", "total_tokens"),
-        *("cost_usd", "latency_ms", "attempts", "credits_remaining"),
-    ],
+    "job create --team hr": JOB,
+    "job call JOB --group Echo --prompt x": [*ANSWER, "lease_expires_at"],
+    "job complete JOB": JOB,
+    "job create --team hr --job-type a": JOB,
+    "job fail JOB": JOB,
+    "job create --team hr --job-type b": JOB,
+    "job cancel JOB": JOB,
+    "job sweep": ["swept"],
+    "job run --team hr --group Echo --prompt x": [*ANSWER, "credits_remaining"],
     "job get JOB": [*JOB, {"calls": [CALL]}],
     "job list": [JOB],
     "job costs JOB": [["resolved_model", *CALLS_USED]],
@@ -145,7 +154,7 @@ def test_the_keys_of_every_command(tenant: Callable[..., Result], migrated_datab
         result = tenant(*words, "-o", "json")
         assert result.status == (9 if command == "credits verify" else 0), (command, result.err)
         assert keys(result.data, expected) == expected, command
-        if command.startswith("job run"):
+        if command.startswith(("job run", "job create")):
             names["JOB"] = result.data["job_id"]
 
 

@@ -9,6 +9,7 @@ from conftest import Result
 
 from saasllm_cli.errors import Conflict, NotFound, SaasllmError
 from saasllm_cli.jobs import runner
+from saasllm_cli.jobs.calls import CallRequest
 
 Run = Callable[..., Result]
 TABLES = (
@@ -23,7 +24,7 @@ DELETE = (
     "DELETE FROM llm_calls; WITH j AS (DELETE FROM jobs WHERE team_id = 'hr'), c AS (DELETE FROM credit_transactions"
     " WHERE team_id = 'hr') DELETE FROM teams WHERE team_id = 'hr'"
 )
-ASKED = runner.JobRequest("hr", "Echo", [{"role": "user", "content": "x"}], 5)
+ASKED = runner.JobRequest("hr", CallRequest("Echo", [{"role": "user", "content": "x"}], 5))
 
 
 @pytest.fixture

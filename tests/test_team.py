@@ -7,6 +7,7 @@ from conftest import Result
 from saasllm_cli import database
 from saasllm_cli.commands import team
 from saasllm_cli.jobs import runner
+from saasllm_cli.jobs.calls import CallRequest
 
 Run = Callable[..., Result]
 FIELDS = [
@@ -109,7 +110,7 @@ def test_unassign(tenant: Run) -> None:
 
 def test_suspended_it_begins_no_jobs_and_what_runs_finishes(tenant: Run) -> None:
     job_id = runner.new_job_id()
-    asked = runner.JobRequest("hr", "Echo", [{"role": "user", "content": "x"}], 5)
+    asked = runner.JobRequest("hr", CallRequest("Echo", [{"role": "user", "content": "x"}], 5))
     runner._begin(job_id, asked)
     assert tenant("team", "suspend", "hr", "-o", "json").data["status"] == "suspended"
     refused = tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x", "-o", "json")

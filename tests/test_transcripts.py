@@ -52,7 +52,7 @@ class Session:
     def as_shown(self, text: str) -> str:
         text = UUID.sub(lambda match: self.ids.setdefault(match[0], self.next_id()), text)
         today, tomorrow = str(self.today), str(self.today + timedelta(days=1))
-        text = re.sub(rf"{today}T(?!00:00:00Z)[\d:.]+", "2026-11-22T12:00:00", text)
+        text = re.sub(rf"({today}|{tomorrow})T(?!00:00:00Z)[\d:.]+", "2026-11-22T12:00:00", text)
         shown = {tomorrow: "2026-11-23", today: "2026-11-22", today[:7]: "2026-11"}
         text = re.sub("|".join(shown), lambda match: shown[match[0]], text)
         text = re.sub(r"\d+\.\d\d s · job", "0.01 s · job", text)

@@ -15,6 +15,7 @@ from test_output import Terminal
 from saasllm_cli.commands.inputs import period
 from saasllm_cli.database import Database
 from saasllm_cli.jobs import runner
+from saasllm_cli.jobs.calls import CallRequest
 
 Run = Callable[..., Result]
 TOTALS = [
@@ -261,7 +262,7 @@ def test_a_report_is_of_one_moment(tenant: Run, monkeypatch: pytest.MonkeyPatch)
         if name == "usage.jobs":
             with ThreadPoolExecutor(1) as threads:
                 job_id = runner.new_job_id()
-                threads.submit(runner._begin, job_id, runner.JobRequest("hr", "Echo", [], 5)).result()
+                threads.submit(runner._begin, job_id, runner.JobRequest("hr", CallRequest("Echo", [], 5))).result()
                 threads.submit(runner._settle, job_id, "completed", None, [], 5).result()
         return rows
 

@@ -11,6 +11,7 @@ from conftest import Result
 
 from saasllm_cli.errors import Conflict
 from saasllm_cli.jobs import runner
+from saasllm_cli.jobs.calls import CallRequest
 
 Run = Callable[..., Result]
 
@@ -25,7 +26,7 @@ def used(tenant: Run) -> Run:
         tenant("job", "run", "--team", team, "--group", "Echo", "--prompt", "x")
         tenant("credits", "refund", "--job", job)
         tenant("credits", "adjust", team, -2, "--reason", "x")
-    runner._begin(runner.new_job_id(), runner.JobRequest("hr", "Echo", [], 60))
+    runner._begin(runner.new_job_id(), runner.JobRequest("hr", CallRequest("Echo", [], 60)))
     return tenant
 
 
@@ -167,7 +168,7 @@ def test_a_repair_among_jobs(used: Run, sql: psycopg.Connection) -> None:
 
     def work(number: int) -> None:
         job_id = runner.new_job_id()
-        runner._begin(job_id, runner.JobRequest("hr", "Echo", [], 60))
+        runner._begin(job_id, runner.JobRequest("hr", CallRequest("Echo", [], 60)))
         if number == 3:
             assert used("credits", "verify", "hr", "--repair", "--yes").status == 0
         while True:

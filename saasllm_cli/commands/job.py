@@ -1,17 +1,32 @@
 """Jobs: call a model for a team, and charge one credit when it succeeds."""
 
-import re
-import select
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import UUID
 
 import typer
 
 from saasllm_cli import database
+from saasllm_cli.commands.calls import (
+    Group,
+    JsonSchema,
+    MaxTokens,
+    Messages,
+    Parameters,
+    Prompt,
+    PromptFile,
+    Purpose,
+    Seed,
+    Stop,
+    Stream,
+    System,
+    Temperature,
+    Timeout,
+    TopP,
+    call_request,
+    given,
+    shown_as_it_comes,
+)
 from saasllm_cli.commands.inputs import (
-    A_GROUP,
     A_TEAM,
     GroupFilter,
     IdempotencyKey,
@@ -30,8 +45,8 @@ from saasllm_cli.commands.inputs import (
     noun,
     require_some,
 )
-from saasllm_cli.errors import InvalidInput, NoAnswer
-from saasllm_cli.output import note, print_answer, progress, show, waiting
+from saasllm_cli.errors import NoAnswer
+from saasllm_cli.output import note, print_answer, print_line, progress, show, waiting
 from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
@@ -39,51 +54,42 @@ if TYPE_CHECKING:
 
 app = noun()
 
-# Control characters (but not tab, line feed, vertical tab, form feed, carriage return) and halves of surrogate pairs.
-NO_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-SILENT_STDIN_SECONDS = 3
-
-
 Status = Literal["pending", "in_progress", "completed", "failed", "cancelled"]
 
 JobId = Annotated[UUID, typer.Argument(metavar="JOB", show_default=False)]
+Team = Annotated[str, typer.Option(**A_TEAM, show_default=False, help="Whose credit it costs.")]
+JobType = Annotated[str, typer.Option(parser=label, metavar="TYPE", help="What kind of work it is, for lists.")]
+ExternalTaskId = Annotated[str | None, typer.Option(parser=label, metavar="ID", help="Your own id for it, for lists.")]
+Reason = Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="Why; it is kept with the job.")]
+Lease = Annotated[
+    int,
+    typer.Option(min=1, max=604800, metavar="SECONDS", help="The next call or the end is to come within this time."),
+]
 
 
 @app.command(
     epilog='Example: saasllm job run --team team_engineering --group ResumeAgent --prompt "Summarise this CV" < cv.txt'
 )
 def run(
-    team: Annotated[
-        str,
-        typer.Option(**A_TEAM, show_default=False, help="Whose credit it costs."),
-    ],
-    group: Annotated[
-        str,
-        typer.Option(**A_GROUP, show_default=False, help="Whose models are tried, in order."),
-    ],
-    prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What is asked; a document from stdin is joined after it.")
-    ] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A file instead of stdin; '-' is stdin.")
-    ] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
-    job_type: Annotated[
-        str, typer.Option(parser=label, metavar="TYPE", help="What kind of work it is, for lists.")
-    ] = "completion",
-    external_task_id: Annotated[
-        str | None, typer.Option(parser=label, metavar="ID", help="Your own id for it, for lists.")
-    ] = None,
+    team: Team,
+    group: Group,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    system: System = None,
+    messages: Messages = None,
+    json_schema: JsonSchema = None,
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    stop: Stop = [],
+    param: Parameters = [],
+    stream: Stream = None,
+    purpose: Purpose = None,
+    job_type: JobType = "completion",
+    external_task_id: ExternalTaskId = None,
     metadata: Metadata = [],
-    timeout: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            max=86400,
-            metavar="SECONDS",
-            help="Total for all attempts; what remains is divided among the models not yet tried.",
-        ),
-    ] = 300,
+    timeout: Timeout = 300,
     idempotency_key: IdempotencyKey = None,
     output: Output = None,
 ) -> None:
@@ -93,31 +99,128 @@ def run(
     to stdout, all else to stderr; with
     -o json the answer is the field `content`. When no model answers nothing is charged and the exit status is 8.
     """
-    messages = []
-    if system is not None:
-        messages.append({"role": "system", "content": _checked(system, "--system")})
-    messages.append({"role": "user", "content": _prompt(prompt, prompt_file)})
+    output = output or settings().output
+    parameters = given(param, temperature=temperature, max_tokens=max_tokens, top_p=top_p, seed=seed, stop=stop or None)
+    call = call_request(group, prompt, prompt_file, system, messages, json_schema, parameters, purpose, timeout)
+    on_text = shown_as_it_comes(stream, call, output)
 
     from saasllm_cli.jobs import runner
 
     request = runner.JobRequest(
         team_id=team,
-        group_name=group,
-        messages=messages,
-        timeout=timeout,
+        call=call,
         job_type=job_type,
         external_task_id=external_task_id,
         metadata=merged(metadata),
         idempotency_key=idempotency_key,
     )
     with waiting(""):
-        result = runner.run(request, on_progress=progress)
-    if result.status == "failed":
-        raise _no_answer(request, result)
-    _show_result(result, output or settings().output)
-    if result.unsettled is not None:
-        result.unsettled.message += f" The answer is above; job {result.job_id} could not be settled and is still open."
-        raise result.unsettled
+        result = runner.run(request, on_progress=progress, on_text=on_text)
+    if result.is_repeated and output is Format.TABLE:
+        note(f"Job {result.job_id} was completed and charged before, under this key. Its answer was not kept.")
+        return
+    charged = {"credits_remaining": result.credits_remaining}
+    _show_result(result, group, charged, output, is_shown=on_text is not None)
+    if output is Format.TABLE:
+        note(f"One credit charged, {result.credits_remaining} left.")
+
+
+@app.command(epilog="Example: JOB=$(saasllm job create --team team_engineering)")
+def create(
+    team: Team,
+    job_type: JobType = "completion",
+    external_task_id: ExternalTaskId = None,
+    metadata: Metadata = [],
+    lease: Lease = 900,
+    idempotency_key: IdempotencyKey = None,
+    output: Output = None,
+) -> None:
+    """Begin a job of several calls, which reserves its credit, and print its id.
+
+    Then `job call`, as often as you like, and at the end `job complete`, which charges the one credit, `job fail` or
+    `job cancel`, which charge nothing. A job that is left alone ends with its lease.
+    """
+    from saasllm_cli.jobs import runner
+
+    request = runner.JobRequest(
+        team_id=team,
+        call=None,
+        job_type=job_type,
+        external_task_id=external_task_id,
+        metadata=merged(metadata),
+        idempotency_key=idempotency_key,
+        lease=lease,
+    )
+    job_id = runner.create(request)
+    if (output or settings().output) is Format.TABLE:
+        print_line(str(job_id))
+    else:
+        _show_job(job_id, output)
+
+
+@app.command(epilog='Example: saasllm job call $JOB --group ResumeAgent --prompt "Summarise this CV" < cv.txt')
+def call(
+    job_id: JobId,
+    group: Group,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    system: System = None,
+    messages: Messages = None,
+    json_schema: JsonSchema = None,
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    stop: Stop = [],
+    param: Parameters = [],
+    stream: Stream = None,
+    purpose: Purpose = None,
+    timeout: Timeout = 300,
+    lease: Lease = 900,
+    output: Output = None,
+) -> None:
+    """Ask a group's models for a job that `job create` has begun. The prompt and the answer are as in `job run`."""
+    output = output or settings().output
+    parameters = given(param, temperature=temperature, max_tokens=max_tokens, top_p=top_p, seed=seed, stop=stop or None)
+    request = call_request(group, prompt, prompt_file, system, messages, json_schema, parameters, purpose, timeout)
+    on_text = shown_as_it_comes(stream, request, output)
+
+    from saasllm_cli.jobs import runner
+
+    with waiting(""):
+        result = runner.call(job_id, request, lease, on_progress=progress, on_text=on_text)
+    _show_result(result, group, {"lease_expires_at": result.lease_expires_at}, output, is_shown=on_text is not None)
+
+
+@app.command(epilog="Example: saasllm job complete $JOB")
+def complete(job_id: JobId, output: Output = None) -> None:
+    """End a job of which at least one call succeeded, and charge its team the one credit."""
+    _finish(job_id, "completed", None, output)
+
+
+@app.command(epilog='Example: saasllm job fail $JOB --reason "The CV is empty"')
+def fail(job_id: JobId, reason: Reason = None, output: Output = None) -> None:
+    """End a job that did not succeed; nothing is charged."""
+    _finish(job_id, "failed", reason, output)
+
+
+@app.command(epilog="Example: saasllm job cancel $JOB")
+def cancel(job_id: JobId, reason: Reason = None, output: Output = None) -> None:
+    """End a job that is not wanted any more; nothing is charged."""
+    _finish(job_id, "cancelled", reason, output)
+
+
+@app.command(epilog="Example: saasllm job sweep")
+def sweep(team: TeamFilter = None, output: Output = None) -> None:
+    """Fail the jobs whose lease ran out, and free their credits: what cron runs, as often as it likes."""
+    from saasllm_cli.jobs import runner
+
+    with waiting("Sweeping …"):
+        swept = runner.sweep(team)
+    if (output or settings().output) is Format.TABLE:
+        print_line(f"{swept} job(s) swept")
+    else:
+        show({"swept": swept}, output)
 
 
 @app.command(epilog="Example: saasllm job get 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d -o json | jq '.calls[].error'")
@@ -192,94 +295,54 @@ def annotate(job_id: JobId, metadata: Metadata = [], unset_metadata: UnsetMetada
     show(job, output)
 
 
-def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    """--prompt, and after it the file or what stdin holds."""
-    parts = [] if prompt is None else [_checked(prompt, "--prompt")]
-    if prompt_file is not None and str(prompt_file) != "-":
-        try:
-            parts.append(_decoded(prompt_file.read_bytes(), str(prompt_file)))
-        except OSError as error:
-            raise InvalidInput(
-                "unreadable_prompt",
-                f"The prompt file {prompt_file} cannot be read: {error.strerror}.",
-                "Check --prompt-file.",
-            ) from error
-    elif prompt_file is not None or not sys.stdin.isatty():
-        parts.append(_decoded(_stdin(), "stdin"))
-    text = "\n\n".join(part for part in parts if part.strip())
-    if not text:
-        raise InvalidInput(
-            "empty_prompt",
-            "The prompt is empty.",
-            "Give --prompt, --prompt-file or a text on stdin.",
-        )
-    return text
+def _finish(job_id: UUID, status: str, reason: str | None, output: Format | None) -> None:
+    from saasllm_cli.jobs import runner
+
+    runner.finish(job_id, status, reason)
+    _show_job(job_id, output)
 
 
-def _stdin() -> bytes:
-    is_ready, _, _ = select.select([sys.stdin], [], [], SILENT_STDIN_SECONDS)
-    if not is_ready:
-        note("Waiting for the rest of the prompt on stdin; where there is none, add: < /dev/null")
-    return sys.stdin.buffer.read()
+def _show_job(job_id: UUID, output: Format | None) -> None:
+    with database.connect() as db:
+        job = db.get("job", job_id)
+    show(job, output)
 
 
-def _decoded(content: bytes, source: str) -> str:
-    try:
-        return _checked(content.decode("utf-8-sig"), source)
-    except UnicodeDecodeError as error:
-        raise InvalidInput(
-            "invalid_prompt",
-            f"The prompt in {source} is not UTF-8 text (byte {error.start + 1}).",
-            "Convert it first, a PDF for example with: pdftotext FILE -",
-        ) from error
-
-
-def _checked(text: str, source: str) -> str:
-    """A prompt is text: a control character in it is a mistake upstream, and one that reaches a terminal an attack."""
-    if match := NO_TEXT.search(text):
-        line = text.count("\n", 0, match.start()) + 1
-        name = {"\0": "a NUL character", "\x1b": "a terminal escape"}.get(match[0], "a control character")
-        raise InvalidInput(
-            "invalid_prompt",
-            f"The prompt in {source} holds {name} (U+{ord(match[0]):04X}) in line {line}.",
-            "Remove it.",
-        )
-    return text
-
-
-def _show_result(result: "JobResult", output: Format) -> None:
+def _show_result(result: "JobResult", group: str, further: dict[str, Any], output: Format, is_shown: bool) -> None:
+    """The answer, of which a stream has shown the text already, and on stderr how it came; else raises why not."""
     last = result.calls[-1] if result.calls else None
+    if result.answer is None and not result.is_repeated:
+        if is_shown:
+            note("")  # a part of an answer may stand in the line
+        attempts = "".join(f"\n  {call.resolved_model}: {call.error}" for call in result.calls)
+        raise NoAnswer(
+            "no_answer",
+            f"No model of {group} answered, nothing was charged (job {result.job_id}).{attempts}",
+            f"See: saasllm job get {result.job_id}",
+        )
     if output is not Format.TABLE:
         names = ("resolved_model", "prompt_tokens", "completion_tokens", "total_tokens", "cost_usd", "latency_ms")
         fields: dict[str, Any] = {
             "job_id": result.job_id,
             "status": result.status if result.unsettled is None else "in_progress",
-            "content": result.content,
+            "content": getattr(result.answer, "content", None),
+            "tool_calls": getattr(result.answer, "tool_calls", None),
             **{name: getattr(last, name, None) for name in names},
             "attempts": len(result.calls),
-            "credits_remaining": result.credits_remaining,
         }
-        show(fields, output)
-        return
-    if result.is_repeated:
-        note(f"Job {result.job_id} was completed and charged before, under this key. Its answer was not kept.")
-        return
-    assert result.content is not None
-    assert last is not None
-    print_answer(result.content)
-    for call in result.calls[:-1]:
-        note(f"{call.resolved_model} failed: {call.error}")
-    cost = "cost unknown" if last.cost_usd is None else f"${last.cost_usd:f}"
-    tokens = f"{last.prompt_tokens} + {last.completion_tokens} tokens"
-    note(f"{last.resolved_model} · {tokens} · {cost} · {last.latency_ms / 1000:.2f} s · job {result.job_id}")
-    if result.unsettled is None:
-        note(f"One credit charged, {result.credits_remaining} left.")
-
-
-def _no_answer(request: Any, result: "JobResult") -> NoAnswer:
-    attempts = "".join(f"\n  {call.resolved_model}: {call.error}" for call in result.calls)
-    return NoAnswer(
-        "no_answer",
-        f"No model of {request.group_name} answered, nothing was charged (job {result.job_id}).{attempts}",
-        f"See: saasllm job get {result.job_id}",
-    )
+        show(fields | further, output)
+    else:
+        assert result.answer is not None
+        assert last is not None
+        if result.answer.content:
+            print_answer("" if is_shown else result.answer.content)
+        if result.answer.tool_calls:
+            show(result.answer.tool_calls, Format.JSON)
+        for call in result.calls[:-1]:
+            note(f"{call.resolved_model} failed: {call.error}")
+        cost = "cost unknown" if last.cost_usd is None else f"${last.cost_usd:f}"
+        tokens = f"{last.prompt_tokens} + {last.completion_tokens} tokens"
+        note(f"{last.resolved_model} · {tokens} · {cost} · {last.latency_ms / 1000:.2f} s · job {result.job_id}")
+    if result.unsettled is not None:
+        result.unsettled.message += f" The answer is above; job {result.job_id} could not be settled and is still open."
+        raise result.unsettled

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from decimal import Decimal
@@ -37,6 +37,7 @@ for logger in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy", "httpx", "asyncio")
 
 T = TypeVar("T")
 
+NOTHING: Mapping[str, Any] = {}
 LONGEST_ERROR = 500
 COST_UNIT = Decimal("1e-12")  # litellm computes costs in floats: beyond this is their noise
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
@@ -45,9 +46,13 @@ LOOKS_LIKE_A_KEY = re.compile(r"\b(sk|pk|gsk|AIza|xai|hf)[-_][\w*.-]{6,}")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model said. Tokens are the provider's own count; `cost_usd` is None where no price is known."""
+    """What a model said, or which tools it wants called (in OpenAI's form).
 
-    content: str
+    Tokens are the provider's own count; `cost_usd` is None where no price is known.
+    """
+
+    content: str | None
+    tool_calls: list[dict[str, Any]] | None
     prompt_tokens: int | None
     completion_tokens: int | None
     total_tokens: int | None
@@ -57,12 +62,14 @@ class Answer:
 class ModelFailed(Exception):
     """The model gave no answer; its text is fit to be stored and shown.
 
-    `is_final` where another model would be refused alike: the request itself is at fault.
+    `is_final` where another model would be refused alike (the request itself is at fault), or must not follow (a part
+    of the answer was shown). `retry_after` is in seconds, where its rate limit says when to come back.
     """
 
-    def __init__(self, reason: str, is_final: bool = False) -> None:
+    def __init__(self, reason: str, is_final: bool = False, retry_after: float | None = None) -> None:
         super().__init__(reason)
         self.is_final = is_final
+        self.retry_after = retry_after
 
 
 def run(calls: Coroutine[Any, Any, T]) -> T:
@@ -71,48 +78,104 @@ def run(calls: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(calls)
 
 
-async def complete(model: str, messages: Sequence[dict[str, Any]], timeout: float) -> Answer:
+async def complete(
+    model: str,
+    messages: Sequence[dict[str, Any]],
+    timeout: float,
+    parameters: Mapping[str, Any] = NOTHING,
+    on_text: Callable[[str], None] | None = None,
+) -> Answer:
     """Calls the model once, without a retry. `timeout` is in seconds, and per read: a deadline is the caller's.
 
-    Raises `ModelFailed`.
+    With `on_text` the answer is streamed to it. Raises `ModelFailed`.
     """
     try:
         litellm.get_llm_provider(model)
     except Exception:
         raise ModelFailed("litellm knows no provider for this name; write it as PROVIDER/MODEL") from None
+    shown = _Shown(on_text)
+    options = {"model": model, "messages": list(messages), "timeout": timeout, "max_retries": 0, "num_retries": 0}
+    if "tools" in parameters:
+        options["_skip_mcp_handler"] = True  # it looks for tools of MCP servers, by a package that is not installed
     try:
-        response = await litellm.acompletion(
-            model=model, messages=list(messages), timeout=timeout, max_retries=0, num_retries=0
-        )
+        if on_text is None:
+            response = await litellm.acompletion(**{**parameters, **options})
+        else:
+            response = await _streamed(model, {**parameters, **options}, shown)
         return _answer(model, response)
-    except ModelFailed:
+    except ModelFailed as failure:
+        failure.is_final |= shown.is_begun
         raise
     except Exception as error:
+        if shown.error is not None:
+            raise shown.error from None
         if _refuses_the_request(error):
             raise ModelFailed(_reason(error), is_final=True) from error
-        raise ModelFailed(_missing_key(model) or _reason(error)) from error
+        raise ModelFailed(
+            _missing_key(model) or _reason(error), is_final=shown.is_begun, retry_after=_retry_after(error)
+        ) from error
+
+
+class _Shown:
+    """What of a stream has been shown. That it cannot be shown any more is not the model's fault."""
+
+    def __init__(self, on_text: Callable[[str], None] | None) -> None:
+        self._on_text = on_text
+        self.is_begun = False
+        self.error: OSError | None = None
+
+    def __call__(self, text: str) -> None:
+        assert self._on_text is not None
+        self.is_begun = True
+        try:
+            self._on_text(text)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+async def _streamed(model: str, options: Mapping[str, Any], show: _Shown) -> Any:
+    """The whole of a streamed answer, as if it had come at once."""
+    usage = {"stream_options": {"include_usage": True}}
+    stream = await litellm.acompletion(**options, **usage, stream=True)
+    texts: list[str] = []
+    counted = finish_reason = None
+    async for chunk in stream:
+        counted = getattr(chunk, "usage", None) or counted
+        for choice in chunk.choices[:1]:
+            finish_reason = choice.finish_reason or finish_reason
+            if text := choice.delta.content:
+                texts.append(text)
+                show(text)
+    message = {"role": "assistant", "content": "".join(texts)}
+    response = litellm.ModelResponse(model=model, choices=[{"message": message, "finish_reason": finish_reason}])
+    response.usage = counted
+    return response
 
 
 def _refuses_the_request(error: Exception) -> bool:
     """Whether another model would refuse the same request too.
 
-    Content policy is a BadRequestError as well. A longer context window may be another model's, though; and litellm
-    makes a BadRequestError also of a 401 or a 503 whose text looks like one, so the status decides.
+    Content policy is a BadRequestError as well. A longer context window or a parameter may be another model's, though;
+    and litellm makes a BadRequestError also of a 401 or a 503 whose text looks like one, so the status decides.
     """
     return (
         isinstance(error, exceptions.BadRequestError)
-        and not isinstance(error, exceptions.ContextWindowExceededError)
+        and not isinstance(error, exceptions.ContextWindowExceededError | exceptions.UnsupportedParamsError)
         and getattr(error, "status_code", 400) in (400, 422)
     )
 
 
 def _answer(model: str, response: Any) -> Answer:
-    content = response.choices[0].message.content if response.choices else None
-    if not content:
+    message = response.choices[0].message if response.choices else None
+    content = getattr(message, "content", None)
+    tool_calls = getattr(message, "tool_calls", None)
+    if not content and not tool_calls:
         raise ModelFailed("the answer was empty")
     usage = getattr(response, "usage", None)
     return Answer(
         content=content,
+        tool_calls=[call.model_dump(mode="json") for call in tool_calls] if tool_calls else None,
         prompt_tokens=_count(usage, "prompt_tokens"),
         completion_tokens=_count(usage, "completion_tokens"),
         total_tokens=_count(usage, "total_tokens"),
@@ -140,6 +203,17 @@ def _cost(model: str, response: Any) -> Decimal | None:
         return None
 
 
+def _retry_after(error: Exception) -> float | None:
+    """In how many seconds the provider says that the rate limit allows another try."""
+    headers = getattr(error, "litellm_response_headers", None) or {}
+    if not isinstance(error, exceptions.RateLimitError):
+        return None
+    try:
+        return max(float(headers["retry-after"]), 0)
+    except (KeyError, ValueError):  # it may be a date as well, which no provider of models sends
+        return None
+
+
 def _missing_key(model: str) -> str | None:
     """What is missing in the environment, for without its key a provider's failure reads like any other."""
     missing = litellm.validate_environment(model).get("missing_keys")
@@ -161,6 +235,22 @@ def _reason(error: Exception) -> str:
 
 class _Offline(CustomLLM):
     """The provider `offline`, with tokens counted as for a GPT model."""
+
+    async def astreaming(self, *arguments: Any, **options: Any) -> AsyncIterator[Any]:  # type: ignore[override]
+        """Word by word."""
+        response = await self.acompletion(*arguments, **options)
+        usage = response.usage.model_dump()
+        words = re.findall(r"\S*\s*", response.choices[0].message.content)
+        for number, word in enumerate(words, start=1):
+            is_last = number == len(words)
+            yield {
+                "text": word,
+                "index": 0,
+                "is_finished": is_last,
+                "finish_reason": "stop" if is_last else "",
+                "tool_use": None,
+                "usage": usage if is_last else None,
+            }
 
     async def acompletion(self, model: str, messages: list[dict[str, Any]], **_: Any) -> Any:  # type: ignore[override]
         try:

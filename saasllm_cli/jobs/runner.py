@@ -3,20 +3,20 @@
 Begin reserves a credit and opens the job, in one round trip; then the models are called, with no database
 connection held; settle writes the calls and turns the reservation into a charge or frees it, in one round trip.
 Whoever dies in between leaves a lease that runs out.
+
+A job of several calls is the same in pieces: `create` begins it, each `call` writes its own calls, `finish` settles.
 """
 
-import asyncio
 import hashlib
 import json
 import secrets
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from decimal import Decimal
-from functools import partial
-from typing import Any
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
 from saasllm_cli import database
@@ -26,13 +26,21 @@ from saasllm_cli.errors import (
     InsufficientCredits,
     Interrupted,
     SaasllmError,
+    not_found,
     refused,
 )
+from saasllm_cli.jobs.calls import Call, CallRequest, ask
+
+if TYPE_CHECKING:
+    from saasllm_cli.jobs.llm import Answer
+
+T = TypeVar("T")
 
 SETTLE_SECONDS = 30.0
 CANCEL_SECONDS = 5.0
 # The lease outlives the deadline by the time to load litellm and to settle.
 LEASE_MARGIN_SECONDS = 120.0
+SWEEP_CHUNK = 1000  # jobs that are locked at a time
 RETRIED = ("database_unreachable", "database_busy")
 # While a job is settled no signal interrupts it: its credit would stay reserved until the lease runs out.
 UNINTERRUPTED = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}
@@ -40,66 +48,58 @@ UNINTERRUPTED = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """What is asked for. `timeout` is in seconds, over all attempts together."""
+    """What is asked for: a job of the one call, or where there is none, a job of calls that follow, which holds its
+    credit for `lease` seconds from each of them."""
 
     team_id: str
-    group_name: str
-    messages: Sequence[dict[str, Any]]
-    timeout: float
+    call: CallRequest | None
     job_type: str = "completion"
     external_task_id: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     idempotency_key: str | None = None
+    lease: float = 0
 
     def hash(self) -> str:
         """The same for the same request, to tell a repetition from another request under the same key."""
         asked = asdict(self)
-        del asked["timeout"], asked["idempotency_key"]
+        del asked["lease"], asked["idempotency_key"]
+        if self.call is not None:
+            asked |= asked.pop("call")
+            del asked["timeout"]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(slots=True)
-class Call:
-    """One attempt: a row of llm_calls. `began` is in seconds after the job's start."""
-
-    model_group_used: str
-    resolved_model: str
-    attempt: int
-    began: float
-    latency_ms: int = 0
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    total_tokens: int | None = None
-    cost_usd: Decimal | None = None
-    purpose: str | None = None
-    error: str | None = None
-
-
-@dataclass(slots=True)
 class JobResult:
-    """How a job ended: `completed` with its content, or `failed`.
+    """How a job ended: `completed` with its answer, or `failed`; one of several calls goes on: `in_progress`.
 
-    `is_repeated` where the key of a completed job was used again: its content was not kept. `unsettled` is why the
+    `is_repeated` where the key of a completed job was used again: its answer was not kept. `unsettled` is why the
     database does not know of the answer; then the job is still open and `credits_remaining` unknown.
     """
 
     job_id: UUID
     status: str
-    content: str | None
+    answer: "Answer | None"
     calls: list[Call]
     credits_remaining: int | None = None
+    lease_expires_at: datetime | None = None
     error_message: str | None = None
     is_repeated: bool = False
     unsettled: SaasllmError | None = None
 
 
-def run(request: JobRequest, on_progress: Callable[[str], None] = lambda _: None) -> JobResult:
-    """Runs one job to its end; `on_progress` is told what is waited for.
+def run(
+    request: JobRequest,
+    on_progress: Callable[[str], None] = lambda _: None,
+    on_text: Callable[[str], None] | None = None,
+) -> JobResult:
+    """Runs one job of one call to its end; `on_progress` is told what is waited for, `on_text` the answer as it comes.
 
     Raises what refused it before a model was called (`NotFound`, `NotAllowed`, `InsufficientCredits`, `Conflict`,
     `DatabaseUnavailable`), `Conflict` where the lease was lost, and `Interrupted` after Ctrl-C or SIGTERM, when the
     job is cancelled. A job whose models failed is a result, not an error.
     """
+    assert request.call is not None
     job_id = new_job_id()
     calls: list[Call] = []
     begun = result = None
@@ -108,9 +108,9 @@ def run(request: JobRequest, on_progress: Callable[[str], None] = lambda _: None
             begun = _begin(job_id, request)
             if begun["outcome"] == "key_in_use":
                 return _first_result(begun["existing_job_id"], begun["credits_remaining"])
-            content = _content(begun["model_names"], request, calls, on_progress)
+            answer = ask(begun["model_names"], request.call, calls, on_progress, on_text)
             with _signals(UNINTERRUPTED):
-                result = _settled(job_id, request.team_id, content, calls)
+                result = _settled(job_id, request.team_id, answer, calls)
     except KeyboardInterrupt:
         if result is None:  # else it is too late to cancel
             raise _cancelled(job_id, calls, is_begun=begun is not None) from None
@@ -120,6 +120,90 @@ def run(request: JobRequest, on_progress: Callable[[str], None] = lambda _: None
                 _settle(job_id, "failed", f"Unexpected {type(error).__name__}.", calls, SETTLE_SECONDS)
         raise
     return result
+
+
+def create(request: JobRequest) -> UUID:
+    """Begins a job of several calls; under an idempotency key, the one that it has begun before. Raises as `run`."""
+    job_id = new_job_id()
+    begun = _begin(job_id, request)
+    return UUID(str(begun["existing_job_id"] or job_id))
+
+
+def call(
+    job_id: UUID,
+    request: CallRequest,
+    lease: float,
+    on_progress: Callable[[str], None] = lambda _: None,
+    on_text: Callable[[str], None] | None = None,
+) -> JobResult:
+    """Makes one call of an open job, which holds it for `lease` seconds from then on. Nothing is charged by it.
+
+    Raises `NotFound`, `NotAllowed`, `Conflict` where the job is finished or its lease is lost, and `Interrupted`; the
+    job stays open then, but for a lost lease. That no model answered is a result.
+    """
+    calls: list[Call] = []
+    with database.connect() as db:
+        started = db.one(
+            "job.start_call",
+            job_id=job_id,
+            group_name=request.group_name,
+            lease_seconds=max(lease, request.timeout + LEASE_MARGIN_SECONDS),
+        )
+    if started["outcome"] != "started":
+        raise _no_call(job_id, started["outcome"], started["team_id"], request.group_name)
+
+    def record() -> database.Row | None:
+        return _until_it_answers(SETTLE_SECONDS, lambda db: _recorded(db, job_id, started["started_at"], calls, lease))
+
+    try:
+        with _signals({signal.SIGTERM: _interrupt}):
+            answer = ask(started["model_names"], request, calls, on_progress, on_text)
+    except KeyboardInterrupt:
+        with suppress(SaasllmError), _signals(UNINTERRUPTED):
+            record()
+        raise Interrupted("interrupted", f"The call was interrupted; job {job_id} is still open.") from None
+    result = JobResult(job_id, "in_progress", answer, calls)
+    try:
+        with _signals(UNINTERRUPTED):
+            recorded = record()
+    except SaasllmError as error:
+        result.unsettled = error
+        return result
+    if recorded is None:
+        raise _no_call(job_id, "lease_lost", started["team_id"], request.group_name)
+    result.lease_expires_at = recorded["lease_expires_at"]
+    return result
+
+
+def finish(job_id: UUID, status: str, error_message: str | None = None) -> None:
+    """Settles a job of several calls: `completed`, which charges its credit, `failed` or `cancelled`.
+
+    Raises `NotFound`, and `Conflict` where it is finished already, its lease is lost, or none of its calls succeeded.
+    """
+    with database.connect() as db:
+        job = db.get("job", job_id)
+        is_answered = any(row["error"] is None for row in db.many("job.calls", job_id=job_id))
+    if status == "completed" and job["completed_at"] is None and not is_answered:
+        raise Conflict(
+            "no_call_succeeded",
+            f"None of the calls of job {job_id} succeeded: it cannot be completed.",
+            f"Run: saasllm job fail {job_id}",
+        )
+    settled = _settle(job_id, status, error_message, [], SETTLE_SECONDS)
+    if not settled["settled"]:
+        is_open = settled["status"] in ("pending", "in_progress")
+        raise _no_call(job_id, "lease_lost" if is_open else "job_finished", None, None)
+
+
+def sweep(team_id: str | None) -> int:
+    """Fails the jobs whose lease ran out, of the team or of all, and frees their credits; says how many there were."""
+    count = 0
+    with database.connect() as db:
+        if team_id is not None:
+            db.get("team", team_id)
+        while swept := db.one("job.sweep", team_id=team_id, row_limit=SWEEP_CHUNK)["swept"]:
+            count += swept
+    return count
 
 
 def new_job_id() -> UUID:
@@ -134,20 +218,20 @@ def _begin(job_id: UUID, request: JobRequest) -> database.Row:
     parameters = {
         "job_id": job_id,
         "team_id": request.team_id,
-        "group_name": request.group_name,
+        "group_name": request.call.group_name if request.call else None,
         "job_type": request.job_type,
         "external_task_id": request.external_task_id,
         "metadata": request.metadata,
         "idempotency_key": request.idempotency_key,
         "request_hash": request.hash() if request.idempotency_key else None,
-        "lease_seconds": request.timeout + LEASE_MARGIN_SECONDS,
+        "lease_seconds": request.call.timeout + LEASE_MARGIN_SECONDS if request.call else request.lease,
     }
     with database.connect() as db:
         begun = db.one("job.begin", **parameters)
         is_blocked = begun["outcome"] == "insufficient_credits" or begun["existing_is_expired"]
         if is_blocked:
             # Another process may have swept them first: so it is asked again, whoever did.
-            db.one("job.sweep", team_id=request.team_id)
+            db.one("job.sweep", team_id=request.team_id, row_limit=SWEEP_CHUNK)
             begun = db.one("job.begin", **parameters)
     _raise_refusal(begun, request)
     return begun
@@ -171,7 +255,7 @@ def _raise_refusal(begun: database.Row, request: JobRequest) -> None:
                 f"The idempotency key was used before, for another request (job {begun['existing_job_id']}).",
                 "Take a new key for a new request.",
             )
-        case "key_in_use" if begun["existing_status"] != "completed":
+        case "key_in_use" if request.call and begun["existing_status"] != "completed":
             raise Conflict(
                 "job_in_progress",
                 f"The job of this idempotency key is still {begun['existing_status']}.",
@@ -180,7 +264,8 @@ def _raise_refusal(begun: database.Row, request: JobRequest) -> None:
         case "key_in_use":
             return
         case outcome:
-            raise refused(outcome, request.team_id, request.group_name, begun["organization_id"])
+            group_name = request.call.group_name if request.call else None
+            raise refused(outcome, request.team_id, group_name, begun["organization_id"])
 
 
 def _first_result(job_id: UUID, credits_remaining: int) -> JobResult:
@@ -191,46 +276,39 @@ def _first_result(job_id: UUID, credits_remaining: int) -> JobResult:
     return JobResult(job_id, "completed", None, calls, credits_remaining, is_repeated=True)
 
 
-def _content(
-    models: Sequence[str], request: JobRequest, calls: list[Call], on_progress: Callable[[str], None]
-) -> str | None:
-    """The first answer of the models, or None; each attempt is added to `calls` as it is made."""
-    started = time.monotonic()
-    on_progress("Loading litellm …")
-    from saasllm_cli.jobs import llm  # takes seconds
+def _no_call(job_id: UUID, outcome: str, team_id: str | None, group_name: str | None) -> SaasllmError:
+    """Why a job takes no call, or cannot be finished."""
+    match outcome:
+        case "job_not_found":
+            return not_found("job", str(job_id))
+        case "job_finished":
+            return Conflict(outcome, f"Job {job_id} is finished already.", f"See: saasllm job get {job_id}")
+        case "lease_lost":
+            return Conflict(
+                outcome,
+                f"The lease of job {job_id} ran out or was ended: nothing is charged for it.",
+                "Create a new job; with a longer --lease, if there is more time between its calls.",
+            )
+        case _:
+            return refused(outcome, team_id, group_name, None)
 
-    async def call_models() -> str | None:
-        deadline = time.monotonic() + request.timeout
-        for index, model in enumerate(models):
-            began = time.monotonic()
-            # What is left is shared by the models that are left, so that a silent one does not take it all.
-            seconds = (deadline - began) / (len(models) - index)
-            call = Call(request.group_name, model, index + 1, began - started)
-            calls.append(call)
-            on_progress(f"Waiting for {model} …")
-            try:
-                async with asyncio.timeout(seconds):
-                    answer = await llm.complete(model, request.messages, seconds)
-            except TimeoutError:
-                call.error = f"no answer within {seconds:.0f} s"
-            except asyncio.CancelledError:
-                call.error = "interrupted"
-                raise
-            except llm.ModelFailed as failure:
-                call.error = str(failure)
-                if failure.is_final:
-                    return None
-            else:
-                call.prompt_tokens = answer.prompt_tokens
-                call.completion_tokens = answer.completion_tokens
-                call.total_tokens = answer.total_tokens
-                call.cost_usd = answer.cost_usd
-                return answer.content
-            finally:
-                call.latency_ms = round((time.monotonic() - began) * 1000)
-        return None
 
-    return llm.run(call_models())
+def _recorded(
+    db: database.Database, job_id: UUID, started_at: datetime, calls: list[Call], lease: float
+) -> database.Row | None:
+    """Extends the lease and writes the calls; nothing where the lease is lost. A second time does no harm."""
+
+    def work() -> database.Row | None:
+        extended = db.maybe("job.extend_lease", job_id=job_id, lease_seconds=lease)
+        if extended is not None:
+            db.many("job.record_calls", job_id=job_id, started_at=started_at, calls=_rows(calls))
+        return extended
+
+    return db.transaction(work)
+
+
+def _rows(calls: list[Call]) -> str:
+    return json.dumps([asdict(call) for call in calls], default=str)
 
 
 def _cancelled(job_id: UUID, calls: list[Call], is_begun: bool) -> Interrupted:
@@ -247,12 +325,12 @@ def _cancelled(job_id: UUID, calls: list[Call], is_begun: bool) -> Interrupted:
     return Interrupted("interrupted", f"Job {job_id} was cancelled, and nothing was charged.")
 
 
-def _settled(job_id: UUID, team_id: str, content: str | None, calls: list[Call]) -> JobResult:
-    status = "failed" if content is None else "completed"
+def _settled(job_id: UUID, team_id: str, answer: "Answer | None", calls: list[Call]) -> JobResult:
+    status = "failed" if answer is None else "completed"
     error_message = None
-    if content is None:
+    if answer is None:
         error_message = "; ".join(f"{call.resolved_model}: {call.error}" for call in calls)
-    result = JobResult(job_id, status, content, calls, error_message=error_message)
+    result = JobResult(job_id, status, answer, calls, error_message=error_message)
     try:
         settled = _settle(job_id, status, error_message, calls, SETTLE_SECONDS)
     except SaasllmError as error:  # an answer that is there is not lost for it
@@ -277,22 +355,28 @@ def _settled(job_id: UUID, team_id: str, content: str | None, calls: list[Call])
 
 
 def _settle(job_id: UUID, status: str, error_message: str | None, calls: list[Call], seconds: float) -> database.Row:
-    """Settles the job, trying again for a while when the database is away: a second time does no harm."""
-    rows = json.dumps([asdict(call) for call in calls], default=str)
+    """Settles the job; a second time does no harm."""
+
+    def settle(db: database.Database) -> database.Row:
+        parameters = {"job_id": job_id, "status": status, "error_message": error_message, "calls": _rows(calls)}
+        settled = db.one("job.settle", **parameters)
+        if settled["status"] in ("pending", "in_progress"):
+            # It waited for another that settles the same job, and told what had been before: asked again, it tells
+            # what is.
+            settled = db.one("job.settle", **parameters)
+        return settled
+
+    return _until_it_answers(seconds, settle)
+
+
+def _until_it_answers(seconds: float, work: Callable[[database.Database], T]) -> T:
+    """What is to be written after a call, tried again for a while when the database is away."""
     until = time.monotonic() + seconds
     pause = 0.1
     while True:
         try:
             with database.connect_to_settle(max(1.0, until - time.monotonic())) as db:
-                settle = partial(
-                    db.one, "job.settle", job_id=job_id, status=status, error_message=error_message, calls=rows
-                )
-                settled = settle()
-                if settled["status"] in ("pending", "in_progress"):
-                    # It waited for another that settles the same job, and told what had been before: asked again, it
-                    # tells what is.
-                    settled = settle()
-                return settled
+                return work(db)
         except DatabaseUnavailable as error:
             if error.code not in RETRIED or time.monotonic() + pause > until:
                 raise

@@ -4,7 +4,8 @@
 
 -- name: begin(job_id, team_id, group_name, job_type, external_task_id, metadata, idempotency_key, request_hash, lease_seconds) :one
 -- Reserves a credit and opens the job under a lease, if everything allows it; else says the one
--- condition that failed, and nothing is done. A key in use gives the job that has it.
+-- condition that failed, and nothing is done. A key in use gives the job that has it. Without a group it is pending: its
+-- calls follow.
 WITH request AS (
     SELECT
         t.team_id,
@@ -17,9 +18,10 @@ WITH request AS (
         CASE
             WHEN k.job_id IS NOT NULL THEN 'key_in_use'
             WHEN t.team_id IS NULL THEN 'team_not_found'
-            WHEN g.group_name IS NULL THEN 'group_not_found'
+            WHEN asked.group_name IS NOT NULL AND g.group_name IS NULL THEN 'group_not_found'
             WHEN o.status <> 'active' THEN 'organization_suspended'
             WHEN t.status <> 'active' THEN 'team_suspended'
+            WHEN asked.group_name IS NULL THEN NULL
             WHEN a.group_name IS NULL THEN 'group_not_assigned'
             WHEN g.status <> 'active' THEN 'group_inactive'
             WHEN m.model_names = '{}' THEN 'no_active_model'
@@ -52,9 +54,10 @@ job AS (
         started_at, lease_expires_at, idempotency_key, request_hash
     )
     SELECT
-        %(job_id)s, request.team_id, request.organization_id, %(job_type)s, 'in_progress', %(external_task_id)s,
-        ARRAY[%(group_name)s::text], %(metadata)s,
-        now(), now() + %(lease_seconds)s * interval '1 second', %(idempotency_key)s, %(request_hash)s
+        %(job_id)s, request.team_id, request.organization_id, %(job_type)s,
+        CASE WHEN %(group_name)s::text IS NULL THEN 'pending' ELSE 'in_progress' END, %(external_task_id)s,
+        array_remove(ARRAY[%(group_name)s::text], NULL), %(metadata)s,
+        CASE WHEN %(group_name)s::text IS NOT NULL THEN now() END, now() + %(lease_seconds)s * interval '1 second', %(idempotency_key)s, %(request_hash)s
     FROM reserved
     JOIN request USING (team_id)
     RETURNING job_id
@@ -75,6 +78,85 @@ SELECT
 FROM request
 LEFT JOIN team_credits c USING (team_id);
 
+-- name: start_call(job_id, group_name, lease_seconds) :one
+-- The models of a group for a call of an open job, which it holds under a lease of at least so long; else the one
+-- condition that failed. A team that was suspended meanwhile may finish its job.
+WITH request AS (
+    SELECT
+        j.job_id,
+        j.team_id,
+        m.model_names,
+        CASE
+            WHEN j.job_id IS NULL THEN 'job_not_found'
+            WHEN g.group_name IS NULL THEN 'group_not_found'
+            WHEN j.status NOT IN ('pending', 'in_progress') THEN 'job_finished'
+            WHEN a.group_name IS NULL THEN 'group_not_assigned'
+            WHEN g.status <> 'active' THEN 'group_inactive'
+            WHEN m.model_names = '{}' THEN 'no_active_model'
+        END AS refusal
+    FROM (VALUES (%(job_id)s::uuid, %(group_name)s::text)) AS asked (job_id, group_name)
+    LEFT JOIN jobs j ON j.job_id = asked.job_id
+    LEFT JOIN model_groups g ON g.group_name = asked.group_name
+    LEFT JOIN team_model_groups a ON a.team_id = j.team_id AND a.group_name = g.group_name
+    CROSS JOIN LATERAL (
+        SELECT ARRAY(
+            SELECT model_name FROM model_group_models WHERE group_name = g.group_name AND is_active ORDER BY priority
+        ) AS model_names
+    ) m
+),
+started AS (
+    UPDATE jobs j
+    SET status = 'in_progress',
+        started_at = coalesce(j.started_at, now()),
+        lease_expires_at = greatest(j.lease_expires_at, now() + %(lease_seconds)s * interval '1 second'),
+        model_groups_used = CASE
+            WHEN %(group_name)s::text = ANY (j.model_groups_used) THEN j.model_groups_used
+            ELSE j.model_groups_used || %(group_name)s::text
+        END
+    FROM request
+    WHERE j.job_id = request.job_id
+      AND request.refusal IS NULL
+      AND j.status IN ('pending', 'in_progress')
+      AND j.lease_expires_at > clock_timestamp()
+    RETURNING j.job_id
+)
+SELECT
+    coalesce(refusal, CASE WHEN EXISTS (SELECT FROM started) THEN 'started' ELSE 'lease_lost' END) AS outcome,
+    team_id,
+    model_names,
+    now() AS started_at
+FROM request;
+
+-- name: extend_lease(job_id, lease_seconds) :maybe
+-- Of an open job whose lease holds; its row stays locked until the end of the transaction.
+UPDATE jobs
+SET lease_expires_at = greatest(lease_expires_at, now() + %(lease_seconds)s * interval '1 second')
+WHERE job_id = %(job_id)s
+  AND status IN ('pending', 'in_progress')
+  AND lease_expires_at > clock_timestamp()
+RETURNING lease_expires_at;
+
+-- name: record_calls(job_id, started_at, calls) :many
+-- The calls of one request, once: their times tell whether they are there already.
+INSERT INTO llm_calls (
+    job_id, team_id, model_group_used, resolved_model, attempt, prompt_tokens, completion_tokens, total_tokens,
+    cost_usd, latency_ms, purpose, error, prompt, answer, created_at
+)
+SELECT
+    job.job_id, job.team_id, call.model_group_used, call.resolved_model, call.attempt, call.prompt_tokens,
+    call.completion_tokens, call.total_tokens, call.cost_usd, call.latency_ms, call.purpose, call.error, call.prompt,
+    call.answer, %(started_at)s::timestamptz + call.began
+FROM jobs job, call_rows(%(calls)s) AS call
+WHERE job.job_id = %(job_id)s
+  AND NOT EXISTS (
+      SELECT
+      FROM llm_calls known
+      WHERE known.job_id = job.job_id
+        AND known.attempt = call.attempt
+        AND known.created_at = %(started_at)s::timestamptz + call.began
+  )
+RETURNING call_id;
+
 -- name: settle(job_id, status, error_message, calls) :one
 -- Finishes an open job whose lease holds, with its calls, and charges its credit where it completed or frees it
 -- where it did not. The second time it does nothing and says so. `calls` is a JSON array; `began` counts the
@@ -94,19 +176,13 @@ WITH job AS (
 calls AS (
     INSERT INTO llm_calls (
         job_id, team_id, model_group_used, resolved_model, attempt, prompt_tokens, completion_tokens, total_tokens,
-        cost_usd, latency_ms, purpose, error, created_at
+        cost_usd, latency_ms, purpose, error, prompt, answer, created_at
     )
     SELECT
         job.job_id, job.team_id, call.model_group_used, call.resolved_model, call.attempt, call.prompt_tokens,
         call.completion_tokens, call.total_tokens, call.cost_usd, call.latency_ms, call.purpose, call.error,
-        job.started_at + call.began * interval '1 second'
-    FROM job,
-        jsonb_to_recordset(%(calls)s::jsonb) AS call (
-            model_group_used text, resolved_model text, attempt integer, prompt_tokens integer,
-            completion_tokens integer, total_tokens integer, cost_usd numeric, latency_ms integer, purpose text,
-            error text, began double precision
-        )
-    ORDER BY call.attempt
+        call.prompt, call.answer, job.started_at + call.began
+    FROM job, call_rows(%(calls)s) AS call
 ),
 balance AS (
     SELECT c.team_id, c.last_entry_no, c.credits_remaining
@@ -147,16 +223,17 @@ FROM (VALUES (%(job_id)s::uuid)) AS asked (job_id)
 LEFT JOIN jobs j USING (job_id)
 LEFT JOIN team_credits c USING (team_id);
 
--- name: sweep(team_id) :one
--- Fails the team's jobs whose lease ran out and frees their credits; says how many. It waits for what is just being
--- settled or swept by another, so that afterwards the credits are free.
+-- name: sweep(team_id, row_limit) :one
+-- Fails jobs whose lease ran out, of the team or of all, and frees their credits; says how many. It waits for what is
+-- just being settled or swept by another, so that afterwards the credits are free.
 WITH expired AS (
     SELECT job_id
     FROM jobs
-    WHERE team_id = %(team_id)s
+    WHERE (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
       AND status IN ('pending', 'in_progress')
       AND lease_expires_at <= clock_timestamp()
     ORDER BY job_id
+    LIMIT %(row_limit)s
     FOR UPDATE
 ),
 swept AS (
@@ -168,12 +245,21 @@ swept AS (
         lease_expires_at = NULL
     FROM expired
     WHERE jobs.job_id = expired.job_id
-    RETURNING jobs.job_id
+    RETURNING jobs.team_id
+),
+balance AS (
+    SELECT team_id
+    FROM team_credits
+    WHERE team_id IN (SELECT team_id FROM swept)
+    ORDER BY team_id
+    FOR UPDATE
 ),
 released AS (
-    UPDATE team_credits
-    SET credits_reserved = credits_reserved - (SELECT count(*) FROM swept)
-    WHERE team_id = %(team_id)s AND EXISTS (SELECT FROM swept)
+    UPDATE team_credits c
+    SET credits_reserved = c.credits_reserved - held.jobs
+    FROM (SELECT team_id, count(*) AS jobs FROM swept GROUP BY team_id) AS held
+    JOIN balance USING (team_id)
+    WHERE c.team_id = held.team_id
 )
 SELECT count(*) AS swept FROM swept;
 

@@ -1,0 +1,380 @@
+"""What a call can carry, how an answer comes, and jobs of several calls."""
+
+import base64
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psycopg
+import pytest
+from conftest import Result, start_process
+from provider import ANSWER, Provider
+from test_job import credits_of, job_run, wait_for_request, with_models
+
+from saasllm_cli.jobs import runner
+from saasllm_cli.jobs.calls import Call, CallRequest
+
+Run = Callable[..., Result]
+NO_JOB = "0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d"
+SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+
+
+@pytest.fixture
+def over_http(tenant: Run, provider: Provider) -> Run:
+    """The team `hr` has a group `G`, whose models fail and then answer over HTTP."""
+    return with_models(tenant, "openai/status-500", "openai/ok")
+
+
+def write(home: Path, name: str, content: object) -> str:
+    (home / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return name
+
+
+def calls_of(run: Run, job_id: object) -> list[dict[str, object]]:
+    return list(run("job", "get", job_id, "-o", "json").data["calls"])
+
+
+def created(run: Run, *options: object) -> str:
+    result = run("job", "create", "--team", "hr", *options)
+    assert result.status == 0, result.err
+    return result.out.strip()
+
+
+def call(run: Run, job_id: str, group: str, *options: object) -> Result:
+    return run("job", "call", job_id, "--group", group, "--prompt", "x", "--no-stream", *options)
+
+
+# What a call can carry.
+
+
+def test_parameters_reach_the_provider(over_http: Run, provider: Provider) -> None:
+    options = "--temperature 0.5 --max-tokens 9 --top-p 0.25 --seed 7 --stop END --stop STOP --param presence_penalty=1"
+    result = job_run(over_http, "G", "--prompt", "x", *options.split(), "--param", 'logit_bias={"1": 2}')
+    assert result.status == 0, result.err
+    sent = provider.requests[-1]
+    assert {
+        name: sent[name]
+        for name in ("temperature", "max_tokens", "top_p", "seed", "stop", "presence_penalty", "logit_bias")
+    } == {
+        "temperature": 0.5,
+        "max_tokens": 9,
+        "top_p": 0.25,
+        "seed": 7,
+        "stop": ["END", "STOP"],
+        "presence_penalty": 1,
+        "logit_bias": {"1": 2},
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--temperature", "-1"),
+        ("--max-tokens", "0"),
+        ("--top-p", "2"),
+        ("--seed", "x"),
+        ("--param", "x"),
+        ("--param", "model=openai/other"),
+        ("--param", "api_key=sk-1"),
+        ("--param", "mock_response=x"),
+        ("--param", "num_retries=3"),
+        ("--stream", "-o", "json"),
+        ("--json-schema", "none.json"),
+        ("--messages", "none.json"),
+    ],
+)
+def test_bad_options(over_http: Run, provider: Provider, options: tuple[str, ...]) -> None:
+    assert job_run(over_http, "G", "--prompt", "x", *options).status == 2
+    assert provider.requests == []
+    assert credits_of(over_http) == (10, 0)
+
+
+def test_a_chat_with_an_image_and_tools(over_http: Run, provider: Provider, home: Path) -> None:
+    (home / "cv.png").write_bytes(b"\x89PNG")
+    text = {"type": "text", "text": "Who is this?"}
+    images = [{"type": "image_url", "image_url": url} for url in ("cv.png", {"url": "https://example.com/cv.png"})]
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
+    chat = {"messages": [{"role": "user", "content": [text, *images]}], "tools": tools, "temperature": 1}
+    write(home, "chat.json", chat)
+    result = job_run(over_http, "G", "--messages", "chat.json", "--system", "Be brief.", "--temperature", 0)
+    assert result.status == 0, result.err
+    sent = provider.requests[-1]
+    assert sent["messages"][0] == {"role": "system", "content": "Be brief."}
+    shown = [part["image_url"]["url"] for part in sent["messages"][1]["content"][1:]]
+    assert shown == ["data:image/png;base64," + base64.b64encode(b"\x89PNG").decode(), "https://example.com/cv.png"]
+    assert (sent["tools"], sent["temperature"]) == (tools, 0)
+
+
+def test_a_model_that_wants_a_tool_called(tenant: Run, provider: Provider, home: Path) -> None:
+    with_models(tenant, "openai/tools")
+    result = job_run(tenant, "G", "--prompt", "x", "-o", "json")
+    assert (result.status, result.data["content"]) == (0, None)
+    assert result.data["tool_calls"][0]["function"] == {"name": "look_up", "arguments": '{"name": "Ada"}'}
+    assert json.loads(job_run(tenant, "G", "--prompt", "x").out)[0]["id"] == "call_1"
+
+
+BAD_CHATS = {
+    "[": "not JSON",
+    "[]": "messages is to be a list",
+    '{"tools": []}': "messages is to be a list",
+    '{"messages": [{"role": "user", "content": "x"}], "model": "gpt-4"}': "'model' is no parameter",
+    '["x"]': "messages[0] is to be an object",
+    '[{"role": "boss", "content": "x"}]': "messages[0].role",
+    '[{"role": "user"}]': "messages[0].content",
+    '[{"role": "user", "content": []}]': "messages[0].content",
+    '[{"role": "user", "content": ["x"]}]': "messages[0].content[0]",
+    '[{"role": "user", "content": [{"type": "text"}]}]': "messages[0].content[0]",
+    '[{"role": "user", "content": [{"type": "image_url", "image_url": "cv.txt"}]}]': "no ending of an image",
+    '[{"role": "user", "content": [{"type": "image_url", "image_url": "no.png"}]}]': "cannot be read",
+    '[{"role": "user", "content": "a\\u001bb"}]': "terminal escape",
+}
+
+
+@pytest.mark.parametrize(("chat", "told"), BAD_CHATS.items())
+def test_a_broken_chat(tenant: Run, home: Path, chat: str, told: str) -> None:
+    result = job_run(tenant, "Echo", "--messages", write(home, "chat.json", chat), "-o", "json")
+    assert (result.status, told in result.error["message"]) == (2, True), result.err
+
+
+@pytest.mark.parametrize("schema", ["{", "[]", '{"type": "objet"}'])
+def test_a_broken_schema(tenant: Run, home: Path, schema: str) -> None:
+    result = job_run(tenant, "Echo", "--prompt", "x", "--json-schema", write(home, "schema.json", schema), "-o", "json")
+    assert (result.status, "schema.json" in result.error["message"]) == (2, True)
+
+
+@pytest.mark.parametrize(("answer", "status"), [('{"age": 36}', 0), ('{"age": "sk-secret"}', 8), ("36 years", 8)])
+def test_an_answer_of_a_schema(tenant: Run, provider: Provider, home: Path, answer: str, status: int) -> None:
+    with_models(tenant, "openai/ok", "openai/ok-2")
+    provider.answer = answer
+    result = job_run(tenant, "G", "--prompt", "x", "--json-schema", write(home, "schema.json", SCHEMA))
+    assert result.status == status
+    assert provider.requests[0]["response_format"]["json_schema"]["schema"] == SCHEMA
+    calls = calls_of(tenant, tenant("job", "list", "-o", "json").data[0]["job_id"])
+    assert [call["total_tokens"] for call in calls] == [17] * (1 if status == 0 else 2), "it was paid for all the same"
+    assert ("answer" in str(calls[0]["error"])) == (status == 8)
+    assert "sk-secret" not in str(calls), "nothing of an answer is kept"
+    assert credits_of(tenant) == ((9, 0) if status == 0 else (10, 0))
+
+
+def test_what_is_kept_of_prompts_and_answers(tenant: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept() -> tuple[object, object]:
+        job_id = job_run(tenant, "Echo", "--prompt", "Grüße", "--purpose", "a greeting", "-o", "json").data["job_id"]
+        (made,) = calls_of(tenant, job_id)
+        assert made["purpose"] == "a greeting"
+        return made["prompt"], made["answer"]
+
+    from saasllm_cli.settings import settings
+
+    assert kept() == (None, None)
+    for bound, expected in (("1000", ('[{"role": "user", "content": "Grüße"}]', "Grüße")), ("3", ('[{"', "Grü"))):
+        monkeypatch.setenv("SAASLLM_KEEP_CONTENT", bound)
+        settings.cache_clear()
+        assert kept() == expected
+
+
+# How an answer comes.
+
+
+def test_a_stream(over_http: Run, provider: Provider) -> None:
+    result = job_run(over_http, "G", "--prompt", "x", "--stream")
+    assert (result.status, result.out) == (0, ANSWER + "\n")
+    assert "12 + 5 tokens" in result.err
+    assert provider.requests[-1]["stream"] is True
+    assert credits_of(over_http) == (9, 0)
+
+
+def test_a_stream_of_the_offline_model(tenant: Run) -> None:
+    result = job_run(tenant, "Echo", "--prompt", "one two\n\nthree", "--stream")
+    assert (result.status, result.out) == (0, "one two\n\nthree\n")
+
+
+def test_a_torn_stream_is_no_answer_and_no_other_follows(tenant: Run, provider: Provider) -> None:
+    with_models(tenant, "openai/torn", "openai/ok")
+    result = job_run(tenant, "G", "--prompt", "x", "--stream")
+    assert (result.status, result.out) == (8, "The answer ")
+    assert [request["model"] for request in provider.requests] == ["torn"]
+    assert credits_of(tenant) == (10, 0)
+
+
+def test_a_stream_that_nobody_reads_costs_nothing(tenant: Run, provider: Provider) -> None:
+    with_models(tenant, "openai/ok")
+    provider.answer = "word " * 100_000
+    process = start_process("job", "run", "--team", "hr", "--group", "G", "--prompt", "x", "--stream")
+    assert process.stdout
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert tenant("job", "list", "-o", "json").data[0]["status"] == "failed"
+    assert credits_of(tenant) == (10, 0)
+
+
+def test_a_rate_limit_that_says_when_to_come_back(tenant: Run, provider: Provider) -> None:
+    with_models(tenant, "openai/busy", "openai/status-500")
+    began = time.monotonic()
+    result = job_run(tenant, "G", "--prompt", "x", "-o", "json")
+    assert (result.status, result.data["resolved_model"], result.data["attempts"]) == (0, "openai/busy", 3)
+    assert time.monotonic() - began >= 1
+    assert [request["model"] for request in provider.requests] == ["busy", "status-500", "busy"]
+
+
+def test_no_waiting_for_a_rate_limit_beyond_the_deadline(tenant: Run, provider: Provider) -> None:
+    with_models(tenant, "openai/busy")
+    provider.retry_after = "100"
+    began = time.monotonic()
+    assert job_run(tenant, "G", "--prompt", "x", "--timeout", 5).status == 8
+    assert time.monotonic() - began < 5
+
+
+# Jobs of several calls.
+
+
+def test_several_calls_cost_one_credit(over_http: Run) -> None:
+    job_id = created(over_http, "--job-type", "parsing", "--external-task-id", "7", "--metadata", "a=b")
+    assert credits_of(over_http) == (10, 1)
+    job = over_http("job", "get", job_id, "-o", "json").data
+    assert (job["status"], job["started_at"], job["model_groups_used"], job["calls"]) == ("pending", None, [], [])
+    first = call(over_http, job_id, "G", "--purpose", "read", "-o", "json")
+    assert (first.data["content"], first.data["attempts"]) == (ANSWER, 2)
+    assert first.data["lease_expires_at"] > job["lease_expires_at"]
+    assert call(over_http, job_id, "Echo").out == "x\n"
+    assert call(over_http, job_id, "Down", "-o", "json").error["code"] == "no_answer"
+    job = over_http("job", "get", job_id, "-o", "json").data
+    assert (job["status"], job["model_groups_used"]) == ("in_progress", ["G", "Echo", "Down"])
+    models = ["openai/status-500", "openai/ok", "offline/echo", "offline/fail/a", "offline/fail/b"]
+    assert [made["resolved_model"] for made in job["calls"]] == models
+    assert [made["purpose"] for made in job["calls"]] == ["read", "read", None, None, None]
+    assert sorted(made["created_at"] for made in job["calls"]) == [made["created_at"] for made in job["calls"]]
+    assert credits_of(over_http) == (10, 1)
+    completed = over_http("job", "complete", job_id, "-o", "json")
+    assert (completed.data["status"], completed.data["credit_applied"]) == ("completed", True)
+    assert credits_of(over_http) == (9, 0)
+
+
+@pytest.mark.parametrize(("verb", "status"), [("fail", "failed"), ("cancel", "cancelled")])
+def test_a_job_that_is_not_wanted_costs_nothing(tenant: Run, verb: str, status: str) -> None:
+    job_id = created(tenant)
+    call(tenant, job_id, "Echo")
+    ended = tenant("job", verb, job_id, "--reason", "The CV is empty", "-o", "json")
+    assert (ended.data["status"], ended.data["error_message"]) == (status, "The CV is empty")
+    assert credits_of(tenant) == (10, 0)
+
+
+def test_a_job_is_finished_once(tenant: Run) -> None:
+    job_id = created(tenant)
+    refused = tenant("job", "complete", job_id, "-o", "json")
+    assert (refused.status, refused.error["code"]) == (4, "no_call_succeeded")
+    call(tenant, job_id, "Down")
+    assert tenant("job", "complete", job_id).status == 4
+    call(tenant, job_id, "Echo")
+    assert tenant("job", "complete", job_id).status == 0
+    for verb in ("complete", "fail", "cancel"):
+        again = tenant("job", verb, job_id, "-o", "json")
+        assert (again.status, again.error["code"]) == (4, "job_finished")
+    assert call(tenant, job_id, "Echo", "-o", "json").error["code"] == "job_finished"
+    assert credits_of(tenant) == (9, 0)
+    for verb in ("complete", "fail", "cancel"):
+        assert tenant("job", verb, NO_JOB).status == 3
+
+
+def test_refused_calls(tenant: Run) -> None:
+    job_id = created(tenant)
+    tenant("group", "create", "Other", "--model", "offline/echo")
+    assert call(tenant, NO_JOB, "Echo").status == 3
+    assert call(tenant, job_id, "No").status == 3
+    assert call(tenant, job_id, "Other").status == 6
+    tenant("group", "update", "Echo", "--deactivate", "offline/echo")
+    assert call(tenant, job_id, "Echo").status == 6
+    tenant("team", "suspend", "hr")
+    tenant("group", "update", "Echo", "--activate", "offline/echo")
+    assert call(tenant, job_id, "Echo").status == 0, "what is running may finish"
+    assert tenant("job", "create", "--team", "hr").status == 6
+
+
+def test_a_job_without_a_credit_is_not_created(tenant: Run) -> None:
+    tenant("team", "create", "poor", "--org", "acme")
+    assert tenant("job", "create", "--team", "poor").status == 5
+    assert tenant("job", "create", "--team", "no").status == 3
+
+
+def test_the_same_key_creates_one_job(tenant: Run) -> None:
+    job_id = created(tenant, "--idempotency-key", "k")
+    assert created(tenant, "--idempotency-key", "k") == job_id
+    assert tenant("job", "create", "--team", "hr", "--job-type", "other", "--idempotency-key", "k").status == 4
+    tenant("job", "cancel", job_id)
+    assert created(tenant, "--idempotency-key", "k") != job_id
+    assert credits_of(tenant) == (10, 1)
+
+
+def test_a_lost_lease(tenant: Run, sql: psycopg.Connection) -> None:
+    job_id = created(tenant)
+    call(tenant, job_id, "Echo")
+    sql.execute("UPDATE jobs SET lease_expires_at = now()")
+    for result in (call(tenant, job_id, "Echo", "-o", "json"), tenant("job", "complete", job_id, "-o", "json")):
+        assert (result.status, result.error["code"]) == (4, "lease_lost")
+    assert tenant("job", "sweep", "--team", "no").status == 3
+    assert tenant("job", "sweep", "-o", "json").data == {"swept": 1}
+    assert tenant("job", "sweep").out == "0 job(s) swept\n"
+    assert credits_of(tenant) == (10, 0)
+    assert tenant("job", "get", job_id, "-o", "json").data["status"] == "failed"
+
+
+def test_a_sweep_of_many_teams(tenant: Run, sql: psycopg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "SWEEP_CHUNK", 4)
+    tenant("team", "create", "it", "--org", "acme", "--credits", 9)
+    for team in ("hr", "it"):
+        for _ in range(5):
+            tenant("job", "create", "--team", team)
+    kept = created(tenant)
+    sql.execute("UPDATE jobs SET lease_expires_at = now() WHERE job_id <> %s", [kept])
+    assert tenant("job", "sweep", "--team", "it", "-o", "json").data == {"swept": 5}
+    assert tenant("job", "sweep", "-o", "json").data == {"swept": 5}
+    assert (credits_of(tenant), credits_of(tenant, "it")) == ((10, 1), (9, 0))
+    assert tenant("credits", "verify").status == 0
+
+
+def test_the_calls_of_one_request_are_written_once(tenant: Run) -> None:
+    """Whose answer was lost on the way is written again, and finds itself there."""
+    job_id = created(tenant)
+    result = call(tenant, job_id, "Echo", "-o", "json")
+    (made,) = calls_of(tenant, job_id)
+    began = Call("Echo", "offline/echo", 1, 0.0)
+    started_at = runner.datetime.fromisoformat(str(made["created_at"]))
+    recorded = runner._until_it_answers(
+        5, lambda db: runner._recorded(db, result.data["job_id"], started_at, [began], 900)
+    )
+    assert recorded is not None
+    assert calls_of(tenant, job_id) == [made]
+
+
+def test_an_interrupted_call_leaves_the_job_open(tenant: Run, provider: Provider) -> None:
+    with_models(tenant, "openai/slow")
+    job_id = created(tenant)
+    process = start_process("job", "call", job_id, "--group", "G", "--prompt", "x", "-o", "json")
+    wait_for_request(provider, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, json.loads(err)["error"]["code"]) == (130, "", "interrupted")
+    job = tenant("job", "get", job_id, "-o", "json").data
+    assert (job["status"], job["calls"][0]["error"]) == ("in_progress", "interrupted")
+    assert credits_of(tenant) == (10, 1)
+
+
+def test_a_call_that_is_late_is_not_written(tenant: Run, provider: Provider, sql: psycopg.Connection) -> None:
+    with_models(tenant, "openai/slow")
+    job_id = created(tenant)
+    process = start_process("job", "call", job_id, "--group", "G", "--prompt", "x", "--timeout", "3", "-o", "json")
+    wait_for_request(provider, process)
+    sql.execute("UPDATE jobs SET lease_expires_at = now()")
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, json.loads(err)["error"]["code"]) == (4, "lease_lost")
+    assert calls_of(tenant, job_id) == []
+
+
+def test_the_request_is_what_a_key_stands_for(tenant: Run) -> None:
+    asked = CallRequest("Echo", [{"role": "user", "content": "x"}], 5)
+    same = runner.JobRequest("hr", asked)
+    other = runner.JobRequest("hr", CallRequest("Echo", asked.messages, 5, {"temperature": 1}))
+    assert same.hash() == runner.JobRequest("hr", CallRequest("Echo", asked.messages, 9), idempotency_key="k").hash()
+    assert same.hash() != other.hash()
