@@ -58,7 +58,7 @@ SHOWN_KEYWORDS = ("host", "hostaddr", "port", "user", "dbname", "sslmode", "opti
 SHORTEST_SECRET = 3  # a piece of one or two letters stands in any message
 
 
-def _exact_json(value: Any) -> str:
+def exact_json(value: Any) -> str:
     """JSON in which a decimal is the number that it is, which the standard library cannot write."""
     import simplejson
 
@@ -66,7 +66,7 @@ def _exact_json(value: Any) -> str:
 
 
 class _JsonbDumper(JsonbDumper):
-    _dumps = staticmethod(_exact_json)
+    _dumps = staticmethod(exact_json)
 
 
 class Rows(Iterator[Row]):

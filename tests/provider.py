@@ -1,14 +1,15 @@
 """An OpenAI-compatible HTTP server on loopback, with faults on demand.
 
 The name of the model says what happens: `ok`, `status-429`, `busy` (429, and says when to come back; then ok),
-`tools`, `empty`, `blank`, `html`, `cut`, `torn` (a stream cut in the middle), `slow`, `drip`, `context`, `policy`.
-Anything after a second dash is free.
+`narrow-2` (429 where more than two are asked at once), `tools`, `empty`, `blank`, `html`, `cut`, `torn` (a stream
+that is cut in the middle), `slow`, `drip`, `context`, `policy`. Anything after a second dash is free.
 """
 
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
@@ -28,7 +29,9 @@ class Provider:
         self.retry_after = "1"
         self.message = "fault {status} for key {key}"
         self.closing = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"provider": self}))
+        self._asked_now = 0
+        self._lock = threading.Lock()
+        self._server = _Server(("127.0.0.1", 0), type("Bound", (_Handler,), {"provider": self}))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -40,6 +43,23 @@ class Provider:
         self.closing.set()
         self._server.shutdown()
         self._server.server_close()
+
+    @contextmanager
+    def counting(self, most: int) -> Iterator[bool]:
+        """Whether no more than so many are answered at once."""
+        with self._lock:
+            self._asked_now += 1
+            has_room = self._asked_now <= most
+        try:
+            yield has_room
+        finally:
+            with self._lock:
+                self._asked_now -= 1
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass  # a client that was killed
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -53,6 +73,13 @@ class _Handler(BaseHTTPRequestHandler):
         match self.provider.stands_for.get(model, model).split("-"):
             case ["busy", *_] if sum(request["model"] == model for request in self.provider.requests) == 1:
                 self._answer(429, _error("Too many requests."), {"Retry-After": self.provider.retry_after})
+            case ["narrow", most]:
+                with self.provider.counting(int(most)) as has_room:
+                    if has_room:
+                        time.sleep(0.02)
+                        self._answer(200, _completion(model, self.provider.answer))
+                    else:
+                        self._answer(429, _error("Too many requests."))
             case ["ok" | "torn" as fault, *_] if body.get("stream"):
                 self._stream(model, is_torn=fault == "torn")
             case ["ok" | "busy", *_]:

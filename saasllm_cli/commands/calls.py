@@ -1,36 +1,24 @@
 """What a model can be asked: the options that `job run` and `job call` have in common, and the files that they name."""
 
-import base64
 import json
-import mimetypes
-import re
 import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
 from saasllm_cli.commands.inputs import A_GROUP, label
 from saasllm_cli.errors import InvalidInput
+from saasllm_cli.jobs import chat
 from saasllm_cli.output import note, printer, progress
 from saasllm_cli.settings import Format
 
 if TYPE_CHECKING:
     from saasllm_cli.jobs.calls import CallRequest
 
-# Control characters (but not tab, line feed, vertical tab, form feed, carriage return) and halves of surrogate pairs.
-NO_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 SILENT_STDIN_SECONDS = 3
-LARGEST_IMAGE = 20 * 2**20
-ROLES = ("system", "developer", "user", "assistant", "tool")
-# What the group, the runner or the environment decides, or what would keep a model from being called.
-NOT_PARAMETERS = re.compile(
-    r"model|messages|stream|stream_options|timeout|n|(max|num)_retries|fallbacks|.*(mock|key|secret|password|token).*",
-    re.IGNORECASE,
-)
-PARAMETERS = ("max_tokens", "max_completion_tokens")
 
 
 def parameter(value: str) -> dict[str, Any]:
@@ -38,7 +26,7 @@ def parameter(value: str) -> dict[str, Any]:
     key, equals, text = value.partition("=")
     if not key or not equals:
         raise typer.BadParameter(f"{value!r} is not KEY=VALUE.")
-    _require_parameter(key)
+    chat.parameter(key)
     try:
         return {key: json.loads(text)}
     except (ValueError, RecursionError):
@@ -111,14 +99,14 @@ def call_request(
     timeout: float,
 ) -> "CallRequest":
     """The request that the options describe, or `InvalidInput` that names the option."""
-    chat: list[dict[str, Any]] = []
+    asked: list[dict[str, Any]] = []
     if messages is not None:
-        chat, further = _chat(messages)
+        asked, further = _chat(messages)
         parameters = further | parameters
     if system is not None:
-        chat.insert(0, {"role": "system", "content": _checked(system, "--system")})
+        asked.insert(0, {"role": "system", "content": chat.text(system, "--system")})
     if messages is None or prompt is not None or prompt_file is not None:
-        chat.append({"role": "user", "content": _prompt(prompt, prompt_file, may_read_stdin=messages is None)})
+        asked.append({"role": "user", "content": _prompt(prompt, prompt_file, may_read_stdin=messages is None)})
     schema = None
     if json_schema is not None:
         schema = _schema(json_schema)
@@ -126,7 +114,7 @@ def call_request(
 
     from saasllm_cli.jobs.calls import CallRequest
 
-    return CallRequest(group, chat, timeout, parameters, schema, purpose)
+    return CallRequest(group, asked, timeout, parameters, schema, purpose)
 
 
 def shown_as_it_comes(stream: bool | None, request: "CallRequest", output: Format) -> Callable[[str], None] | None:
@@ -148,67 +136,14 @@ def shown_as_it_comes(stream: bool | None, request: "CallRequest", output: Forma
 
 def _chat(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The messages of a file, and the other parameters that stand beside them."""
-    chat = _json(path, "--messages")
+    content = _json(path, "--messages")
     parameters: dict[str, Any] = {}
-    if isinstance(chat, dict):
-        parameters = dict(chat)
-        chat = parameters.pop("messages", None)
-        for key in parameters:
-            _require_parameter(key)
-    if not isinstance(chat, list) or not chat:
-        raise _invalid_chat(path, "messages", "is to be a list of messages that is not empty")
-    for number, message in enumerate(chat):
-        where = f"messages[{number}]"
-        if not isinstance(message, dict):
-            raise _invalid_chat(path, where, "is to be an object with role and content")
-        if message.get("role") not in ROLES:
-            raise _invalid_chat(path, f"{where}.role", f"is to be one of {', '.join(ROLES)}")
-        match message.get("content"):
-            case str(text):
-                _checked(text, f"{path}, {where}.content")
-            case None if message["role"] == "assistant":
-                pass
-            case [*parts] if parts:
-                for index, part in enumerate(parts):
-                    _check_part(path, f"{where}.content[{index}]", part)
-            case _:
-                raise _invalid_chat(path, f"{where}.content", "is to be a text or a list of parts")
-    return chat, parameters
-
-
-def _check_part(path: Path, where: str, part: Any) -> None:
-    """Checks one part of a message; an image that is named by its path becomes a part of the message itself."""
-    match part:
-        case {"type": "text", "text": str(text)}:
-            _checked(text, f"{path}, {where}.text")
-        case {"type": "image_url", "image_url": {"url": str(url)} as image}:
-            image["url"] = _image(path, where, url)
-        case {"type": "image_url", "image_url": str(url)}:
-            part["image_url"] = {"url": _image(path, where, url)}
-        case {"type": "text" | "image_url"} | {"text": _} | {"image_url": _}:
-            raise _invalid_chat(
-                path, where, 'is to be {"type": "text", "text": …} or {"type": "image_url", …: {"url": …}}'
-            )
-        case {"type": str()}:
-            pass  # audio, files: what providers know besides
-        case _:
-            raise _invalid_chat(path, where, "is to be an object with a type")
-
-
-def _image(path: Path, where: str, url: str) -> str:
-    """The URL of an image; what is no URL is a file beside the messages."""
-    if re.match(r"(https?|data|gs|s3):", url):
-        return url
-    kind, _ = mimetypes.guess_type(url)
-    if kind is None or not kind.startswith("image/"):
-        raise _invalid_chat(path, where, f"names {url!r}, which is no URL and has no ending of an image")
-    try:
-        content = (path.parent / url).read_bytes()
-    except (OSError, ValueError) as error:
-        raise _invalid_chat(path, where, f"names the image {url}, which cannot be read") from error
-    if len(content) > LARGEST_IMAGE:
-        raise _invalid_chat(path, where, f"names the image {url}, which is larger than 20 MiB")
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    if isinstance(content, dict):
+        parameters = dict(content)
+        content = parameters.pop("messages", None)
+    return chat.messages(content, str(path), path.parent), {
+        chat.parameter(name): parameters[name] for name in parameters
+    }
 
 
 def _schema(path: Path) -> dict[str, Any]:
@@ -235,22 +170,9 @@ def _json(path: Path, option: str) -> Any:
         raise InvalidInput("invalid_json", f"{path} is not JSON: {error}.", f"Correct the file of {option}.") from None
 
 
-def _invalid_chat(path: Path, where: str, what: str) -> InvalidInput:
-    return InvalidInput("invalid_messages", f"{path}: {where} {what}.", "Correct the file of --messages.")
-
-
-def _require_parameter(key: str) -> None:
-    if NOT_PARAMETERS.fullmatch(key) and key not in PARAMETERS:
-        raise InvalidInput(
-            "invalid_parameter",
-            f"{key!r} is no parameter of a call: the group, the other options or the environment decide on it.",
-            "Leave it out.",
-        )
-
-
 def _prompt(prompt: str | None, prompt_file: Path | None, may_read_stdin: bool) -> str:
     """--prompt, and after it the file or what stdin holds."""
-    parts = [] if prompt is None else [_checked(prompt, "--prompt")]
+    parts = [] if prompt is None else [chat.text(prompt, "--prompt")]
     if prompt_file is not None and str(prompt_file) != "-":
         parts.append(_decoded(_content(prompt_file, "--prompt-file"), str(prompt_file)))
     elif prompt_file is not None or (may_read_stdin and not sys.stdin.isatty()):
@@ -265,13 +187,18 @@ def _prompt(prompt: str | None, prompt_file: Path | None, may_read_stdin: bool) 
     return text
 
 
-def _content(path: Path, option: str) -> bytes:
+def opened(path: Path, option: str) -> BinaryIO:
     try:
-        return path.read_bytes()
+        return path.open("rb")
     except OSError as error:
         raise InvalidInput(
             "unreadable_file", f"The file {path} cannot be read: {error.strerror}.", f"Check {option}."
         ) from error
+
+
+def _content(path: Path, option: str) -> bytes:
+    with opened(path, option) as file:
+        return file.read()
 
 
 def _stdin() -> bytes:
@@ -283,23 +210,10 @@ def _stdin() -> bytes:
 
 def _decoded(content: bytes, source: str) -> str:
     try:
-        return _checked(content.decode("utf-8-sig"), source)
+        return chat.text(content.decode("utf-8-sig"), source)
     except UnicodeDecodeError as error:
         raise InvalidInput(
             "invalid_prompt",
             f"The prompt in {source} is not UTF-8 text (byte {error.start + 1}).",
             "Convert it first, a PDF for example with: pdftotext FILE -",
         ) from error
-
-
-def _checked(text: str, source: str) -> str:
-    """A prompt is text: a control character in it is a mistake upstream, and one that reaches a terminal an attack."""
-    if match := NO_TEXT.search(text):
-        line = text.count("\n", 0, match.start()) + 1
-        name = {"\0": "a NUL character", "\x1b": "a terminal escape"}.get(match[0], "a control character")
-        raise InvalidInput(
-            "invalid_prompt",
-            f"The prompt in {source} holds {name} (U+{ord(match[0]):04X}) in line {line}.",
-            "Remove it.",
-        )
-    return text

@@ -1,6 +1,11 @@
 """Jobs: call a model for a team, and charge one credit when it succeeds."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 from uuid import UUID
 
 import typer
@@ -24,6 +29,7 @@ from saasllm_cli.commands.calls import (
     TopP,
     call_request,
     given,
+    opened,
     shown_as_it_comes,
 )
 from saasllm_cli.commands.inputs import (
@@ -45,11 +51,14 @@ from saasllm_cli.commands.inputs import (
     noun,
     require_some,
 )
-from saasllm_cli.errors import NoAnswer
+from saasllm_cli.errors import CheckFailed, InsufficientCredits, InvalidInput, NoAnswer
 from saasllm_cli.output import note, print_answer, print_line, progress, show, waiting
 from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from saasllm_cli.jobs.batch import Summary
     from saasllm_cli.jobs.runner import JobResult
 
 app = noun()
@@ -210,6 +219,80 @@ def cancel(job_id: JobId, reason: Reason = None, output: Output = None) -> None:
     _finish(job_id, "cancelled", reason, output)
 
 
+@app.command(
+    epilog="Example: saasllm job batch cvs.jsonl --out answers.jsonl --team team_engineering --group ResumeAgent"
+)
+def batch(
+    file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help="A job a line; '-' is stdin.")],
+    out: Annotated[Path, typer.Option(metavar="OUT", show_default=False, help="Where the results go, a line each.")],
+    team: Team,
+    group: Group,
+    name: Annotated[
+        str | None,
+        typer.Option(parser=label, metavar="NAME", help="The batch's name; by default one that is kept beside OUT."),
+    ] = None,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=1000, metavar="N", help="How many calls at once in each process.")
+    ] = 32,
+    processes: Annotated[int, typer.Option(min=1, max=64, metavar="P", help="How many processes call.")] = 1,
+    timeout: Timeout = 300,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try the lines that failed in an earlier run again.")
+    ] = False,
+    output: Output = None,
+) -> None:
+    """Run a job for each line of a file, and write the results as they come.
+
+    A line is {"id": …, "prompt": … or "messages": …}, also with system, temperature, tools, metadata and so on; or one
+    of OpenAI's batch format. Run again, it goes on where it stopped, and pays for no line twice: OUT.journal, beside
+    OUT, knows what is done. Exit 9 where lines failed, 5 where the credits ran out.
+    """
+    if str(file) == "-":
+        if name is None:
+            raise InvalidInput("usage", "Lines from stdin need the name of their batch.", "Add --name.")
+        source: BinaryIO = os.fdopen(
+            os.dup(sys.stdin.fileno()), "rb"
+        )  # not of sys.stdin: a thread may wait in it at the end
+    else:
+        source = opened(file, "FILE")
+
+    from saasllm_cli.jobs import batch as batches
+
+    request = batches.BatchRequest(
+        source=source,
+        folder=file.parent,
+        out=out,
+        team_id=team,
+        group_name=group,
+        name=name,
+        timeout=timeout,
+        concurrency=concurrency,
+        processes=processes,
+        is_retrying=retry_failed,
+    )
+    with waiting("Starting …"):
+        summary = batches.run(request, on_progress=_batch_progress())
+    if (output or settings().output) is Format.TABLE:
+        print_line(
+            f"{summary.completed} completed, {summary.failed} failed, {summary.skipped} done before, "
+            f"${summary.cost_usd.normalize():f}"
+        )
+    else:
+        show(asdict(summary), output)
+    for model, times in summary.passed_over.items():
+        note(f"{model} kept failing or was busy: it was passed over {times} time(s).")
+    if summary.is_out_of_credits:
+        raise InsufficientCredits(
+            "insufficient_credits",
+            f"The team {team} has no credit free for the rest of the lines.",
+            f"Run: saasllm credits add {team} AMOUNT; then the same command again.",
+        )
+    if summary.failed:
+        raise CheckFailed(
+            "some_failed", f"{summary.failed} line(s) failed; see {out}.", "Try them again: --retry-failed"
+        )
+
+
 @app.command(epilog="Example: saasllm job sweep")
 def sweep(team: TeamFilter = None, output: Output = None) -> None:
     """Fail the jobs whose lease ran out, and free their credits: what cron runs, as often as it likes."""
@@ -293,6 +376,20 @@ def annotate(job_id: JobId, metadata: Metadata = [], unset_metadata: UnsetMetada
         )
         job = db.get("job", job_id)
     show(job, output)
+
+
+def _batch_progress() -> "Callable[[Summary], None]":
+    began = time.monotonic()
+
+    def tell(summary: "Summary") -> None:
+        done = summary.completed + summary.failed
+        rate = done / max(time.monotonic() - began, 0.001)
+        progress(
+            f"{done} done ({summary.failed} failed, {summary.skipped} before) · {rate:.0f} a second · "
+            f"${summary.cost_usd.normalize():f}"
+        )
+
+    return tell
 
 
 def _finish(job_id: UUID, status: str, reason: str | None, output: Format | None) -> None:

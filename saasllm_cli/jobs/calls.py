@@ -5,7 +5,8 @@ import json
 import time
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,10 @@ from saasllm_cli.settings import settings
 if TYPE_CHECKING:
     from saasllm_cli.jobs.llm import Answer
 
-TRIES = 3  # of a model whose rate limit says when to come back
+TRIES = 4  # of a model whose rate limit says when to come back
 SHORTEST_PAUSE = 1.0
+FAILURES = 5  # in a row, after which a model is passed over
+CLOSED_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,63 +73,172 @@ def ask(
     on_progress("Loading litellm …")
     from saasllm_cli.jobs import llm  # takes seconds
 
-    async def attempt(call: Call, seconds: float) -> "Answer | None":
-        """The answer, or None with the call's error; raises ModelFailed where another try is to be thought of."""
+    return llm.run(ask_models(models, request, calls, started, on_progress, on_text))
+
+
+async def ask_models(
+    models: Sequence[str],
+    request: CallRequest,
+    calls: list[Call],
+    started: float,
+    on_progress: Callable[[str], None] = lambda _: None,
+    on_text: Callable[[str], None] | None = None,
+    traffic: "Traffic | None" = None,
+) -> "Answer | None":
+    """As `ask`; `started` is by the monotonic clock. Of many requests at once, `traffic` keeps them off busy models."""
+    from saasllm_cli.jobs import llm
+
+    deadline = time.monotonic() + request.timeout
+    tries: Counter[str] = Counter()
+    # When each is to be tried; those whose rate limit says when to come back come after the others.
+    todo = [(0.0, index, model) for index, model in enumerate(traffic.open(models) if traffic else models)]
+    while todo:
+        ready_at, index, model = todo.pop(0)
+        if (pause := ready_at - time.monotonic()) > 0:
+            on_progress(f"Waiting {pause:.0f} s for the rate limit of {model} …")
+            await asyncio.sleep(pause)
         began = time.monotonic()
+        # What is left is shared by the models that are left, so that a silent one does not take it all.
+        seconds = (deadline - began) / (len(todo) + 1)
+        call = Call(request.group_name, model, len(calls) + 1, began - started, purpose=request.purpose)
+        call.prompt = _kept(json.dumps(request.messages, ensure_ascii=False))
+        calls.append(call)
+        tries[model] += 1
+        on_progress(f"Waiting for {model} …")
         try:
-            async with asyncio.timeout(seconds):
-                answer = await llm.complete(call.resolved_model, request.messages, seconds, request.parameters, on_text)
-        except TimeoutError:
-            call.error = f"no answer within {seconds:.0f} s"
-            return None
-        except asyncio.CancelledError:
-            call.error = "interrupted"
-            raise
+            if answer := await _attempt(call, request, seconds, on_text, traffic):
+                return answer
         except llm.ModelFailed as failure:
-            call.error = str(failure)
-            raise
-        finally:
-            call.latency_ms = round((time.monotonic() - began) * 1000)
-        call.prompt_tokens = answer.prompt_tokens
-        call.completion_tokens = answer.completion_tokens
-        call.total_tokens = answer.total_tokens
-        call.cost_usd = answer.cost_usd
-        call.answer = _kept(answer.content)
-        if request.json_schema is not None:
-            call.error = _mismatch(answer.content, request.json_schema)
-        return answer if call.error is None else None
+            if failure.is_final:
+                return None
+            pause_asked = failure.retry_after
+            if traffic and failure.is_rate_limit and pause_asked is None:  # it has been asked too much by us
+                pause_asked = SHORTEST_PAUSE * 2 ** (tries[model] - 1)
+            if pause_asked is not None and tries[model] < TRIES:
+                ready_at = time.monotonic() + max(pause_asked, SHORTEST_PAUSE)
+                if ready_at < deadline:
+                    insort(todo, (ready_at, index, model))
+    return None
 
-    async def ask_all() -> "Answer | None":
-        deadline = time.monotonic() + request.timeout
-        tries: Counter[str] = Counter()
-        # When each is to be tried; those whose rate limit says when to come back come after the others.
-        todo = [(0.0, index, model) for index, model in enumerate(models)]
-        while todo:
-            ready_at, index, model = todo.pop(0)
-            if (pause := ready_at - time.monotonic()) > 0:
-                on_progress(f"Waiting {pause:.0f} s for the rate limit of {model} …")
-                await asyncio.sleep(pause)
-            began = time.monotonic()
-            # What is left is shared by the models that are left, so that a silent one does not take it all.
-            seconds = (deadline - began) / (len(todo) + 1)
-            call = Call(request.group_name, model, len(calls) + 1, began - started, purpose=request.purpose)
-            call.prompt = _kept(json.dumps(request.messages, ensure_ascii=False))
-            calls.append(call)
-            tries[model] += 1
-            on_progress(f"Waiting for {model} …")
-            try:
-                if answer := await attempt(call, seconds):
-                    return answer
-            except llm.ModelFailed as failure:
-                if failure.is_final:
-                    return None
-                if failure.retry_after is not None and tries[model] < TRIES:
-                    ready_at = time.monotonic() + max(failure.retry_after, SHORTEST_PAUSE)
-                    if ready_at < deadline:
-                        insort(todo, (ready_at, index, model))
+
+async def _attempt(
+    call: Call,
+    request: CallRequest,
+    seconds: float,
+    on_text: Callable[[str], None] | None,
+    traffic: "Traffic | None",
+) -> "Answer | None":
+    """The answer, or None with the call's error; raises ModelFailed where another try is to be thought of."""
+    from saasllm_cli.jobs import llm
+
+    model = call.resolved_model
+    began = time.monotonic()
+    try:
+        async with asyncio.timeout(seconds), traffic.turn(model) if traffic else nullcontext():
+            answer = await llm.complete(model, request.messages, seconds, request.parameters, on_text)
+    except TimeoutError:
+        call.error = f"no answer within {seconds:.0f} s"
+        if traffic:
+            traffic.failed(model)
         return None
+    except asyncio.CancelledError:
+        call.error = "interrupted"
+        raise
+    except llm.ModelFailed as failure:
+        call.error = str(failure)
+        if traffic and not failure.is_final:
+            traffic.failed(model, failure.is_rate_limit, failure.retry_after)
+        raise
+    finally:
+        call.latency_ms = round((time.monotonic() - began) * 1000)
+    if traffic:
+        traffic.answered(model)
+    call.prompt_tokens = answer.prompt_tokens
+    call.completion_tokens = answer.completion_tokens
+    call.total_tokens = answer.total_tokens
+    call.cost_usd = answer.cost_usd
+    call.answer = _kept(answer.content)
+    if request.json_schema is not None:
+        call.error = _mismatch(answer.content, request.json_schema)
+    return answer if call.error is None else None
 
-    return llm.run(ask_all())
+
+@dataclass(slots=True)
+class _Lane:
+    """How it stands with one model: how many calls at once it takes, and until when it is left alone."""
+
+    limit: float
+    running: int = 0
+    failures: int = 0
+    passed_over: int = 0
+    closed_until: float = 0
+    halved_at: float = 0
+
+
+class Traffic:
+    """Keeps many requests at once off a model that is busy or broken.
+
+    One that says it is asked too much (429) is asked by half as many at once, and by one more after each round that it
+    answers. One that has failed often in a row is passed over for a while, then tried by one request.
+    """
+
+    def __init__(self, concurrency: int) -> None:
+        self._concurrency = concurrency
+        self._lanes: dict[str, _Lane] = {}
+        self._changed = asyncio.Condition()
+
+    def open(self, models: Sequence[str]) -> list[str]:
+        """The models that are not passed over now; if all are, the one whose time comes first."""
+        now = time.monotonic()
+        lanes = {model: self._lane(model) for model in models}
+        found = [model for model in models if lanes[model].closed_until <= now]
+        found = found or [min(models, key=lambda model: lanes[model].closed_until)]
+        for model in models:
+            lane = lanes[model]
+            if model not in found:
+                lane.passed_over += 1
+            elif lane.failures >= FAILURES:
+                lane.closed_until = now + CLOSED_SECONDS  # for the others, until this one has tried it
+        return found
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        """How often each model was passed over."""
+        return {model: lane.passed_over for model, lane in self._lanes.items() if lane.passed_over}
+
+    @asynccontextmanager
+    async def turn(self, model: str) -> AsyncIterator[None]:
+        """Waits until the model takes another call."""
+        lane = self._lane(model)
+        async with self._changed:
+            await self._changed.wait_for(lambda: lane.running < int(lane.limit))
+            lane.running += 1
+        try:
+            yield
+        finally:
+            lane.running -= 1
+            async with self._changed:
+                self._changed.notify_all()
+
+    def answered(self, model: str) -> None:
+        lane = self._lane(model)
+        lane.failures, lane.closed_until = 0, 0
+        lane.limit = min(lane.limit + 1 / lane.limit, self._concurrency)
+
+    def failed(self, model: str, is_rate_limit: bool = False, retry_after: float | None = None) -> None:
+        lane, now = self._lane(model), time.monotonic()
+        if not is_rate_limit:
+            lane.failures += 1
+            if lane.failures >= FAILURES:
+                lane.closed_until = now + CLOSED_SECONDS
+            return
+        if now - lane.halved_at > SHORTEST_PAUSE:  # once for all that were under way
+            lane.limit, lane.halved_at = max(lane.limit / 2, 1), now
+        if retry_after:
+            lane.closed_until = now + min(retry_after, CLOSED_SECONDS)
+
+    def _lane(self, model: str) -> _Lane:
+        return self._lanes.setdefault(model, _Lane(self._concurrency))
 
 
 def _kept(text: str | None) -> str | None:

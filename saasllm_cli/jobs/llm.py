@@ -63,12 +63,16 @@ class ModelFailed(Exception):
     """The model gave no answer; its text is fit to be stored and shown.
 
     `is_final` where another model would be refused alike (the request itself is at fault), or must not follow (a part
-    of the answer was shown). `retry_after` is in seconds, where its rate limit says when to come back.
+    of the answer was shown). `is_rate_limit` where it is asked too much, `retry_after` (seconds) where it says when to
+    come back.
     """
 
-    def __init__(self, reason: str, is_final: bool = False, retry_after: float | None = None) -> None:
+    def __init__(
+        self, reason: str, is_final: bool = False, is_rate_limit: bool = False, retry_after: float | None = None
+    ) -> None:
         super().__init__(reason)
         self.is_final = is_final
+        self.is_rate_limit = is_rate_limit
         self.retry_after = retry_after
 
 
@@ -111,8 +115,12 @@ async def complete(
             raise shown.error from None
         if _refuses_the_request(error):
             raise ModelFailed(_reason(error), is_final=True) from error
+        is_rate_limit = isinstance(error, exceptions.RateLimitError)
         raise ModelFailed(
-            _missing_key(model) or _reason(error), is_final=shown.is_begun, retry_after=_retry_after(error)
+            _missing_key(model) or _reason(error),
+            is_final=shown.is_begun,
+            is_rate_limit=is_rate_limit,
+            retry_after=_retry_after(error) if is_rate_limit else None,
         ) from error
 
 
@@ -206,8 +214,6 @@ def _cost(model: str, response: Any) -> Decimal | None:
 def _retry_after(error: Exception) -> float | None:
     """In how many seconds the provider says that the rate limit allows another try."""
     headers = getattr(error, "litellm_response_headers", None) or {}
-    if not isinstance(error, exceptions.RateLimitError):
-        return None
     try:
         return max(float(headers["retry-after"]), 0)
     except (KeyError, ValueError):  # it may be a date as well, which no provider of models sends

@@ -104,19 +104,19 @@ def run(
     calls: list[Call] = []
     begun = result = None
     try:
-        with _signals({signal.SIGTERM: _interrupt}):  # cron and supervisors send it: as clean as Ctrl-C
+        with signals({signal.SIGTERM: interrupt}):  # cron and supervisors send it: as clean as Ctrl-C
             begun = _begin(job_id, request)
             if begun["outcome"] == "key_in_use":
                 return _first_result(begun["existing_job_id"], begun["credits_remaining"])
             answer = ask(begun["model_names"], request.call, calls, on_progress, on_text)
-            with _signals(UNINTERRUPTED):
+            with signals(UNINTERRUPTED):
                 result = _settled(job_id, request.team_id, answer, calls)
     except KeyboardInterrupt:
         if result is None:  # else it is too late to cancel
             raise _cancelled(job_id, calls, is_begun=begun is not None) from None
     except Exception as error:
         if begun is not None and not isinstance(error, SaasllmError):
-            with suppress(SaasllmError), _signals(UNINTERRUPTED):
+            with suppress(SaasllmError), signals(UNINTERRUPTED):
                 _settle(job_id, "failed", f"Unexpected {type(error).__name__}.", calls, SETTLE_SECONDS)
         raise
     return result
@@ -156,15 +156,15 @@ def call(
         return _until_it_answers(SETTLE_SECONDS, lambda db: _recorded(db, job_id, started["started_at"], calls, lease))
 
     try:
-        with _signals({signal.SIGTERM: _interrupt}):
+        with signals({signal.SIGTERM: interrupt}):
             answer = ask(started["model_names"], request, calls, on_progress, on_text)
     except KeyboardInterrupt:
-        with suppress(SaasllmError), _signals(UNINTERRUPTED):
+        with suppress(SaasllmError), signals(UNINTERRUPTED):
             record()
         raise Interrupted("interrupted", f"The call was interrupted; job {job_id} is still open.") from None
     result = JobResult(job_id, "in_progress", answer, calls)
     try:
-        with _signals(UNINTERRUPTED):
+        with signals(UNINTERRUPTED):
             recorded = record()
     except SaasllmError as error:
         result.unsettled = error
@@ -316,7 +316,7 @@ def _cancelled(job_id: UUID, calls: list[Call], is_begun: bool) -> Interrupted:
     status = None
     with suppress(SaasllmError):
         if is_begun:
-            with _signals(UNINTERRUPTED):
+            with signals(UNINTERRUPTED):
                 status = _settle(job_id, "cancelled", "Interrupted.", calls, CANCEL_SECONDS)["status"]
         else:  # there may be a job or no database: not worth waiting for, nor being deaf to a second Ctrl-C
             status = _settle(job_id, "cancelled", "Interrupted.", calls, 0)["status"]
@@ -385,7 +385,7 @@ def _until_it_answers(seconds: float, work: Callable[[database.Database], T]) ->
 
 
 @contextmanager
-def _signals(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
+def signals(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
     """Sets handlers of signals for a while."""
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
@@ -395,6 +395,6 @@ def _signals(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _interrupt(*_: object) -> None:
+def interrupt(*_: object) -> None:
     # Not by way of SIGINT: a shell lets its background jobs ignore that.
     raise KeyboardInterrupt

@@ -78,6 +78,103 @@ SELECT
 FROM request
 LEFT JOIN team_credits c USING (team_id);
 
+-- name: begin_many(team_id, group_name, jobs, lease_seconds) :many
+-- As `begin`, for many jobs of one team and group: of those that are new, in the order of the JSON array `jobs`, as many
+-- are begun as there are credits free.
+WITH asked AS (
+    SELECT *
+    FROM ROWS FROM (
+        jsonb_to_recordset(%(jobs)s::jsonb) AS (
+            job_id uuid, job_type text, external_task_id text, metadata jsonb, idempotency_key text, request_hash text
+        )
+    ) WITH ORDINALITY AS job (
+        job_id, job_type, external_task_id, metadata, idempotency_key, request_hash, place
+    )
+),
+scope AS (
+    SELECT
+        t.team_id,
+        t.organization_id,
+        m.model_names,
+        CASE
+            WHEN t.team_id IS NULL THEN 'team_not_found'
+            WHEN g.group_name IS NULL THEN 'group_not_found'
+            WHEN o.status <> 'active' THEN 'organization_suspended'
+            WHEN t.status <> 'active' THEN 'team_suspended'
+            WHEN a.group_name IS NULL THEN 'group_not_assigned'
+            WHEN g.status <> 'active' THEN 'group_inactive'
+            WHEN m.model_names = '{}' THEN 'no_active_model'
+        END AS refusal
+    FROM (VALUES (%(team_id)s::text, %(group_name)s::text)) AS named (team_id, group_name)
+    LEFT JOIN teams t ON t.team_id = named.team_id
+    LEFT JOIN organizations o ON o.organization_id = t.organization_id
+    LEFT JOIN model_groups g ON g.group_name = named.group_name
+    LEFT JOIN team_model_groups a ON a.team_id = t.team_id AND a.group_name = g.group_name
+    CROSS JOIN LATERAL (
+        SELECT ARRAY(
+            SELECT model_name FROM model_group_models WHERE group_name = g.group_name AND is_active ORDER BY priority
+        ) AS model_names
+    ) m
+),
+known AS (
+    SELECT asked.place, j.job_id, j.status, j.request_hash
+    FROM asked
+    JOIN jobs j ON j.idempotency_key = asked.idempotency_key AND j.status NOT IN ('failed', 'cancelled')
+),
+balance AS (
+    SELECT c.team_id, c.credits_allocated - c.credits_used - c.credits_reserved AS credits_free
+    FROM scope
+    JOIN team_credits c USING (team_id)
+    WHERE scope.refusal IS NULL
+    FOR UPDATE OF c
+),
+new AS (
+    SELECT *
+    FROM (
+        SELECT asked.*, row_number() OVER (ORDER BY place) AS credits_needed
+        FROM asked
+        WHERE place NOT IN (SELECT place FROM known)
+    ) AS unknown
+    JOIN balance ON unknown.credits_needed <= balance.credits_free
+),
+reserved AS (
+    UPDATE team_credits c
+    SET credits_reserved = c.credits_reserved + needed.credits
+    FROM (SELECT team_id, count(*) AS credits FROM new GROUP BY team_id) AS needed
+    WHERE c.team_id = needed.team_id
+),
+begun AS (
+    INSERT INTO jobs (
+        job_id, team_id, organization_id, job_type, status, external_task_id, model_groups_used, metadata,
+        started_at, lease_expires_at, idempotency_key, request_hash
+    )
+    SELECT
+        new.job_id, scope.team_id, scope.organization_id, new.job_type, 'in_progress', new.external_task_id,
+        ARRAY[%(group_name)s::text], new.metadata, now(), now() + %(lease_seconds)s * interval '1 second',
+        new.idempotency_key, new.request_hash
+    FROM new
+    JOIN scope USING (team_id)
+    RETURNING job_id
+)
+SELECT
+    asked.job_id,
+    CASE
+        WHEN scope.refusal IS NOT NULL THEN scope.refusal
+        WHEN known.job_id IS NOT NULL THEN 'key_in_use'
+        WHEN begun.job_id IS NOT NULL THEN 'begun'
+        ELSE 'insufficient_credits'
+    END AS outcome,
+    scope.organization_id,
+    scope.model_names,
+    known.job_id AS existing_job_id,
+    known.status AS existing_status,
+    known.request_hash AS existing_request_hash
+FROM asked
+CROSS JOIN scope
+LEFT JOIN known USING (place)
+LEFT JOIN begun ON begun.job_id = asked.job_id
+ORDER BY place;
+
 -- name: start_call(job_id, group_name, lease_seconds) :one
 -- The models of a group for a call of an open job, which it holds under a lease of at least so long; else the one
 -- condition that failed. A team that was suspended meanwhile may finish its job.
@@ -222,6 +319,113 @@ SELECT
 FROM (VALUES (%(job_id)s::uuid)) AS asked (job_id)
 LEFT JOIN jobs j USING (job_id)
 LEFT JOIN team_credits c USING (team_id);
+
+-- name: settle_many(results) :many
+-- As `settle`, for many jobs: `results` is a JSON array of their job_id, status, error_message and calls. The jobs, and
+-- then the balances of their teams, are locked in their order.
+WITH result AS (
+    SELECT *
+    FROM jsonb_to_recordset(%(results)s::jsonb) AS result (job_id uuid, status text, error_message text, calls jsonb)
+),
+held AS (
+    SELECT j.job_id
+    FROM jobs j
+    WHERE j.job_id IN (SELECT job_id FROM result)
+      AND j.status IN ('pending', 'in_progress')
+      AND j.lease_expires_at > clock_timestamp()
+    ORDER BY j.job_id
+    FOR UPDATE
+),
+job AS (
+    UPDATE jobs j
+    SET status = result.status,
+        completed_at = clock_timestamp(),
+        credit_applied = (result.status = 'completed'),
+        error_message = result.error_message,
+        lease_expires_at = NULL
+    FROM held
+    JOIN result USING (job_id)
+    WHERE j.job_id = held.job_id
+    RETURNING j.job_id, j.team_id, j.organization_id, j.status, j.started_at, result.calls
+),
+calls AS (
+    INSERT INTO llm_calls (
+        job_id, team_id, model_group_used, resolved_model, attempt, prompt_tokens, completion_tokens, total_tokens,
+        cost_usd, latency_ms, purpose, error, prompt, answer, created_at
+    )
+    SELECT
+        job.job_id, job.team_id, call.model_group_used, call.resolved_model, call.attempt, call.prompt_tokens,
+        call.completion_tokens, call.total_tokens, call.cost_usd, call.latency_ms, call.purpose, call.error,
+        call.prompt, call.answer, job.started_at + call.began
+    FROM job, call_rows(job.calls) AS call
+),
+balance AS (
+    SELECT team_id, last_entry_no, credits_remaining
+    FROM team_credits
+    WHERE team_id IN (SELECT team_id FROM job)
+    ORDER BY team_id
+    FOR UPDATE
+),
+deduction AS (
+    INSERT INTO credit_transactions (
+        team_id, organization_id, entry_no, job_id, transaction_type, credits_amount, credits_before, credits_after,
+        reason
+    )
+    SELECT
+        team_id, charged.organization_id, balance.last_entry_no + charged.number, charged.job_id, 'deduction', -1,
+        balance.credits_remaining - charged.number + 1, balance.credits_remaining - charged.number, 'Job completed'
+    FROM (
+        SELECT job_id, team_id, organization_id, row_number() OVER (PARTITION BY team_id ORDER BY job_id) AS number
+        FROM job
+        WHERE status = 'completed'
+    ) AS charged
+    JOIN balance USING (team_id)
+),
+released AS (
+    UPDATE team_credits c
+    SET credits_reserved = c.credits_reserved - free.credits
+    FROM (SELECT team_id, count(*) AS credits FROM job WHERE status <> 'completed' GROUP BY team_id) AS free
+    JOIN balance USING (team_id)
+    WHERE c.team_id = free.team_id
+)
+SELECT result.job_id, job.job_id IS NOT NULL AS settled, coalesce(job.status, j.status) AS status
+FROM result
+LEFT JOIN job USING (job_id)
+LEFT JOIN jobs j ON j.job_id = result.job_id;
+
+-- name: extend_leases(job_ids, lease_seconds) :many
+-- Of those jobs that are open and whose lease holds.
+UPDATE jobs
+SET lease_expires_at = now() + %(lease_seconds)s * interval '1 second'
+WHERE job_id IN (
+    SELECT job_id
+    FROM jobs
+    WHERE job_id = ANY (%(job_ids)s::uuid[])
+      AND status IN ('pending', 'in_progress')
+      AND lease_expires_at > clock_timestamp()
+    ORDER BY job_id
+    FOR UPDATE
+)
+RETURNING job_id;
+
+-- name: lock_batch(name) :one
+-- Whether this session is now the one that runs the batch, until it ends.
+SELECT pg_try_advisory_lock(hashtext('saasllm batch'), hashtext(%(name)s)) AS is_locked;
+
+-- name: end_leases(team_id, key_prefix) :many
+-- Of the open jobs of a batch, whose process is gone.
+UPDATE jobs
+SET lease_expires_at = clock_timestamp()
+WHERE job_id IN (
+    SELECT job_id
+    FROM jobs
+    WHERE team_id = %(team_id)s
+      AND status IN ('pending', 'in_progress')
+      AND starts_with(idempotency_key, %(key_prefix)s)
+    ORDER BY job_id
+    FOR UPDATE
+)
+RETURNING job_id;
 
 -- name: sweep(team_id, row_limit) :one
 -- Fails jobs whose lease ran out, of the team or of all, and frees their credits; says how many. It waits for what is

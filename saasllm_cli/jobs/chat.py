@@ -1,0 +1,106 @@
+"""Chats in OpenAI's format, checked before anything is begun for them."""
+
+import base64
+import mimetypes
+import re
+from pathlib import Path
+from typing import Any
+
+from saasllm_cli.errors import InvalidInput
+
+# Control characters (but not tab, line feed, vertical tab, form feed, carriage return) and halves of surrogate pairs.
+NO_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+LARGEST_IMAGE = 20 * 2**20
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# What the group, the runner or the environment decides, or what would keep a model from being called.
+NOT_PARAMETERS = re.compile(
+    r"model|messages|stream|stream_options|timeout|n|(max|num)_retries|fallbacks|.*(mock|key|secret|password|token).*",
+    re.IGNORECASE,
+)
+PARAMETERS = ("max_tokens", "max_completion_tokens")
+
+
+def text(value: str, source: str) -> str:
+    """A prompt is text: a control character in it is a mistake upstream, and one that reaches a terminal an attack."""
+    if match := NO_TEXT.search(value):
+        line = value.count("\n", 0, match.start()) + 1
+        name = {"\0": "a NUL character", "\x1b": "a terminal escape"}.get(match[0], "a control character")
+        raise InvalidInput(
+            "invalid_prompt",
+            f"The prompt in {source} holds {name} (U+{ord(match[0]):04X}) in line {line}.",
+            "Remove it.",
+        )
+    return value
+
+
+def parameter(name: str) -> str:
+    """The name of a further parameter of a call."""
+    if NOT_PARAMETERS.fullmatch(name) and name not in PARAMETERS:
+        raise InvalidInput(
+            "invalid_parameter",
+            f"{name!r} is no parameter of a call: the group, the other options or the environment decide on it.",
+            "Leave it out.",
+        )
+    return name
+
+
+def messages(chat: Any, source: str, folder: Path) -> list[dict[str, Any]]:
+    """The messages of a chat. Images that are named by their path from the folder become a part of them.
+
+    Raises `InvalidInput` that names the source and the place in it.
+    """
+    if not isinstance(chat, list) or not chat:
+        raise _invalid(source, "messages", "is to be a list of messages that is not empty")
+    for number, message in enumerate(chat):
+        where = f"messages[{number}]"
+        if not isinstance(message, dict):
+            raise _invalid(source, where, "is to be an object with role and content")
+        if message.get("role") not in ROLES:
+            raise _invalid(source, f"{where}.role", f"is to be one of {', '.join(ROLES)}")
+        match message.get("content"):
+            case str(content):
+                text(content, f"{source}, {where}.content")
+            case None if message["role"] == "assistant":
+                pass
+            case [*parts] if parts:
+                for index, part in enumerate(parts):
+                    _check_part(part, source, f"{where}.content[{index}]", folder)
+            case _:
+                raise _invalid(source, f"{where}.content", "is to be a text or a list of parts")
+    return chat
+
+
+def _check_part(part: Any, source: str, where: str, folder: Path) -> None:
+    match part:
+        case {"type": "text", "text": str(content)}:
+            text(content, f"{source}, {where}.text")
+        case {"type": "image_url", "image_url": {"url": str(url)} as image}:
+            image["url"] = _image(url, source, where, folder)
+        case {"type": "image_url", "image_url": str(url)}:
+            part["image_url"] = {"url": _image(url, source, where, folder)}
+        case {"type": "text" | "image_url"}:
+            raise _invalid(source, where, "is to have a text, or an image_url with its url")
+        case {"type": str()}:
+            pass  # audio, files: what providers know besides
+        case _:
+            raise _invalid(source, where, "is to be an object with a type")
+
+
+def _image(url: str, source: str, where: str, folder: Path) -> str:
+    """The URL of an image; what is no URL is a file."""
+    if re.match(r"(https?|data|gs|s3):", url):
+        return url
+    kind, _ = mimetypes.guess_type(url)
+    if kind is None or not kind.startswith("image/"):
+        raise _invalid(source, where, f"names {url!r}, which is no URL and has no ending of an image")
+    try:
+        content = (folder / url).read_bytes()
+    except (OSError, ValueError) as error:
+        raise _invalid(source, where, f"names the image {url}, which cannot be read") from error
+    if len(content) > LARGEST_IMAGE:
+        raise _invalid(source, where, f"names the image {url}, which is larger than 20 MiB")
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _invalid(source: str, where: str, what: str) -> InvalidInput:
+    return InvalidInput("invalid_messages", f"{source}: {where} {what}.", "Correct it.")

@@ -1,0 +1,378 @@
+"""Batches: each line is paid for once and written once, whoever crashes when."""
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from conftest import Result, start_process
+from provider import ANSWER, Provider
+from test_job import credits_of, with_models
+
+from saasllm_cli.jobs import batch
+
+Run = Callable[..., Result]
+FIELDS = [
+    *("id", "job_id", "status", "content", "tool_calls", "resolved_model", "prompt_tokens", "completion_tokens"),
+    *("cost_usd", "error"),
+]
+
+
+def lines(home: Path, *content: object) -> None:
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in content)
+    (home / "in.jsonl").write_text(text + "\n", encoding="utf-8")
+
+
+def prompts(count: int, start: int = 0) -> list[dict[str, str]]:
+    return [{"id": f"line-{number}", "prompt": f"Hello {number}"} for number in range(start, start + count)]
+
+
+def words(group: str = "Echo", *options: object) -> tuple[str, ...]:
+    return ("job", "batch", "in.jsonl", "--out", "out.jsonl", "--team", "hr", "--group", group, *map(str, options))
+
+
+def results(home: Path) -> dict[str, dict[str, Any]]:
+    """The output by the lines' ids, each of which stands in it once."""
+    rows = [json.loads(line) for line in (home / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    ids = Counter(row["id"] for row in rows)
+    assert max(ids.values(), default=1) == 1, ids.most_common(3)
+    return {row["id"]: row for row in rows}
+
+
+def assert_paid(run: Run, home: Path, start: int) -> None:
+    """One credit for each success, nothing reserved, and the ledger agrees."""
+    completed = [row for row in results(home).values() if row["status"] == "completed"]
+    assert credits_of(run) == (start - len(completed), 0)
+    assert run("credits", "verify").status == 0
+    assert len({row["job_id"] for row in completed}) == len(completed)
+
+
+def test_a_result_for_each_line(tenant: Run, provider: Provider, home: Path) -> None:
+    with_models(tenant, "openai/status-500", "openai/ok")
+    body = {"model": "gpt-4", "messages": [{"role": "user", "content": "three"}], "max_tokens": 5}
+    lines(
+        home,
+        {"id": "1", "prompt": "one", "system": "Be brief.", "temperature": 0, "metadata": {"a": 1}, "job_type": "cv"},
+        "",
+        {"id": "2", "messages": [{"role": "user", "content": "two"}], "external_task_id": "t2", "purpose": "read"},
+        {"custom_id": "3", "method": "POST", "url": "/v1/chat/completions", "body": body},
+    )
+    result = tenant(*words("G", "--concurrency", 1, "-o", "json"))
+    assert (result.status, result.err) == (0, "")
+    assert (result.data["completed"], result.data["failed"], result.data["skipped"]) == (3, 0, 0)
+    found = results(home)
+    assert list(found) == ["1", "2", "3"]
+    assert list(found["1"]) == FIELDS
+    assert (found["1"]["content"], found["1"]["resolved_model"], found["1"]["prompt_tokens"]) == (
+        ANSWER,
+        "openai/ok",
+        12,
+    )
+    asked = [request for request in provider.requests if request["model"] == "ok"]
+    assert [message["content"] for message in asked[0]["messages"]] == ["Be brief.", "one"]
+    assert (asked[0]["temperature"], asked[2]["max_tokens"]) == (0, 5)
+    jobs = [tenant("job", "get", found[id_]["job_id"], "-o", "json").data for id_ in "123"]
+    assert [job["status"] for job in jobs] == ["completed"] * 3
+    assert (jobs[0]["job_type"], jobs[0]["metadata"], jobs[1]["external_task_id"]) == ("cv", {"a": 1}, "t2")
+    assert [call["error"] is None for call in jobs[1]["calls"]] == [False, True]
+    assert jobs[1]["calls"][1]["purpose"] == "read"
+    assert_paid(tenant, home, 10)
+
+
+WRONG = {
+    "nonsense": "not JSON",
+    "[1]": "a JSON object",
+    '{"prompt": "x"}': "The id",
+    '{"id": 7, "prompt": "x"}': "The id",
+    '{"id": "a"}': "messages",
+    '{"id": "a", "prompt": " "}': "The prompt",
+    '{"id": "a", "promt": "x"}': "'promt'",
+    '{"id": "a", "prompt": "x", "metadata": 7}': "metadata",
+    '{"id": "a", "prompt": "x", "metadata": {"b": "\\u0000"}}': "metadata",
+    '{"id": "a", "prompt": "x", "job_type": 7}': "job_type",
+    '{"id": "a", "prompt": "\\u001b"}': "terminal escape",
+    '{"id": "a", "body": 7}': "body",
+    '{"id": "a", "body": {"messages": [{"role": "user", "content": "x"}], "api_key": "sk"}}': "'api_key'",
+    '{"id": "a", "messages": [{"role": "boss", "content": "x"}]}': "messages[0].role",
+}
+
+
+def test_a_wrong_line_does_not_stop_the_others(tenant: Run, home: Path) -> None:
+    wrong = [line.replace('"a"', f'"{number}"') for number, line in enumerate(WRONG)]
+    lines(home, *wrong, {"id": "good", "prompt": "x"})
+    result = tenant(*words("Echo", "-o", "json"))
+    assert (result.status, result.error["code"], result.data["failed"]) == (9, "some_failed", len(WRONG))
+    found = results(home)
+    assert found.pop("good")["status"] == "completed"
+    for row, told in zip(found.values(), WRONG.values(), strict=True):
+        assert (row["status"], row["job_id"]) == ("failed", None)
+        assert told in row["error"]
+    assert_paid(tenant, home, 10)
+
+
+def test_run_again_it_does_what_is_new(tenant: Run, home: Path, sql: psycopg.Connection) -> None:
+    lines(home, *prompts(3), {"id": "line-1", "prompt": "another"}, {"id": "line-2", "prompt": "Hello 2"})
+    assert tenant(*words()).status == 9
+    first = results_with_conflict(home)
+    lines(home, *prompts(5))
+    result = tenant(*words("Echo", "-o", "json"))
+    assert (result.status, result.data["completed"], result.data["skipped"]) == (0, 2, 3)
+    assert results_with_conflict(home)[: len(first)] == first
+    assert credits_of(tenant) == (5, 0)
+    assert sql.execute("SELECT count(*) AS n FROM jobs").fetchone() == {"n": 5}
+
+
+def results_with_conflict(home: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (home / "out.jsonl").read_text().splitlines()]
+    assert [row["error"] for row in rows if row["status"] == "failed"] == [batch.CONFLICT]
+    return rows
+
+
+def test_failed_lines_are_tried_again_only_when_asked(tenant: Run, home: Path, sql: psycopg.Connection) -> None:
+    lines(home, *prompts(4))
+    sql.execute("UPDATE model_group_models SET model_name = 'offline/fail' WHERE group_name = 'Echo'")
+    assert tenant(*words()).status == 9
+    assert credits_of(tenant) == (10, 0)
+    sql.execute("UPDATE model_group_models SET model_name = 'offline/echo' WHERE group_name = 'Echo'")
+    assert tenant(*words()).status == 9
+    assert {row["status"] for row in results(home).values()} == {"failed"}
+    assert tenant(*words("Echo", "--retry-failed")).status == 0
+    assert {row["status"] for row in results(home).values()} == {"completed"}
+    assert tenant(*words()).status == 0
+    assert_paid(tenant, home, 10)
+
+
+def test_out_of_credits_it_stops_and_goes_on_later(tenant: Run, home: Path) -> None:
+    lines(home, *prompts(15))
+    result = tenant(*words("Echo", "-o", "json"))
+    assert (result.status, result.error["code"]) == (5, "insufficient_credits")
+    assert len(results(home)) == 10
+    assert_paid(tenant, home, 10)
+    tenant("credits", "add", "hr", 5)
+    assert tenant(*words()).status == 0
+    assert len(results(home)) == 15
+    assert_paid(tenant, home, 15)
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["in its lease", "after its lease"])
+def test_an_answer_that_was_not_settled_is_not_asked_for_again(
+    tenant: Run,
+    provider: Provider,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sql: psycopg.Connection,
+    is_late: bool,
+) -> None:
+    with_models(tenant, "openai/ok")
+    lines(home, *prompts(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(batch._Journal, "add", crashing_after(batch._Journal.add))
+        assert tenant(*words("G")).status == 1
+    assert (len(provider.requests), credits_of(tenant)[0], results(home)) == (1, 10, {})
+    if is_late:
+        sql.execute("UPDATE jobs SET lease_expires_at = now() WHERE lease_expires_at IS NOT NULL")
+    assert tenant(*words("G")).status == 0
+    assert (len(provider.requests), len(results(home))) == (1, 1)
+    assert_paid(tenant, home, 10)
+
+
+def crashing_after(function: Callable[..., None]) -> Callable[..., None]:
+    def crash(*arguments: Any) -> None:
+        function(*arguments)
+        raise RuntimeError
+
+    return crash
+
+
+def test_refused(tenant: Run, home: Path) -> None:
+    lines(home, *prompts(1))
+    assert tenant("job", "batch", "-", "--out", "out.jsonl", "--team", "hr", "--group", "Echo").status == 2
+    assert tenant("job", "batch", "none.jsonl", "--out", "o", "--team", "hr", "--group", "Echo").status == 2
+    assert tenant(*words("No")).status == 3
+    (home / "out.jsonl.journal").unlink()
+    tenant("team", "suspend", "hr")
+    assert tenant(*words()).status == 6
+    tenant("team", "resume", "hr")
+    other = tenant(*words("Down", "-o", "json"))
+    assert (other.status, other.error["code"]) == (4, "another_batch")
+    assert tenant(*words("Echo", "--name", "other", "-o", "json")).error["code"] == "another_batch"
+    (home / "out.jsonl.journal").unlink()
+    (home / "out.jsonl").write_text("mine\n")
+    foreign = tenant(*words("Echo", "-o", "json"))
+    assert (foreign.status, foreign.error["code"]) == (2, "out_exists")
+    assert (home / "out.jsonl").read_text() == "mine\n"
+    assert credits_of(tenant) == (10, 0)
+
+
+def test_an_output_that_was_cut_is_noticed(tenant: Run, home: Path) -> None:
+    lines(home, *prompts(2))
+    assert tenant(*words()).status == 0
+    content = (home / "out.jsonl").read_text()
+    (home / "out.jsonl").write_text(content[:-5])
+    assert tenant(*words("Echo", "-o", "json")).error["code"] == "output_changed"
+    (home / "out.jsonl").write_text(content + '{"id": "torn')
+    assert tenant(*words()).status == 0
+    assert (home / "out.jsonl").read_text() == content
+
+
+def test_stdin_and_a_name(tenant: Run, home: Path) -> None:
+    command = ("job", "batch", "-", "--out", "out.jsonl", "--team", "hr", "--group", "Echo", "--name", "cvs")
+    text = "".join(json.dumps(line) + "\n" for line in prompts(3))
+    done = subprocess.run(
+        [sys.executable, "-m", "saasllm_cli", *command], input=text, text=True, capture_output=True, check=True
+    )
+    assert "3 completed" in done.stdout
+    for path in home.glob("out.jsonl*"):
+        path.unlink()
+    again = subprocess.run(
+        [sys.executable, "-m", "saasllm_cli", *command], input=text, text=True, capture_output=True, check=True
+    )
+    assert "3 completed" in again.stdout
+    assert {row["content"] for row in results(home).values()} == {None}, "the answers were in the output that is gone"
+    assert credits_of(tenant) == (7, 0)
+
+
+@pytest.fixture
+def many(tenant: Run, provider: Provider, home: Path) -> Run:
+    """A batch of 300 lines and as many credits."""
+    with_models(tenant, "openai/ok")
+    tenant("credits", "add", "hr", 290)
+    lines(home, *prompts(300))
+    return tenant
+
+
+def until_written(home: Path, count: int, process: "subprocess.Popen[str]") -> None:
+    until = time.monotonic() + 60
+    while not (home / "out.jsonl").exists() or (home / "out.jsonl").read_bytes().count(b"\n") < count:
+        assert time.monotonic() < until
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def test_killed_ten_times_and_finished(many: Run, home: Path, provider: Provider) -> None:
+    chance = random.Random(7)
+    for number in range(10):
+        process = start_process(*words("G", "--concurrency", 8))
+        until_written(home, 20 * number + 1, process)
+        time.sleep(chance.uniform(0, 0.2))
+        process.kill()
+        process.wait()
+    assert many(*words("G", "--concurrency", 8)).status == 0
+    assert len(results(home)) == 300
+    assert_paid(many, home, 300)
+
+
+def test_stopped_beyond_its_leases(many: Run, home: Path, sql: psycopg.Connection) -> None:
+    process = start_process(*words("G", "--concurrency", 8))
+    for number in range(5):
+        until_written(home, 40 * number + 1, process)
+        process.send_signal(signal.SIGSTOP)
+        sql.execute("UPDATE jobs SET lease_expires_at = now() WHERE lease_expires_at IS NOT NULL")
+        many("job", "sweep")
+        process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert len(results(home)) == 300
+    assert_paid(many, home, 300)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_cleanly(many: Run, home: Path, number: signal.Signals) -> None:
+    process = start_process(*words("G", "--concurrency", 4, "-o", "json"))
+    until_written(home, 10, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, json.loads(err)["error"]["code"]) == (130, "interrupted")
+    assert len(results(home)) < 300
+    assert_paid(many, home, 300)
+    assert many(*words("G")).status == 0
+    assert len(results(home)) == 300
+    assert_paid(many, home, 300)
+
+
+def test_one_process_at_a_time(many: Run, home: Path) -> None:
+    process = start_process(*words("G", "--concurrency", 2))
+    until_written(home, 10, process)
+    second = many(*words("G", "-o", "json"))
+    assert (second.status, second.error["code"]) == (4, "batch_running")
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert_paid(many, home, 300)
+
+
+def test_a_database_that_goes_away(many: Run, home: Path, sql: psycopg.Connection) -> None:
+    process = start_process(*words("G", "--concurrency", 8))
+    for number in range(5):
+        until_written(home, 40 * number + 1, process)
+        sql.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'saasllm'")
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert len(results(home)) == 300
+    assert_paid(many, home, 300)
+
+
+def test_two_processes(many: Run, home: Path, provider: Provider) -> None:
+    assert many(*words("G", "--processes", 2)).status == 0
+    assert len(results(home)) == len(provider.requests) == 300
+    assert_paid(many, home, 300)
+
+
+def test_a_model_that_keeps_failing_is_passed_over(tenant: Run, provider: Provider, home: Path) -> None:
+    with_models(tenant, "openai/status-500", "openai/ok")
+    tenant("credits", "add", "hr", 90)
+    lines(home, *prompts(100))
+    result = tenant(*words("G", "--concurrency", 4))
+    assert result.status == 0
+    assert "openai/status-500 kept failing" in result.err
+    asked = Counter(request["model"] for request in provider.requests)
+    assert asked["ok"] == 100
+    assert asked["status-500"] < 20
+
+
+def test_it_slows_down_for_a_rate_limit(tenant: Run, provider: Provider, home: Path) -> None:
+    with_models(tenant, "openai/narrow-2")
+    tenant("credits", "add", "hr", 50)
+    lines(home, *prompts(60))
+    assert tenant(*words("G", "--concurrency", 16)).status in (0, 9)
+    while tenant(*words("G", "--concurrency", 16, "--retry-failed")).status == 9:
+        pass
+    assert len(results(home)) == 60
+    refused = len(provider.requests) - 60
+    assert refused < 60, "it does not run against the wall again and again"
+    assert_paid(tenant, home, 60)
+
+
+def test_two_batches_of_one_team_share_its_credits(tenant: Run, home: Path) -> None:
+    tenant("credits", "add", "hr", 40)
+    lines(home, *prompts(40))
+    first = start_process(*words())
+    second = start_process("job", "batch", "in.jsonl", "--out", "two.jsonl", "--team", "hr", "--group", "Echo")
+    statuses = []
+    for process in (first, second):
+        process.communicate(timeout=120)
+        statuses.append(process.returncode)
+    assert 5 in statuses
+    done = sum(path.read_bytes().count(b"\n") for path in (home / "out.jsonl", home / "two.jsonl"))
+    assert done == 50
+    assert credits_of(tenant) == (0, 0)
+    assert tenant("credits", "verify").status == 0
+
+
+def test_what_the_journal_holds_of_finished_lines(tenant: Run, home: Path) -> None:
+    lines(home, *prompts(3))
+    tenant(*words())
+    with sqlite3.connect(home / "out.jsonl.journal") as journal:
+        rows = journal.execute("SELECT is_written, is_failed, task FROM line").fetchall()
+    assert rows == [(1, 0, "")] * 3
+    assert not list(home.glob("*.tmp"))
+    assert os.stat(home / "out.jsonl").st_size == (home / "out.jsonl").read_bytes().rfind(b"\n") + 1
