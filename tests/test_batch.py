@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from conftest import Result, start_process
 from provider import ANSWER, Provider
 from test_job import credits_of, with_models
 
+from saasllm_cli.errors import DatabaseUnavailable
 from saasllm_cli.jobs import batch
 
 Run = Callable[..., Result]
@@ -192,6 +194,24 @@ def crashing_after(function: Callable[..., None]) -> Callable[..., None]:
         raise RuntimeError
 
     return crash
+
+
+def test_each_answer_of_the_database_is_lost_once(tenant: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines(home, *prompts(8))
+    ask = batch._Session._try
+    turns = count()
+
+    def lose_each_second(*arguments: Any) -> Any:
+        answer = ask(*arguments)
+        if next(turns) % 2 == 0:
+            raise DatabaseUnavailable("database_unreachable", "The answer was lost.")
+        return answer
+
+    monkeypatch.setattr(batch._Session, "_try", lose_each_second)
+    assert tenant(*words("Echo", "--concurrency", 2)).status == 0
+    assert {row["status"] for row in results(home).values()} == {"completed"}
+    assert all(row["content"] for row in results(home).values())
+    assert_paid(tenant, home, 10)
 
 
 def test_refused(tenant: Run, home: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 from uuid import UUID
@@ -271,7 +272,7 @@ def batch(
         is_retrying=retry_failed,
     )
     with waiting("Starting …"):
-        summary = batches.run(request, on_progress=_batch_progress())
+        summary = batches.run(request, on_progress=_batch_progress(source))
     if (output or settings().output) is Format.TABLE:
         print_line(
             f"{summary.completed} completed, {summary.failed} failed, {summary.skipped} done before, "
@@ -378,16 +379,23 @@ def annotate(job_id: JobId, metadata: Metadata = [], unset_metadata: UnsetMetada
     show(job, output)
 
 
-def _batch_progress() -> "Callable[[Summary], None]":
+def _batch_progress(source: BinaryIO) -> "Callable[[Summary], None]":
+    """Tells how far a batch is, and for a file when it will be done."""
     began = time.monotonic()
+    total = None
+    if sys.stderr.isatty() and source.seekable():
+        total = sum(1 for line in source if line.strip())
+        source.seek(0)
 
     def tell(summary: "Summary") -> None:
         done = summary.completed + summary.failed
-        rate = done / max(time.monotonic() - began, 0.001)
-        progress(
-            f"{done} done ({summary.failed} failed, {summary.skipped} before) · {rate:.0f} a second · "
-            f"${summary.cost_usd.normalize():f}"
-        )
+        rate = done / (time.monotonic() - began)
+        text = f"{done} done, {summary.failed} failed · {rate:.1f} a second · ${summary.cost_usd.normalize():f}"
+        if total and rate:
+            left = max(total - done - summary.skipped, 0)
+            filled = 20 * (total - left) // total
+            text = f"{'█' * filled}{'░' * (20 - filled)} {text} · {timedelta(seconds=round(left / rate))} left"
+        progress(text)
 
     return tell
 

@@ -13,8 +13,8 @@ import signal
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from multiprocessing import get_context
@@ -52,6 +52,7 @@ CREATE TABLE IF NOT EXISTS line (
 CREATE INDEX IF NOT EXISTS unwritten ON line (id) WHERE NOT is_written;
 """
 LEASE_SECONDS = 120.0
+LINGER_SECONDS = 0.05
 READ_AHEAD = 1000  # lines
 LONGEST_ID = 200
 CONFLICT = "conflict: the id stands for another request in this batch"
@@ -119,8 +120,7 @@ def run(request: BatchRequest, on_progress: Callable[[Summary], None] = lambda _
         try:
             batch.run()
         except BaseException:
-            with suppress(SaasllmError, OSError, sqlite3.Error):
-                batch.cancel()
+            batch.cancel()
             raise
         return batch.summary
 
@@ -138,6 +138,8 @@ class _Batch:
         self._running: dict[str, Task] = {}  # by the job's id
         self._answered: list[Task] = []
         self._again: list[Task] = []  # answered, but their lease was lost
+        self._requests: dict[str, str] = {}  # of what is under way: the lines' ids and their hashes
+        self._refusal: SaasllmError | None = None
         self._is_ending = False
         self._is_interrupted = False
         self._extended_at = time.monotonic()
@@ -165,15 +167,18 @@ class _Batch:
             self._on_progress(self.summary)
             if self._is_interrupted:
                 raise Interrupted("interrupted", "Interrupted; the same command goes on with the rest.")
+        if self._refusal is not None:
+            raise self._refusal
 
     def cancel(self) -> None:
-        """Ends what is under way; what was answered is kept."""
-        with suppress(SaasllmError):  # where a worker has died, its answers are lost
+        """Ends what is under way, as far as that can be done; what was answered is kept."""
+        with suppress(SaasllmError, OSError):
             self._receive(0)
+            self._settle()
         self._workers.stop()
-        self._settle()
         cancelled = [_settlement(job_id, "cancelled", "Interrupted.", []) for job_id in self._running]
-        self._session.ask(lambda db: db.many("job.settle_many", results=json.dumps(cancelled)))
+        with suppress(SaasllmError):
+            self._session.ask(lambda db: db.many("job.settle_many", results=json.dumps(cancelled)))
 
     def _key(self, id_: str) -> str:
         return f"batch:{self._journal.name}:{id_}"
@@ -195,7 +200,8 @@ class _Batch:
                 break
             if task is None:
                 self._is_ending = True
-            elif self._is_new(task, tasks):
+            elif self._is_new(task):
+                self._requests[task.id] = task.request_hash
                 tasks.append(task)
         self._finish([task for task in tasks if not task.job])
         tasks = [task for task in tasks if task.job]
@@ -212,7 +218,10 @@ class _Batch:
         rows = self._session.ask(lambda db: db.many("job.begin_many", **parameters))
         repeated = []
         for task, row in zip(tasks, rows, strict=True):
-            match row["outcome"]:
+            outcome = row["outcome"]
+            if str(row["existing_job_id"]) == task.job["job_id"]:
+                outcome = "begun"  # when it was asked before, and the answer was lost
+            match outcome:
                 case "begun" if task.result:  # answered before its lease was lost
                     task.result["job_id"] = task.job["job_id"]
                     self._answered.append(task)
@@ -225,16 +234,16 @@ class _Batch:
                     self.summary.is_out_of_credits = self._is_ending = True
                 case "key_in_use":
                     repeated.append(self._repeated(task, row))
-                case outcome:
-                    self._is_ending = True
-                    raise refused(outcome, self._request.team_id, self._request.group_name, row["organization_id"])
+                case _:
+                    ids = self._request.team_id, self._request.group_name, row["organization_id"]
+                    self._refusal, self._is_ending = refused(outcome, *ids), True
         self._finish(repeated)
 
-    def _is_new(self, task: Task, others: list[Task]) -> bool:
+    def _is_new(self, task: Task) -> bool:
         """Whether something is to be done for the line: not where it was done before, or is under way."""
-        known = dict.fromkeys(
-            (other.request_hash for other in (*others, *self._running.values()) if other.id == task.id), False
-        ) | self._journal.requests(task.id)
+        known = self._journal.requests(task.id)
+        if task.id in self._requests:
+            known[self._requests[task.id]] = False
         if task.request_hash in known:
             if known[task.request_hash]:
                 self.summary.failed += 1
@@ -250,9 +259,11 @@ class _Batch:
         """A line whose id is taken: by a job whose answer is elsewhere, or by another request."""
         if row["existing_request_hash"] != task.request_hash:
             task.result = _result(task, "failed", error=CONFLICT)
-        else:
+        elif row["existing_status"] == "completed":
             error = "completed and charged before; its answer is not in this output"
-            task.result = _result(task, row["existing_status"], error=error, job_id=str(row["existing_job_id"]))
+            task.result = _result(task, "completed", error=error, job_id=str(row["existing_job_id"]))
+        else:  # somebody has taken the batch while this process had lost its connection
+            raise _running_elsewhere()
         return task
 
     def _settle(self) -> None:
@@ -293,16 +304,26 @@ class _Batch:
             else:
                 self.summary.failed += 1
             self.summary.cost_usd += task.result["cost_usd"] or 0
+            self._requests.pop(task.id, None)
 
     def _sweep(self) -> None:
-        team_id = self._request.team_id
-        self._session.ask(lambda db: db.one("job.sweep", team_id=team_id, row_limit=SWEEP_CHUNK))
+        parameters = {"team_id": self._request.team_id, "row_limit": SWEEP_CHUNK}
+        while self._session.ask(lambda db: db.one("job.sweep", **parameters))["swept"] == SWEEP_CHUNK:
+            pass
 
     def _extend_leases(self) -> None:
         if self._running and time.monotonic() - self._extended_at > LEASE_SECONDS / 4:
             self._extended_at = time.monotonic()
             job_ids = [UUID(job_id) for job_id in self._running]
             self._session.ask(lambda db: db.many("job.extend_leases", job_ids=job_ids, lease_seconds=LEASE_SECONDS))
+
+
+def _running_elsewhere() -> Conflict:
+    return Conflict(
+        "batch_running",
+        "The batch is being run by another process.",
+        "Wait for it; or give another --out, and with --name another name.",
+    )
 
 
 def _result(task: Task, status: str, **fields: Any) -> dict[str, Any]:
@@ -350,11 +371,7 @@ class _Session:
             if self._db is None:
                 self._db = self._stack.enter_context(database.connect())
                 if not self._db.one("job.lock_batch", name=self._name)["is_locked"]:
-                    raise Conflict(
-                        "batch_running",
-                        "The batch is being run by another process.",
-                        "Wait for it; or give another --out, and with --name another name.",
-                    )
+                    raise _running_elsewhere()
             return work(self._db)
 
     def _close(self) -> None:
@@ -434,10 +451,9 @@ class _Journal:
                 if json.loads(line)["status"] != "failed":
                     rest.write(line)
             size = _synced(rest)
-        self._db.execute("BEGIN IMMEDIATE")
-        self._db.execute("DELETE FROM line WHERE is_failed")
-        self._db.execute("UPDATE batch SET out_size = ?, is_replaced = 1", (size,))
-        self._db.execute("COMMIT")
+        with self._transaction():
+            self._db.execute("DELETE FROM line WHERE is_failed")
+            self._db.execute("UPDATE batch SET out_size = ?, is_replaced = 1", (size,))
 
     def requests(self, id_: str) -> dict[str, bool]:
         """The hashes of the requests that there were under an id, and whether each has failed."""
@@ -448,18 +464,21 @@ class _Journal:
         rows = self._db.execute("SELECT id, request_hash, task FROM line WHERE NOT is_written")
         return [Task(id_, hash_, **json.loads(task, parse_float=Decimal)) for id_, hash_, task in rows]
 
-    def add(self, tasks: Iterable[Task]) -> None:
+    def add(self, tasks: list[Task]) -> None:
         """Keeps what was answered: synced when it returns."""
-        self._save(tasks, is_written=False)
+        with self._transaction():
+            self._save(tasks, is_written=False)
 
     def write(self, tasks: list[Task]) -> None:
         """Writes results into the output, each once."""
-        for task in tasks:
-            self._out.write(database.exact_json(task.result).encode() + b"\n")
-        size = _synced(self._out)
-        self._save(tasks, is_written=True, size=size)
+        with self._transaction():
+            if self._db.execute("SELECT out_size FROM batch").fetchone() != (self._out.tell(),):
+                raise _running_elsewhere()  # while this process had lost its connection
+            self._out.write(b"".join(database.exact_json(task.result).encode() + b"\n" for task in tasks))
+            self._save(tasks, is_written=True)
+            self._db.execute("UPDATE batch SET out_size = ?", (_synced(self._out),))
 
-    def _save(self, tasks: Iterable[Task], is_written: bool, size: int | None = None) -> None:
+    def _save(self, tasks: list[Task], is_written: bool) -> None:
         def kept(task: Task) -> str:
             # What is in the output need not be kept twice.
             parts = {"job": task.job, "result": task.result, "calls": task.calls}
@@ -475,11 +494,22 @@ class _Journal:
             )
             for task in tasks
         ]
-        self._db.execute("BEGIN IMMEDIATE")
         self._db.executemany("INSERT OR REPLACE INTO line VALUES (?, ?, ?, ?, ?)", rows)
-        if size is not None:
-            self._db.execute("UPDATE batch SET out_size = ?", (size,))
-        self._db.execute("COMMIT")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise SaasllmError(
+                "journal_failed", f"The journal of {self._request.out} cannot be written: {error}.", "Check the disk."
+            ) from error
 
 
 def _synced(file: IO[bytes]) -> int:
@@ -618,7 +648,9 @@ class _Workers:
 
     def results(self, seconds: float) -> Iterator[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
         """The results that are there, each with its job's id and its calls; waits so long for the first."""
-        for pipe in wait(list(self._processes), seconds):
+        if wait(list(self._processes), seconds):
+            time.sleep(LINGER_SECONDS if seconds else 0)  # some more may be settled with it
+        for pipe in wait(list(self._processes), 0):
             assert isinstance(pipe, Connection)
             try:
                 while pipe.poll():
