@@ -10,11 +10,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import hypothesis
 import psycopg
@@ -22,7 +24,9 @@ import pytest
 from provider import Provider
 from psycopg.rows import dict_row
 
-from saasllm_cli import cli, embedded, migrations
+from saasllm_cli import cli, database, embedded, migrations
+from saasllm_cli.jobs import runner
+from saasllm_cli.jobs.calls import CallRequest
 from saasllm_cli.settings import settings
 
 numbers = count()
@@ -45,6 +49,11 @@ def pytest_configure(config: pytest.Config) -> None:
         "thorough", deadline=None, max_examples=300, stateful_step_count=100, print_blob=True
     )
     hypothesis.settings.load_profile("thorough" if config.getoption("--thorough") else "bounded")
+
+
+@pytest.fixture
+def is_thorough(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--thorough"))
 
 
 @dataclass(frozen=True)
@@ -92,14 +101,14 @@ def server(request: pytest.FixtureRequest, data_dir: Path) -> Iterator[str]:
 class own_server:  # noqa: N801
     """A server of other PostgreSQL programs, on a socket in the folder."""
 
-    def __init__(self, binaries: Path, folder: Path) -> None:
+    def __init__(self, binaries: Path, folder: Path, user: str = "postgres") -> None:
         self.binaries, self.folder = binaries, folder
-        self.user = {"user": "postgres", "cwd": "/"} if os.geteuid() == 0 else {}
+        self.user = {"user": user, "cwd": "/"} if os.geteuid() == 0 else {}
 
     def __enter__(self) -> str:
         self.folder.mkdir(mode=0o700)
         if self.user:
-            os.chown(self.folder, pwd.getpwnam("postgres").pw_uid, -1)
+            os.chown(self.folder, pwd.getpwnam(self.user["user"]).pw_uid, -1)
         self._run("initdb", "-D", self.folder / "data", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale")
         options = f"-c listen_addresses= -c unix_socket_directories={self.folder} -c fsync=off"
         self._run("pg_ctl", "start", "-w", "-D", self.folder / "data", "-l", self.folder / "log", "-o", options)
@@ -107,6 +116,10 @@ class own_server:  # noqa: N801
 
     def __exit__(self, *_: object) -> None:
         self._run("pg_ctl", "stop", "-w", "-m", "fast", "-D", self.folder / "data")
+
+    def crash(self) -> None:
+        """Ends it as a crash would, and starts it again."""
+        self._run("pg_ctl", "restart", "-w", "-m", "immediate", "-D", self.folder / "data", "-l", self.folder / "log")
 
     def _run(self, program: str, *arguments: object) -> None:
         words = [str(self.binaries / program), *map(str, arguments)]
@@ -200,17 +213,49 @@ def saasllm(migrated_database: str, run: Callable[..., Result]) -> Callable[...,
     return run
 
 
+TENANT = (
+    "org create acme --name ACME",
+    "group create Echo --model offline/echo",
+    "group create Down --model offline/fail/a --model offline/fail/b",
+    "team create hr --org acme --group Echo --group Down --credits 10",
+)
+
+
 @pytest.fixture
 def tenant(saasllm: Callable[..., Result]) -> Callable[..., Result]:
     """A command line on a database with the organization `acme`, the groups `Echo` and `Down` and the team `hr`."""
-    for line in (
-        "org create acme --name ACME",
-        "group create Echo --model offline/echo",
-        "group create Down --model offline/fail/a --model offline/fail/b",
-        "team create hr --org acme --group Echo --group Down --credits 10",
-    ):
+    for line in TENANT:
         assert saasllm(*line.split()).status == 0
     return saasllm
+
+
+def charged_job() -> UUID:
+    """A job of `hr` that was charged."""
+    job_id = runner.new_job_id()
+    runner._begin(job_id, runner.JobRequest("hr", CallRequest("Echo", [], 60)))
+    assert runner._settle(job_id, "completed", None, [], 5)["settled"]
+    return job_id
+
+
+def end_leases() -> int:
+    """Sweeps the open jobs of `hr` as if their leases had run out, and says how many there were."""
+    with database.raw_connection() as connection:
+        # A server that was left alone first ends what it was asked.
+        others = "SELECT pid FROM pg_stat_activity WHERE application_name = 'saasllm' AND pid <> pg_backend_pid()"
+        while connection.execute(others + " AND datname = current_database()").fetchone():
+            time.sleep(0.05)
+        connection.execute("UPDATE jobs SET lease_expires_at = now() WHERE lease_expires_at IS NOT NULL")
+    with database.connect() as db:
+        return int(db.one("job.sweep", team_id="hr", row_limit=1000)["swept"])
+
+
+def assert_sound(run: Callable[..., Result], remaining: int) -> None:
+    """The ledger, the balances and the jobs agree, and `hr` has exactly this much, none of it reserved."""
+    end_leases()
+    verified = run("credits", "verify")
+    assert verified.status == 0, verified.out
+    balance = run("credits", "balance", "hr", "-o", "json").data
+    assert (balance["credits_remaining"], balance["credits_reserved"]) == (remaining, 0)
 
 
 @pytest.fixture

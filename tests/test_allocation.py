@@ -1,5 +1,6 @@
 """Schedules, and what cron grants by them."""
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
@@ -11,6 +12,7 @@ from conftest import Result, start_process
 from saasllm_cli import allocation, database
 from saasllm_cli.jobs import runner
 from saasllm_cli.jobs.calls import CallRequest
+from saasllm_cli.queries import query
 
 Run = Callable[..., Result]
 
@@ -253,6 +255,19 @@ def test_beside_jobs_and_a_purge(tenant: Run, sql: psycopg.Connection) -> None:
     with ThreadPoolExecutor(6) as threads:
         assert set(threads.map(work, range(40))) == {"0"}
     assert tenant("credits", "verify").status == 0
+
+
+def test_what_is_written_while_it_waits_for_a_balance_is_no_difference(tenant: Run, sql: psycopg.Connection) -> None:
+    schedule(tenant, "--amount", 5, "--every", "daily", "--mode", "add", "--starts", "2026-01-01")
+    entry = {"team_id": "hr", "transaction_type": "allocation", "credits_amount": 1}
+    with ThreadPoolExecutor(1) as threads:
+        with sql.transaction():
+            sql.execute(query("credits.enter").sql, entry | dict.fromkeys(("reason", "source", "idempotency_key")))
+            waiting = threads.submit(allocation.allocate, date(2026, 1, 1))
+            time.sleep(0.5)
+        result = waiting.result()
+    assert (result.granted, result.failed) == (1, [])
+    assert remaining(tenant) == 16
 
 
 def test_killed_it_leaves_whole_chunks_and_the_next_run_goes_on(tenant: Run, sql: psycopg.Connection) -> None:

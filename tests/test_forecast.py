@@ -93,6 +93,30 @@ def test_who_runs_out_first_comes_first(used: Run) -> None:
     assert limited.err == "There are more than 1: more with --limit.\n"
 
 
+def test_what_comes_out_even(tenant: Run, sql: psycopg.Connection) -> None:
+    sql.execute("UPDATE teams SET created_at = now() - interval '90 days'")
+    tenant("credits", "adjust", "hr", -4, "--reason", "x")
+    use(2)
+    assert forecast(tenant, "--days", 3)[0]["days_left"] == 6
+    assert forecast(tenant, "--days", 30)[0]["days_left"] == 60
+
+
+def test_what_was_used_before_does_not_count(used: Run, sql: psycopg.Connection) -> None:
+    sql.execute("UPDATE teams SET created_at = now() - interval '90 days'")
+    sql.execute(
+        "SET session_replication_role = replica; UPDATE credit_transactions SET created_at = now() - interval '40 days'"
+    )
+    assert forecast(used)[0]["days_left"] is None
+    assert forecast(used, "--days", 60)[0]["days_left"] == 60
+
+
+def test_who_has_none_and_uses_none(tenant: Run) -> None:
+    tenant("credits", "adjust", "hr", -10, "--reason", "x")
+    assert forecast(tenant)[0]["days_left"] == 0
+    tenant("org", "suspend", "acme")
+    assert forecast(tenant) == []
+
+
 def test_wrong_names_and_numbers(tenant: Run) -> None:
     assert tenant("credits", "forecast", "no").status == 3
     assert tenant("credits", "forecast", "--org", "no").status == 3

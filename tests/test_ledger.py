@@ -68,6 +68,14 @@ ATTACKS = {
         + "('hr', 'acme', 7, 'allocation', 5, 100, 105, NULL)",
         "do not continue",
     ),
+    "a parent of the ledger": (
+        "CREATE TABLE above (LIKE credit_transactions); ALTER TABLE credit_transactions INHERIT above",
+        "credit_transactions_has_no_parent",
+    ),
+    "a parent of the jobs": (
+        "CREATE TABLE above (LIKE jobs); ALTER TABLE jobs INHERIT above",
+        "jobs_have_no_parent",
+    ),
     "another organization": (
         ENTRY + "('hr', 'other', 2, 'allocation', 5, 10, 15, NULL)",
         "credit_transactions_team",

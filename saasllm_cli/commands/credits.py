@@ -369,7 +369,7 @@ def verify(
 ) -> None:
     """Replay the ledger and compare balances, reservations and jobs with it; exit 9 where anything differs.
 
-    A repair leaves the team with what it had: `credits adjust` corrects that, where it was wrong. It changes no entry.
+    A repair changes no entry and leaves each team what it has; where that is wrong, `credits adjust` corrects it.
     """
     with database.connect() as db:
         with waiting("Replaying the ledger …"):
@@ -390,25 +390,26 @@ def verify(
         show(found, output)
         if teams := sorted({row["team_id"] for row in found if row["problem"] in REPAIRABLE}):
             confirm(f"Repair the credits of {len(teams)} team(s)?", yes)
-            _repair(db, teams)
+            _repair(db, teams, output)
         if left := len(db.many("credits.verify", team_id=team_id)):
             raise CheckFailed(
                 "credits_differ", f"{left} row(s) are left that no adjustment mends.", "See: saasllm credits verify"
             )
 
 
-def _repair(db: database.Database, team_ids: list[str]) -> None:
+def _repair(db: database.Database, team_ids: list[str], output: Format | None) -> None:
     def work() -> list[database.Row]:
         db.many("credits.lock_to_repair", team_ids=team_ids)
         repaired = db.many("credits.repair", team_ids=team_ids)
         db.many("credits.reserve_open_jobs", team_ids=[row["team_id"] for row in repaired])
         return repaired
 
-    for row in db.transaction(work):
-        if row["transaction_id"]:
-            note(f"{row['team_id']}: an adjustment of {row['credits_amount']:+} (transaction {row['transaction_id']}).")
-        else:
-            note(f"{row['team_id']}: counted anew; no adjustment was needed.")
+    repaired = db.transaction(work)
+    if (output or settings().output) is Format.TABLE:
+        for row in repaired[:MOST_NAMED]:
+            entry = f"transaction {row['transaction_id']}" if row["transaction_id"] else "counted anew"
+            note(f"{row['team_id']}: an adjustment of {row['credits_amount']:+} ({entry}).")
+        note(f"{len(repaired)} team(s) repaired.")
 
 
 def _enter(

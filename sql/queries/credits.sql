@@ -160,7 +160,10 @@ team AS (
     SELECT
         t.team_id, t.organization_id, c.credits_remaining, s.every, s.mode, s.credits_amount, s.credits_max,
         -- What is overdue is granted today.
-        CASE WHEN s.next_on IS NOT NULL THEN greatest(s.next_on, period_start(s.every, current_date)) END AS next_on,
+        CASE
+            WHEN s.next_on IS NOT NULL
+                THEN least(greatest(s.next_on, period_start(s.every, current_date)), current_date + 3660)
+        END AS next_on,
         greatest(burn.credits, 0)
         / least(%(days)s, greatest(1, EXTRACT(epoch FROM now() - t.created_at) / 86400)) AS credits_per_day
     FROM teams t
@@ -179,7 +182,7 @@ span AS (
         team_id, credits_per_day, every, mode, credits_amount, credits_max, next_on,
         current_date AS day,
         credits_remaining::numeric AS credits,
-        credits_remaining / credits_per_day AS lasts,
+        round(credits_remaining / credits_per_day, 6) AS lasts, -- the rate is rounded, and so is what it divides
         -- A grant that is enough for the longest period is enough for all that follow.
         credits_amount >= credits_per_day * CASE every WHEN 'daily' THEN 1 WHEN 'weekly' THEN 7 ELSE 31 END AS is_enough
     FROM team
@@ -190,7 +193,7 @@ span AS (
         period_after(every, next_on, 1),
         greatest(next_on, day),
         granted.credits,
-        granted.credits / credits_per_day,
+        round(granted.credits / credits_per_day, 6),
         is_enough
     FROM span
     CROSS JOIN LATERAL (
@@ -204,18 +207,25 @@ span AS (
                 ELSE greatest(left_over.credits, least(left_over.credits + credits_amount, credits_max))
             END AS credits
     ) AS granted
-    WHERE next_on - day <= lasts AND NOT is_enough AND next_on <= current_date + 365
+    WHERE next_on - day <= lasts
+      AND NOT is_enough
+      AND next_on <= current_date + 365
+      AND (mode = 'reset' OR lasts <= 365 - (day - current_date)) -- only a reset takes credits away
 ),
 ending AS (
     SELECT team_id, day + floor(lasts)::integer AS runs_out_on
     FROM span
     WHERE lasts <= 365 - (day - current_date) AND (next_on IS NULL OR next_on - day > lasts)
+    UNION ALL
+    SELECT team_id, current_date
+    FROM team
+    WHERE credits_remaining = 0 AND credits_per_day = 0 AND (next_on IS NULL OR next_on > current_date)
 )
 SELECT
     team_id,
     team.organization_id,
     team.credits_remaining,
-    round(coalesce(team.credits_per_day, 0), 2) AS credits_per_day,
+    round(team.credits_per_day, 2) AS credits_per_day,
     ending.runs_out_on - current_date AS days_left,
     ending.runs_out_on,
     team.next_on,
@@ -309,12 +319,13 @@ WHERE j.status = 'completed'
 ORDER BY team_id, transaction_id, problem;
 
 -- name: lock_to_repair(team_ids) :many
+-- A statement of its own, so that `repair` sees what was committed before it had the locks.
 SELECT team_id FROM team_credits WHERE team_id = ANY (%(team_ids)s::text[]) ORDER BY team_id FOR UPDATE;
 
 -- name: repair(team_ids) :many
 -- Makes the balances that differ from their ledger what it says, and enters by what they differed as an adjustment, so
--- that what remains stays as it was. Left alone are teams whose ledger is broken in itself or that have more open jobs
--- than credits. No credit is reserved afterwards: `reserve_open_jobs` goes with it.
+-- that what remains stays as it was. Left alone are teams whose entries do not add up to their last credits_after, or that
+-- have more open jobs than credits. No credit is reserved afterwards: `reserve_open_jobs` goes with it.
 WITH ledger AS (
     SELECT
         team_id,
@@ -349,6 +360,7 @@ wrong AS (
           <> (coalesce(l.allocated, 0), coalesce(l.used, 0), coalesce(l.last_entry_no, 0), coalesce(o.jobs, 0))
       AND coalesce(l.remaining = l.last_after, true)
       AND c.credits_remaining >= coalesce(o.jobs, 0)
+      AND coalesce(l.used, 0) BETWEEN 0 AND 9223372036854775807 - c.credits_remaining
 ),
 restored AS (
     UPDATE team_credits c
@@ -471,7 +483,11 @@ plan AS (
             WHEN o.status <> 'active' THEN 'organization_suspended'
             WHEN t.status <> 'active' THEN 'team_suspended'
             WHEN b.credits_allocated > 9223372036854775807 - due.credits_amount THEN 'out_of_range'
-            WHEN b.credits_remaining <> coalesce(last.credits_after, 0) THEN 'balance_differs'
+            -- An entry that was written while this statement waited for the balance is not among those that it sees.
+            WHEN b.credits_remaining IS DISTINCT FROM CASE b.last_entry_no
+                WHEN 0 THEN 0
+                ELSE coalesce(last.credits_after, credits_after_entry(b.team_id, b.last_entry_no))
+            END THEN 'balance_differs'
         END AS refusal
     FROM due
     JOIN balance b USING (team_id)

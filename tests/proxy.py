@@ -1,0 +1,59 @@
+"""A proxy before PostgreSQL's socket that loses an answer on demand.
+
+The server has then done what it was asked, and the client does not learn of it: its connection is cut instead.
+"""
+
+import select
+import socket
+import threading
+from contextlib import suppress
+from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingUnixStreamServer
+from typing import Self
+
+SOCKET = ".s.PGSQL.5432"
+READY = b"Z\0\0\0\5I"  # ends each answer: committed, and ready for the next query
+CHUNK = 65536
+
+
+class Proxy:
+    """Runs while it is entered; `lose` is a piece of the next statement whose answer is to be lost, `lost` a count."""
+
+    def __init__(self, server: Path, folder: Path) -> None:
+        self.lose: bytes | None = None
+        self.lost = 0
+        folder.mkdir()
+        handler = type("Bound", (_Connection,), {"proxy": self, "address": str(server / SOCKET)})
+        self._server = ThreadingUnixStreamServer(str(folder / SOCKET), handler)
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Connection(BaseRequestHandler):
+    proxy: Proxy
+    address: str
+
+    def handle(self) -> None:
+        asked = answer = b""
+        with suppress(ConnectionError), socket.socket(socket.AF_UNIX) as server:  # either side may be gone
+            server.connect(self.address)
+            while True:
+                readable, _, _ = select.select([self.request, server], [], [])
+                source = readable[0]
+                if not (data := source.recv(CHUNK)):
+                    return
+                if source is self.request:
+                    asked += data
+                    server.sendall(data)
+                elif self.proxy.lose is None or self.proxy.lose not in asked:
+                    self.request.sendall(data)
+                elif (answer := answer + data).endswith(READY):
+                    self.proxy.lose = None
+                    self.proxy.lost += 1
+                    return

@@ -1,0 +1,295 @@
+"""Processes, connections and servers that end in the middle of what they do: no credit is lost, doubled or conjured.
+
+Whoever did not get an answer does it again with the same key, as a user would. In the end each key has had its one
+effect, and the ledger agrees. With --thorough each happens some hundred times; `pytest -rP` shows what was hit.
+"""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import date, timedelta
+from itertools import count
+from pathlib import Path
+from random import Random
+
+import psycopg
+import pytest
+from conftest import TENANT, Result, assert_sound, charged_job, end_leases, own_server, start_process
+from proxy import Proxy
+
+from saasllm_cli import allocation, database, embedded
+from saasllm_cli.errors import Conflict, DatabaseUnavailable
+from saasllm_cli.jobs import runner
+from saasllm_cli.jobs.calls import CallRequest
+from saasllm_cli.settings import settings
+
+Run = Callable[..., Result]
+Command = Callable[[int], tuple[str, ...]]  # the words of a command line, by the number of its turn
+CATCH_UP = 1000
+PATIENCE_SECONDS = 60
+# A turn adds, completes a job and grants a day. The sum tells how often each was done.
+ADDED, GRANTED = 100, 10_000
+OPENED = 1000
+TURN = ADDED - 1 + GRANTED
+
+
+@pytest.fixture
+def account(tenant: Run) -> Run:
+    return open_account(tenant)
+
+
+def open_account(run: Run) -> Run:
+    run("credits", "add", "hr", OPENED - 10)
+    schedule = ("--amount", GRANTED, "--every", "daily", "--mode", "add", "--starts", day(1))
+    assert run("credits", "schedule", "hr", *schedule).status == 0
+    return run
+
+
+def day(number: int) -> date:
+    return date(2025, 12, 31) + timedelta(days=number)
+
+
+def add(number: int) -> tuple[str, ...]:
+    return ("credits", "add", "hr", str(ADDED), "--idempotency-key", f"add-{number}")
+
+
+def allocate(number: int) -> tuple[str, ...]:
+    return ("credits", "allocate", "--as-of", str(day(number)), "--catch-up", str(CATCH_UP))
+
+
+def job(number: int) -> tuple[str, ...]:
+    return ("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x", "--idempotency-key", f"job-{number}")
+
+
+@contextmanager
+def slow_statements(seconds: float) -> Iterator[None]:
+    """Somebody locks the team's balance again and again, so that statements are caught in the middle."""
+    is_over = threading.Event()
+
+    def lock() -> None:
+        while not is_over.wait(0.02):
+            with suppress(psycopg.OperationalError), psycopg.connect(os.environ["SAASLLM_DATABASE_URL"]) as connection:
+                connection.execute("SELECT FROM team_credits WHERE team_id = 'hr' FOR UPDATE")
+                is_over.wait(seconds)
+
+    thread = threading.Thread(target=lock)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def test_processes_that_are_killed(account: Run, sql: psycopg.Connection, is_thorough: bool) -> None:
+    """At any moment of their lives. What was to be added is added again at once, while the server may still do it."""
+    teams, rounds = 500, 80 if is_thorough else 12
+    sql.execute(
+        "INSERT INTO teams (team_id, organization_id, team_alias)"
+        f" SELECT 't' || n, 'acme', 'x' FROM generate_series(1, {teams}) n;"
+        " INSERT INTO credit_schedules (team_id, credits_amount, every, mode, next_on)"
+        f" SELECT team_id, {GRANTED}, 'daily', 'add', '{day(1)}' FROM teams WHERE team_id <> 'hr'"
+    )
+    random = Random(2)
+    lasted: dict[Command, float] = {}
+
+    def run(command: Command, number: int, seconds: float | None = None) -> int:
+        """The exit status of a command in a process of its own, which is killed where it takes longer."""
+        process = start_process(*command(number))
+        began = time.monotonic()
+        try:
+            process.communicate(timeout=seconds)
+            lasted[command] = time.monotonic() - began
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        return process.returncode
+
+    def is_killed(command: Command, number: int, moment: float) -> bool:
+        status = run(command, number, moment * lasted[command])
+        if command is add:
+            assert run(command, number) == 0
+        return status == -signal.SIGKILL
+
+    with slow_statements(1), ThreadPoolExecutor(3) as threads:
+        commands = (job, add, allocate)
+        assert set(threads.map(run, commands, [1] * 3)) == {0}
+        kills = [
+            threads.submit(is_killed, command, number, random.uniform(0, 1.1))
+            for number in range(2, rounds + 2)
+            for command in (commands if number % 2 else (add, allocate))  # jobs take the longest
+        ]
+    hits = sum(kill.result() for kill in kills)
+    assert hits > len(kills) / 3
+
+    left, last = end_leases(), rounds + 1
+    assert {account(*job(number)).status for number in range(1, last + 1)} == {0}
+    assert account(*allocate(last)).status == 0
+    assert_sound(account, OPENED + last * TURN)
+    others = "SELECT DISTINCT credits_allocated AS n FROM team_credits WHERE team_id <> 'hr'"
+    assert sql.execute(others).fetchall() == [{"n": last * GRANTED}]
+    print(f"{len(kills)} kills, {hits} before the end; {left} jobs left open; took {list(lasted.values())} s")
+
+
+@contextmanager
+def load(run: Run) -> Iterator[list[DatabaseUnavailable]]:
+    """Clients that add, run jobs and allocate, each again until the database has answered; gives what failed."""
+    failures: list[DatabaseUnavailable] = []
+    is_over = threading.Event()
+    numbers = count(1)
+
+    def client() -> None:
+        while not is_over.is_set():
+            number = next(numbers)
+            for work in (add_one, complete_job, allocate_day):
+                insist(work, number)
+
+    def insist(work: Callable[[int], None], number: int) -> None:
+        until = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return work(number)
+            except DatabaseUnavailable as error:
+                failures.append(error)
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.05)
+
+    with ThreadPoolExecutor(4) as threads:
+        clients = [threads.submit(client) for _ in range(4)]
+        try:
+            yield failures
+        finally:
+            is_over.set()
+    for done in clients:
+        done.result()
+    left, last = end_leases(), next(numbers) - 1
+    for number in range(1, last + 1):
+        complete_job(number)
+    assert_sound(run, OPENED + last * TURN)
+    print(f"{last} turns, {len(failures)} failures, {left} jobs left open")
+
+
+def add_one(number: int) -> None:
+    entry = {"team_id": "hr", "transaction_type": "allocation", "credits_amount": ADDED}
+    with database.connect() as db:
+        assert db.maybe("credits.enter", **entry, reason=None, source=None, idempotency_key=f"add-{number}")
+
+
+def complete_job(number: int) -> None:
+    job_id = runner.new_job_id()
+    try:
+        begun = runner._begin(
+            job_id, runner.JobRequest("hr", CallRequest("Echo", [], 60), idempotency_key=f"job-{number}")
+        )
+    except Conflict as conflict:
+        if conflict.code != "job_in_progress":
+            raise
+        return  # it was begun, though the answer was lost: it is left to the sweep
+    if begun["outcome"] == "begun":
+        assert runner._settle(job_id, "completed", None, [], PATIENCE_SECONDS)["status"] == "completed"
+
+
+def allocate_day(number: int) -> None:
+    allocation.allocate(day(number), CATCH_UP)
+
+
+def test_backends_that_are_terminated(account: Run, sql: psycopg.Connection, is_thorough: bool) -> None:
+    terminations = 200 if is_thorough else 30
+    random = Random(3)
+    with load(account) as failures, slow_statements(0.05):
+        for _ in range(terminations):
+            sql.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE application_name = 'saasllm' AND datname = current_database() ORDER BY random() LIMIT 1"
+            )
+            time.sleep(random.uniform(0, 0.2))
+    assert len(failures) > terminations / 3
+
+
+@pytest.fixture
+def crashing_server(
+    request: pytest.FixtureRequest, server: str, data_dir: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[own_server]:
+    """A server of the test's own, of the same programs as that of the others, which the settings name."""
+    if binaries := request.config.getoption("--postgres-bin"):
+        crashing = own_server(Path(binaries), data_dir / "crashing")
+    else:
+        monkeypatch.setenv("SAASLLM_DATA_DIR", str(data_dir / "embedded"))
+        settings.cache_clear()
+        crashing = own_server(embedded._binaries(), data_dir / "crashing", embedded.SYSTEM_USER)
+    with crashing as url:
+        monkeypatch.setenv("SAASLLM_DATABASE_URL", url.format("postgres"))
+        settings.cache_clear()
+        yield crashing
+
+
+def test_a_server_that_crashes(crashing_server: own_server, run: Run, is_thorough: bool) -> None:
+    for line in ("migrate up", *TENANT):
+        assert run(*line.split()).status == 0
+    open_account(run)
+    crashes = 20 if is_thorough else 4
+    random = Random(4)
+    with load(run) as failures, slow_statements(0.05):
+        for _ in range(crashes):
+            time.sleep(random.uniform(0.5, 2))
+            crashing_server.crash()
+    assert len(failures) >= crashes
+
+
+@pytest.fixture
+def proxy(account: Run, data_dir: Path, migrated_database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """What stands between the settings and the server."""
+    url = os.environ["SAASLLM_DATABASE_URL"]
+    host = psycopg.conninfo.conninfo_to_dict(url)["host"]
+    folder = data_dir / migrated_database
+    with Proxy(Path(host), folder) as proxy:
+        monkeypatch.setenv("SAASLLM_DATABASE_URL", url.replace(host, str(folder)))
+        settings.cache_clear()
+        yield proxy
+
+
+def adjust(number: int) -> tuple[str, ...]:
+    return ("credits", "adjust", "hr", "-1", "--reason", "x", "--idempotency-key", f"adjust-{number}")
+
+
+def refund(number: int) -> tuple[str, ...]:
+    return ("credits", "refund", "--job", str(charged_job()), "--idempotency-key", f"refund-{number}")
+
+
+# The command, the statement whose answer is lost, the statuses of the command and of its repetition, what it moves.
+LOST = {
+    "add": (add, b"INSERT INTO credit_transactions", (7, 0), ADDED),
+    "adjust": (adjust, b"INSERT INTO credit_transactions", (7, 0), -1),
+    "refund": (refund, b"INSERT INTO credit_transactions", (7, 0), 0),
+    "allocate": (allocate, b"INSERT INTO credit_transactions", (7, 0), GRANTED),
+    "begin": (job, b"INSERT INTO jobs", (7, 4), -1),  # its lease has to run out first
+    "settle": (job, b"INSERT INTO llm_calls", (0, 0), -1),  # it is repeated by the job itself
+}
+
+
+@pytest.mark.parametrize(("command", "statement", "statuses", "effect"), LOST.values(), ids=LOST.keys())
+def test_an_answer_that_is_lost(
+    account: Run,
+    proxy: Proxy,
+    is_thorough: bool,
+    command: Command,
+    statement: bytes,
+    statuses: tuple[int, int],
+    effect: int,
+) -> None:
+    """Between the commit and the client."""
+    cuts = 20 if is_thorough else 4
+    commands = [command(number) for number in range(1, cuts + 1)]
+    for words in commands:
+        proxy.lose = statement
+        assert (account(*words).status, account(*words).status) == statuses
+    assert proxy.lost == cuts
+    end_leases()
+    assert {account(*words).status for words in commands} == {0}
+    assert_sound(account, OPENED + cuts * effect)

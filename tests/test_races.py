@@ -1,0 +1,136 @@
+"""Many clients at once on one team and on one key."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from random import Random
+from uuid import UUID
+
+import pytest
+from conftest import Result, assert_sound, charged_job
+
+from saasllm_cli import database
+from saasllm_cli.commands import credits as commands
+from saasllm_cli.database import Database
+from saasllm_cli.errors import Conflict, InsufficientCredits
+from saasllm_cli.jobs import runner
+from saasllm_cli.jobs.calls import CallRequest
+
+Run = Callable[..., Result]
+TURNS = {"begin": 50, "settle": 32, "refund": 10, "add": 6, "verify": 2}  # of a hundred
+
+
+def begin(key: str | None = None, prompt: int = 0) -> UUID:
+    job_id = runner.new_job_id()
+    runner._begin(job_id, runner.JobRequest("hr", CallRequest("Echo", [{"content": prompt}], 600), idempotency_key=key))
+    return job_id
+
+
+def enter(db: Database, transaction_type: str, amount: int, key: str | None = None) -> int:
+    given = {"team_id": "hr", "transaction_type": transaction_type, "credits_amount": amount}
+    return _transaction_id(db, db.maybe("credits.enter", **given, reason=None, source=None, idempotency_key=key), given)
+
+
+def refund(db: Database, job_id: UUID, key: str | None = None) -> int:
+    given = {"transaction_type": "refund", "job_id": job_id}
+    return _transaction_id(
+        db, db.one("credits.refund", job_id=job_id, reason=None, source=None, idempotency_key=key), given
+    )
+
+
+def _transaction_id(db: Database, written: database.Row | None, given: database.Row) -> int:
+    """The entry's number, if the entry is what was asked for; else `Conflict`."""
+    assert written
+    commands._entry(db, written["transaction_id"], given)
+    return int(written["transaction_id"])
+
+
+def test_fifty_clients_on_a_thousand_credits(tenant: Run, is_thorough: bool) -> None:
+    """They reserve all of them, and go on asking while they settle, give back and add."""
+    tenant("credits", "add", "hr", 990)
+
+    def client(number: int) -> Counter[str]:
+        """Counts what it was granted."""
+        random, done = Random(number), Counter[str]()
+        running: list[UUID] = []
+        charged: list[UUID] = []
+        others = random.choices(list(TURNS), list(TURNS.values()), k=180 if is_thorough else 20)
+        for turn in ["begin"] * 20 + others:
+            match turn:
+                case "begin":
+                    try:
+                        running.append(begin())
+                    except InsufficientCredits:
+                        turn = "refused"
+                case "settle" if running:
+                    job_id, turn = running.pop(), random.choice(("completed", "completed", "failed", "cancelled"))
+                    assert runner._settle(job_id, turn, None, [], 30)["settled"]
+                    if turn == "completed":
+                        charged.append(job_id)
+                case "refund" if charged:
+                    with database.connect() as db:
+                        refund(db, charged.pop())
+                case "add":
+                    with database.connect() as db:
+                        enter(db, "allocation", 1)
+                case "verify":
+                    with database.connect() as db:
+                        assert db.many("credits.verify", team_id="hr") == []
+                case _:
+                    continue
+            done[turn] += 1
+        return done
+
+    with ThreadPoolExecutor(50) as threads:
+        done = sum(threads.map(client, range(50)), Counter[str]())
+    assert done["refused"] > 0
+    assert_sound(tenant, 1000 + done["add"] - done["completed"] + done["refund"])
+    print(dict(done))
+
+
+def at_once(work: Callable[[Database, int], object]) -> list[object]:
+    """What twenty clients get that ask at the same moment: a result, or the code of the conflict."""
+    together = threading.Barrier(20)
+
+    def client(number: int) -> object:
+        with database.connect() as db:
+            together.wait()
+            try:
+                return work(db, number)
+            except Conflict as conflict:
+                return conflict.code
+
+    with ThreadPoolExecutor(20) as threads:
+        return list(threads.map(client, range(20)))
+
+
+def test_twenty_adjustments_with_one_key(tenant: Run) -> None:
+    assert len(set(at_once(lambda db, _: enter(db, "adjustment", -3, "k")))) == 1
+    assert_sound(tenant, 7)
+
+
+def test_twenty_refunds_with_one_key(tenant: Run) -> None:
+    job_id = charged_job()
+    assert len(set(at_once(lambda db, _: refund(db, job_id, "k")))) == 1
+    assert_sound(tenant, 10)
+
+
+@pytest.mark.parametrize("transaction_type", ["allocation", "adjustment"])
+def test_one_key_for_twenty_amounts(tenant: Run, transaction_type: str) -> None:
+    outcomes = at_once(lambda db, number: enter(db, transaction_type, number + 1, "k"))
+    assert outcomes.count("idempotency_key_reused") == 19
+    (winner,) = (number for number, outcome in enumerate(outcomes) if outcome != "idempotency_key_reused")
+    assert_sound(tenant, 10 + winner + 1)
+
+
+def test_one_key_for_refunds_of_twenty_jobs(tenant: Run) -> None:
+    tenant("credits", "add", "hr", 10)
+    jobs = [charged_job() for _ in range(20)]
+    assert at_once(lambda db, number: refund(db, jobs[number], "k")).count("idempotency_key_reused") == 19
+    assert_sound(tenant, 1)
+
+
+def test_one_key_for_twenty_prompts(tenant: Run) -> None:
+    assert at_once(lambda _, number: begin("k", number)).count("idempotency_key_reused") == 19
+    assert_sound(tenant, 10)
