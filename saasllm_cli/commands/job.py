@@ -251,9 +251,8 @@ def batch(
     if str(file) == "-":
         if name is None:
             raise InvalidInput("usage", "Lines from stdin need the name of their batch.", "Add --name.")
-        source: BinaryIO = os.fdopen(
-            os.dup(sys.stdin.fileno()), "rb"
-        )  # not of sys.stdin: a thread may wait in it at the end
+        # Not sys.stdin's own buffer: a thread may still be waiting in it when the program ends.
+        source: BinaryIO = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
     else:
         source = opened(file, "FILE")
 

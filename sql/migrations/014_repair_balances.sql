@@ -1,5 +1,5 @@
--- A balance can be wrong only where somebody has changed it with the triggers off. Then it does not move any more, which
--- would carry the fault into the ledger, until it is repaired: the guard also lets a balance become what the whole
+-- A balance can be wrong only where somebody has changed it with the triggers off. Then it does not move any more, for
+-- that would carry the fault into the ledger, until it is repaired: the guard also lets a balance become what the whole
 -- ledger of its team says. Nobody gains a credit by that which the ledger does not have.
 
 CREATE OR REPLACE FUNCTION guard_balance() RETURNS trigger
@@ -58,8 +58,8 @@ LANGUAGE sql VOLATILE
 RETURN (SELECT credits_after FROM ONLY public.credit_transactions WHERE team_id = of_team AND entry_no = no);
 
 
--- Triggers of statements do not fire for what comes through a parent table. These tables can have none: PostgreSQL gives
--- no parent to a table with such a trigger of rows, which itself never fires.
+-- Triggers of statements do not fire for what comes through a parent table. These tables can have none: PostgreSQL
+-- gives no parent to a table with such a trigger of rows, which itself never fires.
 
 CREATE TRIGGER credit_transactions_has_no_parent AFTER UPDATE ON credit_transactions
     REFERENCING OLD TABLE AS old_rows

@@ -324,8 +324,8 @@ SELECT team_id FROM team_credits WHERE team_id = ANY (%(team_ids)s::text[]) ORDE
 
 -- name: repair(team_ids) :many
 -- Makes the balances that differ from their ledger what it says, and enters by what they differed as an adjustment, so
--- that what remains stays as it was. Left alone are teams whose entries do not add up to their last credits_after, or that
--- have more open jobs than credits. No credit is reserved afterwards: `reserve_open_jobs` goes with it.
+-- that what remains stays as it was. Left alone are teams whose entries do not add up to their last credits_after, or
+-- that have more open jobs than credits. No credit is reserved afterwards: `reserve_open_jobs` goes with it.
 WITH ledger AS (
     SELECT
         team_id,
