@@ -433,7 +433,7 @@ DELETE FROM credit_schedules WHERE team_id = %(team_id)s RETURNING team_id;
 -- Whether this session is now the one that allocates, until it ends.
 SELECT pg_try_advisory_lock(hashtext('saasllm'), hashtext('allocate')) AS is_locked;
 
--- name: allocate(as_of, catch_up, every, organization_id, team_id, after, upto, row_limit) :one
+-- name: allocate(as_of, catch_up, every, organization_id, team_id, after, upto, row_limit, is_careful) :one
 -- Grants one period, the first that is due, to each of the next teams by their ids (behind `after`, up to `upto`): with
 -- all of their rows locked in this order, so that a second run finds them not due. Who is suspended, or would have more
 -- credits than there are numbers, is left as it is. Periods before the last `catch_up` missed ones are forgone.
@@ -483,10 +483,9 @@ plan AS (
             WHEN o.status <> 'active' THEN 'organization_suspended'
             WHEN t.status <> 'active' THEN 'team_suspended'
             WHEN b.credits_allocated > 9223372036854775807 - due.credits_amount THEN 'out_of_range'
-            -- An entry that was written while this statement waited for the balance is not among those that it sees.
-            WHEN b.credits_remaining IS DISTINCT FROM CASE b.last_entry_no
+            WHEN %(is_careful)s::boolean AND b.credits_remaining IS DISTINCT FROM CASE b.last_entry_no
                 WHEN 0 THEN 0
-                ELSE coalesce(last.credits_after, credits_after_entry(b.team_id, b.last_entry_no))
+                ELSE credits_after_entry(b.team_id, b.last_entry_no)
             END THEN 'balance_differs'
         END AS refusal
     FROM due
@@ -496,7 +495,6 @@ plan AS (
     LEFT JOIN credit_transactions before ON before.team_id = due.team_id
         AND before.period = period_name(due.every, due.first_day)
         AND before.transaction_type = 'allocation'
-    LEFT JOIN credit_transactions last ON last.team_id = due.team_id AND last.entry_no = b.last_entry_no
 ),
 granted AS (
     SELECT * FROM plan WHERE refusal IS NULL
