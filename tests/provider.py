@@ -1,8 +1,9 @@
 """An OpenAI-compatible HTTP server on loopback, with faults on demand.
 
 The name of the model says what happens: `ok`, `status-429`, `busy` (429, and says when to come back; then ok),
-`narrow-2` (429 where more than two are asked at once), `tools`, `empty`, `blank`, `html`, `cut`, `torn` (a stream
-that is cut in the middle), `slow`, `drip`, `context`, `policy`. Anything after a second dash is free.
+`narrow-2` (429 where more than two are asked at once), `tools`, `empty`, `blank`, `html`, `cut`, `slow`, `drip`,
+`context`, `policy`, `torn` and `stalled` (a stream that is cut in the middle, or silent from there on). Anything after
+a second dash is free.
 """
 
 import json
@@ -80,8 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
                         self._answer(200, _completion(model, self.provider.answer))
                     else:
                         self._answer(429, _error("Too many requests."))
-            case ["ok" | "torn" as fault, *_] if body.get("stream"):
-                self._stream(model, is_torn=fault == "torn")
+            case ["ok" | "torn" | "stalled" as fault, *_] if body.get("stream"):
+                self._stream(model, fault)
             case ["ok" | "busy", *_]:
                 self._answer(200, _completion(model, self.provider.answer) | {"usage": self.provider.usage})
             case ["tools", *_]:
@@ -129,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
             except OSError:
                 return
 
-    def _stream(self, model: str, is_torn: bool) -> None:
+    def _stream(self, model: str, fault: str) -> None:
         """The answer word by word, as server-sent events."""
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
@@ -141,9 +142,11 @@ class _Handler(BaseHTTPRequestHandler):
             for number, word in enumerate(words, 1)
         ]
         events.append(_chunk(model, {}, finish_reason="stop") | {"usage": self.provider.usage})
-        for event in events[:2] if is_torn else events:
+        for event in events if fault == "ok" else events[:2]:
             self._write_chunk(f"data: {json.dumps(event)}\n\n")
-        if is_torn:
+        if fault == "stalled":
+            self.provider.closing.wait(60)
+        if fault != "ok":
             self.close_connection = True
         else:
             self._write_chunk("data: [DONE]\n\n")

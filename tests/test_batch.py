@@ -101,6 +101,10 @@ WRONG = {
     '{"id": "a", "promt": "x"}': "'promt'",
     '{"id": "a", "prompt": "x", "metadata": 7}': "metadata",
     '{"id": "a", "prompt": "x", "metadata": {"b": "\\u0000"}}': "metadata",
+    '{"id": "a", "prompt": "x", "metadata": {"b": NaN}}': "JSON",
+    '{"id": "a", "prompt": "x", "metadata": {"b": "\\ud800"}}': "JSON",
+    '{"id": "a", "prompt": "x", "messages": 5}': "messages",
+    '{"id": "a", "prompt": "x", "tools": ' + "[" * 5000 + "]" * 5000 + "}": "JSON",
     '{"id": "a", "prompt": "x", "job_type": 7}': "job_type",
     '{"id": "a", "prompt": "\\u001b"}': "terminal escape",
     '{"id": "a", "body": 7}': "body",
@@ -176,7 +180,7 @@ def test_an_answer_that_was_not_settled_is_not_asked_for_again(
     is_late: bool,
 ) -> None:
     with_models(tenant, "openai/ok")
-    lines(home, *prompts(1))
+    lines(home, {"id": "a", "prompt": "x", "metadata": {"score": 0.5}})
     with monkeypatch.context() as patch:
         patch.setattr(batch._Journal, "add", crashing_after(batch._Journal.add))
         assert tenant(*words("G")).status == 1
@@ -211,6 +215,38 @@ def test_each_answer_of_the_database_is_lost_once(tenant: Run, home: Path, monke
     assert tenant(*words("Echo", "--concurrency", 2)).status == 0
     assert {row["status"] for row in results(home).values()} == {"completed"}
     assert all(row["content"] for row in results(home).values())
+    assert_paid(tenant, home, 10)
+
+
+def test_a_process_that_wakes_up_when_another_has_taken_over(many: Run, home: Path, sql: psycopg.Connection) -> None:
+    asleep = start_process(*words("G", "--concurrency", 8, "-o", "json"))
+    until_written(home, 50, asleep)
+    asleep.send_signal(signal.SIGSTOP)
+    sql.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'saasllm'")
+    assert many(*words("G")).status == 0
+    asleep.send_signal(signal.SIGCONT)
+    _, err = asleep.communicate(timeout=60)
+    assert (asleep.returncode, json.loads(err)["error"]["code"]) == (4, "batch_running")
+    assert many(*words("G")).status == 0
+    assert len(results(home)) == 300
+    assert_paid(many, home, 300)
+
+
+def test_large_prompts_and_answers(tenant: Run, home: Path) -> None:
+    """More of both than the pipes to the workers hold."""
+    tenant("credits", "add", "hr", 30)
+    lines(home, *({"id": str(number), "prompt": "word " * 60_000} for number in range(40)))
+    assert tenant(*words("Echo", "--concurrency", 8)).status == 0
+    assert {len(row["content"]) for row in results(home).values()} == {300_000}
+    assert_paid(tenant, home, 40)
+
+
+def test_expired_leases_of_others_give_their_credits(tenant: Run, home: Path, sql: psycopg.Connection) -> None:
+    for _ in range(10):
+        tenant("job", "create", "--team", "hr")
+    sql.execute("UPDATE jobs SET lease_expires_at = now()")
+    lines(home, *prompts(10))
+    assert tenant(*words()).status == 0
     assert_paid(tenant, home, 10)
 
 

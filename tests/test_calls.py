@@ -78,6 +78,7 @@ def test_parameters_reach_the_provider(over_http: Run, provider: Provider) -> No
         ("--param", "x"),
         ("--param", "model=openai/other"),
         ("--param", "api_key=sk-1"),
+        ("--param", "api_base=http://localhost"),
         ("--param", "mock_response=x"),
         ("--param", "num_retries=3"),
         ("--stream", "-o", "json"),
@@ -138,10 +139,17 @@ def test_a_broken_chat(tenant: Run, home: Path, chat: str, told: str) -> None:
     assert (result.status, told in result.error["message"]) == (2, True), result.err
 
 
-@pytest.mark.parametrize("schema", ["{", "[]", '{"type": "objet"}'])
+@pytest.mark.parametrize("schema", ["{", "[]", '{"type": "objet"}', '{"$schema": 5}'])
 def test_a_broken_schema(tenant: Run, home: Path, schema: str) -> None:
     result = job_run(tenant, "Echo", "--prompt", "x", "--json-schema", write(home, "schema.json", schema), "-o", "json")
     assert (result.status, "schema.json" in result.error["message"]) == (2, True)
+
+
+@pytest.mark.parametrize("schema", [{"$ref": "#"}, {"$ref": "http://localhost/none"}])
+def test_a_schema_that_leads_nowhere(tenant: Run, home: Path, schema: object) -> None:
+    result = job_run(tenant, "Echo", "--prompt", "{}", "--json-schema", write(home, "schema.json", schema))
+    assert (result.status, "schema" in result.err) == (8, True)
+    assert credits_of(tenant) == (10, 0)
 
 
 @pytest.mark.parametrize(("answer", "status"), [('{"age": 36}', 0), ('{"age": "sk-secret"}', 8), ("36 years", 8)])
@@ -190,11 +198,12 @@ def test_a_stream_of_the_offline_model(tenant: Run) -> None:
     assert (result.status, result.out) == (0, "one two\n\nthree\n")
 
 
-def test_a_torn_stream_is_no_answer_and_no_other_follows(tenant: Run, provider: Provider) -> None:
-    with_models(tenant, "openai/torn", "openai/ok")
-    result = job_run(tenant, "G", "--prompt", "x", "--stream")
+@pytest.mark.parametrize("fault", ["torn", "stalled"])
+def test_a_torn_stream_is_no_answer_and_no_other_follows(tenant: Run, provider: Provider, fault: str) -> None:
+    with_models(tenant, f"openai/{fault}", "openai/ok")
+    result = job_run(tenant, "G", "--prompt", "x", "--stream", "--timeout", 6)
     assert (result.status, result.out) == (8, "The answer ")
-    assert [request["model"] for request in provider.requests] == ["torn"]
+    assert [request["model"] for request in provider.requests] == [fault]
     assert credits_of(tenant) == (10, 0)
 
 

@@ -153,8 +153,8 @@ def _schema(path: Path) -> dict[str, Any]:
     from jsonschema.validators import validator_for
 
     try:
-        if not isinstance(schema, dict):
-            raise SchemaError("it is to be an object")
+        if not isinstance(schema, dict) or not isinstance(schema.get("$schema", ""), str):
+            raise SchemaError("it is to be an object, and its $schema a text")
         validator_for(schema).check_schema(schema)
     except SchemaError as error:
         raise InvalidInput(

@@ -47,6 +47,7 @@ from saasllm_cli.commands.inputs import (
     TimeOrder,
     UnsetMetadata,
     Until,
+    identifier,
     label,
     merged,
     noun,
@@ -230,7 +231,9 @@ def batch(
     group: Group,
     name: Annotated[
         str | None,
-        typer.Option(parser=label, metavar="NAME", help="The batch's name; by default one that is kept beside OUT."),
+        typer.Option(
+            parser=identifier, metavar="NAME", help="The batch's name; by default one that is kept beside OUT."
+        ),
     ] = None,
     concurrency: Annotated[
         int, typer.Option(min=1, max=1000, metavar="N", help="How many calls at once in each process.")

@@ -21,9 +21,9 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from queue import Empty, Queue
+from queue import Empty, Queue, SimpleQueue
 from threading import Thread
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 from uuid import UUID
 
 from saasllm_cli import database
@@ -45,7 +45,8 @@ T = TypeVar("T")
 JOURNAL = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = FULL;
-CREATE TABLE IF NOT EXISTS batch (name TEXT NOT NULL, scope TEXT NOT NULL, out_size INTEGER, is_replaced INTEGER);
+CREATE TABLE IF NOT EXISTS batch (name TEXT NOT NULL, scope TEXT NOT NULL, out_size INTEGER, is_replaced INTEGER,
+    owner TEXT);
 CREATE TABLE IF NOT EXISTS line (
     id TEXT, request_hash TEXT, is_written INTEGER, is_failed INTEGER, task TEXT, PRIMARY KEY (id, request_hash)
 ) WITHOUT ROWID;
@@ -53,7 +54,9 @@ CREATE INDEX IF NOT EXISTS unwritten ON line (id) WHERE NOT is_written;
 """
 LEASE_SECONDS = 120.0
 LINGER_SECONDS = 0.05
-READ_AHEAD = 1000  # lines
+READ_AHEAD = 200  # lines
+MOST_BEGUN = 500  # in one statement
+MOST_SETTLED = 100  # in one statement: with all that may be kept of them they are some 200 MB
 LONGEST_ID = 200
 CONFLICT = "conflict: the id stands for another request in this batch"
 # What a line may hold beside its id, its messages and the parameters of the call.
@@ -114,15 +117,20 @@ def run(request: BatchRequest, on_progress: Callable[[Summary], None] = lambda _
     Raises what refuses it, `Conflict` where another process runs it, and `Interrupted` after Ctrl-C or SIGTERM: what is
     under way is cancelled then, and the same call goes on with the rest.
     """
-    with ExitStack() as stack:
-        batch = _Batch(request, stack, on_progress)
-        stack.enter_context(signals(dict.fromkeys((signal.SIGINT, signal.SIGTERM), batch.interrupt)))
-        try:
-            batch.run()
-        except BaseException:
-            batch.cancel()
-            raise
-        return batch.summary
+    try:
+        with ExitStack() as stack:
+            batch = _Batch(request, stack, on_progress)
+            stack.enter_context(signals(dict.fromkeys((signal.SIGINT, signal.SIGTERM), batch.interrupt)))
+            try:
+                batch.run()
+            except BaseException:
+                batch.cancel()
+                raise
+            return batch.summary
+    except sqlite3.Error as error:
+        raise SaasllmError(
+            "journal_failed", f"The journal of {request.out} fails: {error}.", "Check the disk."
+        ) from error
 
 
 class _Batch:
@@ -131,13 +139,15 @@ class _Batch:
         self._request = request
         self._on_progress = on_progress
         self._journal = stack.enter_context(_Journal(request))
-        self._session = stack.enter_context(_Session(self._journal.name))
+        # No id of a team holds a slash, and no name a colon.
+        self._name = f"{request.team_id}/{self._journal.name}"
+        self._session = stack.enter_context(_Session(self._name))
         self._journal.take_up()  # not before the lock is held
         self._workers = stack.enter_context(_Workers(request.processes, request.concurrency))
         self._lines = _Lines(request)
         self._running: dict[str, Task] = {}  # by the job's id
         self._answered: list[Task] = []
-        self._again: list[Task] = []  # answered, but their lease was lost
+        self._again: list[Task] = []  # to be begun once more
         self._requests: dict[str, str] = {}  # of what is under way: the lines' ids and their hashes
         self._refusal: SaasllmError | None = None
         self._is_ending = False
@@ -149,6 +159,7 @@ class _Batch:
 
     def run(self) -> None:
         self._answered = self._journal.unwritten()
+        self._requests = {task.id: task.request_hash for task in self._answered}
         self._settle()
         prefix = {"team_id": self._request.team_id, "key_prefix": self._key("")}
         self._session.ask(lambda db: db.many("job.end_leases", **prefix))
@@ -156,7 +167,7 @@ class _Batch:
         self._lines.start()
         while True:
             self._begin()
-            if self._is_ending and not self._running and not self._answered:
+            if self._is_ending and not (self._running or self._answered or self._again):
                 break
             # As many results as are there, or soon more lines.
             is_hungry = not self._is_ending and len(self._running) < self._workers.capacity
@@ -171,17 +182,19 @@ class _Batch:
             raise self._refusal
 
     def cancel(self) -> None:
-        """Ends what is under way, as far as that can be done; what was answered is kept."""
+        """Ends what is under way, as far as that can be done. What was answered is kept, and settled by a later run."""
         with suppress(SaasllmError, OSError):
             self._receive(0)
+        with suppress(SaasllmError, OSError, sqlite3.Error):
             self._settle()
         self._workers.stop()
-        cancelled = [_settlement(job_id, "cancelled", "Interrupted.", []) for job_id in self._running]
+        job_ids = [*self._running, *(task.job["job_id"] for task in self._answered)]
+        cancelled = [_settlement(job_id, "cancelled", "Interrupted.", []) for job_id in job_ids]
         with suppress(SaasllmError):
             self._session.ask(lambda db: db.many("job.settle_many", results=json.dumps(cancelled)))
 
     def _key(self, id_: str) -> str:
-        return f"batch:{self._journal.name}:{id_}"
+        return f"batch:{self._name}:{id_}"
 
     def _receive(self, seconds: float) -> None:
         for job_id, result, calls in self._workers.results(seconds):
@@ -193,7 +206,8 @@ class _Batch:
     def _begin(self) -> None:
         """Begins as many lines as the workers have room for."""
         tasks, self._again = self._again, []
-        while not self._is_ending and len(self._running) + len(tasks) < self._workers.capacity:
+        room = min(self._workers.capacity - len(self._running), MOST_BEGUN)
+        while not self._is_ending and not self._is_interrupted and len(tasks) < room:
             try:
                 task = self._lines.next()
             except Empty:
@@ -201,56 +215,66 @@ class _Batch:
             if task is None:
                 self._is_ending = True
             elif self._is_new(task):
-                self._requests[task.id] = task.request_hash
                 tasks.append(task)
+                if task.job:
+                    self._requests[task.id] = task.request_hash
         self._finish([task for task in tasks if not task.job])
         tasks = [task for task in tasks if task.job]
         if not tasks:
             return
         for task in tasks:
             task.job |= {"job_id": str(new_job_id()), "idempotency_key": self._key(task.id)}
+            self._running[task.job["job_id"]] = task  # before it is begun: whatever happens then, it is ended
         parameters = {
             "team_id": self._request.team_id,
             "group_name": self._request.group_name,
-            "jobs": json.dumps([task.job for task in tasks]),
+            "jobs": database.exact_json([task.job for task in tasks]),
             "lease_seconds": LEASE_SECONDS,
         }
         rows = self._session.ask(lambda db: db.many("job.begin_many", **parameters))
-        repeated = []
+        begun, repeated, unpaid = [], [], []
         for task, row in zip(tasks, rows, strict=True):
-            outcome = row["outcome"]
-            if str(row["existing_job_id"]) == task.job["job_id"]:
+            job_id, outcome = task.job["job_id"], row["outcome"]
+            if str(row["existing_job_id"]) == job_id:
                 outcome = "begun"  # when it was asked before, and the answer was lost
+            if outcome == "begun" and not task.result:
+                begun.append((job_id, row["model_names"], task))
+                continue
+            del self._running[job_id]
             match outcome:
-                case "begun" if task.result:  # answered before its lease was lost
-                    task.result["job_id"] = task.job["job_id"]
+                case "begun":  # answered before its lease was lost
+                    assert task.result
+                    task.result["job_id"] = job_id
                     self._answered.append(task)
-                case "begun":
-                    assert task.request
-                    assert task.request.call
-                    self._running[task.job["job_id"]] = task
-                    self._workers.send(task.job["job_id"], row["model_names"], task.request.call)
                 case "insufficient_credits":
-                    self.summary.is_out_of_credits = self._is_ending = True
+                    unpaid.append(task)
                 case "key_in_use":
                     repeated.append(self._repeated(task, row))
                 case _:
                     ids = self._request.team_id, self._request.group_name, row["organization_id"]
                     self._refusal, self._is_ending = refused(outcome, *ids), True
+        for job_id, models, task in begun:
+            assert task.request
+            assert task.request.call
+            self._workers.send(job_id, models, task.request.call)
         self._finish(repeated)
+        if unpaid and self._sweep():
+            self._again += unpaid
+        elif unpaid:
+            self.summary.is_out_of_credits = self._is_ending = True
 
     def _is_new(self, task: Task) -> bool:
         """Whether something is to be done for the line: not where it was done before, or is under way."""
         known = self._journal.requests(task.id)
-        if task.id in self._requests:
-            known[self._requests[task.id]] = False
         if task.request_hash in known:
-            if known[task.request_hash]:
+            if known[task.request_hash].is_failed:
                 self.summary.failed += 1
             else:
                 self.summary.skipped += 1
             return False
-        if known and task.job:
+        if self._requests.get(task.id) == task.request_hash:
+            return False
+        if task.job and (task.id in self._requests or not all(request.is_conflict for request in known.values())):
             task.job = {}
             task.result = _result(task, "failed", error=CONFLICT)
         return True
@@ -270,7 +294,7 @@ class _Batch:
         """Settles what was answered, after it is on disk."""
         if not self._answered:
             return
-        tasks = self._answered
+        tasks = self._answered[:MOST_SETTLED]
         self._journal.add(tasks)
         results = [
             _settlement(task.job["job_id"], str(result["status"]), result["error"], task.calls)
@@ -278,7 +302,7 @@ class _Batch:
             if (result := task.result)
         ]
         rows = self._session.ask(lambda db: db.many("job.settle_many", results=json.dumps(results, default=str)))
-        self._answered = []
+        self._answered = self._answered[MOST_SETTLED:]
         statuses = {str(row["job_id"]): row["status"] for row in rows}
         done = []
         for task in tasks:
@@ -304,12 +328,16 @@ class _Batch:
             else:
                 self.summary.failed += 1
             self.summary.cost_usd += task.result["cost_usd"] or 0
-            self._requests.pop(task.id, None)
+            if self._requests.get(task.id) == task.request_hash:
+                del self._requests[task.id]
 
-    def _sweep(self) -> None:
+    def _sweep(self) -> bool:
+        """Frees the credits of the team's expired leases; whether there were any."""
         parameters = {"team_id": self._request.team_id, "row_limit": SWEEP_CHUNK}
-        while self._session.ask(lambda db: db.one("job.sweep", **parameters))["swept"] == SWEEP_CHUNK:
-            pass
+        has_swept = False
+        while self._session.ask(lambda db: db.one("job.sweep", **parameters))["swept"]:
+            has_swept = True
+        return has_swept
 
     def _extend_leases(self) -> None:
         if self._running and time.monotonic() - self._extended_at > LEASE_SECONDS / 4:
@@ -344,6 +372,7 @@ class _Session:
         self._name = name
         self._stack = ExitStack()
         self._db: database.Database | None = None
+        self._was_locked = False
 
     def __enter__(self) -> "_Session":
         self.ask(lambda _: None)
@@ -371,7 +400,14 @@ class _Session:
             if self._db is None:
                 self._db = self._stack.enter_context(database.connect())
                 if not self._db.one("job.lock_batch", name=self._name)["is_locked"]:
+                    if self._was_locked:  # perhaps by the connection that was lost
+                        raise DatabaseUnavailable(
+                            "database_busy",
+                            "The lock of the batch is held, perhaps by this process itself.",
+                            "Try again.",
+                        )
                     raise _running_elsewhere()
+                self._was_locked = True
             return work(self._db)
 
     def _close(self) -> None:
@@ -380,12 +416,18 @@ class _Session:
             self._stack.close()
 
 
+class _Known(NamedTuple):
+    is_failed: bool
+    is_conflict: bool
+
+
 class _Journal:
     """What was answered, on disk before it is settled; and which of it is in the output: SQLite beside the output."""
 
     def __init__(self, request: BatchRequest) -> None:
         self._request = request
         self._rest = request.out.with_name(request.out.name + ".tmp")
+        self._owner = secrets.token_hex(8)
 
     def __enter__(self) -> "_Journal":
         out = self._request.out
@@ -403,7 +445,7 @@ class _Journal:
             scope = f"{self._request.team_id} {self._request.group_name}"
             if batch is None:
                 batch = (self._request.name or secrets.token_hex(8), scope)
-                self._db.execute("INSERT INTO batch VALUES (?, ?, 0, 0)", batch)
+                self._db.execute("INSERT INTO batch VALUES (?, ?, 0, 0, NULL)", batch)
             self._db.execute("COMMIT")
         except (OSError, sqlite3.Error) as error:
             raise InvalidInput("unwritable_out", f"{out} cannot be written: {error}.", "Check --out.") from error
@@ -422,8 +464,13 @@ class _Journal:
 
     def take_up(self) -> None:
         """Goes on behind the last whole line of the output; without its failed ones, where they are tried again."""
+        self._db.execute("UPDATE batch SET owner = ?", (self._owner,))
+        self._replace()
         if self._request.is_retrying:
             self._leave_out_failed()
+            self._replace()
+
+    def _replace(self) -> None:
         ((size, is_replaced),) = self._db.execute("SELECT out_size, is_replaced FROM batch")
         if is_replaced:
             with suppress(FileNotFoundError):
@@ -441,9 +488,7 @@ class _Journal:
         self._out.seek(size)
 
     def _leave_out_failed(self) -> None:
-        ((size, is_replaced),) = self._db.execute("SELECT out_size, is_replaced FROM batch")
-        if is_replaced:  # a run that was killed here has done it
-            return
+        ((size,),) = self._db.execute("SELECT out_size FROM batch")
         with self._rest.open("w+b") as rest:
             self._out.seek(0)
             while self._out.tell() < size:
@@ -455,9 +500,10 @@ class _Journal:
             self._db.execute("DELETE FROM line WHERE is_failed")
             self._db.execute("UPDATE batch SET out_size = ?, is_replaced = 1", (size,))
 
-    def requests(self, id_: str) -> dict[str, bool]:
-        """The hashes of the requests that there were under an id, and whether each has failed."""
-        return dict(self._db.execute("SELECT request_hash, is_failed FROM line WHERE id = ?", (id_,)).fetchall())
+    def requests(self, id_: str) -> dict[str, "_Known"]:
+        """What there was under an id, by the hashes of the requests."""
+        rows = self._db.execute("SELECT request_hash, is_failed, task FROM line WHERE id = ? AND is_written", (id_,))
+        return {request_hash: _Known(bool(is_failed), task == CONFLICT) for request_hash, is_failed, task in rows}
 
     def unwritten(self) -> list[Task]:
         """What an earlier run has left unsettled."""
@@ -472,17 +518,16 @@ class _Journal:
     def write(self, tasks: list[Task]) -> None:
         """Writes results into the output, each once."""
         with self._transaction():
-            if self._db.execute("SELECT out_size FROM batch").fetchone() != (self._out.tell(),):
-                raise _running_elsewhere()  # while this process had lost its connection
             self._out.write(b"".join(database.exact_json(task.result).encode() + b"\n" for task in tasks))
             self._save(tasks, is_written=True)
             self._db.execute("UPDATE batch SET out_size = ?", (_synced(self._out),))
 
     def _save(self, tasks: list[Task], is_written: bool) -> None:
         def kept(task: Task) -> str:
+            if not is_written:
+                return database.exact_json({"job": task.job, "result": task.result, "calls": task.calls})
             # What is in the output need not be kept twice.
-            parts = {"job": task.job, "result": task.result, "calls": task.calls}
-            return "" if is_written else database.exact_json(parts)
+            return CONFLICT if task.result and task.result["error"] == CONFLICT else ""
 
         rows = [
             (
@@ -498,18 +543,15 @@ class _Journal:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-        except sqlite3.Error as error:
-            raise SaasllmError(
-                "journal_failed", f"The journal of {self._request.out} cannot be written: {error}.", "Check the disk."
-            ) from error
+            if self._db.execute("SELECT owner FROM batch").fetchone() != (self._owner,):
+                raise _running_elsewhere()  # another took it, while this process was asleep or had lost its connection
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
 
 
 def _synced(file: IO[bytes]) -> int:
@@ -559,18 +601,19 @@ def _task(line: bytes, number: int, batch: BatchRequest) -> Task:
                 "invalid_line", f"The id (or custom_id) is to be a text of 1 to {LONGEST_ID} characters."
             )
         task.id = chat.text(id_, "the id")
-        task.request = _job_request(content, batch)
+        request = _job_request(content, batch)
+        request_hash = request.hash()
     except (ValueError, RecursionError) as error:
-        task.result = _result(task, "failed", error=f"The line is not JSON: {error}.")
+        task.result = _result(task, "failed", error=f"The line is not JSON as it should be: {error}.")
     except InvalidInput as error:
         task.result = _result(task, "failed", error=error.message)
     else:
-        task.request_hash = task.request.hash()
+        task.request, task.request_hash = request, request_hash
         task.job = {
-            "job_type": task.request.job_type,
-            "external_task_id": task.request.external_task_id,
-            "metadata": task.request.metadata,
-            "request_hash": task.request_hash,
+            "job_type": request.job_type,
+            "external_task_id": request.external_task_id,
+            "metadata": request.metadata,
+            "request_hash": request_hash,
         }
     return task
 
@@ -585,19 +628,23 @@ def _job_request(content: dict[str, Any], batch: BatchRequest) -> JobRequest:
         parameters = {chat.parameter(name): body[name] for name in body if name != "model"}
         content = {name: content[name] for name in content if name not in ("method", "url")}
     else:
-        messages = content.pop("messages", None)
+        messages = content.pop("messages", None) or []
+        if not isinstance(messages, list):
+            raise InvalidInput("invalid_line", "messages is to be a list.")
         parameters = {name: content.pop(name) for name in PARAMETERS if name in content}
         if "prompt" in content:
             prompt = content.pop("prompt")
             if not isinstance(prompt, str) or not prompt.strip():
                 raise InvalidInput("invalid_line", "The prompt is to be a text that is not empty.")
-            messages = [*(messages or []), {"role": "user", "content": prompt}]
+            messages = [*messages, {"role": "user", "content": prompt}]
         if "system" in content:
-            messages = [{"role": "system", "content": content.pop("system")}, *(messages or [])]
+            messages = [{"role": "system", "content": content.pop("system")}, *messages]
     if unknown := [name for name in content if name not in FIELDS]:
         raise InvalidInput("invalid_line", f"The field {unknown[0]!r} is not known.")
     metadata = content.pop("metadata", None) or {}
-    if not isinstance(metadata, dict) or "\\u0000" in (text := json.dumps(metadata)) or len(text) > METADATA_BYTES:
+    text = json.dumps(metadata, allow_nan=False, ensure_ascii=False)
+    text.encode()  # half of a surrogate pair is no text
+    if not isinstance(metadata, dict) or "\\u0000" in text or len(text) > METADATA_BYTES:
         raise InvalidInput("invalid_line", "The metadata is to be an object without NUL, of at most 64 KiB.")
     for name, value in content.items():
         if not isinstance(value, str) or not value.strip() or len(value) > LONGEST_ID:
@@ -644,12 +691,16 @@ class _Workers:
     def send(self, job_id: str, models: list[str], request: CallRequest) -> None:
         pipe = min(self._processes, key=self._load.__getitem__)
         self._load[pipe] += 1
-        pipe.send((job_id, models, request))
+        try:
+            pipe.send((job_id, models, request))
+        except OSError:
+            raise _worker_died() from None
 
     def results(self, seconds: float) -> Iterator[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
         """The results that are there, each with its job's id and its calls; waits so long for the first."""
         if wait(list(self._processes), seconds):
             time.sleep(LINGER_SECONDS if seconds else 0)  # some more may be settled with it
+        has_died = False
         for pipe in wait(list(self._processes), 0):
             assert isinstance(pipe, Connection)
             try:
@@ -659,9 +710,9 @@ class _Workers:
                     self.passed_over |= passed_over
                     yield job_id, result, calls
             except (EOFError, OSError):
-                raise SaasllmError(
-                    "worker_died", "A process that calls the models has died.", "Run the same command again."
-                ) from None
+                has_died = True
+        if has_died:
+            raise _worker_died()
 
     def stop(self) -> None:
         for pipe, process in self._processes.items():
@@ -671,9 +722,20 @@ class _Workers:
         self._processes = {}
 
 
+def _worker_died() -> SaasllmError:
+    return SaasllmError("worker_died", "A process that calls the models has died.", "Run the same command again.")
+
+
 def _work(pipe: Connection, concurrency: int) -> None:
     """A worker: calls the models for what comes in, until the pipe is closed."""
     from saasllm_cli.jobs import llm
+
+    results: SimpleQueue[Any] = SimpleQueue()
+
+    def write() -> None:  # a thread: while the other end is writing itself, this one has to go on reading
+        with suppress(OSError):
+            while True:
+                pipe.send(results.get())
 
     async def serve() -> None:
         limit, traffic, closed = asyncio.Semaphore(concurrency), Traffic(concurrency), asyncio.Event()
@@ -691,7 +753,7 @@ def _work(pipe: Connection, concurrency: int) -> None:
             result = (
                 {"error": error} if answer is None else asdict(answer) | {"resolved_model": calls[-1].resolved_model}
             )
-            pipe.send((job_id, result, [asdict(call) for call in calls], traffic.passed_over))
+            results.put((job_id, result, [asdict(call) for call in calls], dict(traffic.passed_over)))
 
         def receive() -> None:
             try:
@@ -705,4 +767,5 @@ def _work(pipe: Connection, concurrency: int) -> None:
         asyncio.get_running_loop().add_reader(pipe.fileno(), receive)
         await closed.wait()
 
+    Thread(target=write, daemon=True).start()
     llm.run(serve())

@@ -128,19 +128,27 @@ async def _attempt(
     on_text: Callable[[str], None] | None,
     traffic: "Traffic | None",
 ) -> "Answer | None":
-    """The answer, or None with the call's error; raises ModelFailed where another try is to be thought of."""
+    """The answer, or None where it does not match its schema; raises ModelFailed. The call gets its error."""
     from saasllm_cli.jobs import llm
 
     model = call.resolved_model
     began = time.monotonic()
+    is_shown = False
+
+    def show(text: str) -> None:
+        nonlocal is_shown
+        is_shown = True
+        assert on_text
+        on_text(text)
+
     try:
         async with asyncio.timeout(seconds), traffic.turn(model) if traffic else nullcontext():
-            answer = await llm.complete(model, request.messages, seconds, request.parameters, on_text)
+            answer = await llm.complete(model, request.messages, seconds, request.parameters, show if on_text else None)
     except TimeoutError:
         call.error = f"no answer within {seconds:.0f} s"
         if traffic:
             traffic.failed(model)
-        return None
+        raise llm.ModelFailed(call.error, is_final=is_shown) from None
     except asyncio.CancelledError:
         call.error = "interrupted"
         raise
@@ -243,7 +251,12 @@ class Traffic:
 
 def _kept(text: str | None) -> str | None:
     """As much of a prompt or an answer as is to be kept: nothing, unless the settings say so."""
-    return (text or "")[: settings().keep_content].replace("\0", "") or None
+    return _storable((text or "")[: settings().keep_content]) or None
+
+
+def _storable(text: str) -> str:
+    """The text without what PostgreSQL cannot hold."""
+    return text.replace("\0", "").encode(errors="replace").decode()
 
 
 def _mismatch(content: str | None, schema: dict[str, Any]) -> str | None:
@@ -254,10 +267,13 @@ def _mismatch(content: str | None, schema: dict[str, Any]) -> str | None:
 
     try:
         value = json.loads(content or "")
-    except ValueError:
+    except (ValueError, RecursionError):
         return "the answer is not JSON"
-    # With a registry of its own it fetches no schema from anywhere.
-    validator = validators.validator_for(schema)(schema, registry=Registry())
-    if error := best_match(validator.iter_errors(value)):
-        return f"the answer does not match the JSON schema at {error.json_path} ({error.validator})"
+    try:
+        # With a registry of its own it fetches no schema from anywhere.
+        error = best_match(validators.validator_for(schema)(schema, registry=Registry()).iter_errors(value))
+    except Exception as failure:  # a reference that leads nowhere, or for ever in a circle
+        return f"the JSON schema cannot be applied ({type(failure).__name__})"
+    if error:
+        return _storable(f"the answer does not match the JSON schema at {error.json_path} ({error.validator})")
     return None

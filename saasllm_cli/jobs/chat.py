@@ -14,7 +14,8 @@ LARGEST_IMAGE = 20 * 2**20
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # What the group, the runner or the environment decides, or what would keep a model from being called.
 NOT_PARAMETERS = re.compile(
-    r"model|messages|stream|stream_options|timeout|n|(max|num)_retries|fallbacks|.*(mock|key|secret|password|token).*",
+    r"model|messages|stream|stream_options|timeout|n|(max|num)_retries|fallbacks|organization|headers|base_url"
+    r"|(api|custom|extra)_.*|.*(mock|key|secret|password|token).*",
     re.IGNORECASE,
 )
 PARAMETERS = ("max_tokens", "max_completion_tokens")
@@ -94,7 +95,8 @@ def _image(url: str, source: str, where: str, folder: Path) -> str:
     if kind is None or not kind.startswith("image/"):
         raise _invalid(source, where, f"names {url!r}, which is no URL and has no ending of an image")
     try:
-        content = (folder / url).read_bytes()
+        with (folder / url).open("rb") as file:
+            content = file.read(LARGEST_IMAGE + 1)
     except (OSError, ValueError) as error:
         raise _invalid(source, where, f"names the image {url}, which cannot be read") from error
     if len(content) > LARGEST_IMAGE:
