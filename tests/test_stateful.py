@@ -30,7 +30,8 @@ TEAMS = st.sampled_from(["hr", "it"])
 PERIODS = st.sampled_from(["daily", "weekly", "monthly"])
 MODES = st.sampled_from(["add", "reset", "top-up"])
 ROOM = st.none() | st.integers(0, 4)
-DAYS = st.none() | st.integers(-35, 10)
+DAYS = st.just(0) | st.integers(-5, 35)
+STARTS = st.none() | st.just(0) | st.integers(-35, 10)
 KEYS = st.sampled_from([None, None, "k1", "k2"])
 BALANCES = "SELECT c.*, t.schedule FROM credit_details c JOIN team_details t USING (team_id)"
 LEDGER = (
@@ -223,7 +224,7 @@ class Credits(RuleBasedStateMachine):
             refusal = "job_refunded_before"
         self.enter(f"refund --job {job.job_id}", key, job.team, entry, refusal)
 
-    @rule(team_id=TEAMS, amount=st.integers(0, 4), every=PERIODS, mode=MODES, room=ROOM, days=DAYS)
+    @rule(team_id=TEAMS, amount=st.integers(0, 4), every=PERIODS, mode=MODES, room=ROOM, days=STARTS)
     def schedule(self, team_id: str, amount: int, every: str, mode: str, room: int | None, days: int | None) -> None:
         """Sets it, or removes it where the amount is 0; `room` is how far the maximum is above the amount."""
         team = self.teams.get(team_id)
@@ -244,8 +245,10 @@ class Credits(RuleBasedStateMachine):
         self.command(line if new else line + "--off", None if team else "team_not_found")
         if team:
             team.schedule = new
+        if days == 0:  # granted at once, as far as the period was not granted before
+            self.allocate(0, 1, None, False)
 
-    @rule(days=st.integers(-5, 35), catch_up=st.integers(0, 3), team_id=st.none() | TEAMS, is_rehearsed=st.booleans())
+    @rule(days=DAYS, catch_up=st.integers(0, 3), team_id=st.none() | TEAMS, is_rehearsed=st.booleans())
     def allocate(self, days: int, catch_up: int, team_id: str | None, is_rehearsed: bool) -> None:
         today = self.clock.today = self.clock.today + timedelta(days=days)
         line = f"credits allocate --as-of {today} --catch-up {catch_up}" + (f" --team {team_id}" if team_id else "")
