@@ -53,9 +53,10 @@ END
 $$;
 
 -- What remained after an entry. Volatile, so it sees also what was committed while its statement waited for a lock.
-CREATE FUNCTION credits_after_entry(of_team identifier, no bigint) RETURNS bigint
-LANGUAGE sql VOLATILE
-RETURN (SELECT credits_after FROM ONLY public.credit_transactions WHERE team_id = of_team AND entry_no = no);
+CREATE FUNCTION credits_after_entry(of_team text, no bigint) RETURNS bigint
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT credits_after FROM ONLY public.credit_transactions WHERE team_id = of_team AND entry_no = no
+$$;
 
 
 -- Triggers of statements do not fire for what comes through a parent table. These tables can have none: PostgreSQL
