@@ -3,7 +3,9 @@
 -- ledger of its team says. Nobody gains a credit by that which the ledger does not have.
 
 CREATE OR REPLACE FUNCTION guard_balance() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off
+-- Else it is planned anew for each row: the entries behind a number are thought to be many, and are one.
+SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     is_explained boolean; -- by its new entries
     was_right    boolean; -- what remained after its last entry

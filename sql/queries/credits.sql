@@ -456,11 +456,15 @@ WITH due AS (
     FOR UPDATE
 ),
 balance AS (
-    SELECT c.team_id, c.last_entry_no, c.credits_allocated, c.credits_remaining, c.credits_reserved
-    FROM team_credits c
-    WHERE c.team_id IN (SELECT team_id FROM due)
-    ORDER BY c.team_id
-    FOR UPDATE
+    -- Team by team, in the order of `due`: joined as a whole, each chunk would read the balances of all.
+    SELECT c.*
+    FROM due
+    CROSS JOIN LATERAL (
+        SELECT team_id, last_entry_no, credits_allocated, credits_remaining, credits_reserved
+        FROM team_credits
+        WHERE team_id = due.team_id
+        FOR UPDATE
+    ) AS c
 ),
 plan AS (
     SELECT
@@ -490,7 +494,7 @@ plan AS (
         END AS refusal
     FROM due
     JOIN balance b USING (team_id)
-    JOIN teams t USING (team_id)
+    CROSS JOIN LATERAL (SELECT organization_id, status FROM teams WHERE team_id = due.team_id OFFSET 0) AS t
     JOIN organizations o USING (organization_id)
     LEFT JOIN credit_transactions before ON before.team_id = due.team_id
         AND before.period = period_name(due.every, due.first_day)

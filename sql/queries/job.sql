@@ -265,8 +265,7 @@ WITH job AS (
         credit_applied = (%(status)s = 'completed'),
         error_message = %(error_message)s,
         lease_expires_at = NULL
-    WHERE job_id = %(job_id)s
-      AND status IN ('pending', 'in_progress')
+    WHERE job_id = %(job_id)s -- and open: only then it has a lease
       AND lease_expires_at > clock_timestamp()
     RETURNING job_id, team_id, organization_id, status, started_at
 ),
