@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Random sequences: a bounded number, the same in each run; with --thorough many, and others each time."""
     hypothesis.settings.register_profile(
-        "bounded", deadline=None, derandomize=True, database=None, max_examples=15, stateful_step_count=40
+        "bounded", deadline=None, derandomize=True, database=None, max_examples=12, stateful_step_count=80
     )
     hypothesis.settings.register_profile(
         "thorough", deadline=None, max_examples=300, stateful_step_count=100, print_blob=True
