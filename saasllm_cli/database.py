@@ -207,8 +207,8 @@ class Database:
 
 
 @contextmanager
-def connect() -> Iterator[Database]:
-    """The database of the settings.
+def connect(stays: bool = False) -> Iterator[Database]:
+    """The database of the settings; of a connection that stays for many a statement, each is planned once.
 
     Its first query carries the check of the migrations (where one is pending, or the database has one that this
     program does not know, nothing is done), and says for the audit log who acts by which command.
@@ -218,6 +218,7 @@ def connect() -> Iterator[Database]:
         words = words[:2]
     with raw_connection() as connection:
         actor, command = _storable(settings().actor), _storable(shlex.join(["saasllm", *words]))
+        connection.prepare_threshold = 1 if stays else None
         db = Database(connection, "migrate.check", known=known_migrations(), actor=actor, command=command)
         with closing(db):
             yield db

@@ -1,21 +1,26 @@
-"""Benchmarks on a server of their own, as ratios: `python tests/benchmark.py [ledger|allocation ...]`.
+"""Benchmarks on a server of their own, as ratios: `python tests/benchmark.py [ledger|batch|allocation ...]`.
 
 What is compared is measured in turns, since a machine is not as fast in one minute as in the next: the ratios within a
 round count, and their median and range are shown.
 
 ledger: begin + settle of one job, of 10,000 teams and of a single one, against pgbench's TPC-B (its whole builtin
 script, simple protocol: seven round trips, four rows written). pgbench sends both, from as many clients; the two
-statements of a job by the extended protocol and planned each time, as the program has them. Then the program's own
-`Database` sends them from as many threads, over connections that stay open (`job run` opens one for each statement).
+statements of a job once prepared, as they are on a connection that stays, once planned each time, as by `job run`,
+which opens a connection for each. Then jobs of a single team in groups, by the statements of `job batch`, from as many
+threads.
+
+batch: `job batch` in one process and in two, 64 calls at once in each, against a bare loop over `litellm.acompletion`
+with as many, both at a server on loopback that answers at once. What counts is their pace between a tenth and nine
+tenths of their way: how long they take to load litellm is not in it.
 
 allocation: `allocate` for teams that are all due, and where none is, against an INSERT and an UPDATE that write the
 same rows in one transaction, under the same triggers, and check nothing themselves. And what a loop would take.
 """
 
 import argparse
+import asyncio
 import json
 import os
-import random
 import re
 import subprocess
 import sys
@@ -23,14 +28,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import date
 from functools import partial
 from itertools import count
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+from provider import ANSWER, _completion
 from psycopg.sql import Literal
 from psycopg.types.json import Jsonb
 
@@ -40,7 +49,10 @@ from saasllm_cli.jobs.calls import Call
 from saasllm_cli.queries import query
 from saasllm_cli.settings import settings
 
+PARTS = ("ledger", "batch", "allocation")
 CLIENTS = 8
+CALLS_AT_ONCE = 64
+PROMPT = "Say something of the number {}."
 BRANCHES = 50  # each transaction of TPC-B updates one of them: with so many the clients seldom wait for one another
 JOB_TEAMS = 10_000
 LOOPED_TEAMS = 300
@@ -59,6 +71,12 @@ BEGIN: dict[str, Any] = {
 }
 CALL = Call("Echo", "offline/echo", attempt=1, began=0.1, latency_ms=900, prompt_tokens=700, total_tokens=1000)
 SETTLE: dict[str, Any] = {"status": "completed", "error_message": None, "calls": json.dumps([asdict(CALL)])}
+GROUP = 100
+GROUPS = 200
+GROUP_CLIENTS = 2  # more of them wait for the one team
+BEGIN_MANY: dict[str, Any] = {"team_id": "t1", "group_name": "Echo", "lease_seconds": 120}
+NEW: dict[str, Any] = {"job_type": "completion", "metadata": {}}
+RESULT: dict[str, Any] = {"status": "completed", "calls": [asdict(CALL)]}
 
 # pgbench makes no UUIDs. These grow like those of version 7, so that new jobs lie together in the index: the first 48
 # bits are the milliseconds of the start plus one for each job of the client, the last 48 are random.
@@ -100,17 +118,21 @@ BARE_ALLOCATION = """
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Benchmarks on a server of their own, as ratios.")
-    parser.add_argument("parts", nargs="*", choices=["ledger", "allocation"], help="both, where none is named")
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="all, where none is named")
     parser.add_argument("--rounds", type=int, default=5, help="in which each measure is taken (%(default)s)")
     parser.add_argument("--seconds", type=int, default=5, help="of each measure of the ledger (%(default)s)")
+    parser.add_argument("--lines", type=int, default=5000, help="of each batch (%(default)s)")
     parser.add_argument("--teams", type=int, default=100_000, help="of the allocation (%(default)s)")
     options = parser.parse_args()
-    for part in options.parts or ["ledger", "allocation"]:
+    for part in options.parts or PARTS:
         with server():
-            if part == "ledger":
-                measure_ledger(options.rounds, options.seconds)
-            else:
-                measure_allocation(options.rounds, options.teams)
+            match part:
+                case "ledger":
+                    measure_ledger(options.rounds, options.seconds)
+                case "batch":
+                    measure_batch(options.rounds, options.lines)
+                case "allocation":
+                    measure_allocation(options.rounds, options.teams)
 
 
 @contextmanager
@@ -172,21 +194,23 @@ def measure_ledger(rounds: int, seconds: int) -> None:
     measures = {
         f"TPC-B, {BRANCHES} branches": partial(pgbench, "tpcb", *load),
         "TPC-B, one branch": partial(pgbench, "tpcb_one_branch", *load),
-        f"begin + settle, {JOB_TEAMS} teams": partial(jobs_by_pgbench, JOB_TEAMS, load),
-        "begin + settle, one team": partial(jobs_by_pgbench, 1, load),
-        f"the same by psycopg, {JOB_TEAMS} teams": partial(jobs_by_psycopg, JOB_TEAMS, seconds),
-        "the same by psycopg, one team": partial(jobs_by_psycopg, 1, seconds),
+        f"begin + settle, {JOB_TEAMS} teams": partial(single_jobs, JOB_TEAMS, "prepared", load),
+        "begin + settle, one team": partial(single_jobs, 1, "prepared", load),
+        f"the same, planned anew, {JOB_TEAMS} teams": partial(single_jobs, JOB_TEAMS, "extended", load),
+        "the same, planned anew, one team": partial(single_jobs, 1, "extended", load),
+        f"begin + settle {GROUP} at once, one team": grouped_jobs,
+        f"settle {GROUP} at once, one team": partial(grouped_jobs, is_begun=True),
     }
-    compare("a second", measures, rounds, yardsticks=2)
+    compare("jobs a second", measures, rounds, yardsticks=2)
 
 
-def jobs_by_pgbench(teams: int, load: list[str]) -> float:
+def single_jobs(teams: int, protocol: str, load: list[str]) -> float:
     values = {name: Literal(value).as_string() for name, value in (BEGIN | SETTLE).items()}
     values |= {"team_id": "'t' || :team", "job_id": JOB_ID}
     script = f"\\set team random(1, {teams})\n\\set time :time + 1\n\\set random random(0, {2**48 - 1})\n"
     for name in ("job.begin", "job.settle"):
         script += re.sub(r"%\((\w+)\)s", lambda parameter: values[parameter[1]], query(name).sql) + "\n"
-    options = ["--file=-", "--protocol=extended", "--no-vacuum", f"--define=time={time.time_ns() // 1_000_000}"]
+    options = ["--file=-", f"--protocol={protocol}", "--no-vacuum", f"--define=time={time.time_ns() // 1_000_000}"]
     return pgbench(embedded.DATABASE, *load, *options, script=script)
 
 
@@ -201,21 +225,127 @@ def pgbench(name: str, *options: str, script: str = "") -> float:
     return float(found[1]) if found else 0
 
 
-def jobs_by_psycopg(teams: int, seconds: int) -> float:
-    until = time.monotonic() + seconds
+def grouped_jobs(is_begun: bool = False) -> float:
+    """Jobs of one team a second; only their settling counts, where they are begun before."""
+    groups = [[str(runner.new_job_id()) for _ in range(GROUP)] for _ in range(GROUPS)]
+    new = [BEGIN_MANY | {"jobs": json.dumps([NEW | {"job_id": id_} for id_ in ids])} for ids in groups]
+    results = [{"results": json.dumps([RESULT | {"job_id": id_} for id_ in ids])} for ids in groups]
+    began = time.perf_counter()
+    in_turns("job.begin_many", new)
+    if is_begun:
+        began = time.perf_counter()
+    in_turns("job.settle_many", results)
+    return GROUP * GROUPS / (time.perf_counter() - began)
 
-    def work(_: int) -> int:
-        done = 0
-        with database.connect() as db:
-            while time.monotonic() < until:
-                job_id = runner.new_job_id()
-                db.one("job.begin", job_id=job_id, team_id=f"t{random.randint(1, teams)}", **BEGIN)
-                assert db.one("job.settle", job_id=job_id, **SETTLE)["settled"]
-                done += 1
-        return done
 
-    with ThreadPoolExecutor(CLIENTS) as threads:
-        return sum(threads.map(work, range(CLIENTS))) / seconds
+def in_turns(name: str, groups: list[dict[str, Any]]) -> None:
+    def work(client: int) -> None:
+        with database.connect(stays=True) as db:
+            for group in groups[client::GROUP_CLIENTS]:
+                rows = db.many(name, **group)
+                assert all(row.get("settled", row.get("outcome") == "begun") for row in rows)
+
+    with ThreadPoolExecutor(GROUP_CLIENTS) as threads:
+        list(threads.map(work, range(GROUP_CLIENTS)))
+
+
+def measure_batch(rounds: int, lines: int) -> None:
+    execute(TEAMS.format(teams=1), WHAT_JOBS_NEED, "UPDATE model_group_models SET model_name = 'openai/ok'")
+    with started(answer_at_once) as port:
+        os.environ |= {"OPENAI_BASE_URL": f"http://127.0.0.1:{port}/v1", "OPENAI_API_KEY": "sk-none"}
+        measures = {
+            f"litellm.acompletion, {CALLS_AT_ONCE} at once": partial(bare_calls, lines),
+            "job batch, one process": partial(batch, lines, 1),
+            "job batch, two processes": partial(batch, lines, 2),
+        }
+        compare("calls a second", measures, rounds, yardsticks=1)
+
+
+@contextmanager
+def started(work: Callable[..., None], *arguments: object) -> Iterator[Any]:
+    """What the work says first, in a process of its own."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=work, args=(theirs, *arguments), daemon=True)
+    process.start()
+    try:
+        yield ours.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+def answer_at_once(pipe: Connection) -> None:
+    """A server that gives every chat the same answer; it says its port."""
+    body = json.dumps(_completion("ok", ANSWER)).encode()
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    answer = head.encode() + body
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                request = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"content-length: (\d+)", request.lower())
+                assert length
+                await reader.readexactly(int(length[1]))
+                writer.write(answer)
+        writer.close()
+
+    async def listen() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        pipe.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    asyncio.run(listen())
+
+
+def bare_calls(lines: int) -> float:
+    with started(call_bare, lines) as pace:
+        return pace
+
+
+def call_bare(pipe: Connection, lines: int) -> None:
+    """Says how many calls a second there were."""
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it first fetches the prices
+    import litellm
+
+    done: list[float] = []
+    prompts = iter(range(lines))
+
+    async def client() -> None:
+        for number in prompts:
+            messages = [{"role": "user", "content": PROMPT.format(number)}]
+            response = await litellm.acompletion(model="openai/ok", messages=messages, max_retries=0)
+            assert response.choices[0].message.content
+            done.append(time.time())
+
+    async def clients() -> None:
+        await asyncio.gather(*(client() for _ in range(CALLS_AT_ONCE)))
+
+    asyncio.run(clients())
+    pipe.send(pace(done))
+
+
+def batch(lines: int, processes: int) -> float:
+    with tempfile.TemporaryDirectory(prefix="saasllm-", dir="/var/tmp") as folder:
+        source = Path(folder, "in.jsonl")
+        source.write_text("".join(f'{{"id": "{n}", "prompt": "{PROMPT.format(n)}"}}\n' for n in range(lines)))
+        words = ["job", "batch", source, "--out", Path(folder, "out.jsonl"), "--team", "t1", "--group", "Echo"]
+        options = ["--concurrency", CALLS_AT_ONCE, "--processes", processes]
+        execute("VACUUM (ANALYZE)", "CHECKPOINT")
+        subprocess.run([sys.executable, "-m", "saasllm_cli", *map(str, [*words, *options])], check=True)
+    with database.raw_connection() as connection:
+        rows = connection.execute(
+            "SELECT extract(epoch FROM completed_at) AS at FROM jobs ORDER BY at DESC LIMIT %s", [lines]
+        )
+        return pace([float(row["at"]) for row in rows])
+
+
+def pace(moments: list[float]) -> float:
+    """How many there were a second between a tenth and nine tenths of their way."""
+    moments = sorted(moments)
+    first, last = len(moments) // 10, len(moments) * 9 // 10
+    return (last - first) / (moments[last] - moments[first])
 
 
 def measure_allocation(rounds: int, teams: int) -> None:

@@ -12,7 +12,7 @@ import secrets
 import signal
 import sqlite3
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -53,7 +53,8 @@ CREATE TABLE IF NOT EXISTS line (
 CREATE INDEX IF NOT EXISTS unwritten ON line (id) WHERE NOT is_written;
 """
 LEASE_SECONDS = 120.0
-LINGER_SECONDS = 0.05
+LINGER_SECONDS = 0.1
+GATHER_SECONDS = 0.05
 READ_AHEAD = 200  # lines
 MOST_BEGUN = 500  # in one statement
 MOST_SETTLED = 100  # in one statement: with all that may be kept of them they are some 200 MB
@@ -238,7 +239,8 @@ class _Batch:
             if str(row["existing_job_id"]) == job_id:
                 outcome = "begun"  # when it was asked before, and the answer was lost
             if outcome == "begun" and not task.result:
-                begun.append((job_id, row["model_names"], task))
+                assert task.request
+                begun.append((job_id, row["model_names"], task.request.call))
                 continue
             del self._running[job_id]
             match outcome:
@@ -253,10 +255,7 @@ class _Batch:
                 case _:
                     ids = self._request.team_id, self._request.group_name, row["organization_id"]
                     self._refusal, self._is_ending = refused(outcome, *ids), True
-        for job_id, models, task in begun:
-            assert task.request
-            assert task.request.call
-            self._workers.send(job_id, models, task.request.call)
+        self._workers.send(begun)
         self._finish(repeated)
         if unpaid and self._sweep():
             self._again += unpaid
@@ -398,7 +397,7 @@ class _Session:
     def _try(self, work: Callable[[database.Database], T]) -> T:
         with database.translated_errors():
             if self._db is None:
-                self._db = self._stack.enter_context(database.connect())
+                self._db = self._stack.enter_context(database.connect(stays=True))
                 if not self._db.one("job.lock_batch", name=self._name)["is_locked"]:
                     if self._was_locked:  # perhaps by the connection that was lost
                         raise DatabaseUnavailable(
@@ -688,11 +687,16 @@ class _Workers:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def send(self, job_id: str, models: list[str], request: CallRequest) -> None:
-        pipe = min(self._processes, key=self._load.__getitem__)
-        self._load[pipe] += 1
+    def send(self, tasks: list[Any]) -> None:
+        """Shares the tasks among the processes: jobs' ids, models and requests."""
+        shares = defaultdict(list)
+        for task in tasks:
+            pipe = min(self._processes, key=self._load.__getitem__)
+            self._load[pipe] += 1
+            shares[pipe].append(task)
         try:
-            pipe.send((job_id, models, request))
+            for pipe, share in shares.items():
+                pipe.send(share)
         except OSError:
             raise _worker_died() from None
 
@@ -705,10 +709,10 @@ class _Workers:
             assert isinstance(pipe, Connection)
             try:
                 while pipe.poll():
-                    job_id, result, calls, passed_over = pipe.recv()
-                    self._load[pipe] -= 1
+                    results, passed_over = pipe.recv()
+                    self._load[pipe] -= len(results)
                     self.passed_over |= passed_over
-                    yield job_id, result, calls
+                    yield from results
             except (EOFError, OSError):
                 has_died = True
         if has_died:
@@ -730,16 +734,21 @@ def _work(pipe: Connection, concurrency: int) -> None:
     """A worker: calls the models for what comes in, until the pipe is closed."""
     from saasllm_cli.jobs import llm
 
-    results: SimpleQueue[Any] = SimpleQueue()
+    messages: SimpleQueue[Any] = SimpleQueue()
 
     def write() -> None:  # a thread: while the other end is writing itself, this one has to go on reading
         with suppress(OSError):
             while True:
-                pipe.send(results.get())
+                pipe.send(messages.get())
 
     async def serve() -> None:
         limit, traffic, closed = asyncio.Semaphore(concurrency), Traffic(concurrency), asyncio.Event()
-        tasks = set()
+        loop, tasks = asyncio.get_running_loop(), set()
+        results: list[Any] = []
+
+        def tell() -> None:
+            messages.put((results.copy(), dict(traffic.passed_over)))
+            results.clear()
 
         async def answer(job_id: str, models: list[str], request: CallRequest) -> None:
             calls: list[Call] = []
@@ -753,18 +762,21 @@ def _work(pipe: Connection, concurrency: int) -> None:
             result = (
                 {"error": error} if answer is None else asdict(answer) | {"resolved_model": calls[-1].resolved_model}
             )
-            results.put((job_id, result, [asdict(call) for call in calls], dict(traffic.passed_over)))
+            results.append((job_id, result, [asdict(call) for call in calls]))
+            if len(results) == 1:
+                loop.call_later(GATHER_SECONDS, tell)
 
         def receive() -> None:
             try:
                 while pipe.poll():
-                    task = asyncio.ensure_future(answer(*pipe.recv()))
-                    tasks.add(task)
-                    task.add_done_callback(tasks.discard)
+                    for arguments in pipe.recv():
+                        task = asyncio.ensure_future(answer(*arguments))
+                        tasks.add(task)
+                        task.add_done_callback(tasks.discard)
             except (EOFError, OSError):
                 closed.set()
 
-        asyncio.get_running_loop().add_reader(pipe.fileno(), receive)
+        loop.add_reader(pipe.fileno(), receive)
         await closed.wait()
 
     Thread(target=write, daemon=True).start()

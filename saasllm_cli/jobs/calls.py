@@ -143,7 +143,11 @@ async def _attempt(
 
     try:
         async with asyncio.timeout(seconds), traffic.turn(model) if traffic else nullcontext():
-            answer = await llm.complete(model, request.messages, seconds, request.parameters, show if on_text else None)
+            # The timeout of the whole, which is the same for each call: litellm has a client, with connections, for each
+            # timeout that it has seen.
+            answer = await llm.complete(
+                model, request.messages, request.timeout, request.parameters, show if on_text else None
+            )
     except TimeoutError:
         call.error = f"no answer within {seconds:.0f} s"
         if traffic:
@@ -194,6 +198,7 @@ class Traffic:
         self._concurrency = concurrency
         self._lanes: dict[str, _Lane] = {}
         self._changed = asyncio.Condition()
+        self._waiting = 0
 
     def open(self, models: Sequence[str]) -> list[str]:
         """The models that are not passed over now; if all are, the one whose time comes first."""
@@ -218,15 +223,21 @@ class Traffic:
     async def turn(self, model: str) -> AsyncIterator[None]:
         """Waits until the model takes another call."""
         lane = self._lane(model)
-        async with self._changed:
-            await self._changed.wait_for(lambda: lane.running < int(lane.limit))
-            lane.running += 1
+        if lane.running >= int(lane.limit):
+            self._waiting += 1
+            try:
+                async with self._changed:
+                    await self._changed.wait_for(lambda: lane.running < int(lane.limit))
+            finally:
+                self._waiting -= 1
+        lane.running += 1
         try:
             yield
         finally:
             lane.running -= 1
-            async with self._changed:
-                self._changed.notify_all()
+            if self._waiting:
+                async with self._changed:
+                    self._changed.notify_all()
 
     def answered(self, model: str) -> None:
         lane = self._lane(model)

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cache
 from typing import Any, TypeVar
 
 from dotenv import load_dotenv
@@ -93,10 +94,8 @@ async def complete(
 
     With `on_text` the answer is streamed to it. Raises `ModelFailed`.
     """
-    try:
-        litellm.get_llm_provider(model)
-    except Exception:
-        raise ModelFailed("litellm knows no provider for this name; write it as PROVIDER/MODEL") from None
+    if not _has_provider(model):
+        raise ModelFailed("litellm knows no provider for this name; write it as PROVIDER/MODEL")
     shown = _Shown(on_text)
     options = {"model": model, "messages": list(messages), "timeout": timeout, "max_retries": 0, "num_retries": 0}
     if "tools" in parameters:
@@ -122,6 +121,15 @@ async def complete(
             is_rate_limit=is_rate_limit,
             retry_after=_retry_after(error) if is_rate_limit else None,
         ) from error
+
+
+@cache
+def _has_provider(model: str) -> bool:
+    try:
+        litellm.get_llm_provider(model)
+    except Exception:
+        return False
+    return True
 
 
 class _Shown:
@@ -206,7 +214,9 @@ def _cost(model: str, response: Any) -> Decimal | None:
     if model.startswith(offline.PREFIX):
         return Decimal(0)
     try:
-        return Decimal(str(litellm.completion_cost(response, model=model))).quantize(COST_UNIT).normalize()
+        known = response._hidden_params  # litellm has computed it already, unless the answer was streamed
+        cost = known["response_cost"] if "response_cost" in known else litellm.completion_cost(response, model=model)
+        return Decimal(str(cost)).quantize(COST_UNIT).normalize()
     except Exception:
         return None
 

@@ -43,7 +43,7 @@ reserved AS (
     UPDATE team_credits c
     SET credits_reserved = c.credits_reserved + 1
     FROM request
-    WHERE c.team_id = request.team_id
+    WHERE c.team_id = %(team_id)s
       AND request.refusal IS NULL
       AND c.credits_allocated - c.credits_used - c.credits_reserved >= 1
     RETURNING c.team_id
@@ -76,7 +76,7 @@ SELECT
     c.credits_remaining,
     c.credits_reserved
 FROM request
-LEFT JOIN team_credits c USING (team_id);
+LEFT JOIN team_credits c ON c.team_id = %(team_id)s;
 
 -- name: begin_many(team_id, group_name, jobs, lease_seconds) :many
 -- As `begin`, for many jobs of one team and group: of those that are new, in the order of the JSON array `jobs`, as many
@@ -123,10 +123,9 @@ known AS (
 ),
 balance AS (
     SELECT c.team_id, c.credits_allocated - c.credits_used - c.credits_reserved AS credits_free
-    FROM scope
-    JOIN team_credits c USING (team_id)
-    WHERE scope.refusal IS NULL
-    FOR UPDATE OF c
+    FROM team_credits c
+    WHERE c.team_id = (SELECT team_id FROM scope WHERE refusal IS NULL)
+    FOR UPDATE
 ),
 new AS (
     SELECT *
@@ -138,10 +137,9 @@ new AS (
     JOIN balance ON unknown.credits_needed <= balance.credits_free
 ),
 reserved AS (
-    UPDATE team_credits c
-    SET credits_reserved = c.credits_reserved + needed.credits
-    FROM (SELECT team_id, count(*) AS credits FROM new GROUP BY team_id) AS needed
-    WHERE c.team_id = needed.team_id
+    UPDATE team_credits
+    SET credits_reserved = credits_reserved + (SELECT count(*) FROM new)
+    WHERE team_id = (SELECT team_id FROM new LIMIT 1)
 ),
 begun AS (
     INSERT INTO jobs (
@@ -281,11 +279,10 @@ calls AS (
     FROM job, call_rows(%(calls)s) AS call
 ),
 balance AS (
-    SELECT c.team_id, c.last_entry_no, c.credits_remaining
-    FROM team_credits c
-    JOIN job USING (team_id)
-    WHERE job.status = 'completed'
-    FOR UPDATE OF c
+    SELECT team_id, last_entry_no, credits_remaining
+    FROM team_credits
+    WHERE team_id = (SELECT team_id FROM job WHERE status = 'completed')
+    FOR UPDATE
 ),
 deduction AS (
     INSERT INTO credit_transactions (
@@ -300,11 +297,10 @@ deduction AS (
     RETURNING credits_after
 ),
 released AS (
-    UPDATE team_credits c
-    SET credits_reserved = c.credits_reserved - 1
-    FROM job
-    WHERE c.team_id = job.team_id AND job.status <> 'completed'
-    RETURNING c.credits_remaining
+    UPDATE team_credits
+    SET credits_reserved = credits_reserved - 1
+    WHERE team_id = (SELECT team_id FROM job WHERE status <> 'completed')
+    RETURNING credits_remaining
 )
 SELECT
     j.job_id,
@@ -313,39 +309,36 @@ SELECT
     coalesce(
         (SELECT credits_after FROM deduction),
         (SELECT credits_remaining FROM released),
-        c.credits_remaining
+        (SELECT credits_remaining FROM team_credits WHERE team_id = j.team_id)
     ) AS credits_remaining
 FROM (VALUES (%(job_id)s::uuid)) AS asked (job_id)
-LEFT JOIN jobs j USING (job_id)
-LEFT JOIN team_credits c USING (team_id);
+LEFT JOIN jobs j USING (job_id);
 
 -- name: settle_many(results) :many
 -- As `settle`, for many jobs: `results` is a JSON array of their job_id, status, error_message and calls. The jobs, and
--- then the balances of their teams, are locked in their order.
+-- then the balances of their teams, are locked in their order; each is looked up by its id, however many jobs are open.
 WITH result AS (
     SELECT *
     FROM jsonb_to_recordset(%(results)s::jsonb) AS result (job_id uuid, status text, error_message text, calls jsonb)
+    ORDER BY job_id
 ),
 held AS (
-    SELECT j.job_id
-    FROM jobs j
-    WHERE j.job_id IN (SELECT job_id FROM result)
-      AND j.status IN ('pending', 'in_progress')
-      AND j.lease_expires_at > clock_timestamp()
-    ORDER BY j.job_id
-    FOR UPDATE
+    SELECT result.*
+    FROM result
+    CROSS JOIN LATERAL (
+        SELECT FROM jobs WHERE job_id = result.job_id AND lease_expires_at > clock_timestamp() FOR UPDATE
+    ) AS open
 ),
 job AS (
     UPDATE jobs j
-    SET status = result.status,
+    SET status = held.status,
         completed_at = clock_timestamp(),
-        credit_applied = (result.status = 'completed'),
-        error_message = result.error_message,
+        credit_applied = (held.status = 'completed'),
+        error_message = held.error_message,
         lease_expires_at = NULL
     FROM held
-    JOIN result USING (job_id)
     WHERE j.job_id = held.job_id
-    RETURNING j.job_id, j.team_id, j.organization_id, j.status, j.started_at, result.calls
+    RETURNING j.job_id, j.team_id, j.organization_id, j.status, j.started_at, held.calls
 ),
 calls AS (
     INSERT INTO llm_calls (
@@ -359,11 +352,11 @@ calls AS (
     FROM job, call_rows(job.calls) AS call
 ),
 balance AS (
-    SELECT team_id, last_entry_no, credits_remaining
-    FROM team_credits
-    WHERE team_id IN (SELECT team_id FROM job)
-    ORDER BY team_id
-    FOR UPDATE
+    SELECT c.*
+    FROM (SELECT DISTINCT team_id FROM job ORDER BY team_id) AS touched
+    CROSS JOIN LATERAL (
+        SELECT team_id, last_entry_no, credits_remaining FROM team_credits WHERE team_id = touched.team_id FOR UPDATE
+    ) AS c
 ),
 deduction AS (
     INSERT INTO credit_transactions (
@@ -387,10 +380,9 @@ released AS (
     JOIN balance USING (team_id)
     WHERE c.team_id = free.team_id
 )
-SELECT result.job_id, job.job_id IS NOT NULL AS settled, coalesce(job.status, j.status) AS status
-FROM result
-LEFT JOIN job USING (job_id)
-LEFT JOIN jobs j ON j.job_id = result.job_id;
+SELECT job_id, is_settled AS settled, CASE WHEN is_settled THEN result.status ELSE j.status END AS status
+FROM (SELECT *, job_id IN (SELECT job_id FROM job) AS is_settled FROM result) AS result
+LEFT JOIN jobs j USING (job_id);
 
 -- name: extend_leases(job_ids, lease_seconds) :many
 -- Of those jobs that are open and whose lease holds.
