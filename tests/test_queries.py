@@ -1,11 +1,14 @@
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psycopg
 import pytest
+from conftest import Result, charged_job
 
-from saasllm_cli import queries
+from saasllm_cli import database, queries
+from saasllm_cli.jobs import runner
 from saasllm_cli.queries import SQL, load, query
 
 ALL = [name for path in sorted((SQL / "queries").glob("*.sql")) for name in load(path.stem)]
@@ -49,8 +52,6 @@ def test_a_file_that_breaks_a_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_wrong_use_is_an_error_of_the_program(migrated_database: str) -> None:
-    from saasllm_cli import database
-
     with database.connect() as db:
         for call in (
             lambda: db.one("org.get", organization_id="a"),
@@ -60,3 +61,54 @@ def test_a_wrong_use_is_an_error_of_the_program(migrated_database: str) -> None:
             use: Callable[[], object] = call
             with pytest.raises(TypeError, match="is declared :maybe"):
                 use()
+
+
+A_TEAM_THAT_HAS_MOST_ROWS = """
+    INSERT INTO teams (team_id, organization_id, team_alias) SELECT 't' || n, 'acme', 'T'
+    FROM generate_series(1, 500) n;
+    INSERT INTO credit_transactions (
+        team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after
+    )
+    SELECT 'hr', 'acme', n + 1, 'adjustment', 1, n + 9, n + 10 FROM generate_series(1, 5000) n;
+    INSERT INTO jobs (team_id, organization_id, status, lease_expires_at)
+    SELECT 'hr', 'acme', 'in_progress', now() + interval '1 hour' FROM generate_series(1, 20000) n;
+"""
+
+
+def rows_read(sql: psycopg.Connection[dict[str, int]]) -> int:
+    row = sql.execute(
+        "SELECT sum(seq_tup_read + idx_tup_fetch)::int AS rows FROM pg_stat_user_tables "
+        "WHERE relname IN ('jobs', 'team_credits', 'credit_transactions', 'llm_calls')"
+    ).fetchone()
+    assert row
+    return row["rows"]
+
+
+def test_a_team_that_has_most_rows_does_not_slow_down_what_is_done_often(
+    tenant: Callable[..., Result], sql: psycopg.Connection[dict[str, int]]
+) -> None:
+    """Planned after statistics that say so, too: each row is found by its index."""
+    sql.execute(A_TEAM_THAT_HAS_MOST_ROWS)
+    sql.execute("ANALYZE")
+    wait_for_statistics(sql)
+    before = rows_read(sql)
+    charged_job()
+    assert tenant("credits", "add", "t7", 5).status == 0
+    assert tenant("team", "create", "new", "--org", "acme", "--group", "Echo", "--credits", 1).status == 0
+    job_ids = [str(runner.new_job_id()) for _ in range(3)]
+    new = [{"job_id": id_, "job_type": "completion", "metadata": {}} for id_ in job_ids]
+    results = [{"job_id": id_, "status": "completed", "calls": []} for id_ in job_ids]
+    with database.connect() as db:
+        db.many("job.begin_many", team_id="hr", group_name="Echo", jobs=database.exact_json(new), lease_seconds=60)
+        db.many("job.settle_many", results=database.exact_json(results))
+    wait_for_statistics(sql)
+    assert 0 < rows_read(sql) - before < 300
+
+
+def wait_for_statistics(sql: psycopg.Connection[dict[str, int]]) -> None:
+    """A session tells what it has read at its end."""
+    sessions = "SELECT FROM pg_stat_activity WHERE application_name = 'saasllm' AND datname = current_database()"
+    while sql.execute(sessions).fetchone():  # type: ignore[arg-type]
+        time.sleep(0.05)
+    time.sleep(1.1)  # a session that stays tells it once a second
+    sql.execute("SELECT pg_stat_clear_snapshot()")

@@ -53,8 +53,8 @@ CREATE TABLE IF NOT EXISTS line (
 CREATE INDEX IF NOT EXISTS unwritten ON line (id) WHERE NOT is_written;
 """
 LEASE_SECONDS = 120.0
-LINGER_SECONDS = 0.1
-GATHER_SECONDS = 0.05
+GATHER_SECONDS = 0.05  # in which a worker's results become one message
+LINGER_SECONDS = 0.1  # in which the results of all become one group
 READ_AHEAD = 200  # lines
 MOST_BEGUN = 500  # in one statement
 MOST_SETTLED = 100  # in one statement: with all that may be kept of them they are some 200 MB
@@ -185,7 +185,7 @@ class _Batch:
     def cancel(self) -> None:
         """Ends what is under way, as far as that can be done. What was answered is kept, and settled by a later run."""
         with suppress(SaasllmError, OSError):
-            self._receive(0)
+            self._receive(GATHER_SECONDS)
         with suppress(SaasllmError, OSError, sqlite3.Error):
             self._settle()
         self._workers.stop()
@@ -703,7 +703,7 @@ class _Workers:
     def results(self, seconds: float) -> Iterator[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
         """The results that are there, each with its job's id and its calls; waits so long for the first."""
         if wait(list(self._processes), seconds):
-            time.sleep(LINGER_SECONDS if seconds else 0)  # some more may be settled with it
+            time.sleep(LINGER_SECONDS)  # some more may be settled with it
         has_died = False
         for pipe in wait(list(self._processes), 0):
             assert isinstance(pipe, Connection)

@@ -143,8 +143,8 @@ async def _attempt(
 
     try:
         async with asyncio.timeout(seconds), traffic.turn(model) if traffic else nullcontext():
-            # The timeout of the whole, which is the same for each call: litellm has a client, with connections, for each
-            # timeout that it has seen.
+            # The timeout of the whole, for that is the same for many calls, and litellm keeps a client with its
+            # connections for each timeout.
             answer = await llm.complete(
                 model, request.messages, request.timeout, request.parameters, show if on_text else None
             )

@@ -338,6 +338,7 @@ job AS (
         lease_expires_at = NULL
     FROM held
     WHERE j.job_id = held.job_id
+      AND j.job_id = ANY (ARRAY(SELECT job_id FROM held))
     RETURNING j.job_id, j.team_id, j.organization_id, j.status, j.started_at, held.calls
 ),
 calls AS (
@@ -380,9 +381,11 @@ released AS (
     JOIN balance USING (team_id)
     WHERE c.team_id = free.team_id
 )
-SELECT job_id, is_settled AS settled, CASE WHEN is_settled THEN result.status ELSE j.status END AS status
-FROM (SELECT *, job_id IN (SELECT job_id FROM job) AS is_settled FROM result) AS result
-LEFT JOIN jobs j USING (job_id);
+SELECT
+    job_id,
+    settled,
+    CASE WHEN settled THEN status ELSE (SELECT status FROM jobs WHERE job_id = result.job_id) END AS status
+FROM (SELECT job_id, status, job_id IN (SELECT job_id FROM job) AS settled FROM result) AS result;
 
 -- name: extend_leases(job_ids, lease_seconds) :many
 -- Of those jobs that are open and whose lease holds.
