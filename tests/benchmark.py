@@ -39,7 +39,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from provider import ANSWER, _completion
+from provider import ANSWER, completion
 from psycopg.sql import Literal
 from psycopg.types.json import Jsonb
 
@@ -277,7 +277,7 @@ def started(work: Callable[..., None], *arguments: object) -> Iterator[Any]:
 
 def answer_at_once(pipe: Connection) -> None:
     """A server that gives every chat the same answer; it says its port."""
-    body = json.dumps(_completion("ok", ANSWER)).encode()
+    body = json.dumps(completion("ok", ANSWER)).encode()
     head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     answer = head.encode() + body
 

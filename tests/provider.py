@@ -78,21 +78,21 @@ class _Handler(BaseHTTPRequestHandler):
                 with self.provider.counting(int(most)) as has_room:
                     if has_room:
                         time.sleep(0.02)
-                        self._answer(200, _completion(model, self.provider.answer))
+                        self._answer(200, completion(model, self.provider.answer))
                     else:
                         self._answer(429, _error("Too many requests."))
             case ["ok" | "torn" | "stalled" as fault, *_] if body.get("stream"):
                 self._stream(model, fault)
             case ["ok" | "busy", *_]:
-                self._answer(200, _completion(model, self.provider.answer) | {"usage": self.provider.usage})
+                self._answer(200, completion(model, self.provider.answer) | {"usage": self.provider.usage})
             case ["tools", *_]:
                 function = {"name": "look_up", "arguments": '{"name": "Ada"}'}
                 call = {"id": "call_1", "type": "function", "function": function}
-                self._answer(200, _completion(model, None, tool_calls=[call]))
+                self._answer(200, completion(model, None, tool_calls=[call]))
             case ["blank", *_]:
-                self._answer(200, _completion(model, ""))
+                self._answer(200, completion(model, ""))
             case ["empty", *_]:
-                self._answer(200, _completion(model, "") | {"choices": []})
+                self._answer(200, completion(model, "") | {"choices": []})
             case ["status", status, *_]:
                 self._answer(int(status), _error(self._fault(status)))
             case ["context", *_]:
@@ -172,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def _completion(model: str, content: str | None, **further: Any) -> dict[str, Any]:
+def completion(model: str, content: str | None, **further: Any) -> dict[str, Any]:
     message = {"role": "assistant", "content": content, **further}
     return {
         "id": "chatcmpl-1",
