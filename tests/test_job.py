@@ -443,10 +443,11 @@ def test_job_ids_are_uuids_of_version_7_in_the_order_of_time() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_cancels_the_job(tenant: Run, provider: Provider, number: signal.Signals) -> None:
     with_models(tenant, "openai/slow")
-    ignored = (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if number == signal.SIGTERM else None
+    # A shell lets what it starts in the background ignore Ctrl-C; and these tests may have been started so.
+    ctrl_c = signal.SIG_IGN if number == signal.SIGTERM else signal.SIG_DFL
     process = start_process(
         *("job", "run", "--team", "hr", "--group", "G", "--prompt", "x", "-o", "json"),
-        preexec_fn=ignored,  # as a shell does for what it starts in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, ctrl_c),
     )
     wait_for_request(provider, process)
     process.send_signal(number)
