@@ -1,6 +1,5 @@
 """Grants the credits that are due by schedule: what cron runs."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
@@ -53,7 +52,8 @@ def allocate(
             db.get("organization", organization_id)
         if team_id is not None:
             db.get("team", team_id)
-        _wait_for_others(db, on_wait)
+        if not db.wait_for("credits.lock_allocation", WAIT_SECONDS, on_wait):
+            raise Conflict("allocation_running", "Another allocation has been running for an hour.", "Try again later.")
         after: str | None = ""
         while after is not None:
             limits = {**scope, "team_id": team_id, "after": after, "row_limit": CHUNK}
@@ -63,19 +63,6 @@ def allocate(
             after = rounds[0]["last_team_id"]
             on_progress(f"{allocation.granted} granted …")
     return allocation
-
-
-def _wait_for_others(db: Database, on_wait: Callable[[], None]) -> None:
-    # It asks again and again: waiting inside the database, it would hold back the cleaning of old rows.
-    until = time.monotonic() + WAIT_SECONDS
-    is_told = False
-    while not db.one("credits.lock_allocation")["is_locked"]:
-        if time.monotonic() > until:
-            raise Conflict("allocation_running", "Another allocation has been running for an hour.", "Try again later.")
-        if not is_told:
-            on_wait()
-            is_told = True
-        time.sleep(0.1)
 
 
 def _chunk(db: Database, limits: Row, is_careful: bool) -> list[Row]:

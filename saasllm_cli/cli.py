@@ -25,6 +25,8 @@ NOUNS = {
     "team": "Teams of an organization: which groups they use, what credits they have.",
     "credits": "The prepaid credits of teams, and the ledger of all their movements.",
     "job": "Jobs: call a model for a team, and charge one credit when it succeeds.",
+    "apply": "Create and change tenants as files say: organizations, model groups, teams.",
+    "export": "Write what is there as a file that `apply` takes.",
     "audit": "Who changed what.",
     "db": "The database: the embedded PostgreSQL, or the one that SAASLLM_DATABASE_URL names.",
 }

@@ -5,7 +5,8 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Callable, Generator, Iterator, Mapping
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from decimal import Decimal
 from functools import partial
@@ -20,6 +21,7 @@ from psycopg.types.json import JsonbDumper
 
 from saasllm_cli.errors import Conflict, DatabaseUnavailable, InsufficientCredits, InvalidInput, SaasllmError, not_found
 from saasllm_cli.queries import SQL, Query, query
+from saasllm_cli.rules import is_storable
 from saasllm_cli.settings import command_line, settings
 
 logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # what goes wrong is told once, by us
@@ -52,6 +54,7 @@ TRIES = 5
 # The names of the unique indexes of what is done once.
 ONCE = ("_idempotency_key", "_once_a_job")
 DEADLOCKS = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
+OVERTAKEN = (psycopg.errors.UniqueViolation, psycopg.errors.ForeignKeyViolation)
 LONGEST_COMMAND = 1000
 # Of what a connection is made of, all but what could be a secret.
 SHOWN_KEYWORDS = ("host", "hostaddr", "port", "user", "dbname", "sslmode", "options", "service", "target_session_attrs")
@@ -114,6 +117,17 @@ class Database:
     def many(self, name: str, /, **parameters: Any) -> list[Row]:
         return self._run(name, "many", parameters)
 
+    def none(self, name: str, /, **parameters: Any) -> None:
+        self._run(name, "none", parameters)
+
+    def copy(self, name: str, rows: Iterable[Sequence[Any]], /) -> None:
+        """Gives the rows, however many, to a `:copy` query."""
+        statement = _checked(name, "copy", {})
+        self._run_prelude()
+        with self._connection.cursor() as cursor, cursor.copy(statement.sql) as copy:
+            for row in rows:
+                copy.write_row(row)
+
     def stream(
         self, name: str, within: Mapping[str, object] | None = None, /, limit: int | None = None, **parameters: Any
     ) -> Rows:
@@ -126,9 +140,7 @@ class Database:
         if limit is not None:
             parameters["row_limit"] = limit + 1
         statement = _checked(name, "many", parameters)
-        if self._prelude is not None:
-            self._connection.execute(*self._prelude)
-            self._prelude = None
+        self._run_prelude()
         self._stream = cast("Generator[Row]", self._connection.cursor().stream(statement.sql, parameters))
         rows = Rows(
             self._stream,
@@ -152,14 +164,14 @@ class Database:
             self._stream.close()
 
     def transaction(self, work: Callable[[], T], is_rehearsal: bool = False) -> T:
-        """Several queries as one, all or nothing; from the beginning again where a deadlock has undone them. What a
-        rehearsal has done is undone at its end."""
+        """Several queries as one, all or nothing; from the beginning again where a deadlock has undone them, or another
+        has just made or removed what they refer to. What a rehearsal has done is undone at its end."""
         prelude = self._prelude
         for is_last in (*[False] * TRIES, True):
             try:
                 with self._connection.transaction(force_rollback=is_rehearsal):
                     return work()
-            except DEADLOCKS:
+            except (*DEADLOCKS, *OVERTAKEN):
                 if is_last:
                     raise
                 self._prelude = prelude  # what it has set is undone too
@@ -177,6 +189,25 @@ class Database:
         if row is None:
             raise not_found(noun, key)
         return row
+
+    def wait_for(self, lock: str, seconds: float, on_wait: Callable[[], None]) -> bool:
+        """Whether it has got the lock, which the query asks for, within this time."""
+        # It asks again and again: waiting inside the database, it would hold back the cleaning of old rows.
+        until = time.monotonic() + seconds
+        is_told = False
+        while not self.one(lock)["is_locked"]:
+            if time.monotonic() > until:
+                return False
+            if not is_told:
+                on_wait()
+                is_told = True
+            time.sleep(0.1)
+        return True
+
+    def _run_prelude(self) -> None:
+        if self._prelude is not None:
+            self._connection.execute(*self._prelude)
+            self._prelude = None
 
     def _run(self, name: str, cardinality: str, parameters: Row) -> list[Row]:
         statement = _checked(name, cardinality, parameters)
@@ -198,12 +229,13 @@ class Database:
 
     def _execute(self, statement: Query, parameters: Row) -> list[Row]:
         if self._prelude is None:
-            return self._connection.execute(statement.sql, parameters).fetchall()
-        with self._connection.pipeline():
-            self._connection.execute(*self._prelude)
             cursor = self._connection.execute(statement.sql, parameters)
-        self._prelude = None
-        return cursor.fetchall()
+        else:
+            with self._connection.pipeline():
+                self._connection.execute(*self._prelude)
+                cursor = self._connection.execute(statement.sql, parameters)
+            self._prelude = None
+        return cursor.fetchall() if statement.cardinality != "none" else []
 
 
 @contextmanager
@@ -417,7 +449,7 @@ def _check_text(name: str, value: Any) -> None:
     elif isinstance(value, list):
         for item in value:
             _check_text(name, item)
-    elif isinstance(value, str) and ("\0" in value or any("\ud800" <= char <= "\udfff" for char in value)):
+    elif isinstance(value, str) and not is_storable(value):
         raise InvalidInput(
             "invalid_text",
             f"The {name} holds a character that cannot be stored: NUL, or a byte that is not UTF-8.",

@@ -1,5 +1,7 @@
 """What can go wrong: a code for scripts, an exit status for the shell, a message and a hint for people."""
 
+from dataclasses import dataclass
+
 
 class SaasllmError(Exception):
     """An unexpected error; its subclasses are the expected ones.
@@ -19,6 +21,29 @@ class SaasllmError(Exception):
 
 class InvalidInput(SaasllmError):
     exit_status = 2
+
+
+@dataclass(frozen=True, slots=True)
+class FileError:
+    """What is wrong in a file: lines and columns count from 1; the path is that in the document, `teams[3].status`."""
+
+    file: str
+    line: int | None
+    column: int | None
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        place = ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
+        return ": ".join(filter(None, (place, self.path, self.message)))
+
+
+class InvalidFiles(InvalidInput):
+    """All that is wrong in files, in their order."""
+
+    def __init__(self, code: str, message: str, hint: str, errors: list[FileError]) -> None:
+        super().__init__(code, message, hint)
+        self.errors = sorted(errors, key=lambda error: (error.file, error.line or 0, error.column or 0))
 
 
 class NotFound(SaasllmError):

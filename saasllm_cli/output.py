@@ -6,13 +6,14 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TextIO
 from uuid import UUID
 
-from saasllm_cli.errors import SaasllmError
+from saasllm_cli.errors import InvalidFiles, SaasllmError
 from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
@@ -26,6 +27,14 @@ Row = Mapping[str, Any]
 UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 # With one of these first, a spreadsheet takes a cell for a formula.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+# How a change is shown: its sign, its colour, and what is said behind it.
+CHANGES = {
+    "create": ("+", 32, ""),
+    "update": ("~", 33, ""),
+    "suspend": ("~", 33, ""),
+    "differ": ("!", 35, " (shown only: see `saasllm credits add`)"),
+    "delete": ("-", 31, ""),
+}
 MOST_REPORTED = 60  # rows of a list in a report
 BAR_WIDTH = 16
 UNLIMITED_WIDTH = 100_000
@@ -34,7 +43,7 @@ _has_progress = False  # whether a line of it stands at the terminal
 
 
 def show(
-    data: "Row | Sequence[Row] | Rows",
+    data: "Row | Sequence[Row] | Rows | Iterator[Row]",
     output: Format | None,
     columns: Sequence[str] = (),
     bar: str | None = None,
@@ -84,6 +93,23 @@ def show_report(
             _print_table(_table_of(rows[:MOST_REPORTED], columns, bars[name]))
             if len(rows) > MOST_REPORTED:
                 note(f"There are {len(rows)} {name}: all of them with -o json.")
+
+
+def show_changes(changes: "Rows") -> None:
+    """What is done with records, or would be: each with the fields that it gets, or how they change; in colour at a
+    terminal."""
+    for change in islice(changes, changes.limit):
+        sign, colour, remark = CHANGES[change["action"]]
+        before, after = change["before"] or {}, change["after"] or {}
+        words = [sign, change["noun"], change["id"]]
+        if change["action"] == "create":
+            words += [f"{name}={_cell(value)}" for name, value in after.items() if value != change["id"]]
+            after = {}
+        lines = [f"    {name}: {_cell(before[name])} -> {_cell(value)}{remark}" for name, value in after.items()]
+        for line in (" ".join(words), *lines):
+            print_line(f"\x1b[{colour}m{harmless(line)}\x1b[0m" if _is_styled() else harmless(line))
+    if next(changes, None) is not None:
+        note(f"There are more than {changes.limit} changes: all of them with -o jsonl.")
 
 
 def print_line(text: str) -> None:
@@ -138,11 +164,14 @@ def waiting(text: str) -> Iterator[None]:
 
 
 def show_error(error: SaasllmError, as_json: bool) -> None:
+    errors = error.errors if isinstance(error, InvalidFiles) else []
     if as_json:
-        body = {"code": error.code, "message": error.message, "hint": error.hint}
+        body: dict[str, Any] = {"code": error.code, "message": error.message, "hint": error.hint}
+        if errors:
+            body["errors"] = [asdict(error) for error in errors]
         _to_stderr(_json({"error": body}) + "\n")
     else:
-        note(f"Error: {error.message}" + (f"\n{error.hint}" if error.hint else ""))
+        note("\n".join(filter(None, [f"Error: {error.message}", *map(str, errors), error.hint])))
 
 
 def _to_stderr(text: str) -> None:
@@ -218,13 +247,13 @@ def _show_csv(rows: Iterator[Row], fields: Sequence[str]) -> None:
         writer.writerow([_csv_cell(value) for value in row.values()])
 
 
-def _fields(data: "Row | Sequence[Row] | Rows") -> Sequence[str]:
+def _fields(data: "Row | Sequence[Row] | Rows | Iterator[Row]") -> Sequence[str]:
     """The names of the fields, which a query knows also where it has found nothing."""
     if isinstance(data, Mapping):
         return list(data)
     if isinstance(data, Sequence):
         return list(data[0]) if data else []
-    return data.fields
+    return getattr(data, "fields", [])
 
 
 def _csv_cell(value: Any) -> str:
@@ -258,9 +287,9 @@ def _cell(value: Any) -> str:
             return timestamp(value.replace(microsecond=0))
         case list() | dict() if not value:
             return "-"
-        case [dict(), *_]:
+        case [{"model_name": _}, *_]:
             return ", ".join(
-                _cell(next(iter(item.values()))) + " (inactive)" * (item.get("is_active") is False) for item in value
+                _cell(item["model_name"]) + " (inactive)" * (item.get("is_active") is False) for item in value
             )
         case list():
             return ", ".join(map(_cell, value))

@@ -7,7 +7,7 @@ A query is a header, at most a few words, and one statement:
     SELECT * FROM team_details WHERE team_id = %(team_id)s;
 
 The header declares its parameters and how many rows it gives: `:one`, `:maybe` (none or one), `:many`
-or `:none` (it returns nothing). Both are checked when the file is read.
+`:none` (it returns nothing) or `:copy` (it takes rows). Both are checked when the file is read.
 """
 
 import re
@@ -19,7 +19,7 @@ _PACKAGE = Path(__file__).parent
 # In an installed package sql/ lies inside it, in a checkout beside it.
 SQL = next(path for path in (_PACKAGE / "sql", _PACKAGE.parent / "sql") if path.is_dir())
 
-_HEADER = re.compile(r"^-- name: (\w+)\((.*)\) :(one|maybe|many|none)$", re.MULTILINE)
+_HEADER = re.compile(r"^-- name: (\w+)\((.*)\) :(one|maybe|many|none|copy)$", re.MULTILINE)
 _PARAMETER = re.compile(r"%\((\w+)\)s")
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks on a server of their own, as ratios: `python tests/benchmark.py [ledger|batch|allocation ...]`.
+"""Benchmarks on a server of their own, as ratios: `python tests/benchmark.py [ledger|batch|allocation|apply ...]`.
 
 What is compared is measured in turns, since a machine is not as fast in one minute as in the next: the ratios within a
 round count, and their median and range are shown.
@@ -15,6 +15,9 @@ tenths of their way: how long they take to load litellm is not in it.
 
 allocation: `allocate` for teams that are all due, and where none is, against an INSERT and an UPDATE that write the
 same rows in one transaction, under the same triggers, and check nothing themselves. And what a loop would take.
+
+apply: organizations and a hundred times as many teams from a file of JSON lines, against a COPY of the same rows into
+the same tables, with their indexes, constraints and triggers; and from the same file in YAML, and its parser alone.
 """
 
 import argparse
@@ -39,6 +42,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import yaml
 from provider import ANSWER, completion
 from psycopg.sql import Literal
 from psycopg.types.json import Jsonb
@@ -46,10 +50,12 @@ from psycopg.types.json import Jsonb
 from saasllm_cli import allocation, database, embedded, migrations
 from saasllm_cli.jobs import runner
 from saasllm_cli.jobs.calls import Call
+from saasllm_cli.manifests.documents import PARSER
+from saasllm_cli.manifests.export import as_yaml
 from saasllm_cli.queries import query
 from saasllm_cli.settings import settings
 
-PARTS = ("ledger", "batch", "allocation")
+PARTS = ("ledger", "batch", "allocation", "apply")
 CLIENTS = 8
 CALLS_AT_ONCE = 64
 PROMPT = "Say something of the number {}."
@@ -122,7 +128,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="in which each measure is taken (%(default)s)")
     parser.add_argument("--seconds", type=int, default=5, help="of each measure of the ledger (%(default)s)")
     parser.add_argument("--lines", type=int, default=5000, help="of each batch (%(default)s)")
-    parser.add_argument("--teams", type=int, default=100_000, help="of the allocation (%(default)s)")
+    parser.add_argument("--teams", type=int, default=100_000, help="of the allocation and of apply (%(default)s)")
     options = parser.parse_args()
     for part in options.parts or PARTS:
         with server():
@@ -133,6 +139,8 @@ def main() -> None:
                     measure_batch(options.rounds, options.lines)
                 case "allocation":
                     measure_allocation(options.rounds, options.teams)
+                case "apply":
+                    measure_apply(options.rounds, options.teams)
 
 
 @contextmanager
@@ -373,6 +381,86 @@ def team_by_team() -> None:
     with database.connect() as db:
         for number in range(1, LOOPED_TEAMS + 1):
             db.maybe("credits.enter", team_id=f"t{number}", idempotency_key=None, **entry)
+
+
+# What the rows are of: {r} is the round, {o} and {t} are numbers.
+COPIES = {
+    "COPY organizations (organization_id, name, metadata) FROM STDIN": "r{r}_{o}\tOrganization {o}\t{{}}\n",
+    "COPY teams (team_id, organization_id, team_alias, metadata) FROM STDIN": (
+        'r{r}_{t}\tr{r}_{o}\tTeam {t}\t{{"region": "eu"}}\n'
+    ),
+    "COPY team_model_groups (team_id, group_name) FROM STDIN": "r{r}_{t}\tEcho\n",
+    """COPY credit_transactions (
+        team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after, reason,
+        idempotency_key
+    ) FROM STDIN""": "r{r}_{t}\tr{r}_{o}\t1\tallocation\t500\t0\t500\tOpening credits\topening:r{r}_{t}\n",
+    "COPY credit_schedules (team_id, credits_amount, every, mode, next_on) FROM STDIN": (
+        "r{r}_{t}\t500\tmonthly\tadd\t2030-01-01\n"
+    ),
+}
+
+
+def measure_apply(rounds: int, teams: int) -> None:
+    execute(TEAMS.format(teams=1), WHAT_JOBS_NEED)
+    numbers = count()
+    with tempfile.TemporaryDirectory(prefix="saasllm-", dir="/var/tmp") as folder:
+        measures = {
+            "bare COPY": lambda: bare_copy(next(numbers), teams),
+            f"apply of {teams} teams, JSON lines": lambda: apply(Path(folder, "a.jsonl"), next(numbers), teams),
+            "the same, run again": lambda: milliseconds(partial(cli_apply, Path(folder, "a.jsonl"))),
+            f"apply of {teams} teams, YAML": lambda: apply(Path(folder, "a.yaml"), next(numbers), teams),
+            "the parser of YAML": lambda: milliseconds(partial(parse, Path(folder, "a.yaml"))),
+        }
+        apply(Path(folder, "a.jsonl"), next(numbers), teams)
+        apply(Path(folder, "a.yaml"), next(numbers), teams)
+        compare("ms", measures, rounds, yardsticks=1)
+
+
+def bare_copy(number: int, teams: int) -> float:
+    def rows(line: str) -> str:
+        of_teams = "{t}" in line
+        many = range(teams if of_teams else teams // 100)
+        return "".join(line.format(r=number, t=n, o=n % (teams // 100) if of_teams else n) for n in many)
+
+    texts = {statement: rows(line) for statement, line in COPIES.items()}
+
+    def copy() -> None:
+        with database.raw_connection() as connection, connection.transaction(), connection.cursor() as cursor:
+            for statement, text in texts.items():
+                with cursor.copy(statement) as into:
+                    into.write(text)
+
+    return milliseconds(copy)
+
+
+def apply(path: Path, number: int, teams: int) -> float:
+    organizations = (
+        {"organization_id": f"r{number}_{n}", "name": f"Organization {n}", "metadata": {}} for n in range(teams // 100)
+    )
+    rest = {"model_groups": ["Echo"], "credits": 500, "metadata": {"region": "eu"}}
+    rest |= {"schedule": {"credits_amount": 500, "every": "monthly", "mode": "add", "next_on": "2030-01-01"}}
+    named = (
+        {"team_id": f"r{number}_{n}", "organization_id": f"r{number}_{n % (teams // 100)}", "team_alias": f"Team {n}"}
+        for n in range(teams)
+    )
+    records = [("organizations", record) for record in organizations]
+    records += [("teams", record | rest) for record in named]
+    with path.open("w") as file:
+        if path.suffix == ".yaml":
+            file.writelines(f"{line}\n" for line in as_yaml(iter(records)))
+        else:
+            file.writelines(json.dumps({section: [record]}) + "\n" for section, record in records)
+    return milliseconds(partial(cli_apply, path))
+
+
+def cli_apply(path: Path) -> None:
+    command = [sys.executable, "-m", "saasllm_cli", "apply", "-f", path]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def parse(path: Path) -> None:
+    for _ in yaml.parse(path.read_text(), PARSER):
+        pass
 
 
 if __name__ == "__main__":

@@ -213,19 +213,21 @@ def saasllm(migrated_database: str, run: Callable[..., Result]) -> Callable[...,
     return run
 
 
-TENANT = (
-    "org create acme --name ACME",
-    "group create Echo --model offline/echo",
-    "group create Down --model offline/fail/a --model offline/fail/b",
-    "team create hr --org acme --group Echo --group Down --credits 10",
-)
+TENANT = """\
+organizations:
+- {organization_id: acme, name: ACME}
+model_groups:
+- {group_name: Echo, models: [offline/echo]}
+- {group_name: Down, models: [offline/fail/a, offline/fail/b]}
+teams:
+- {team_id: hr, organization_id: acme, model_groups: [Echo, Down], credits: 10}
+"""
 
 
 @pytest.fixture
 def tenant(saasllm: Callable[..., Result]) -> Callable[..., Result]:
     """A command line on a database with the organization `acme`, the groups `Echo` and `Down` and the team `hr`."""
-    for line in TENANT:
-        assert saasllm(*line.split()).status == 0
+    assert saasllm("apply", "-f", "-", stdin=TENANT).status == 0
     return saasllm
 
 

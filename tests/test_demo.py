@@ -21,7 +21,7 @@ def test_the_story_is_told_twice(
         settings.cache_clear()
         result = run("demo")
         assert result.status == 0, result.err
-        assert "$ saasllm team create team_test_hr --org org_test_001" in result.out
+        assert "$ saasllm apply -f - <<END\norganizations:\n" in result.out
         assert "credits_remaining  148" in result.out
         assert "credits_reserved   0" in result.out
         assert "(exit status 8)" in result.out

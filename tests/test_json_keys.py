@@ -1,6 +1,7 @@
 """The keys of every command's JSON, so that no script of a user breaks unnoticed."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import reference
@@ -124,6 +125,22 @@ COMMANDS: dict[str, list[Any]] = {
             *("organization_id", "team_id", "group_name", "before", "after"),
         ]
     ],
+    "export": [
+        {"organizations": [["organization_id", "name", "status", "metadata"]]},
+        {"model_groups": [["group_name", "display_name", "description", "status", "models"]]},
+        {
+            "teams": [
+                [
+                    *("team_id", "organization_id", "team_alias", "status", "model_groups", "credits"),
+                    *("schedule", "metadata"),
+                ]
+            ]
+        },
+    ],
+    "apply -f file.yaml": [
+        {"totals": [["noun", "created", "changed", "unchanged", "differing", "suspended", "deleted"]]},
+        {"changes": [["noun", "id", "action", "before", "after"]]},
+    ],
     "db status": ["server", "url", "is_running", "version", "data_dir", "pid"],
     "credits verify": [["team_id", "problem", "transaction_id", "job_id", "expected", "found"]],
     "migrate reset --confirm DATABASE": [MIGRATION],
@@ -148,7 +165,8 @@ def keys(data: Any, like: list[Any]) -> list[Any]:
     return [{name: keys(value, nested[name])} if name in nested else name for name, value in data.items()]
 
 
-def test_the_keys_of_every_command(tenant: Callable[..., Result], migrated_database: str, sql) -> None:
+def test_the_keys_of_every_command(tenant: Callable[..., Result], migrated_database: str, home: Path, sql) -> None:
+    (home / "file.yaml").write_text("organizations: [{organization_id: new}]")
     names = {"DATABASE": migrated_database}
     for command, expected in COMMANDS.items():
         if command in BEFORE:
@@ -162,6 +180,6 @@ def test_the_keys_of_every_command(tenant: Callable[..., Result], migrated_datab
 
 
 def test_no_command_is_forgotten() -> None:
-    typed = {" ".join(command.split()[:2]) for command in COMMANDS}
+    typed = {" ".join(command.split()[:2]).removesuffix(" -f") for command in COMMANDS}
     data = {words for words, command in reference.commands() if "output" in {param.name for param in command.params}}
     assert typed == data

@@ -1,4 +1,5 @@
-"""The pages of `transcripts/` say what is typed and what is printed; here it is typed, and must print just that.
+"""The pages of `transcripts/` say what is typed and what is printed; here it is typed, and must print just that. Their
+blocks of YAML that have a name are files.
 
 `pytest tests/test_transcripts.py --renew` writes what is printed now into the pages, to be read before it is kept.
 """
@@ -16,7 +17,7 @@ from saasllm_cli import cli
 
 FOLDER = Path(__file__).parent / "transcripts"
 QUIET = " > /dev/null"
-FENCE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(console|yaml) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 UUID = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}\b")
 
 
@@ -86,7 +87,11 @@ def test_a_page(
     session = Session(home)
 
     def played(match: re.Match[str]) -> str:
-        commands = [line for line in match[1].splitlines() if line.startswith("$ ")]
+        language, name, text = match.groups()
+        if language == "yaml":  # the file of this name
+            (home / name).write_text(text)
+            return match[0]
+        commands = [line for line in text.splitlines() if line.startswith("$ ")]
         return "```console\n" + "".join(f"{line}\n{session.type(line[2:])}" for line in commands) + "```"
 
     written = page.read_text(encoding="utf-8")
@@ -98,10 +103,11 @@ def test_a_page(
 
 def test_every_command_is_typed_in_the_page_of_its_noun() -> None:
     typed = {
-        (page.stem, " ".join(line.split()[2:4]))
+        (page.stem, " ".join(line.split()[2 : 2 + words]))
         for page in FOLDER.glob("*.md")
         for line in page.read_text(encoding="utf-8").splitlines()
         if line.startswith("$ ")
+        for words in (1, 2)  # some nouns are verbs themselves
     }
     told = {(words.split()[0], words) for words, _ in reference.commands()}
     assert told - typed == {("demo", "demo"), ("db", "db shell")}  # the demo is a page itself; a shell is for a person

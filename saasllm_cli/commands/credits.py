@@ -10,7 +10,6 @@ import typer
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import (
     A_TEAM,
-    MOST_CREDITS,
     AfterNumber,
     IdempotencyKey,
     Limit,
@@ -39,6 +38,7 @@ from saasllm_cli.errors import (
     not_found,
 )
 from saasllm_cli.output import note, print_line, progress, show, waiting
+from saasllm_cli.rules import MOST_CREDITS
 from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:

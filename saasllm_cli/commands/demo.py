@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from tempfile import TemporaryFile
 
 import typer
 
@@ -20,39 +20,35 @@ app = noun()
 
 DATABASE = "saasllm_demo"
 
+TENANTS = """\
+organizations:
+- organization_id: org_test_001
+  name: Test Organization
+  metadata: {plan: enterprise}
+
+# The first model of a group is the primary, the next one the fallback. The offline models
+# stand in for those of their names, so that all this runs without a key.
+model_groups:
+- group_name: ResumeAgent
+  display_name: Resume Analysis
+  models: [offline/echo/gpt-4-turbo, offline/echo/gpt-3.5-turbo]
+- group_name: ParsingAgent # its primary is down
+  models: [offline/fail/gpt-4-turbo, offline/echo/gpt-3.5-turbo]
+- group_name: RAGAgent # and here, both are
+  models: [offline/fail/gpt-4-turbo, offline/fail/gpt-3.5-turbo]
+
+teams:
+- team_id: team_test_hr
+  organization_id: org_test_001
+  team_alias: HR Team
+  model_groups: [ResumeAgent, ParsingAgent, RAGAgent]
+  credits: 100
+"""
+
 # What is said, the command, and the exit status that it is to have.
 STORY = [
     ("The database is brought to the program's shape.", "migrate up", 0),
-    (
-        "A customer.",
-        "org create org_test_001 --name 'Test Organization' --metadata plan=enterprise",
-        0,
-    ),
-    (
-        "A model group: its first model is the primary, the next one the fallback. The offline models stand in for "
-        "those of their names, so that all this runs without a key.",
-        "group create ResumeAgent --display-name 'Resume Analysis' "
-        "--model offline/echo/gpt-4-turbo --model offline/echo/gpt-3.5-turbo",
-        0,
-    ),
-    (
-        "The primary of this one is down.",
-        "group create ParsingAgent --display-name 'Document Parsing' "
-        "--model offline/fail/gpt-4-turbo --model offline/echo/gpt-3.5-turbo",
-        0,
-    ),
-    (
-        "And of this one, both are.",
-        "group create RAGAgent --display-name 'Retrieval' "
-        "--model offline/fail/gpt-4-turbo --model offline/fail/gpt-3.5-turbo",
-        0,
-    ),
-    (
-        "A team of the customer, with 100 credits.",
-        "team create team_test_hr --org org_test_001 --alias 'HR Team' "
-        "--group ResumeAgent --group ParsingAgent --group RAGAgent --credits 100",
-        0,
-    ),
+    ("A customer, its model groups and a team with 100 credits, from a file: all of it, or nothing.", "apply -f -", 0),
     ("It buys 50 more.", "credits add team_test_hr 50 --reason 'Top-up'", 0),
     (
         "A job that succeeds. The answer goes to stdout, the rest to stderr.",
@@ -107,12 +103,16 @@ def demo(context: typer.Context) -> None:
     with _settings_of("postgres"), database.raw_connection() as connection:
         connection.execute(query("db.drop_demo").sql)
         connection.execute(query("db.create_demo").sql)
-    with _settings_of(DATABASE), Path(os.devnull).open() as nothing:
-        stdin, sys.stdin = sys.stdin, nothing
+    stdin = sys.stdin
+    with _settings_of(DATABASE):
         try:
             for said, command, expected in STORY:
-                print_heading(f"\n# {said}\n$ saasllm {command}")
-                status = run(shlex.split(command))
+                given = TENANTS if command.endswith(" -") else ""
+                print_heading(f"\n# {said}\n$ saasllm {command}" + f" <<END\n{given}END" * bool(given))
+                with TemporaryFile("w+") as sys.stdin:
+                    sys.stdin.write(given)
+                    sys.stdin.seek(0)
+                    status = run(shlex.split(command))
                 if status != expected:
                     raise CheckFailed("demo_failed", f"That exited with {status} instead of {expected}.")
                 if status:

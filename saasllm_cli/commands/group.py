@@ -22,6 +22,7 @@ from saasllm_cli.commands.inputs import (
     noun,
     require_some,
     same_or_conflict,
+    some,
     unique,
 )
 from saasllm_cli.errors import CheckFailed, Conflict, NoAnswer, NotFound, refused
@@ -171,7 +172,7 @@ def delete(
             db.get("group", group_name)
             raise Conflict(
                 "group_in_use",
-                f"The group {group_name} is assigned to {len(result['teams'])} team(s): {_some(result['teams'])}.",
+                f"The group {group_name} is assigned to {len(result['teams'])} team(s): {some(result['teams'])}.",
                 "Unassign it, or add --force.",
             )
     note(f"The group {group_name} was deleted.")
@@ -206,18 +207,18 @@ def test_(
     with database.connect() as db:
         models = [model["model_name"] for model in db.get("group", group_name)["models"]]
     if any(not model.startswith("offline/") for model in models):
-        confirm(f"Send a request to {_some(models)}, which the providers may bill?", yes)
+        confirm(f"Send a request to {some(models)}, which the providers may bill?", yes)
 
     from saasllm_cli.jobs.probe import probe
 
-    with waiting(f"Waiting for {_some(models)} …"):
+    with waiting(f"Waiting for {some(models)} …"):
         results = probe(models, timeout)
     show(results, output)
     failed = [result["model_name"] for result in results if not result["answered"]]
     if len(failed) == len(models):
         raise NoAnswer("no_answer", f"No model of {group_name} answered.")
     if failed:
-        raise CheckFailed("some_failed", f"{len(failed)} of {len(models)} models did not answer: {_some(failed)}.")
+        raise CheckFailed("some_failed", f"{len(failed)} of {len(models)} models did not answer: {some(failed)}.")
 
 
 def _updated(db: database.Database, group_name: str, changes: Mapping[str, object]) -> database.Row:
@@ -235,8 +236,4 @@ def _warn_of_unknown(models: list[str]) -> None:
     from saasllm_cli.jobs.known_models import unknown
 
     if names := unknown(models):
-        note(f"Warning: litellm does not list {_some(names)}; check the name, or try: saasllm group test")
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+        note(f"Warning: litellm does not list {some(names)}; check the name, or try: saasllm group test")

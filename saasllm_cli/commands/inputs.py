@@ -7,7 +7,6 @@ import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
-from decimal import Decimal
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import typer
@@ -15,14 +14,18 @@ import typer
 from saasllm_cli import database
 from saasllm_cli.errors import Conflict, Interrupted, InvalidInput
 from saasllm_cli.output import note
+from saasllm_cli.rules import (
+    IDENTIFIER,
+    LONGEST_NAME,
+    METADATA_BYTES,
+    METADATA_DEPTH,
+    MODEL_NAME,
+    MOST_CREDITS,
+    depth,
+    exact,
+)
 from saasllm_cli.settings import Format
 
-IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
-MODEL_NAME = re.compile(r"[^\s\x00-\x1f\x7f]{1,255}")
-METADATA_BYTES = 65536
-METADATA_DEPTH = 32
-LARGEST_EXPONENT = 1000
-MOST_CREDITS = 10**15
 EVERY_ROW = 10**18
 RESERVED_KEYS = "opening:"
 AGES = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -62,7 +65,7 @@ def model_name(value: str) -> str:
 
 def label(value: str) -> str:
     """A name for people: one line, not empty."""
-    if not value.strip() or len(value) > 255 or any(unicodedata.category(char) == "Cc" for char in value):
+    if not value.strip() or len(value) > LONGEST_NAME or any(unicodedata.category(char) == "Cc" for char in value):
         raise typer.BadParameter("It must be one line of 1 to 255 characters, without control characters.")
     return value
 
@@ -158,27 +161,20 @@ def metadata_item(value: str) -> dict[str, Any]:
         try:
             # Numbers stay exact: a float would round what it cannot hold.
             parsed = json.loads(
-                value, parse_float=_exact, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates
+                value, parse_float=exact, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates
             )
         except RecursionError:
             raise typer.BadParameter(f"It is nested more than {METADATA_DEPTH} deep.") from None
         except ValueError as error:
             raise typer.BadParameter(f"It is not a valid JSON object: {error}.") from None
         assert isinstance(parsed, dict)
-        if _depth(parsed) > METADATA_DEPTH:
+        if depth(parsed) > METADATA_DEPTH:
             raise typer.BadParameter(f"It is nested more than {METADATA_DEPTH} deep.")
         return parsed
     key, equals, text = value.partition("=")
     if not key or not equals:
         raise typer.BadParameter(f"{value!r} is not KEY=VALUE, nor a JSON object.")
     return {key: text}
-
-
-def _exact(text: str) -> Decimal:
-    number = Decimal(text)
-    if abs(number.adjusted()) > LARGEST_EXPONENT:
-        raise ValueError(f"{text} is out of range")
-    return number
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -189,11 +185,6 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a key stands in it twice")
     return found
-
-
-def _depth(value: Any) -> int:
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return 0 if items is None else 1 + max(map(_depth, items), default=0)
 
 
 def merged(items: list[dict[str, Any]] | None) -> dict[str, Any]:
@@ -236,6 +227,11 @@ def same_or_conflict(
             f"The {kind} {name} exists already, with a different {' and a different '.join(different)}.",
             "Look at it with `get`; give the same fields, or another id.",
         )
+
+
+def some(names: list[str], most: int = 5) -> str:
+    """The first of them, for a message, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def require_some(given: dict[str, Any]) -> None:

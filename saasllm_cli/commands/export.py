@@ -1,0 +1,52 @@
+"""Write what is there as a file that `apply` takes."""
+
+from typing import Annotated, Literal
+
+import typer
+
+from saasllm_cli import database
+from saasllm_cli.commands.inputs import A_TEAM, AN_ORGANIZATION, noun
+from saasllm_cli.errors import InvalidInput
+from saasllm_cli.manifests.export import QUERIES, as_yaml
+from saasllm_cli.manifests.export import export as export_
+from saasllm_cli.output import print_line, show
+from saasllm_cli.settings import Format, settings
+
+app = noun()
+
+
+@app.command(epilog="Example: saasllm export --org org_acme_corp > tenants.yaml")
+def export(
+    org: Annotated[
+        str | None, typer.Option(**AN_ORGANIZATION, help="Only this one, with its teams and their groups.")
+    ] = None,
+    team: Annotated[str | None, typer.Option(**A_TEAM, help="Only this one, with its organization and groups.")] = None,
+    output: Annotated[
+        Literal["yaml", "json", "jsonl"] | None,
+        typer.Option("--output", "-o", show_default="yaml", help="The form; jsonl is a stream of any length."),
+    ] = None,
+) -> None:
+    """Write organizations, model groups and teams as a file that `apply` takes.
+
+    With the teams' groups, schedules, metadata and opening credits; not what they have bought and used since.
+    """
+    if org and team:
+        raise InvalidInput("usage", "--org and --team exclude one another.", "Give one of them.")
+    form = output or settings().output
+    with database.connect() as db:
+
+        def write() -> None:
+            records = export_(db, org, team)
+            match form:
+                case "jsonl":
+                    show(({section: [record]} for section, record in records), Format.JSONL)
+                case "json":
+                    manifest: dict[str, list[database.Row]] = {section: [] for section in QUERIES}
+                    for section, record in records:
+                        manifest[section].append(record)
+                    show(manifest, Format.JSON)
+                case _:
+                    for text in as_yaml(records):
+                        print_line(text)
+
+        db.snapshot(write)

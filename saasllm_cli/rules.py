@@ -1,0 +1,32 @@
+"""The database's rules for ids, names and metadata, told here for better messages."""
+
+import re
+from decimal import Decimal
+from typing import Any
+
+IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
+MODEL_NAME = re.compile(r"[^\s\x00-\x1f\x7f]{1,255}")
+LONGEST_NAME = 255
+MOST_CREDITS = 10**15
+METADATA_BYTES = 65536
+METADATA_DEPTH = 32
+LARGEST_EXPONENT = 1000
+
+
+def exact(text: str) -> Decimal:
+    """A number as it is written: a float would round what it cannot hold. ValueError where it is out of range."""
+    number = Decimal(text)
+    if abs(number.adjusted()) > LARGEST_EXPONENT:
+        raise ValueError(f"{text} is out of range")
+    return number
+
+
+def depth(value: Any) -> int:
+    """How deep lists and objects are nested in it."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if items is None else 1 + max(map(depth, items), default=0)
+
+
+def is_storable(text: str) -> bool:
+    """Whether PostgreSQL can hold it: no NUL, and no half of a surrogate pair."""
+    return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)

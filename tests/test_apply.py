@@ -1,0 +1,621 @@
+"""Tenants from files: all or nothing, the same when run again, and errors by which a file can be mended."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import psycopg
+import pytest
+import yaml
+from conftest import Result, start_process
+
+from saasllm_cli.manifests.definitions import schema
+
+Run = Callable[..., Result]
+Sql = psycopg.Connection[dict[str, Any]]
+
+ACME = """\
+organizations:
+- organization_id: org_acme
+  name: ACME Corporation
+  metadata: {plan: enterprise, seats: 1.50}
+- organization_id: org_globex
+  name: Globex
+  status: suspended
+- organization_id: org_initech
+
+model_groups:
+- {group_name: ResumeAgent, display_name: Resume Analysis, models: [openai/gpt-4o, openai/gpt-4o-mini]}
+- {group_name: ParsingAgent, models: [{model_name: openai/gpt-4o, is_active: false}, anthropic/claude-sonnet-4-5]}
+- {group_name: RAGAgent, description: Finds things, models: [mistral/mistral-large]}
+- {group_name: Chat, models: [offline/echo]}
+- {group_name: Vision, models: [openai/gpt-4o], status: inactive}
+- {group_name: Code, models: [anthropic/claude-sonnet-4-5]}
+- {group_name: Local, models: [ollama/llama3]}
+- {group_name: Nothing, models: []}
+
+teams:
+- team_id: acme_hr
+  organization_id: org_acme
+  team_alias: Human Resources
+  model_groups: [ResumeAgent, ParsingAgent]
+  credits: 500
+  schedule: {credits_amount: 500, every: monthly, mode: reset}
+- team_id: acme_it
+  organization_id: org_acme
+  model_groups: [Code]
+  schedule: {credits_amount: 10, every: daily, mode: add, credits_max: 100, next_on: 2030-01-01}
+- team_id: acme_old
+  organization_id: org_acme
+  status: suspended
+- {team_id: globex_all, organization_id: org_globex, model_groups: [RAGAgent, Chat], credits: 1}
+- {team_id: initech_tps, organization_id: org_initech, metadata: {reports: [tps, [nested]], cover: null}}
+- team_id: initech_{n}
+  organization_id: org_initech
+  team_alias: Team {n}
+  count: 15
+  model_groups: [Chat]
+  credits: 10
+  metadata: {number: "{n}"}
+"""
+
+
+def applied(run: Run, text: str, *options: str, status: int = 0) -> Any:
+    """Applies the text, and gives the totals and the changes."""
+    result = run("apply", "-f", "-", "-o", "json", *options, stdin=text)
+    assert result.status == status, result.err
+    return result.data
+
+
+def totals(report: Any) -> dict[str, dict[str, int]]:
+    """What is not 0, by the noun."""
+    return {
+        row["noun"]: {name: value for name, value in row.items() if name != "noun" and value}
+        for row in report["totals"]
+    }
+
+
+def changes(report: Any) -> list[tuple[Any, ...]]:
+    return [tuple(change.values()) for change in report["changes"]]
+
+
+def test_a_file_is_applied_changed_pruned_and_exported(saasllm: Run) -> None:
+    would = applied(saasllm, ACME, "--diff", status=9)
+    assert totals(would) == {"organization": {"created": 3}, "group": {"created": 8}, "team": {"created": 20}}
+    assert saasllm("team", "list", "-o", "json").data == []  # it was only shown
+    assert applied(saasllm, ACME) == would
+    again = applied(saasllm, ACME)
+    assert totals(again) == {"organization": {"unchanged": 3}, "group": {"unchanged": 8}, "team": {"unchanged": 20}}
+    assert again["changes"] == []
+
+    team = saasllm("team", "get", "acme_hr", "-o", "json").data
+    assert (team["team_alias"], team["model_groups"]) == ("Human Resources", ["ParsingAgent", "ResumeAgent"])
+    assert (team["credits_remaining"], team["schedule"]["mode"]) == (500, "reset")
+    team = saasllm("team", "get", "initech_7", "-o", "json").data
+    assert (team["team_alias"], team["metadata"], team["credits_remaining"]) == ("Team 7", {"number": "7"}, 10)
+    organization = saasllm("org", "get", "org_acme", "-o", "json")
+    assert '"seats": 1.50' in organization.out
+    models = saasllm("group", "get", "ParsingAgent", "-o", "json").data["models"]
+    assert [(model["model_name"], model["priority"], model["is_active"]) for model in models] == [
+        ("openai/gpt-4o", 0, False),
+        ("anthropic/claude-sonnet-4-5", 1, True),
+    ]
+    assert saasllm("credits", "verify").status == 0
+
+    changed = (
+        ACME.replace("Human Resources", "People")
+        .replace("[ResumeAgent, ParsingAgent]", "[Chat, ResumeAgent]")
+        .replace("mode: reset", "mode: top-up")
+        .replace("credits: 500\n", "credits: 600\n")
+        .replace("every: daily, mode: add, credits_max: 100, next_on: 2030-01-01", "every: weekly, mode: add")
+        .replace("openai/gpt-4o, openai/gpt-4o-mini", "openai/gpt-4o-mini, openai/gpt-4o")
+        .replace("description: Finds things", "description: null")
+        .replace("name: Globex\n  status: suspended", "name: Globex\n  metadata: {a: 1}\n  status: active")
+        .replace("count: 15", "count: 14")
+        .replace(
+            "- {team_id: initech_tps, organization_id: org_initech, metadata: {reports: [tps, [nested]], cover: null}}",
+            "",
+        )
+    )
+    schedule = {"credits_amount": 500, "every": "monthly", "credits_max": None}
+    next_on = saasllm("team", "get", "acme_hr", "-o", "json").data["schedule"]["next_on"]
+    expected = [
+        (
+            "organization",
+            "org_globex",
+            "update",
+            {"status": "suspended", "metadata": {}},
+            {"status": "active", "metadata": {"a": 1}},
+        ),
+        ("group", "RAGAgent", "update", {"description": "Finds things"}, {"description": None}),
+        (
+            *("group", "ResumeAgent", "update"),
+            {"models": [{"model_name": f"openai/gpt-4o{name}", "is_active": True} for name in ("", "-mini")]},
+            {"models": [{"model_name": f"openai/gpt-4o{name}", "is_active": True} for name in ("-mini", "")]},
+        ),
+        (
+            *("team", "acme_hr", "update"),
+            {
+                "team_alias": "Human Resources",
+                "model_groups": ["ParsingAgent", "ResumeAgent"],
+                "schedule": {**schedule, "mode": "reset", "next_on": next_on},
+            },
+            {
+                "team_alias": "People",
+                "model_groups": ["Chat", "ResumeAgent"],
+                "schedule": {**schedule, "mode": "top-up", "next_on": next_on},
+            },
+        ),
+        ("team", "acme_hr", "differ", {"credits": 500}, {"credits": 600}),
+        (
+            *("team", "acme_it", "update"),
+            {
+                "schedule": {
+                    "credits_amount": 10,
+                    "every": "daily",
+                    "mode": "add",
+                    "credits_max": 100,
+                    "next_on": "2030-01-01",
+                }
+            },
+            {"schedule": {"credits_amount": 10, "every": "weekly", "mode": "add", "credits_max": None}},
+        ),
+        (
+            "team",
+            "initech_15",
+            "suspend",
+            {"organization_id": "org_initech", "status": "active"},
+            {"status": "suspended"},
+        ),
+        ("team", "initech_tps", "delete", {"organization_id": "org_initech", "status": "active"}, None),
+    ]
+    assert changes(applied(saasllm, changed, "--diff", "--prune", status=9)) == expected
+    assert changes(applied(saasllm, changed, "--prune", "--yes")) == expected
+    assert saasllm("credits", "balance", "acme_hr", "-o", "json").data["credits_remaining"] == 500
+    assert changes(applied(saasllm, changed, "--diff", "--prune", status=9)) == [expected[4]]  # what is only shown
+    assert saasllm("credits", "verify").status == 0
+
+    exported = saasllm("export")
+    assert totals(applied(saasllm, exported.out, "--diff")) == {
+        "organization": {"unchanged": 3},
+        "group": {"unchanged": 8},
+        "team": {"unchanged": 19},
+    }
+
+
+def test_what_a_file_does_not_name_is_left_as_it_is(tenant: Run) -> None:
+    tenant("team", "update", "hr", "--alias", "People", "--metadata", "a=1")
+    tenant("credits", "schedule", "hr", "--amount", "5", "--every", "weekly", "--mode", "add")
+    before = tenant("team", "get", "hr", "-o", "json").data
+    text = "teams: [{team_id: hr, organization_id: acme}]\nmodel_groups:\n"
+    assert totals(applied(tenant, text, "--prune"))["team"] == {"unchanged": 1}
+    assert tenant("team", "get", "hr", "-o", "json").data == before
+    applied(tenant, "teams: [{team_id: hr, organization_id: acme, schedule: null, metadata: {b: 2}}]")
+    after = tenant("team", "get", "hr", "-o", "json").data
+    assert (after["schedule"], after["metadata"], after["team_alias"]) == (None, {"b": 2}, "People")
+
+
+def test_opening_credits_are_granted_once_and_are_those_of_team_create(tenant: Run) -> None:
+    text = "teams: [{team_id: hr, organization_id: acme, credits: 10}]"
+    assert totals(applied(tenant, text))["team"] == {"unchanged": 1}
+    tenant("credits", "add", "hr", "90")
+    assert totals(applied(tenant, text))["team"] == {"unchanged": 1}
+    report = applied(tenant, text.replace("10", "11"))
+    assert totals(report)["team"] == {"differing": 1}
+    assert tenant("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 100
+    # One that was opened without credits does not get them later, either.
+    tenant("team", "create", "it", "--org", "acme")
+    assert totals(applied(tenant, text.replace("hr", "it")))["team"] == {"differing": 1}
+    assert tenant("credits", "balance", "it", "-o", "json").data["credits_remaining"] == 0
+
+
+def test_the_schedule_of_a_file_goes_on_by_itself(tenant: Run) -> None:
+    text = (
+        "teams: [{team_id: hr, organization_id: acme, "
+        "schedule: {credits_amount: 5, every: weekly, mode: add, next_on: 2026-01-07}}]"
+    )
+    applied(tenant, text)
+    assert tenant("team", "get", "hr", "-o", "json").data["schedule"]["next_on"] == "2026-01-05"  # the week's Monday
+    tenant("credits", "allocate", "--as-of", "2026-01-20", "--catch-up", "10")
+    assert totals(applied(tenant, text, "--diff"))["team"] == {"unchanged": 1}
+    assert tenant("team", "get", "hr", "-o", "json").data["schedule"]["next_on"] == "2026-01-26"
+
+
+def test_files_folders_and_forms(tenant: Run, home: Path) -> None:
+    folder = home / "tenants"
+    folder.mkdir()
+    (folder / "b.yaml").write_text(
+        "teams:\n- {team_id: a, organization_id: acme, model_groups: [New]}\n---\n---\nteams: []\n"
+    )
+    (folder / "a.json").write_bytes(
+        b'\xef\xbb\xbf{\n\t"$schema": "x",\n\t"model_groups": [{"group_name": "New", "models": ["offline/echo"]}]\n}'
+    )
+    (folder / "c.jsonl").write_text('{"teams": [{"team_id": "b", "organization_id": "acme"}]}\n\n{}\n')
+    (folder / "notes.txt").write_text("not a manifest")
+    other = home / "other"
+    other.write_text("\n# YAML\nteams: [{team_id: c, organization_id: acme, metadata: {when: 2026-12-01, no: no}}]\n")
+    result = tenant("apply", "-f", folder, "-f", other, "-o", "jsonl")
+    assert result.status == 0, result.err
+    found = [json.loads(line) for line in result.out.splitlines()]
+    assert [(change["noun"], change["id"]) for change in found] == [
+        *(("group", "New"), ("team", "a"), ("team", "b"), ("team", "c")),
+    ]
+    assert tenant("team", "get", "c", "-o", "json").data["metadata"] == {"when": "2026-12-01", "no": "no"}
+    assert tenant("apply", "-f", folder, "-f", other).err == "Nothing had to be changed.\n"
+    assert tenant(
+        "apply", "-f", "-", "-o", "csv", stdin='{"teams": [\n{"team_id": "d",\t"organization_id": "acme"}]}'
+    ).out == ('noun,id,action,before,after\nteam,d,create,,"{""team_id"": ""d"", ""organization_id"": ""acme""}"\n')
+    for name, told in (("none.yaml", "No such file"), (home / "empty", "has no file")):
+        (home / "empty").mkdir(exist_ok=True)
+        refused = tenant("apply", "-f", name)
+        assert (refused.status, told in refused.err) == (2, True)
+    assert tenant("apply").status == 2
+
+
+NO_ID = "is not an id: letters, digits, '.', '_' and '-', the first a letter or digit, at most 128"
+NOWHERE = "neither in the files nor in the database: did you mean"
+ORG = "organizations: [{organization_id: o}]\n"
+# What is in the file, and what is told of it, without the name of the file.
+BROKEN = {
+    "no YAML": ("teams: [a", ["2:1: it is not YAML: did not find expected ',' or ']'"]),
+    "a tab": ("teams:\n\t- a", ["2:1: it is not YAML: found character that cannot start any token"]),
+    "no mapping": ("- a\n- b\n", ["1:1: it is to be a mapping of organizations, model_groups, teams"]),
+    "a text": ("tenants", ["1:1: it is to be a mapping of organizations, model_groups, teams"]),
+    "an unknown section": (
+        "tems: []\ngroups: []\n",
+        [
+            "1:1: tems: there is no such field: did you mean teams?",
+            "2:1: groups: there is no such field: did you mean model_groups?",
+        ],
+    ),
+    "no list": ("teams:\n  team_id: a\n", ["1:1: teams: it is to be a list"]),
+    "no record": ("organizations:\n- o\n", ["2:3: organizations[0]: it is to be a mapping"]),
+    "an unknown field": (
+        ORG + "teams:\n- team_id: a\n  organization_id: o\n  alias: x\n",
+        ["5:3: teams[0].alias: there is no such field: did you mean team_alias?"],
+    ),
+    "a field of nothing": (
+        "organizations:\n- organization_id: o\n  zzz: 1\n",
+        ["3:3: organizations[0].zzz: there is no such field: it may be organization_id, name, status, metadata, count"],
+    ),
+    "a missing id": ("model_groups:\n- models: [a]\n", ["2:3: model_groups[0].group_name: it is missing"]),
+    "a missing organization": ("teams:\n- {team_id: a}\n", ["2:3: teams[0].organization_id: it is missing"]),
+    "a number for text": (
+        "organizations:\n- organization_id: 12\n  name: true\n",
+        [
+            "2:3: organizations[0].organization_id: it is to be text: put it in quotes",
+            "3:3: organizations[0].name: it is to be text: put it in quotes",
+        ],
+    ),
+    "nothing for text": (
+        "organizations:\n- organization_id:\n",
+        ["2:3: organizations[0].organization_id: it is to be text"],
+    ),
+    "no id": (
+        "organizations:\n- organization_id: or g\n",
+        [
+            f"2:3: organizations[0].organization_id: 'or g' {NO_ID}",
+        ],
+    ),
+    "an empty name": (
+        "organizations:\n- {organization_id: o, name: ''}\n",
+        ["2:24: organizations[0].name: it is to have 1 to 255 characters"],
+    ),
+    "a status": (
+        "organizations:\n- {organization_id: o, status: inactive}\n",
+        ["2:24: organizations[0].status: it is to be 'active' or 'suspended'"],
+    ),
+    "a model": (
+        "model_groups:\n- group_name: G\n  models: [a, b c, {model: d}, 5]\n",
+        [
+            "3:15: model_groups[0].models[1].model_name: 'b c' is not a model name: write it as litellm does, "
+            "PROVIDER/MODEL or MODEL",
+            "3:20: model_groups[0].models[2].model_name: it is missing",
+            "3:21: model_groups[0].models[2].model: there is no such field: did you mean model_name?",
+            "3:32: model_groups[0].models[3]: it is to be a mapping",
+        ],
+    ),
+    "a model twice": (
+        "model_groups:\n- group_name: G\n  models: [a, b, a]\n",
+        ["3:3: model_groups[0].models: a is given twice: name it once"],
+    ),
+    "a flag": (
+        "model_groups:\n- group_name: G\n  models: [{model_name: a, is_active: no}]\n",
+        ["3:28: model_groups[0].models[0].is_active: it is to be true or false"],
+    ),
+    "credits": (
+        ORG
+        + "teams:\n- {team_id: a, organization_id: o, credits: -1}\n- {team_id: b, organization_id: o, credits: 1.5}\n"
+        "- {team_id: c, organization_id: o, credits: 1e30}\n"
+        "- {team_id: d, organization_id: o, credits: 2000000000000000}\n",
+        [
+            "3:36: teams[0].credits: it is to be at least 0",
+            "4:36: teams[1].credits: it is to be a whole number",
+            "5:36: teams[2].credits: it is to be a whole number",
+            "6:36: teams[3].credits: it is to be at most 1000000000000000",
+        ],
+    ),
+    "a schedule": (
+        ORG
+        + "teams:\n- team_id: a\n  organization_id: o\n  schedule: {credits_amount: 0, every: month, next_on: 2026}\n",
+        [
+            "5:3: teams[0].schedule.mode: it is missing",
+            "5:14: teams[0].schedule.credits_amount: it is to be at least 1",
+            "5:33: teams[0].schedule.every: it is to be 'daily', 'weekly' or 'monthly'",
+            "5:47: teams[0].schedule.next_on: it is to be text: put it in quotes",
+        ],
+    ),
+    "a day": (
+        ORG + "teams:\n- team_id: a\n  organization_id: o\n"
+        "  schedule: {credits_amount: 1, every: daily, mode: add, next_on: 2026-02-30}\n",
+        ["5:58: teams[0].schedule.next_on: it is to be a day such as 2026-12-01"],
+    ),
+    "a most": (
+        ORG + "teams:\n- team_id: a\n  organization_id: o\n"
+        "  schedule: {credits_amount: 9, every: daily, mode: add, credits_max: 5}\n",
+        ["5:3: teams[0].schedule: credits_max goes with the mode add, and is not less than credits_amount"],
+    ),
+    "metadata": (
+        "organizations:\n- {organization_id: o, metadata: {1: a}}\n- {organization_id: p, metadata: [a]}\n"
+        '- {organization_id: q, metadata: {a: "\\0"}}\n',
+        [
+            "2:24: organizations[0].metadata[1]: the key 1 is to be text: put it in quotes",
+            "3:24: organizations[1].metadata: it is to be a mapping",
+            "4:24: organizations[2].metadata: it holds a character that cannot be stored: NUL, or half of a surrogate "
+            "pair",
+        ],
+    ),
+    "metadata that grows": (
+        "organizations:\n- organization_id: o\n  metadata:\n    a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+        + "".join(
+            f"    {new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcd", "bcde", strict=True)
+        ),
+        ["3:3: organizations[0].metadata: it is larger than 64 KiB: keep large data elsewhere and name it here"],
+    ),
+    "what aliases stand for": (
+        "teams:\n- &a [x, x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"- &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdef", "bcdefg", strict=True)),
+        ["7:7: it is not YAML: *e stands for more than 65536 values"],
+    ),
+    "an alias of nothing": ("teams: [*a]", ["1:9: it is not YAML: there is no &a before it"]),
+    "a tag": (
+        "teams: !list []\nmodel_groups: []\n",
+        ["1:8: it is not YAML: the tag !list is not known"],
+    ),
+    "a number that is none": (
+        "organizations:\n- {organization_id: o, metadata: {a: !!int b, c: 1e99999}}\n",
+        ["2:38: it is not YAML: b is no number, or out of range"],
+    ),
+    "deep metadata": (
+        "organizations:\n- {organization_id: o, metadata: {a: " + "[" * 40 + "]" * 40 + "}}\n",
+        ["2:24: organizations[0].metadata: it is nested more than 32 deep"],
+    ),
+    "far too deep": ("teams: " + "[" * 100_000, ["1:107: it is not YAML: it is nested more than 100 deep"]),
+    "a key twice": (
+        "organizations:\n- organization_id: o\n  name: a\n  name: b\nteams: []\nteams: []\n",
+        [
+            "4:3: the key name stands here for the second time",
+            "6:1: the key teams stands here for the second time",
+        ],
+    ),
+    "a count": (
+        "organizations:\n- {organization_id: 'o{n}', count: 0}\n- {organization_id: 'o{n}', count: x}\n",
+        [
+            f"2:4: organizations[0].organization_id: 'o{{n}}' {NO_ID}",
+            "2:29: organizations[0].count: it is to be at least 1",
+            f"3:4: organizations[1].organization_id: 'o{{n}}' {NO_ID}",
+            "3:29: organizations[1].count: it is to be a whole number",
+        ],
+    ),
+    "a template without its number": (
+        "organizations:\n- {organization_id: o, count: 3}\n",
+        ["2:3: organizations[0]: o is there for the second time: name it once"] * 2,
+    ),
+    "an id twice": (
+        ORG + "teams:\n- {team_id: a, organization_id: o}\n- {team_id: b, organization_id: o}\n"
+        "- {team_id: a, organization_id: o}\n",
+        ["5:3: teams[2]: a is there for the second time: name it once"],
+    ),
+    "unknown references": (
+        "model_groups: [{group_name: ResumeAgent, models: [a]}]\nteams:\n- team_id: a\n  organization_id: acm\n"
+        "  model_groups: [ResumeAgent, ResumeAgnt]\n- {team_id: hr, organization_id: acme, model_groups: [Ecko]}\n",
+        [
+            f"4:3: teams[0].organization_id: there is no organization acm, {NOWHERE} acme?",
+            f"5:31: teams[0].model_groups[1]: there is no group ResumeAgnt, {NOWHERE} ResumeAgent?",
+            f"6:55: teams[1].model_groups[0]: there is no group Ecko, {NOWHERE} Echo?",
+        ],
+    ),
+    "a team of another": (
+        "organizations: [{organization_id: other}]\nteams:\n- {team_id: hr, organization_id: other}\n",
+        ["3:17: teams[0].organization_id: the team is of the organization acme, and stays with it"],
+    ),
+    "a group twice": (
+        "teams:\n- {team_id: hr, organization_id: acme, model_groups: [Echo, Down, Echo]}\n",
+        ["2:40: teams[0].model_groups: Echo is given twice: name it once"],
+    ),
+    "JSON": (
+        '{"teams": [\n  {"team_id": "a",}\n]}',
+        ["2:19: it is not JSON: Expecting property name enclosed in double quotes"],
+    ),
+    "a key twice in JSON": (
+        '{"organizations": [\n\t{"organization_id": "a", "organization_id": "b"}\n]}',
+        ["2:27: the key organization_id stands here for the second time"],
+    ),
+    "JSON lines": (
+        '{"organizations": [{"organization_id": "o"}]}\n{"teams": [{"team_id": "a"}]}\n{"teams"\n\n'
+        '{"teams": [{"team_id": "b", "organization_id": "o", "credits": NaN}]}\n'
+        '{"teams": [{"team_id": "c", "x": 1}]}\n',
+        [
+            "2:12: teams[0].organization_id: it is missing",
+            "3:9: it is not JSON: Expecting ':' delimiter",
+            "5: it is not JSON: there is no number NaN",
+            "6:12: teams[0].organization_id: it is missing",
+            "6:29: teams[0].x: there is no such field: it may be team_id, organization_id, team_alias, status, "
+            "model_groups, credits, schedule, metadata, count",
+        ],
+    ),
+    "no UTF-8": (b"teams: []\n# caf\xe9\n", ["2: it is not text in UTF-8"]),
+}
+
+
+@pytest.mark.parametrize(("text", "told"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_file_tells_all_that_is_wrong_with_it(
+    tenant: Run, sql: Sql, home: Path, text: str | bytes, told: list[str]
+) -> None:
+    before = sql.execute("SELECT count(*) AS n FROM audit_log").fetchone()
+    kind = "json" if str(text).lstrip("b'").startswith("{") else "yaml"
+    path = home / f"a.{'jsonl' if 'NaN' in str(text) else kind}"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    for name, options in ((path, {}), ("-", {"stdin": text})):
+        shown = "stdin" if name == "-" else name
+        result = tenant("apply", "-f", name, **options)
+        assert result.status == 2
+        first, *lines, last = result.err.splitlines()
+        assert lines == [f"{shown}:{line}" for line in told]
+        assert first.startswith("Error: The files have ")
+        assert "--schema" in last
+        errors = tenant("apply", "-f", name, "-o", "json", **options).error["errors"]
+        assert [list(error) for error in errors] == [["file", "line", "column", "path", "message"]] * len(told)
+    assert sql.execute("SELECT count(*) AS n FROM audit_log").fetchone() == before
+
+
+def test_errors_of_many_files_are_told_together_and_of_many_the_first(tenant: Run, home: Path) -> None:
+    (home / "a.yaml").write_text("organizations: [{organization_id: a}]\nteams: [{team_id: x, organization_id: a}]\n")
+    (home / "b.jsonl").write_text(
+        '{}\n{"organizations": [{"organization_id": "a"}]}\n{"teams": [{"team_id": "x", "organization_id": "b"}]}\n'
+    )
+    errors = tenant("apply", "-f", "a.yaml", "-f", "b.jsonl", "-o", "json").error["errors"]
+    assert [(error["file"], error["line"], error["column"], error["path"]) for error in errors] == [
+        ("b.jsonl", 2, 20, "organizations[0]"),
+        ("b.jsonl", 3, 12, "teams[0]"),
+        ("b.jsonl", 3, 29, "teams[0].organization_id"),
+    ]
+    result = tenant("apply", "-f", "-", stdin="".join(f'{{"teams": [{{"team_id": {n}}}]}}\n' for n in range(500)))
+    assert (result.status, len(result.err.splitlines())) == (2, 102)
+    assert "more than 100 errors" in result.err
+
+
+def test_prune_asks_and_keeps_what_has_history(tenant: Run) -> None:
+    for team in ("empty", "new"):
+        tenant("team", "create", team, "--org", "acme")
+    tenant("org", "create", "other")
+    tenant("team", "create", "elsewhere", "--org", "other")
+    text = "organizations: [{organization_id: acme}]\nteams: [{team_id: new, organization_id: acme}]\n"
+    refused = tenant("apply", "-f", "-", "--prune", stdin=text)
+    assert (refused.status, "--yes" in refused.err) == (2, True)
+    assert "delete empty and suspend hr" in refused.err.lower()
+    report = applied(tenant, text, "--prune", "--yes")
+    assert totals(report)["team"] == {"unchanged": 1, "suspended": 1, "deleted": 1}
+    teams = {row["team_id"]: row["status"] for row in tenant("team", "list", "-o", "json").data}
+    assert teams == {"elsewhere": "active", "hr": "suspended", "new": "active"}
+    assert totals(applied(tenant, text, "--prune"))["team"] == {"unchanged": 1}  # nothing to ask
+    assert tenant("credits", "verify").status == 0
+
+
+def test_the_audit_log_has_one_record_of_each_change(saasllm: Run) -> None:
+    applied(saasllm, ACME.partition("teams:")[0])
+    applied(saasllm, "model_groups: [{group_name: Chat, display_name: x, models: [offline/echo, offline/fail]}]")
+    records = saasllm("audit", "list", "--group", "Chat", "-o", "json").data
+    assert [record["action"] for record in records] == ["update", "create"]
+    assert records[0]["command"] == "saasllm apply -f - -o json"
+
+
+def test_the_schema_is_that_of_the_files(saasllm: Run) -> None:
+    printed = saasllm("apply", "--schema").data
+    assert printed == schema()
+    validator = jsonschema.Draft202012Validator(printed)
+    validator.check_schema(printed)
+    validator.validate(yaml.safe_load(ACME.replace("2030-01-01", "'2030-01-01'")))
+    for wrong in ({"tems": []}, {"teams": [{"team_id": "a"}]}, {"organizations": [{"organization_id": "a b"}]}):
+        assert not validator.is_valid(wrong)
+
+
+def test_two_applies_at_once(tenant: Run, home: Path) -> None:
+    """Of overlapping files: each team is created once, and what both say is what is there."""
+    paths = []
+    for number in range(2):
+        paths.append(home / f"{number}.yaml")
+        paths[-1].write_text(
+            "model_groups: [{group_name: G, models: [a]}]\n"
+            + f"teams:\n- {{team_id: 't{{n}}', organization_id: acme, team_alias: 'Team {number}', count: 2000, "
+            "model_groups: [G, Echo], credits: 7}\n"
+        )
+    processes = [start_process("apply", "-f", str(path), "-o", "json") for path in paths]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sorted(totals(json.loads(out))["team"].popitem() for out, _ in outputs) == [
+        ("changed", 2000),
+        ("created", 2000),
+    ]
+    rows = tenant("team", "list", "--limit", "all", "-o", "json").data
+    assert len({row["team_alias"] for row in rows if row["team_id"] != "hr"}) == 1
+    assert {row["credits_remaining"] for row in rows if row["team_id"] != "hr"} == {7}
+    assert tenant("credits", "verify").status == 0
+
+
+def test_beside_other_commands(tenant: Run, home: Path) -> None:
+    """What another creates, changes or removes at the same moment is no error, and no deadlock."""
+    text = "teams:\n- {team_id: 't{n}', organization_id: acme, count: 30, team_alias: mine, model_groups: [Echo]}\n"
+
+    def disturb(number: int) -> None:
+        start_process("team", "create", f"t{number}", "--org", "acme", "--group", "Down").communicate()
+        start_process("team", "assign", f"t{number}", "Down").communicate()
+
+    with ThreadPoolExecutor(4) as threads:
+        disturbances = [threads.submit(disturb, number) for number in range(1, 9)]
+        while not all(disturbance.done() for disturbance in disturbances):
+            applied(tenant, text)
+    applied(tenant, text)
+    rows = tenant("team", "list", "-o", "json").data
+    assert {(row["team_alias"], *row["model_groups"]) for row in rows if row["team_id"] != "hr"} == {("mine", "Echo")}
+
+
+@pytest.mark.parametrize("moment", [0.3, 0.6, 0.9])
+def test_one_that_is_killed_has_done_nothing(
+    tenant: Run, sql: Sql, home: Path, moment: float, is_thorough: bool
+) -> None:
+    path = home / "a.yaml"
+    path.write_text(
+        "organizations: [{organization_id: 'o{n}', count: 50}]\n"
+        "teams: [{team_id: 't{n}', organization_id: acme, model_groups: [Echo], credits: 5, count: 5000}]\n"
+    )
+    began = time.monotonic()
+    assert start_process("apply", "-f", str(path), "--diff").wait() == 9
+    comparing = time.monotonic() - began
+    process = start_process("apply", "-f", str(path))
+    time.sleep(comparing * (0.5 + moment))
+    process.kill()
+    process.communicate()
+    count = "SELECT (SELECT count(*) FROM teams) AS teams, (SELECT count(*) FROM organizations) AS organizations"
+    backends = "SELECT FROM pg_stat_activity WHERE application_name = 'saasllm' AND datname = current_database()"
+    while sql.execute(backends).fetchone():  # type: ignore[arg-type]
+        time.sleep(0.05)
+    found = sql.execute(count).fetchone()  # type: ignore[arg-type]
+    assert found in ({"teams": 1, "organizations": 1}, {"teams": 5001, "organizations": 51})
+    assert tenant("apply", "-f", path).status == 0
+    assert sql.execute(count).fetchone() == {"teams": 5001, "organizations": 51}  # type: ignore[arg-type]
+    assert tenant("credits", "verify").status == 0
+
+
+def test_json_lines_need_no_more_memory_the_more_there_are(tenant: Run, home: Path) -> None:
+    def peak(teams: int) -> int:
+        rest = {"organization_id": "acme", "metadata": {"a": "x" * 200}}
+        lines = (json.dumps({"teams": [{"team_id": f"t{teams}.{n}"} | rest]}) + "\n" for n in range(teams))
+        (home / "a.jsonl").write_text("".join(lines))
+        script = (
+            "import resource, sys; from saasllm_cli.cli import run; status = run(sys.argv[1:]);"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr); sys.exit(status)"
+        )
+        command = [sys.executable, "-c", script, "apply", "-f", "a.jsonl", "-o", "jsonl"]
+        done = subprocess.run(command, cwd=home, capture_output=True, check=True, text=True)
+        assert done.stdout.count("\n") == teams
+        return int(done.stderr.split()[-1])
+
+    peak(1)
+    assert peak(20_000) < peak(10) + 4000  # KiB; the file has 5.6 MB

@@ -1,0 +1,181 @@
+"""What is exported and applied to an empty database is there again, whatever it was."""
+
+import os
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
+
+import psycopg
+import yaml
+from conftest import Result
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from saasllm_cli.database import exact_json
+
+Run = Callable[..., Result]
+
+ids = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,5}", fullmatch=True)
+# What a reader of YAML may take for something else, and any other text that the database holds.
+WORDS = (
+    "no",
+    "null",
+    "~",
+    "1",
+    "1e3",
+    "0x1F",
+    "1_000",
+    "2026-12-01",
+    "<<",
+    "=",
+    " a ",
+    "a: b",
+    "- a",
+    "#",
+    "{n}",
+    "\u202e",
+)
+texts = st.sampled_from(WORDS)
+texts |= st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
+numbers = st.integers(-(10**20), 10**20) | st.decimals(-(10**9), 10**9)
+values = st.recursive(
+    st.none() | st.booleans() | numbers | texts | st.just(""),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=6,
+)
+metadata = st.dictionaries(texts, values, max_size=3)
+organizations = st.fixed_dictionaries(
+    {"name": texts, "status": st.sampled_from(["active", "suspended"]), "metadata": metadata}
+)
+model_names = st.from_regex(r"[!-~]{1,12}", fullmatch=True)
+groups = st.fixed_dictionaries(
+    {
+        "display_name": texts,
+        "description": st.none() | texts | st.just(""),
+        "status": st.sampled_from(["active", "inactive"]),
+        "models": st.lists(st.tuples(model_names, st.booleans()), max_size=3, unique_by=lambda model: model[0]),
+    }
+)
+schedules = st.tuples(
+    st.integers(1, 10**15),
+    st.sampled_from([("daily", "2026-02-03"), ("weekly", "2026-02-02"), ("monthly", "2026-02-01")]),
+    st.sampled_from(["add", "reset", "top-up"]),
+)
+teams = st.fixed_dictionaries(
+    {
+        "team_alias": texts,
+        "status": st.sampled_from(["active", "suspended"]),
+        "credits": st.just(0) | st.integers(1, 10**15),
+        "schedule": st.none() | schedules,
+        "metadata": metadata,
+    }
+)
+
+
+@st.composite
+def states(draw: Any) -> dict[str, dict[str, Any]]:
+    state = {
+        "organizations": draw(st.dictionaries(ids, organizations, max_size=3)),
+        "model_groups": draw(st.dictionaries(ids, groups, max_size=3)),
+        "teams": {},
+    }
+    if state["organizations"]:
+        state["teams"] = draw(st.dictionaries(ids, teams, max_size=4))
+        for team in state["teams"].values():
+            team["organization_id"] = draw(st.sampled_from(sorted(state["organizations"])))
+            if state["model_groups"]:
+                team["model_groups"] = draw(st.sets(st.sampled_from(sorted(state["model_groups"]))))
+    return state
+
+
+def build(sql: psycopg.Connection[Any], state: dict[str, dict[str, Any]]) -> None:
+    """Not by the commands, which have rules of their own, but by SQL."""
+
+    def insert(table: str, **row: Any) -> None:
+        values = ", ".join(["%s"] * len(row))
+        sql.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({values})", list(row.values()))  # type: ignore[arg-type]
+
+    for id_, item in state["organizations"].items():
+        insert("organizations", organization_id=id_, **item | {"metadata": exact_json(item["metadata"])})
+    for id_, item in state["model_groups"].items():
+        models = item.pop("models")
+        insert("model_groups", group_name=id_, **item)
+        for place, (name, is_active) in enumerate(models):
+            insert("model_group_models", group_name=id_, model_name=name, priority=2 * place, is_active=is_active)
+    for id_, item in state["teams"].items():
+        groups, credits_, schedule = item.pop("model_groups", ()), item.pop("credits"), item.pop("schedule")
+        insert("teams", team_id=id_, **item | {"metadata": exact_json(item["metadata"])})
+        for group_name in groups:
+            insert("team_model_groups", team_id=id_, group_name=group_name)
+        for number, key in enumerate((f"opening:{id_}", None) if credits_ else ()):
+            insert(
+                "credit_transactions",
+                team_id=id_,
+                organization_id=item["organization_id"],
+                entry_no=number + 1,
+                transaction_type="allocation",
+                credits_amount=credits_,
+                credits_before=number * credits_,
+                credits_after=(number + 1) * credits_,
+                idempotency_key=key,
+            )
+        if schedule:
+            amount, (every, next_on), mode = schedule
+            most = amount if mode == "add" else None
+            fields = {"credits_amount": amount, "every": every, "mode": mode, "credits_max": most, "next_on": next_on}
+            insert("credit_schedules", team_id=id_, **fields)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(state=states())
+def test_what_was_exported_is_there_again(
+    make_database: Callable[[str], str], template: str, run: Run, state: dict[str, dict[str, Any]]
+) -> None:
+    make_database(template)
+    with psycopg.connect(os.environ["SAASLLM_DATABASE_URL"]) as connection:
+        build(connection, state)
+    forms = ("yaml", "json", "jsonl")
+    exported = {form: run("export", "-o", form).out for form in forms}
+    for form in forms:
+        same = run("apply", "-f", "-", "--diff", "--prune", stdin=exported[form])
+        assert (same.status, same.err) == (0, "Nothing differs.\n")
+    for form in forms:
+        make_database(template)
+        applied = run("apply", "-f", "-", stdin=exported[form])
+        assert applied.status == 0, applied.err
+        assert {again: run("export", "-o", again).out for again in forms} == exported
+    assert run("credits", "verify").status == 0
+
+
+def test_a_part_of_it(tenant: Run) -> None:
+    tenant("org", "create", "other")
+    tenant("group", "create", "Other", "--model", "a/b")
+    tenant("team", "create", "it", "--org", "other", "--group", "Echo", "--metadata", "a=no")
+    tenant("team", "create", "ops", "--org", "other", "--group", "Other")
+
+    def ids(*options: str) -> list[list[str]]:
+        manifest = yaml.safe_load(tenant("export", *options).out)
+        keys = {"organizations": "organization_id", "model_groups": "group_name", "teams": "team_id"}
+        assert list(manifest) == list(keys)
+        return [[record[key] for record in manifest[section]] for section, key in keys.items()]
+
+    assert ids() == [["acme", "other"], ["Down", "Echo", "Other"], ["hr", "it", "ops"]]
+    assert ids("--org", "other") == [["other"], ["Echo", "Other"], ["it", "ops"]]
+    assert ids("--team", "it") == [["other"], ["Echo"], ["it"]]
+    assert "metadata: {a: 'no'}" in tenant("export", "--team", "it").out
+    assert tenant("export", "--team", "none").status == 3
+    assert tenant("export", "--org", "none").status == 3
+    assert tenant("export", "--org", "acme", "--team", "hr").status == 2
+
+
+def test_an_empty_database(saasllm: Run) -> None:
+    assert saasllm("export").out == "organizations: []\nmodel_groups: []\nteams: []\n"
+    assert saasllm("apply", "-f", "-", stdin=saasllm("export").out).status == 0
+
+
+def test_numbers_stay_exact(tenant: Run) -> None:
+    number = "0.1000000000000000055511151231257827"
+    tenant("team", "update", "hr", "--metadata", f'{{"a": {number}}}')
+    for form in ("yaml", "json", "jsonl"):
+        assert number in tenant("export", "-o", form).out
+    assert Decimal(number) != float(number)
