@@ -28,6 +28,7 @@ NOUNS = {
     "apply": "Create and change tenants as files say: organizations, model groups, teams.",
     "export": "Write what is there as a file that `apply` takes.",
     "audit": "Who changed what.",
+    "doctor": "Look at everything that jobs and cron depend on, and say what to do.",
     "db": "The database: the embedded PostgreSQL, or the one that SAASLLM_DATABASE_URL names.",
 }
 UNEXPECTED = "This is a fault in saasllm; `saasllm --debug …` shows where."

@@ -268,6 +268,13 @@ def connect_to_settle(seconds: float) -> Iterator[Database]:
 
 
 @contextmanager
+def connect_unmigrated() -> Iterator[Database]:
+    """The database to look at, whatever has been migrated."""
+    with raw_connection() as connection:
+        yield Database(connection, "migrate.limit_time", milliseconds="0")
+
+
+@contextmanager
 def connect_to_complete() -> Iterator[Database]:
     """The database for a shell's completion, which nobody would wait for: no server is started for it."""
     with psycopg.connect(**_keywords() | COMPLETION, autocommit=True, row_factory=dict_row) as connection:

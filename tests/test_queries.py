@@ -34,7 +34,7 @@ def test_each_query_is_used_and_each_name_that_is_used_is_there() -> None:
         name
         for path in package.rglob("*.py")
         for name in re.findall(
-            r'"((?:org|group|team|credits|job|apply|export|audit|usage|migrate|db)\.\w+)"', path.read_text()
+            r'"((?:org|group|team|credits|job|apply|export|doctor|audit|usage|migrate|db)\.\w+)"', path.read_text()
         )
     }
     assert used == set(ALL)

@@ -116,7 +116,7 @@ async def complete(
             raise ModelFailed(_reason(error), is_final=True) from error
         is_rate_limit = isinstance(error, exceptions.RateLimitError)
         raise ModelFailed(
-            _missing_key(model) or _reason(error),
+            missing_key(model) or _reason(error),
             is_final=shown.is_begun,
             is_rate_limit=is_rate_limit,
             retry_after=_retry_after(error) if is_rate_limit else None,
@@ -230,8 +230,8 @@ def _retry_after(error: Exception) -> float | None:
         return None
 
 
-def _missing_key(model: str) -> str | None:
-    """What is missing in the environment, for without its key a provider's failure reads like any other."""
+def missing_key(model: str) -> str | None:
+    """What is missing in the environment, for without its key a provider's failure reads like any other; no value."""
     missing = litellm.validate_environment(model).get("missing_keys")
     return f"{' and '.join(missing)} is not set" if missing else None
 

@@ -1,0 +1,186 @@
+"""Look at everything that jobs and cron depend on."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+from saasllm_cli import database, embedded, migrations
+from saasllm_cli.commands.inputs import Output, noun, some
+from saasllm_cli.errors import CheckFailed, DatabaseUnavailable
+from saasllm_cli.output import progress, show
+from saasllm_cli.settings import settings
+
+app = noun()
+
+OLDEST_VERSION = 14
+CLOCK_SECONDS = 2
+FREE_BYTES = 2**30
+OK, WARNING, FAILED = "ok", "warning", "failed"
+
+Check = dict[str, Any]
+
+
+@app.command(epilog="Example: saasllm doctor -o json | jq -r '.[] | select(.status != \"ok\") | .hint'")
+def doctor(output: Output = None) -> None:
+    """Look at everything that jobs and cron depend on, and say what to do: exit 9 where a check failed, 7 where the
+    database cannot be used. Nothing is changed.
+
+    The database and its role, migrations, ledger, leases, allocations, the providers' keys (never their values) and
+    the disk.
+    """
+    checks: list[Check] = []
+    unusable: DatabaseUnavailable | None = None
+    try:
+        for check in _checks():
+            checks.append(check)
+            progress(f"{check['check']} …")
+    except DatabaseUnavailable as error:
+        unusable = error
+        if error.code != "migrations_pending":  # which is told already
+            checks.append(_check("database", FAILED, error.message, error.hint))
+    finally:
+        progress("")
+    show(checks, output)
+    if unusable is not None:
+        raise unusable
+    if failed := [check["check"] for check in checks if check["status"] == FAILED]:
+        raise CheckFailed("doctor_failed", f"Failed: {', '.join(failed)}.", "What to do stands beside each.")
+
+
+def _checks() -> Iterator[Check]:
+    if settings().database_url is None:
+        yield _disk()
+    with database.connect_unmigrated() as db:
+        yield from _server(db)
+        states = migrations.status()
+        unsound = [
+            f"{row['migration']} {row['status']}" for row in states if row["status"] not in ("applied", "pending")
+        ]
+        if unsound:
+            yield _check("migrations", FAILED, f"{some(unsound)}.", "See: saasllm migrate verify")
+        elif pending := [row["migration"] for row in states if row["status"] == "pending"]:
+            message = f"{len(pending)} pending, from {pending[0]} on."
+            yield _check("migrations", FAILED, message, "Run: saasllm migrate up")
+            migrations.check(states)
+        else:
+            yield _check("migrations", OK, f"{len(states)} applied, none changed since.")
+        yield _rights(db)
+        yield _ledger(db)
+        yield from _overdue(db)
+        models = [row["model_name"] for row in db.many("doctor.models")]
+    yield _keys(models)
+
+
+def _server(db: database.Database) -> Iterator[Check]:
+    db.one("doctor.server")  # the first one also brings along the connection's own settings
+    before = datetime.now(UTC)
+    began = time.perf_counter()
+    server = db.one("doctor.server")
+    latency = time.perf_counter() - began
+    message = f"PostgreSQL {server['version']}, answers in {latency * 1000:.1f} ms."
+    if server["major_version"] < OLDEST_VERSION:
+        yield _check("database", FAILED, message, f"Take PostgreSQL {OLDEST_VERSION} or newer.")
+    elif server["is_replica"]:
+        yield _check("database", FAILED, f"{message} It is a replica.", "Name the primary in SAASLLM_DATABASE_URL.")
+    else:
+        yield _check("database", OK, message)
+    offset = (server["clock"] - before).total_seconds() - latency / 2
+    yield (
+        _check("clock", OK, f"It differs from the database's by {abs(offset):.1f} s.")
+        if abs(offset) <= CLOCK_SECONDS
+        else _check(
+            "clock",
+            WARNING,
+            f"It differs from the database's by {abs(offset):.0f} s.",
+            "Set both by NTP: leases and periods go by the database's.",
+        )
+    )
+    if server["replication_role"] != "origin":
+        message = (
+            f"The session's session_replication_role is {server['replication_role']}: no rule of the ledger holds."
+        )
+        yield _check("enforcement", FAILED, message, "Reset it for the role, the database and the server.")
+
+
+def _rights(db: database.Database) -> Check:
+    rights = db.one("doctor.rights")
+    role = db.one("doctor.server")
+    name = f"{role['role']}, a superuser" if role["is_superuser"] else role["role"]
+    if rights["unreadable"]:
+        message = f"{name}, may not read {some(rights['unreadable'])}."
+        return _check("role", FAILED, message, "Grant it, or take the role that has migrated the database.")
+    if rights["unwritable"]:
+        message = f"{name}, may not write to {some(rights['unwritable'])}."
+        return _check("role", WARNING, message, "Enough to look; to run jobs take another role.")
+    if role["is_superuser"] and settings().database_url is not None:
+        message = f"{name}, who can switch off the rules of the ledger."
+        return _check("role", WARNING, message, "Take a role of its own for saasllm, which owns its tables.")
+    return _check("role", OK, f"{name}; it may {'' if rights['may_migrate'] else 'not '}migrate.")
+
+
+def _ledger(db: database.Database) -> Check:
+    progress("Verifying the ledger …")
+    if wrong := db.many("credits.verify", team_id=None):
+        teams = sorted({row["team_id"] for row in wrong})
+        message = f"{len(wrong)} difference(s), of {some(teams)}."
+        return _check("ledger", FAILED, message, "See: saasllm credits verify")
+    return _check("ledger", OK, "Ledger, balances and jobs agree.")
+
+
+def _overdue(db: database.Database) -> Iterator[Check]:
+    overdue = db.one("doctor.overdue")
+    yield (
+        _check(
+            "leases",
+            WARNING,
+            f"{overdue['expired_jobs']} job(s) whose lease ran out.",
+            "Run by cron: saasllm job sweep",
+        )
+        if overdue["expired_jobs"]
+        else _check("leases", OK, "No job whose lease ran out.")
+    )
+    yield (
+        _check(
+            "allocations",
+            WARNING,
+            f"{overdue['due_teams']} team(s) are due, the first since {overdue['due_since']}.",
+            "Run by cron: saasllm credits allocate",
+        )
+        if overdue["due_teams"]
+        else _check("allocations", OK, "No team is due.")
+    )
+
+
+def _keys(models: list[str]) -> Check:
+    called = [model for model in models if not model.startswith("offline/")]
+    if not called:
+        return _check("providers", OK, "No group calls a model that needs a key.")
+
+    progress("Loading litellm …")
+    from saasllm_cli.jobs import llm
+
+    missing: dict[str, list[str]] = {}
+    for model in called:
+        if reason := llm.missing_key(model):
+            missing.setdefault(reason, []).append(model)
+    if missing:
+        message = "; ".join(f"{reason} (for {some(names, 3)})" for reason, names in missing.items())
+        return _check("providers", WARNING, f"{message}.", "Set it where jobs run, or in .env.")
+    return _check("providers", OK, f"The keys of {len(called)} model(s) are set. Whether they work: saasllm group test")
+
+
+def _disk() -> Check:
+    folder = embedded.data_dir()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    message = f"{free / 2**30:.1f} GiB free for the embedded PostgreSQL in {embedded.data_dir()}."
+    if free < FREE_BYTES:
+        return _check("disk", WARNING, message, "Make room: without it no job can be settled.")
+    return _check("disk", OK, message)
+
+
+def _check(name: str, status: str, message: str, hint: str | None = None) -> Check:
+    return {"check": name, "status": status, "message": message, "hint": hint}

@@ -1,0 +1,47 @@
+-- What `doctor` asks of the database. It may be one that is not migrated.
+
+-- name: server() :one
+SELECT
+    current_setting('server_version') AS version,
+    current_setting('server_version_num')::integer / 10000 AS major_version,
+    clock_timestamp() AS clock,
+    current_user AS role,
+    (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AS is_superuser,
+    pg_is_in_recovery() AS is_replica,
+    current_setting('session_replication_role') AS replication_role;
+
+-- name: rights() :one
+-- The tables that the role may not read, and those that it may not write to.
+SELECT
+    ARRAY(SELECT t::text FROM unnest(tables) AS t WHERE NOT has_table_privilege(t, 'SELECT')) AS unreadable,
+    ARRAY(SELECT t::text FROM unnest(tables) AS t WHERE NOT has_table_privilege(t, 'INSERT')) AS unwritable,
+    has_schema_privilege('public', 'CREATE') AS may_migrate
+FROM (
+    SELECT array_agg(oid::regclass ORDER BY relname) AS tables
+    FROM pg_class
+    WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
+) AS all_tables;
+
+-- name: overdue() :one
+-- Jobs whose lease ran out, and active teams whose scheduled credits are due.
+SELECT
+    (
+        SELECT count(*)
+        FROM jobs
+        WHERE status IN ('pending', 'in_progress') AND lease_expires_at <= clock_timestamp()
+    ) AS expired_jobs,
+    count(*) AS due_teams,
+    min(s.next_on) AS due_since
+FROM credit_schedules s
+JOIN teams t USING (team_id)
+JOIN organizations o USING (organization_id)
+WHERE s.next_on <= (now() AT TIME ZONE 'UTC')::date AND t.status = 'active' AND o.status = 'active';
+
+-- name: models() :many
+-- The models that jobs may call, and in how many groups.
+SELECT m.model_name, count(*) AS groups
+FROM model_group_models m
+JOIN model_groups g USING (group_name)
+WHERE m.is_active AND g.status = 'active'
+GROUP BY m.model_name
+ORDER BY m.model_name;
