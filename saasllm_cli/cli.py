@@ -12,7 +12,7 @@ import typer
 from typer._click.exceptions import ClickException, NoArgsIsHelpError
 from typer.core import TyperGroup
 
-from saasllm_cli.errors import InvalidInput, SaasllmError
+from saasllm_cli.errors import InvalidInput, NotFound, SaasllmError
 from saasllm_cli.output import discard, note, show_error
 from saasllm_cli.settings import Format, command_line, settings
 
@@ -130,7 +130,14 @@ def _ready_streams() -> None:
 
 def _tell(error: Exception, arguments: list[str]) -> int:
     """Prints what went wrong and gives the exit status."""
+    told: SaasllmError
     match error:
+        case NotFound(noun=str(noun), name=str(name)):
+            from saasllm_cli.database import near
+
+            told = error
+            if meant := near(noun, name):
+                told.hint = f"Did you mean {meant}? {error.hint}"
         case SaasllmError():
             told = error
         case NoArgsIsHelpError():

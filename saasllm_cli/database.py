@@ -50,6 +50,7 @@ GET = {
     "group": ("group.get", "group_name"),
     "job": ("job.get", "job_id"),
 }
+NEAR = {"organization": "org.near", "team": "team.near", "group": "group.near"}
 TRIES = 5
 # The names of the unique indexes of what is done once.
 ONCE = ("_idempotency_key", "_once_a_job")
@@ -279,6 +280,19 @@ def connect_to_complete() -> Iterator[Database]:
     """The database for a shell's completion, which nobody would wait for: no server is started for it."""
     with psycopg.connect(**_keywords() | COMPLETION, autocommit=True, row_factory=dict_row) as connection:
         yield Database(connection, "migrate.limit_time", milliseconds=str(COMPLETION_MILLISECONDS))
+
+
+def near(noun: str, name: str) -> str | None:
+    """The id that may have been meant by one that is not there; none where the database does not say so at once."""
+    from difflib import get_close_matches
+
+    if noun not in NEAR:
+        return None
+    with suppress(SaasllmError, psycopg.Error), connect_to_complete() as db:
+        ids = {row["id"].lower(): row["id"] for row in db.many(NEAR[noun], name=name)}
+        for match in get_close_matches(name.lower(), ids, 1, cutoff=0.8):
+            return str(ids[match])
+    return None
 
 
 @contextmanager

@@ -47,7 +47,11 @@ class InvalidFiles(InvalidInput):
 
 
 class NotFound(SaasllmError):
+    """There is no such record: `noun` and `name` are what was asked for, where that is an id."""
+
     exit_status = 3
+    noun: str | None = None
+    name: str | None = None
 
 
 class Conflict(SaasllmError):
@@ -96,7 +100,9 @@ _COMMANDS = {"organization": "org"}  # where the command has another name than t
 def not_found(noun: str, name: str) -> NotFound:
     command = _COMMANDS.get(noun, noun)
     hint = "See: saasllm credits transactions TEAM" if noun == "transaction" else f"See: saasllm {command} list"
-    return NotFound(f"{noun}_not_found", f"There is no {noun} {name}.", hint)
+    error = NotFound(f"{noun}_not_found", f"There is no {noun} {name}.", hint)
+    error.noun, error.name = noun, name
+    return error
 
 
 def refused(outcome: str, team: str | None, group: str | None, organization: str | None) -> SaasllmError:

@@ -146,3 +146,17 @@ def test_the_compose_file_is_what_the_readme_says() -> None:
             assert volume.split(":")[0] in compose["volumes"]
     # From 18 on the image refuses to start with a volume at the old place, …/data.
     assert services["postgres"]["volumes"] == ["postgres:/var/lib/postgresql"]
+
+
+def test_a_near_miss_is_answered_with_what_may_be_meant(tenant: Run) -> None:
+    tenant("team", "create", "team_engineering", "--org", "acme")
+    for command, meant in (
+        ("team get team_enginering", "team_engineering"),
+        ("credits balance TEAM_engineering", "team_engineering"),
+        ("org get acmee", "acme"),
+        ("job run --team hr --group echo --prompt x", "Echo"),
+        ("team create new --org acm", "acme"),
+    ):
+        error = tenant(*command.split(), "-o", "json").error
+        assert error["hint"].startswith(f"Did you mean {meant}? See: saasllm "), command
+    assert tenant("team", "get", "zzz", "-o", "json").error["hint"] == "See: saasllm team list"

@@ -152,3 +152,17 @@ FROM model_groups
 WHERE group_name >= %(prefix)s AND group_name < %(prefix)s || '~'
 ORDER BY group_name
 LIMIT 100;
+
+-- name: near(name) :many
+-- Ids among which the one may be that was meant: those that begin alike, however many letters, and the first ones.
+SELECT near.group_name AS id
+FROM generate_series(1, length(%(name)s::text)) AS letters
+CROSS JOIN LATERAL (
+    SELECT group_name
+    FROM model_groups
+    WHERE group_name >= left(%(name)s::text, letters) AND group_name < left(%(name)s::text, letters) || '~'
+    ORDER BY group_name
+    LIMIT 20
+) AS near
+UNION
+(SELECT group_name FROM model_groups ORDER BY group_name LIMIT 1000);

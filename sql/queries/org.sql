@@ -87,3 +87,17 @@ FROM organizations
 WHERE organization_id >= %(prefix)s AND organization_id < %(prefix)s || '~'
 ORDER BY organization_id
 LIMIT 100;
+
+-- name: near(name) :many
+-- Ids among which the one may be that was meant: those that begin alike, however many letters, and the first ones.
+SELECT near.organization_id AS id
+FROM generate_series(1, length(%(name)s::text)) AS letters
+CROSS JOIN LATERAL (
+    SELECT organization_id
+    FROM organizations
+    WHERE organization_id >= left(%(name)s::text, letters) AND organization_id < left(%(name)s::text, letters) || '~'
+    ORDER BY organization_id
+    LIMIT 20
+) AS near
+UNION
+(SELECT organization_id FROM organizations ORDER BY organization_id LIMIT 1000);

@@ -240,3 +240,17 @@ FROM teams
 WHERE team_id >= %(prefix)s AND team_id < %(prefix)s || '~'
 ORDER BY team_id
 LIMIT 100;
+
+-- name: near(name) :many
+-- Ids among which the one may be that was meant: those that begin alike, however many letters, and the first ones.
+SELECT near.team_id AS id
+FROM generate_series(1, length(%(name)s::text)) AS letters
+CROSS JOIN LATERAL (
+    SELECT team_id
+    FROM teams
+    WHERE team_id >= left(%(name)s::text, letters) AND team_id < left(%(name)s::text, letters) || '~'
+    ORDER BY team_id
+    LIMIT 20
+) AS near
+UNION
+(SELECT team_id FROM teams ORDER BY team_id LIMIT 1000);
