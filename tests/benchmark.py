@@ -6,8 +6,8 @@ round count, and their median and range are shown.
 ledger: begin + settle of one job, of 10,000 teams and of a single one, against pgbench's TPC-B (its whole builtin
 script, simple protocol: seven round trips, four rows written). pgbench sends both, from as many clients; the two
 statements of a job once prepared, as they are on a connection that stays, once planned each time, as by `job run`,
-which opens a connection for each. Then jobs of a single team in groups, by the statements of `job batch`, from as many
-threads.
+which opens a connection for each. Then jobs of a single team in groups, by the statements of `job batch`: pgbench
+sends them, too, and their JSON lies ready in a table. Before all of this there are some jobs already, as in TPC-B.
 
 batch: `job batch` in one process and in two, 64 calls at once in each, against a bare loop over `litellm.acompletion`
 with as many, both at a server on loopback that answers at once. What counts is their pace between a tenth and nine
@@ -30,7 +30,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import date
@@ -194,11 +193,14 @@ def compare(unit: str, measures: dict[str, Callable[[], float]], rounds: int, ya
 
 
 def measure_ledger(rounds: int, seconds: int) -> None:
-    execute(TEAMS.format(teams=JOB_TEAMS), WHAT_JOBS_NEED, "VACUUM (ANALYZE)")
+    execute(TEAMS.format(teams=JOB_TEAMS), WHAT_JOBS_NEED)
     for name, branches in (("tpcb", BRANCHES), ("tpcb_one_branch", 1)):
         execute(f"CREATE DATABASE {name}")
         pgbench(name, "--initialize", f"--scale={branches}")
     load = [f"--client={CLIENTS}", f"--time={seconds}"]
+    single_jobs(JOB_TEAMS, "prepared", load)
+    grouped_jobs()
+    execute("VACUUM (ANALYZE)")
     measures = {
         f"TPC-B, {BRANCHES} branches": partial(pgbench, "tpcb", *load),
         "TPC-B, one branch": partial(pgbench, "tpcb_one_branch", *load),
@@ -216,15 +218,23 @@ def single_jobs(teams: int, protocol: str, load: list[str]) -> float:
     values = {name: Literal(value).as_string() for name, value in (BEGIN | SETTLE).items()}
     values |= {"team_id": "'t' || :team", "job_id": JOB_ID}
     script = f"\\set team random(1, {teams})\n\\set time :time + 1\n\\set random random(0, {2**48 - 1})\n"
-    for name in ("job.begin", "job.settle"):
-        script += re.sub(r"%\((\w+)\)s", lambda parameter: values[parameter[1]], query(name).sql) + "\n"
-    options = ["--file=-", f"--protocol={protocol}", "--no-vacuum", f"--define=time={time.time_ns() // 1_000_000}"]
-    return pgbench(embedded.DATABASE, *load, *options, script=script)
+    script += filled_in("job.begin", values) + filled_in("job.settle", values)
+    options = [f"--protocol={protocol}", f"--define=time={time.time_ns() // 1_000_000}"]
+    jobs_a_second = pgbench(embedded.DATABASE, *load, *options, script=script)
+    completed_jobs()
+    return jobs_a_second
+
+
+def filled_in(name: str, values: dict[str, str]) -> str:
+    """A query for pgbench; the values are SQL, or pgbench's variables."""
+    return re.sub(r"%\((\w+)\)s", lambda parameter: values[parameter[1]], query(name).sql) + "\n"
 
 
 def pgbench(name: str, *options: str, script: str = "") -> float:
     """Its transactions a second, 0 where it only made its tables."""
     program = embedded.psql().with_name("pgbench")
+    if script:
+        options = (*options, "--file=-", "--no-vacuum")
     command = [program, "--host", embedded.cluster_dir(), "--username", embedded.USER, *options, name]
     done = subprocess.run(command, input=script, capture_output=True, text=True, check=False)
     if done.returncode != 0:  # also where one statement of all has failed
@@ -235,26 +245,48 @@ def pgbench(name: str, *options: str, script: str = "") -> float:
 
 def grouped_jobs(is_begun: bool = False) -> float:
     """Jobs of one team a second; only their settling counts, where they are begun before."""
-    groups = [[str(runner.new_job_id()) for _ in range(GROUP)] for _ in range(GROUPS)]
-    new = [BEGIN_MANY | {"jobs": json.dumps([NEW | {"job_id": id_} for id_ in ids])} for ids in groups]
-    results = [{"results": json.dumps([RESULT | {"job_id": id_} for id_ in ids])} for ids in groups]
-    began = time.perf_counter()
-    in_turns("job.begin_many", new)
+    before = completed_jobs()
+    prepare_groups()
     if is_begun:
-        began = time.perf_counter()
-    in_turns("job.settle_many", results)
-    return GROUP * GROUPS / (time.perf_counter() - began)
+        send_groups("job.begin_many")
+        groups_a_second = send_groups("job.settle_many")
+    else:
+        groups_a_second = send_groups("job.begin_many", "job.settle_many")
+    assert completed_jobs() - before == GROUP * GROUPS  # pgbench looks at no result
+    return groups_a_second * GROUP
 
 
-def in_turns(name: str, groups: list[dict[str, Any]]) -> None:
-    def work(client: int) -> None:
-        with database.connect(stays=True) as db:
-            for group in groups[client::GROUP_CLIENTS]:
-                rows = db.many(name, **group)
-                assert all(row.get("settled", row.get("outcome") == "begun") for row in rows)
+def completed_jobs() -> int:
+    """How many there are; all others are to be settled, too."""
+    with database.raw_connection() as connection:
+        jobs = "SELECT count(*) AS jobs, count(*) FILTER (WHERE status = 'completed') AS completed FROM jobs"
+        row = connection.execute(jobs).fetchone()
+    assert row
+    assert row["jobs"] == row["completed"]
+    return int(row["completed"])
 
-    with ThreadPoolExecutor(GROUP_CLIENTS) as threads:
-        list(threads.map(work, range(GROUP_CLIENTS)))
+
+def prepare_groups() -> None:
+    """What new jobs are told as JSON."""
+    groups = [[str(runner.new_job_id()) for _ in range(GROUP)] for _ in range(GROUPS)]
+    with database.raw_connection() as connection, connection.cursor() as cursor:
+        cursor.execute("CREATE TABLE IF NOT EXISTS groups (number integer PRIMARY KEY, jobs text, results text)")
+        cursor.execute("TRUNCATE groups")
+        with cursor.copy("COPY groups FROM STDIN") as copy:
+            for number, ids in enumerate(groups):
+                jobs, results = ([common | {"job_id": id_} for id_ in ids] for common in (NEW, RESULT))
+                copy.write_row((number, json.dumps(jobs), json.dumps(results)))
+        cursor.execute("VACUUM ANALYZE groups")
+
+
+def send_groups(*names: str) -> float:
+    """Groups a second; each client has every so many-th of them."""
+    values = {name: Literal(value).as_string() for name, value in BEGIN_MANY.items()}
+    values |= {name: f"(SELECT {name} FROM groups WHERE number = :number)" for name in ("jobs", "results")}
+    script = f"\\set number :turn * {GROUP_CLIENTS} + :client_id\n\\set turn :turn + 1\n"
+    script += "".join(filled_in(name, values) for name in names)
+    options = ["--protocol=prepared", "--define=turn=0", f"--transactions={GROUPS // GROUP_CLIENTS}"]
+    return pgbench(embedded.DATABASE, f"--client={GROUP_CLIENTS}", *options, script=script)
 
 
 def measure_batch(rounds: int, lines: int) -> None:
