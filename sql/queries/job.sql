@@ -39,15 +39,6 @@ WITH request AS (
         ) AS model_names
     ) m
 ),
-reserved AS (
-    UPDATE team_credits c
-    SET credits_reserved = c.credits_reserved + 1
-    FROM request
-    WHERE c.team_id = %(team_id)s
-      AND request.refusal IS NULL
-      AND c.credits_allocated - c.credits_used - c.credits_reserved >= 1
-    RETURNING c.team_id
-),
 job AS (
     INSERT INTO jobs (
         job_id, team_id, organization_id, job_type, status, external_task_id, model_groups_used, metadata,
@@ -58,8 +49,8 @@ job AS (
         CASE WHEN %(group_name)s::text IS NULL THEN 'pending' ELSE 'in_progress' END, %(external_task_id)s,
         array_remove(ARRAY[%(group_name)s::text], NULL), %(metadata)s,
         CASE WHEN %(group_name)s::text IS NOT NULL THEN now() END, now() + %(lease_seconds)s * interval '1 second', %(idempotency_key)s, %(request_hash)s
-    FROM reserved
-    JOIN request USING (team_id)
+    FROM request
+    WHERE CASE WHEN request.refusal IS NULL THEN reserve_credits(request.team_id, 1) = 1 END
     RETURNING job_id
 )
 SELECT
@@ -121,25 +112,15 @@ known AS (
     FROM asked
     JOIN jobs j ON j.idempotency_key = asked.idempotency_key AND j.status NOT IN ('failed', 'cancelled')
 ),
-balance AS (
-    SELECT c.team_id, c.credits_allocated - c.credits_used - c.credits_reserved AS credits_free
-    FROM team_credits c
-    WHERE c.team_id = (SELECT team_id FROM scope WHERE refusal IS NULL)
-    FOR UPDATE
-),
 new AS (
-    SELECT *
-    FROM (
-        SELECT asked.*, row_number() OVER (ORDER BY place) AS credits_needed
-        FROM asked
-        WHERE place NOT IN (SELECT place FROM known)
-    ) AS unknown
-    JOIN balance ON unknown.credits_needed <= balance.credits_free
+    SELECT asked.*, row_number() OVER (ORDER BY place) AS credits_needed
+    FROM asked
+    WHERE place NOT IN (SELECT place FROM known)
 ),
 reserved AS (
-    UPDATE team_credits
-    SET credits_reserved = credits_reserved + (SELECT count(*) FROM new)
-    WHERE team_id = (SELECT team_id FROM new LIMIT 1)
+    SELECT scope.team_id, scope.organization_id, reserve_credits(scope.team_id, (SELECT count(*) FROM new)) AS credits
+    FROM scope
+    WHERE refusal IS NULL
 ),
 begun AS (
     INSERT INTO jobs (
@@ -147,11 +128,11 @@ begun AS (
         started_at, lease_expires_at, idempotency_key, request_hash
     )
     SELECT
-        new.job_id, scope.team_id, scope.organization_id, new.job_type, 'in_progress', new.external_task_id,
+        new.job_id, reserved.team_id, reserved.organization_id, new.job_type, 'in_progress', new.external_task_id,
         ARRAY[%(group_name)s::text], new.metadata, now(), now() + %(lease_seconds)s * interval '1 second',
         new.idempotency_key, new.request_hash
-    FROM new
-    JOIN scope USING (team_id)
+    FROM reserved
+    JOIN new ON new.credits_needed <= reserved.credits
     RETURNING job_id
 )
 SELECT
@@ -255,7 +236,8 @@ RETURNING call_id;
 -- name: settle(job_id, status, error_message, calls) :one
 -- Finishes an open job whose lease holds, with its calls, and charges its credit where it completed or frees it
 -- where it did not. The second time it does nothing and says so. `calls` is a JSON array; `began` counts the
--- seconds from the job's start, so that the database's clock dates them.
+-- seconds from the job's start, so that the database's clock dates them. They are written before the balance is
+-- locked, which others wait for.
 WITH job AS (
     UPDATE jobs
     SET status = %(status)s,
@@ -277,12 +259,7 @@ calls AS (
         call.completion_tokens, call.total_tokens, call.cost_usd, call.latency_ms, call.purpose, call.error,
         call.prompt, call.answer, job.started_at + call.began
     FROM job, call_rows(%(calls)s) AS call
-),
-balance AS (
-    SELECT team_id, last_entry_no, credits_remaining
-    FROM team_credits
-    WHERE team_id = (SELECT team_id FROM job WHERE status = 'completed')
-    FOR UPDATE
+    RETURNING call_id
 ),
 deduction AS (
     INSERT INTO credit_transactions (
@@ -290,10 +267,10 @@ deduction AS (
         reason
     )
     SELECT
-        team_id, job.organization_id, balance.last_entry_no + 1, job.job_id, 'deduction', -1,
+        job.team_id, job.organization_id, balance.last_entry_no + 1, job.job_id, 'deduction', -1,
         balance.credits_remaining, balance.credits_remaining - 1, 'Job completed'
-    FROM balance
-    JOIN job USING (team_id)
+    FROM job, lock_balance(job.team_id) AS balance
+    WHERE job.status = 'completed' AND (SELECT count(*) FROM calls) >= 0
     RETURNING credits_after
 ),
 released AS (
@@ -317,6 +294,7 @@ LEFT JOIN jobs j USING (job_id);
 -- name: settle_many(results) :many
 -- As `settle`, for many jobs: `results` is a JSON array of their job_id, status, error_message and calls. The jobs, and
 -- then the balances of their teams, are locked in their order; each is looked up by its id, however many jobs are open.
+-- The calls are written before the balances are locked, which others wait for.
 WITH result AS (
     SELECT *
     FROM jsonb_to_recordset(%(results)s::jsonb) AS result (job_id uuid, status text, error_message text, calls jsonb)
@@ -351,13 +329,12 @@ calls AS (
         call.completion_tokens, call.total_tokens, call.cost_usd, call.latency_ms, call.purpose, call.error,
         call.prompt, call.answer, job.started_at + call.began
     FROM job, call_rows(job.calls) AS call
+    RETURNING call_id
 ),
 balance AS (
-    SELECT c.*
-    FROM (SELECT DISTINCT team_id FROM job ORDER BY team_id) AS touched
-    CROSS JOIN LATERAL (
-        SELECT team_id, last_entry_no, credits_remaining FROM team_credits WHERE team_id = touched.team_id FOR UPDATE
-    ) AS c
+    SELECT touched.team_id, c.last_entry_no, c.credits_remaining
+    FROM (SELECT DISTINCT team_id FROM job WHERE (SELECT count(*) FROM calls) >= 0 ORDER BY team_id) AS touched
+    CROSS JOIN LATERAL lock_balance(touched.team_id) AS c
 ),
 deduction AS (
     INSERT INTO credit_transactions (
