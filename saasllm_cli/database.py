@@ -57,6 +57,7 @@ ONCE = ("_idempotency_key", "_once_a_job")
 DEADLOCKS = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 OVERTAKEN = (psycopg.errors.UniqueViolation, psycopg.errors.ForeignKeyViolation)
 LONGEST_COMMAND = 1000
+AWAY = ("database_unreachable", "database_busy")  # perhaps only for a while
 # Of what a connection is made of, all but what could be a secret.
 SHOWN_KEYWORDS = ("host", "hostaddr", "port", "user", "dbname", "sslmode", "options", "service", "target_session_attrs")
 SHORTEST_SECRET = 3  # a piece of one or two letters stands in any message
@@ -259,6 +260,21 @@ def connect(stays: bool = False) -> Iterator[Database]:
 
 def _storable(text: str) -> str:
     return text.encode(errors="replace").decode().replace("\0", "")[:LONGEST_COMMAND]
+
+
+def until_it_answers(seconds: float, work: Callable[[float], T]) -> T:
+    """Does what may be done twice, again for so many seconds while the database is away; the work is told how many are
+    left."""
+    until = time.monotonic() + seconds
+    pause = 0.1
+    while True:
+        try:
+            return work(max(1.0, until - time.monotonic()))
+        except DatabaseUnavailable as error:
+            if error.code not in AWAY or time.monotonic() + pause > until:
+                raise
+            time.sleep(pause)
+            pause = min(pause * 2, 5)
 
 
 @contextmanager

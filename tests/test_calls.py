@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -11,8 +12,9 @@ import psycopg
 import pytest
 from conftest import Result, start_process
 from provider import ANSWER, Provider
-from test_job import credits_of, job_run, wait_for_request, with_models
+from test_job import credits_of, job_run, listen_to_ctrl_c, wait_for_request, with_models
 
+from saasllm_cli.errors import Interrupted
 from saasllm_cli.jobs import runner
 from saasllm_cli.jobs.calls import Call, CallRequest
 
@@ -299,6 +301,44 @@ def test_refused_calls(tenant: Run) -> None:
     tenant("group", "update", "Echo", "--activate", "offline/echo")
     assert call(tenant, job_id, "Echo").status == 0, "what is running may finish"
     assert tenant("job", "create", "--team", "hr").status == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_job_is_begun(tenant: Run, sql: psycopg.Connection, number: signal.Signals) -> None:
+    waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    with psycopg.connect(os.environ["SAASLLM_DATABASE_URL"]) as other:
+        other.execute("SELECT FROM team_credits FOR UPDATE")
+        process = start_process("job", "create", "--team", "hr", "-o", "json", preexec_fn=listen_to_ctrl_c)
+        until = time.monotonic() + 30
+        while not sql.execute(waiting).fetchall():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, json.loads(err)["error"]["code"]) == (130, "", "interrupted")
+    assert tenant("job", "list", "-o", "json").data == []
+    assert credits_of(tenant) == (10, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_a_job_was_begun(tenant: Run, number: signal.Signals) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # these tests may have been started without it
+    try:
+        with pytest.raises(Interrupted, match="was cancelled"):
+            runner.create(runner.JobRequest("hr", None, lease=900), lambda _: os.kill(os.getpid(), number))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [job["status"] for job in tenant("job", "list", "-o", "json").data] == ["cancelled"]
+    assert credits_of(tenant) == (10, 0)
+
+
+def test_a_job_whose_id_cannot_be_told_is_cancelled(tenant: Run) -> None:
+    with open("/dev/full", "w") as full:
+        process = start_process("job", "create", "--team", "hr", stdout=full)
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, "No space left" in err) == (1, True)
+    assert [job["status"] for job in tenant("job", "list", "-o", "json").data] == ["cancelled"]
+    assert credits_of(tenant) == (10, 0)
 
 
 def test_a_job_without_a_credit_is_not_created(tenant: Run) -> None:

@@ -268,8 +268,9 @@ LOST = {
     "adjust": (adjust, b"INSERT INTO credit_transactions", (7, 0), -1),
     "refund": (refund, b"INSERT INTO credit_transactions", (7, 0), 0),
     "allocate": (allocate, b"INSERT INTO credit_transactions", (7, 0), GRANTED),
-    "begin": (job, b"INSERT INTO jobs", (7, 4), -1),  # its lease has to run out first
-    "settle": (job, b"INSERT INTO llm_calls", (0, 0), -1),  # it is repeated by the job itself
+    # These are repeated by the command itself.
+    "begin": (job, b"INSERT INTO jobs", (0, 0), -1),
+    "settle": (job, b"INSERT INTO llm_calls", (0, 0), -1),
 }
 
 
@@ -293,3 +294,32 @@ def test_an_answer_that_is_lost(
     end_leases()
     assert {account(*words).status for words in commands} == {0}
     assert_sound(account, OPENED + cuts * effect)
+
+
+@pytest.mark.parametrize("key", [(), ("--idempotency-key", "k")], ids=["no key", "a key"])
+@pytest.mark.parametrize("verb", ["run", "create"])
+def test_a_begin_whose_answer_is_lost(account: Run, proxy: Proxy, verb: str, key: tuple[str, ...]) -> None:
+    """With the team's last credit: the job finds itself, and no second one is begun."""
+    account("team", "create", "few", "--org", "acme", "--group", "Echo", "--credits", 1)
+    proxy.lose = b"INSERT INTO jobs"
+    begun = account(
+        "job", verb, "--team", "few", *(("--group", "Echo", "--prompt", "x") if verb == "run" else ()), *key
+    )
+    assert (proxy.lost, begun.status) == (1, 0), begun.err
+    (job,) = account("job", "list", "--team", "few", "-o", "json").data
+    balance = account("credits", "balance", "few", "-o", "json").data
+    if verb == "run":
+        assert (begun.out, job["status"], balance["credits_remaining"]) == ("x\n", "completed", 0)
+    else:
+        assert (begun.out.strip(), job["status"], balance["credits_reserved"]) == (job["job_id"], "pending", 1)
+
+
+def test_a_begin_that_is_done_late(account: Run, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only after the job has looked for itself: asked to begin once more, it finds itself there."""
+    look = runner._begun_before
+    turns = count()
+    monkeypatch.setattr(runner, "_begun_before", lambda *asked: next(turns) and look(*asked))
+    proxy.lose = b"INSERT INTO jobs"
+    assert account("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x").status == 0
+    assert next(turns) == 2
+    assert_sound(account, OPENED - 1)

@@ -440,15 +440,21 @@ def test_job_ids_are_uuids_of_version_7_in_the_order_of_time() -> None:
     assert first < second
 
 
+def ignore_ctrl_c() -> None:
+    """As what a shell starts in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def listen_to_ctrl_c() -> None:
+    """Also where the tests were started in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_cancels_the_job(tenant: Run, provider: Provider, number: signal.Signals) -> None:
     with_models(tenant, "openai/slow")
-    # A shell lets what it starts in the background ignore Ctrl-C; and these tests may have been started so.
-    ctrl_c = signal.SIG_IGN if number == signal.SIGTERM else signal.SIG_DFL
-    process = start_process(
-        *("job", "run", "--team", "hr", "--group", "G", "--prompt", "x", "-o", "json"),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, ctrl_c),
-    )
+    command = ("job", "run", "--team", "hr", "--group", "G", "--prompt", "x", "-o", "json")
+    process = start_process(*command, preexec_fn=ignore_ctrl_c if number == signal.SIGTERM else listen_to_ctrl_c)
     wait_for_request(provider, process)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)

@@ -162,11 +162,8 @@ def create(
         idempotency_key=idempotency_key,
         lease=lease,
     )
-    job_id = runner.create(request)
-    if (output or settings().output) is Format.TABLE:
-        print_line(str(job_id))
-    else:
-        _show_job(job_id, output)
+    is_plain = (output or settings().output) is Format.TABLE
+    runner.create(request, lambda job_id: print_line(str(job_id)) if is_plain else _show_job(job_id, output))
 
 
 @app.command(epilog='Example: saasllm job call $JOB --group ResumeAgent --prompt "Summarise this CV" < cv.txt')

@@ -31,7 +31,6 @@ from saasllm_cli.errors import Conflict, DatabaseUnavailable, Interrupted, Inval
 from saasllm_cli.jobs import chat
 from saasllm_cli.jobs.calls import Call, CallRequest, Traffic, ask_models
 from saasllm_cli.jobs.runner import (
-    RETRIED,
     SETTLE_SECONDS,
     SWEEP_CHUNK,
     UNINTERRUPTED,
@@ -382,17 +381,15 @@ class _Session:
 
     def ask(self, work: Callable[[database.Database], T]) -> T:
         """Does what may be done twice, tried again for a while when the database is away."""
-        until = time.monotonic() + SETTLE_SECONDS
-        pause = 0.1
-        while True:
+
+        def attempt(_: float) -> T:
             try:
                 return self._try(work)
-            except DatabaseUnavailable as error:
+            except DatabaseUnavailable:
                 self._close()
-                if error.code not in RETRIED or time.monotonic() + pause > until:
-                    raise
-                time.sleep(pause)
-                pause = min(pause * 2, 5)
+                raise
+
+        return database.until_it_answers(SETTLE_SECONDS, attempt)
 
     def _try(self, work: Callable[[database.Database], T]) -> T:
         with database.translated_errors():

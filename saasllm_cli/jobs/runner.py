@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+BEGIN_SECONDS = 10.0
 SETTLE_SECONDS = 30.0
 CANCEL_SECONDS = 5.0
 # The lease outlives the deadline by the time to load litellm and to settle.
 LEASE_MARGIN_SECONDS = 120.0
 SWEEP_CHUNK = 1000  # jobs that are locked at a time
-RETRIED = ("database_unreachable", "database_busy")
 # While a job is settled no signal interrupts it: its credit would stay reserved until the lease runs out.
 UNINTERRUPTED = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}
 
@@ -122,11 +122,24 @@ def run(
     return result
 
 
-def create(request: JobRequest) -> UUID:
-    """Begins a job of several calls; under an idempotency key, the one that it has begun before. Raises as `run`."""
+def create(request: JobRequest, tell: Callable[[UUID], None]) -> None:
+    """Begins a job of several calls, and tells its id; under an idempotency key, that of the one begun before.
+
+    Raises as `run`. A job whose id could not be told, or not to its end, is cancelled: nobody would end it.
+    """
     job_id = new_job_id()
-    begun = _begin(job_id, request)
-    return UUID(str(begun["existing_job_id"] or job_id))
+    begun = None
+    try:
+        with signals({signal.SIGTERM: interrupt}):
+            begun = _begin(job_id, request)
+            tell(UUID(str(begun["existing_job_id"] or job_id)))
+    except KeyboardInterrupt:
+        raise _cancelled(job_id, [], is_begun=begun is not None) from None
+    except Exception:
+        if begun is not None:
+            with suppress(SaasllmError), signals(UNINTERRUPTED):
+                _settle(job_id, "cancelled", "Its id could not be told.", [], CANCEL_SECONDS)
+        raise
 
 
 def call(
@@ -214,7 +227,10 @@ def new_job_id() -> UUID:
 
 
 def _begin(job_id: UUID, request: JobRequest) -> database.Row:
-    """Opens the job, sweeping the team's expired leases first where they are in the way; else raises why not."""
+    """Opens the job, sweeping the team's expired leases first where they are in the way; else raises why not.
+
+    Where the answer is lost on the way, it looks whether the job is there, and asks again.
+    """
     parameters = {
         "job_id": job_id,
         "team_id": request.team_id,
@@ -226,15 +242,51 @@ def _begin(job_id: UUID, request: JobRequest) -> database.Row:
         "request_hash": request.hash() if request.idempotency_key else None,
         "lease_seconds": request.call.timeout + LEASE_MARGIN_SECONDS if request.call else request.lease,
     }
-    with database.connect() as db:
-        begun = db.one("job.begin", **parameters)
-        is_blocked = begun["outcome"] == "insufficient_credits" or begun["existing_is_expired"]
-        if is_blocked:
-            # Another process may have swept them first: so it is asked again, whoever did.
-            db.one("job.sweep", team_id=request.team_id, row_limit=SWEEP_CHUNK)
-            begun = db.one("job.begin", **parameters)
+    is_asked = False
+
+    def begin(db: database.Database, is_again: bool) -> database.Row:
+        return (is_again and _begun_before(db, job_id, request)) or db.one("job.begin", **parameters)
+
+    def attempt() -> database.Row:
+        nonlocal is_asked
+        with database.connect() as db:
+            is_again, is_asked = is_asked, True
+            begun = begin(db, is_again)
+            if begun["outcome"] == "insufficient_credits" or begun["existing_is_expired"]:
+                # Another process may have swept them first: so it is asked again, whoever did.
+                db.one("job.sweep", team_id=request.team_id, row_limit=SWEEP_CHUNK)
+                begun = begin(db, is_again)
+        return begun
+
+    def attempt_again(_: float) -> database.Row:
+        try:
+            return attempt()
+        except Conflict as error:  # what was asked first has been done only now: then it is found the next time
+            raise DatabaseUnavailable("database_busy", error.message, error.hint) from error
+
+    try:
+        begun = attempt()
+    except DatabaseUnavailable as error:
+        if not is_asked or error.code != "database_unreachable":
+            raise
+        begun = database.until_it_answers(BEGIN_SECONDS, attempt_again)
     _raise_refusal(begun, request)
     return begun
+
+
+def _begun_before(db: database.Database, job_id: UUID, request: JobRequest) -> database.Row | None:
+    """The job, if it was begun by a statement whose answer was lost."""
+    if db.maybe("job.get", job_id=job_id) is None:
+        return None
+    models: list[dict[str, Any]] = []
+    if request.call is not None:
+        models = db.one("group.resolve", group_name=request.call.group_name, team_id=None)["models"] or []
+    return {
+        "outcome": "begun",
+        "model_names": [model["model_name"] for model in models],
+        "existing_job_id": None,
+        "existing_is_expired": False,
+    }
 
 
 def _raise_refusal(begun: database.Row, request: JobRequest) -> None:
@@ -320,9 +372,13 @@ def _cancelled(job_id: UUID, calls: list[Call], is_begun: bool) -> Interrupted:
                 status = _settle(job_id, "cancelled", "Interrupted.", calls, CANCEL_SECONDS)["status"]
         else:  # there may be a job or no database: not worth waiting for, nor being deaf to a second Ctrl-C
             status = _settle(job_id, "cancelled", "Interrupted.", calls, 0)["status"]
-    if status == "completed":
-        return Interrupted("interrupted", f"Job {job_id} was completed and charged before it could be cancelled.")
-    return Interrupted("interrupted", f"Job {job_id} was cancelled, and nothing was charged.")
+    match status:
+        case "cancelled":
+            return Interrupted("interrupted", f"Job {job_id} was cancelled, and nothing was charged.")
+        case "completed":
+            return Interrupted("interrupted", f"Job {job_id} was completed and charged before it could be cancelled.")
+        case _:  # there is no such job, or no database to ask
+            return Interrupted("interrupted", "Interrupted, and nothing was charged.")
 
 
 def _settled(job_id: UUID, team_id: str, answer: "Answer | None", calls: list[Call]) -> JobResult:
@@ -371,17 +427,12 @@ def _settle(job_id: UUID, status: str, error_message: str | None, calls: list[Ca
 
 def _until_it_answers(seconds: float, work: Callable[[database.Database], T]) -> T:
     """What is to be written after a call, tried again for a while when the database is away."""
-    until = time.monotonic() + seconds
-    pause = 0.1
-    while True:
-        try:
-            with database.connect_to_settle(max(1.0, until - time.monotonic())) as db:
-                return work(db)
-        except DatabaseUnavailable as error:
-            if error.code not in RETRIED or time.monotonic() + pause > until:
-                raise
-            time.sleep(pause)
-            pause = min(pause * 2, 5)
+
+    def attempt(left: float) -> T:
+        with database.connect_to_settle(left) as db:
+            return work(db)
+
+    return database.until_it_answers(seconds, attempt)
 
 
 @contextmanager
