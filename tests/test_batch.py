@@ -91,6 +91,10 @@ def test_a_result_for_each_line(tenant: Run, provider: Provider, home: Path) -> 
     assert_paid(tenant, home, 10)
 
 
+def asked_for(schema: str) -> str:
+    return '{"type": "json_schema", "json_schema": {"schema": ' + schema + "}}"
+
+
 WRONG = {
     "nonsense": "not JSON",
     "[1]": "a JSON object",
@@ -110,6 +114,8 @@ WRONG = {
     '{"id": "a", "body": 7}': "body",
     '{"id": "a", "body": {"messages": [{"role": "user", "content": "x"}], "api_key": "sk"}}': "'api_key'",
     '{"id": "a", "messages": [{"role": "boss", "content": "x"}]}': "messages[0].role",
+    '{"id": "a", "prompt": "x", "response_format": ' + asked_for('{"type": "objet"}') + "}": "no JSON schema",
+    '{"id": "a", "prompt": "x", "response_format": ' + asked_for("[]") + "}": "no JSON schema",
 }
 
 
@@ -124,6 +130,39 @@ def test_a_wrong_line_does_not_stop_the_others(tenant: Run, home: Path) -> None:
         assert (row["status"], row["job_id"]) == ("failed", None)
         assert told in row["error"]
     assert_paid(tenant, home, 10)
+
+
+SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+
+
+@pytest.mark.parametrize("by", ["option", "line"])
+def test_an_answer_is_to_be_of_its_schema(tenant: Run, home: Path, by: str) -> None:
+    """The first model says what does not match, and the next one is asked."""
+    (home / "schema.json").write_text(json.dumps(SCHEMA))
+    option = ("--json-schema", "schema.json") if by == "option" else ()
+    own = {"response_format": json.loads(asked_for(json.dumps(SCHEMA)))} if by == "line" else {}
+    lines(home, {"id": "good", "prompt": '{"age": 36}', **own}, {"id": "bad", "prompt": '{"age": "36"}', **own})
+    assert tenant(*words("Echo", *option)).status == 9
+    found = results(home)
+    assert (found["good"]["status"], found["good"]["content"]) == ("completed", '{"age": 36}')
+    assert (found["bad"]["status"], "JSON schema at $.age" in found["bad"]["error"]) == ("failed", True)
+    assert_paid(tenant, home, 10)
+
+
+def test_another_model_answers_by_the_schema(tenant: Run, provider: Provider, home: Path) -> None:
+    with_models(tenant, "openai/ok", "offline/echo")
+    (home / "schema.json").write_text(json.dumps(SCHEMA))
+    lines(home, {"id": "1", "prompt": '{"age": 36}'})
+    command = words("G", "--json-schema", "schema.json")
+    assert tenant(*command).status == 0
+    assert results(home)["1"]["resolved_model"] == "offline/echo"
+    assert provider.requests[0]["response_format"]["json_schema"]["schema"] == SCHEMA
+    (home / "schema.json").write_text(json.dumps(SCHEMA | {"title": "another"}))
+    assert tenant(*command).status == 9, "it is another request"
+    assert [row["error"] for row in map(json.loads, (home / "out.jsonl").open())] == [None, batch.CONFLICT]
+    assert credits_of(tenant) == (9, 0)
+    (home / "schema.json").write_text("[]")
+    assert tenant(*command).status == 2
 
 
 def test_run_again_it_does_what_is_new(tenant: Run, home: Path, sql: psycopg.Connection) -> None:

@@ -141,7 +141,10 @@ def test_a_broken_chat(tenant: Run, home: Path, chat: str, told: str) -> None:
     assert (result.status, told in result.error["message"]) == (2, True), result.err
 
 
-@pytest.mark.parametrize("schema", ["{", "[]", '{"type": "objet"}', '{"$schema": 5}'])
+DEEP = '{"not": ' * 400 + "{}" + "}" * 400
+
+
+@pytest.mark.parametrize("schema", ["{", "[]", '{"type": "objet"}', '{"$schema": 5}', DEEP])
 def test_a_broken_schema(tenant: Run, home: Path, schema: str) -> None:
     result = job_run(tenant, "Echo", "--prompt", "x", "--json-schema", write(home, "schema.json", schema), "-o", "json")
     assert (result.status, "schema.json" in result.error["message"]) == (2, True)
@@ -166,6 +169,24 @@ def test_an_answer_of_a_schema(tenant: Run, provider: Provider, home: Path, answ
     assert ("answer" in str(calls[0]["error"])) == (status == 8)
     assert "sk-secret" not in str(calls), "nothing of an answer is kept"
     assert credits_of(tenant) == ((9, 0) if status == 0 else (10, 0))
+
+
+def test_a_schema_among_the_parameters(tenant: Run, home: Path) -> None:
+    """Whoever asks for it by the provider's own parameter gets an answer that was checked, too."""
+    asked = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+    write(home, "chat.json", {"messages": [{"role": "user", "content": "36 years"}], "response_format": asked})
+    for options in (("--messages", "chat.json"), ("--prompt", "36", "--param", f"response_format={json.dumps(asked)}")):
+        assert job_run(tenant, "Echo", *options).status == 8
+        assert job_run(tenant, "Echo", *options, "--stream").status == 2
+    asked["json_schema"] = {"schema": {"type": "objet"}}
+    assert job_run(tenant, "Echo", "--prompt", "x", "--param", f"response_format={json.dumps(asked)}").status == 2
+
+
+def test_a_tool_call_is_not_of_the_schema(tenant: Run, provider: Provider, home: Path) -> None:
+    with_models(tenant, "openai/tools")
+    schema = write(home, "schema.json", SCHEMA)
+    result = job_run(tenant, "G", "--prompt", "x", "--json-schema", schema, "-o", "json")
+    assert (result.status, result.data["content"], len(result.data["tool_calls"])) == (0, None, 1)
 
 
 def test_what_is_kept_of_prompts_and_answers(tenant: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,14 +107,14 @@ def call_request(
         asked.insert(0, {"role": "system", "content": chat.text(system, "--system")})
     if messages is None or prompt is not None or prompt_file is not None:
         asked.append({"role": "user", "content": _prompt(prompt, prompt_file, may_read_stdin=messages is None)})
-    schema = None
     if json_schema is not None:
-        schema = _schema(json_schema)
-        parameters["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        parameters["response_format"] = chat.response_format(schema_of(json_schema))
+    elif (schema := chat.json_schema(parameters)) is not None:
+        chat.check_schema(schema, "response_format")
 
     from saasllm_cli.jobs.calls import CallRequest
 
-    return CallRequest(group, asked, timeout, parameters, schema, purpose)
+    return CallRequest(group, asked, timeout, parameters, purpose)
 
 
 def shown_as_it_comes(stream: bool | None, request: "CallRequest", output: Format) -> Callable[[str], None] | None:
@@ -146,21 +146,11 @@ def _chat(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     }
 
 
-def _schema(path: Path) -> dict[str, Any]:
+def schema_of(path: Path) -> dict[str, Any]:
+    """The JSON schema in the file of --json-schema."""
     schema = _json(path, "--json-schema")
-
-    from jsonschema.exceptions import SchemaError
-    from jsonschema.validators import validator_for
-
-    try:
-        if not isinstance(schema, dict) or not isinstance(schema.get("$schema", ""), str):
-            raise SchemaError("it is to be an object, and its $schema a text")
-        validator_for(schema).check_schema(schema)
-    except SchemaError as error:
-        raise InvalidInput(
-            "invalid_json_schema", f"{path} is no JSON schema: {error.message} ({error.json_path}).", "Correct it."
-        ) from None
-    return schema
+    chat.check_schema(schema, str(path))
+    return dict(schema)
 
 
 def _json(path: Path, option: str) -> Any:

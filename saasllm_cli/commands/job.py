@@ -31,6 +31,7 @@ from saasllm_cli.commands.calls import (
     call_request,
     given,
     opened,
+    schema_of,
     shown_as_it_comes,
 )
 from saasllm_cli.commands.inputs import (
@@ -236,6 +237,7 @@ def batch(
         int, typer.Option(min=1, max=1000, metavar="N", help="How many calls at once in each process.")
     ] = 32,
     processes: Annotated[int, typer.Option(min=1, max=64, metavar="P", help="How many processes call.")] = 1,
+    json_schema: JsonSchema = None,
     timeout: Timeout = 300,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try the lines that failed in an earlier run again.")
@@ -268,6 +270,7 @@ def batch(
         timeout=timeout,
         concurrency=concurrency,
         processes=processes,
+        json_schema=None if json_schema is None else schema_of(json_schema),
         is_retrying=retry_failed,
     )
     with waiting("Starting …"):

@@ -72,7 +72,8 @@ PARAMETERS = (
 class BatchRequest:
     """The lines of `source` are asked of a group for a team, each within `timeout` seconds, and come out in `out`.
 
-    `name` is that of the batch; without one it is what the journal beside `out` has kept, or a new one.
+    `name` is that of the batch; without one it is what the journal beside `out` has kept, or a new one. Where
+    `json_schema` is given all lines ask for JSON of it, else each for what it says itself.
     """
 
     source: IO[bytes]
@@ -84,6 +85,7 @@ class BatchRequest:
     timeout: float
     concurrency: int
     processes: int
+    json_schema: dict[str, Any] | None
     is_retrying: bool
 
 
@@ -635,6 +637,10 @@ def _job_request(content: dict[str, Any], batch: BatchRequest) -> JobRequest:
             messages = [*messages, {"role": "user", "content": prompt}]
         if "system" in content:
             messages = [{"role": "system", "content": content.pop("system")}, *messages]
+    if batch.json_schema is not None:
+        parameters["response_format"] = chat.response_format(batch.json_schema)
+    elif (schema := chat.json_schema(parameters)) is not None:
+        chat.check_schema(schema, "response_format")
     if unknown := [name for name in content if name not in FIELDS]:
         raise InvalidInput("invalid_line", f"The field {unknown[0]!r} is not known.")
     metadata = content.pop("metadata", None) or {}

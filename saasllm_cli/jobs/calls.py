@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+from saasllm_cli.jobs import chat
 from saasllm_cli.settings import settings
 
 if TYPE_CHECKING:
@@ -27,16 +28,19 @@ class CallRequest:
     """What a group's models are asked.
 
     `messages` are in OpenAI's chat format. `timeout` is in seconds, over all attempts together. `parameters` go to the
-    provider as they are (temperature, tools, response_format …); an answer that does not match `json_schema` counts as
-    failed.
+    provider as they are (temperature, tools, response_format …); where they ask for JSON of a schema, an answer that
+    does not match it counts as failed.
     """
 
     group_name: str
     messages: Sequence[dict[str, Any]]
     timeout: float
     parameters: dict[str, Any] = field(default_factory=dict)
-    json_schema: dict[str, Any] | None = None
     purpose: str | None = None
+
+    @property
+    def json_schema(self) -> dict[str, Any] | None:
+        return chat.json_schema(self.parameters)
 
 
 @dataclass(slots=True)
@@ -170,8 +174,8 @@ async def _attempt(
     call.total_tokens = answer.total_tokens
     call.cost_usd = answer.cost_usd
     call.answer = _kept(answer.content)
-    if request.json_schema is not None:
-        call.error = _mismatch(answer.content, request.json_schema)
+    if (schema := request.json_schema) is not None and not answer.tool_calls:  # they come before the answer
+        call.error = _mismatch(answer.content, schema)
     return answer if call.error is None else None
 
 

@@ -1,8 +1,11 @@
 """Chats in OpenAI's format, checked before anything is begun for them."""
 
 import base64
+import json
 import mimetypes
 import re
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,42 @@ def parameter(name: str) -> str:
             "Leave it out.",
         )
     return name
+
+
+def json_schema(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The JSON schema of which the parameters ask an answer to be."""
+    match parameters.get("response_format"):
+        case {"type": "json_schema", "json_schema": {"schema": schema}}:
+            return schema  # type: ignore[no-any-return]
+    return None
+
+
+def response_format(schema: dict[str, Any]) -> dict[str, Any]:
+    """The parameter that asks for JSON of a schema."""
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
+def check_schema(schema: Any, source: str) -> None:
+    """Raises `InvalidInput`, which names the source, where it is no JSON schema."""
+    if mistake := _mistake(json.dumps(schema)):
+        raise InvalidInput("invalid_json_schema", f"{source} is no JSON schema: {mistake}.", "Correct it.")
+
+
+@lru_cache(100)  # the lines of a batch often have the same
+def _mistake(schema_text: str) -> str | None:
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import validator_for
+
+    schema = json.loads(schema_text)
+    if not isinstance(schema, dict) or not isinstance(schema.get("$schema", ""), str):
+        return "it is to be an object, and its $schema a text"
+    try:
+        validator_for(schema).check_schema(schema)
+    except SchemaError as error:
+        return f"{error.message} ({error.json_path})"
+    except RecursionError:
+        return "it is nested too deeply"
+    return None
 
 
 def messages(chat: Any, source: str, folder: Path) -> list[dict[str, Any]]:
