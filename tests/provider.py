@@ -1,9 +1,9 @@
 """An OpenAI-compatible HTTP server on loopback, with faults on demand.
 
-The name of the model says what happens: `ok`, `status-429`, `busy` (429, and says when to come back; then ok),
-`narrow-2` (429 where more than two are asked at once), `tools`, `empty`, `blank`, `html`, `cut`, `slow`, `drip`,
-`context`, `policy`, `torn` and `stalled` (a stream that is cut in the middle, or silent from there on). Anything after
-a second dash is free.
+The name of the model says what happens: `ok`, `status-429`, `limited` (429, and says when to come back), `busy` (that
+once, then ok), `narrow-2` (429 where more than two are asked at once), `tools`, `empty`, `blank`, `html`, `cut`,
+`slow`, `drip`, `context`, `policy`, `torn` and `stalled` (a stream that is cut in the middle, or silent from there on).
+Anything after a second dash is free.
 """
 
 import json
@@ -74,6 +74,8 @@ class _Handler(BaseHTTPRequestHandler):
         match self.provider.stands_for.get(model, model).split("-"):
             case ["busy", *_] if sum(request["model"] == model for request in self.provider.requests) == 1:
                 self._answer(429, _error("Too many requests."), {"Retry-After": self.provider.retry_after})
+            case ["limited", *_]:
+                self._answer(429, _error("Too many requests."), {"Retry-After": self.provider.retry_after})
             case ["narrow", most]:
                 with self.provider.counting(int(most)) as has_room:
                     if has_room:
@@ -81,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
                         self._answer(200, completion(model, self.provider.answer))
                     else:
                         self._answer(429, _error("Too many requests."))
-            case ["ok" | "torn" | "stalled" as fault, *_] if body.get("stream"):
+            case ["ok" | "torn" | "stalled" | "empty" | "blank" as fault, *_] if body.get("stream"):
                 self._stream(model, fault)
             case ["ok" | "busy", *_]:
                 self._answer(200, completion(model, self.provider.answer) | {"usage": self.provider.usage})
@@ -142,11 +144,12 @@ class _Handler(BaseHTTPRequestHandler):
             for number, word in enumerate(words, 1)
         ]
         events.append(_chunk(model, {}, finish_reason="stop") | {"usage": self.provider.usage})
-        for event in events if fault == "ok" else events[:2]:
+        told = {"torn": events[:2], "stalled": events[:2], "empty": [], "blank": events[-1:]}
+        for event in told.get(fault, events):
             self._write_chunk(f"data: {json.dumps(event)}\n\n")
         if fault == "stalled":
             self.provider.closing.wait(60)
-        if fault != "ok":
+        if fault in ("torn", "stalled"):
             self.close_connection = True
         else:
             self._write_chunk("data: [DONE]\n\n")

@@ -223,11 +223,13 @@ def test_a_stream_of_the_offline_model(tenant: Run) -> None:
 
 @pytest.mark.parametrize("fault", ["torn", "stalled"])
 def test_a_torn_stream_is_no_answer_and_no_other_follows(tenant: Run, provider: Provider, fault: str) -> None:
-    with_models(tenant, f"openai/{fault}", "openai/ok")
-    result = job_run(tenant, "G", "--prompt", "x", "--stream", "--timeout", 6)
-    assert (result.status, result.out) == (8, "The answer ")
-    assert [request["model"] for request in provider.requests] == [fault]
-    assert credits_of(tenant) == (10, 0)
+    for group, *models in (("First", fault, "ok"), ("Last", "status-503", fault), ("All", fault, f"{fault}-2")):
+        provider.requests.clear()
+        with_models(tenant, *(f"openai/{model}" for model in models), group=group)
+        result = job_run(tenant, group, "--prompt", "x", "--stream", "--timeout", 3)
+        assert (result.status, result.out) == (8, "The answer ")
+        assert [request["model"] for request in provider.requests] == models[: models.index(fault) + 1]
+        assert credits_of(tenant) == (10, 0)
 
 
 def test_a_stream_that_nobody_reads_costs_nothing(tenant: Run, provider: Provider) -> None:
@@ -249,6 +251,13 @@ def test_a_rate_limit_that_says_when_to_come_back(tenant: Run, provider: Provide
     assert (result.status, result.data["resolved_model"], result.data["attempts"]) == (0, "openai/busy", 3)
     assert time.monotonic() - began >= 1
     assert [request["model"] for request in provider.requests] == ["busy", "status-500", "busy"]
+
+
+def test_a_rate_limit_of_all_models(tenant: Run, provider: Provider) -> None:
+    with_models(tenant, "openai/busy", "openai/busy-2")
+    result = job_run(tenant, "G", "--prompt", "x", "-o", "json")
+    assert (result.status, result.data["resolved_model"], result.data["attempts"]) == (0, "openai/busy", 3)
+    assert credits_of(tenant) == (9, 0)
 
 
 def test_no_waiting_for_a_rate_limit_beyond_the_deadline(tenant: Run, provider: Provider) -> None:

@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import subprocess
 import time
@@ -35,12 +34,11 @@ def credits_of(run: Run, team: str = "hr") -> tuple[int, int]:
     return balance["credits_remaining"], balance["credits_reserved"]
 
 
-def with_models(run: Run, *models: str) -> Run:
-    """Gives the team `hr` a group `G` of these models, by making the team anew with it."""
+def with_models(run: Run, *models: str, group: str = "G") -> Run:
+    """Gives the team `hr` a group of these models."""
     options = [word for model in models for word in ("--model", model)]
-    assert run("group", "create", "G", *options).status == 0
-    with psycopg.connect(os.environ["SAASLLM_DATABASE_URL"], autocommit=True) as connection:
-        connection.execute("INSERT INTO team_model_groups (team_id, group_name) VALUES ('hr', 'G')")
+    assert run("group", "create", group, *options).status == 0
+    assert run("team", "assign", "hr", group).status == 0
     return run
 
 
@@ -80,42 +78,61 @@ def test_a_known_price_is_exact(tenant: Run, provider: Provider) -> None:
     assert '"cost_usd": 0.00027' in result.out  # 12 tokens at $10 and 5 at $30 a million
 
 
-FAULTS = {
-    "status-401": "401",
-    "status-402": "402",
-    "status-403": "403",
-    "status-404": "404",
-    "status-429": "429",
-    "status-500": "500",
-    "status-503": "503",
-    "html": "",
-    "cut": "",
-    "empty": "the answer was empty",
-    "blank": "the answer was empty",
-    "context": "maximum context length",
+# What goes on to the next model, by what is told of it; and what ends the job.
+MOVES_ON = {
+    "openai/status-401": "401",
+    "openai/status-402": "402",
+    "openai/status-403": "403",
+    "openai/status-404": "404",
+    "openai/status-429": "429",
+    "openai/limited": "429",
+    "openai/status-500": "500",
+    "openai/status-503": "503",
+    "openai/html": "",
+    "openai/cut": "",
+    "openai/drip": "no answer within",
+    "openai/empty": "the answer was empty",
+    "openai/blank": "the answer was empty",
+    "openai/context": "maximum context length",
+    "hosted_vllm/refused": "",
 }
+ENDS = {"openai/status-400": "400", "openai/status-422": "422", "openai/policy": "safety system"}
 
 
-@pytest.mark.parametrize(("fault", "reason"), FAULTS.items(), ids=FAULTS.keys())
-def test_what_moves_on_to_the_next_model(tenant: Run, provider: Provider, fault: str, reason: str) -> None:
-    with_models(tenant, f"openai/{fault}", "openai/ok")
-    result = job_run(tenant, "G", "--prompt", "x", "-o", "json")
-    assert (result.status, result.data["resolved_model"], result.data["attempts"]) == (0, "openai/ok", 2)
-    assert [request["model"] for request in provider.requests] == [fault, "ok"], "one request an attempt"
-    failed, answered = tenant("job", "get", result.data["job_id"], "-o", "json").data["calls"]
-    assert reason in failed["error"]
-    assert "sk-test" not in failed["error"]
-    assert (failed["attempt"], answered["attempt"], answered["error"]) == (1, 2, None)
-    assert credits_of(tenant) == (9, 0)
-
-
-@pytest.mark.parametrize("fault", ["status-400", "status-422", "policy"])
-def test_what_ends_the_job(tenant: Run, provider: Provider, fault: str) -> None:
-    with_models(tenant, f"openai/{fault}", "openai/ok")
-    result = job_run(tenant, "G", "--prompt", "x", "-o", "json")
-    assert (result.status, result.out, result.error["code"]) == (8, "", "no_answer")
-    assert len(provider.requests) == 1
-    assert credits_of(tenant) == (10, 0)
+@pytest.mark.parametrize("fault", [*MOVES_ON, *ENDS])
+def test_a_fault_of_the_first_the_last_and_all_models(
+    tenant: Run, provider: Provider, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """At once and as a stream: which models are asked, what is told and what is charged."""
+    monkeypatch.setenv("HOSTED_VLLM_API_BASE", "http://127.0.0.1:1")
+    provider.retry_after = "100"
+    again = f"{fault}-2"
+    expected = {  # by the group: the models that are asked, and whether the last one answers
+        ("First", fault, "openai/ok"): ([fault], False) if fault in ENDS else ([fault, "openai/ok"], True),
+        ("Last", "openai/status-503-0", fault): (["openai/status-503-0", fault], False),
+        ("All", fault, again): ([fault] if fault in ENDS else [fault, again], False),
+    }
+    answered = 0
+    for (group, *models), (asked, is_answered) in expected.items():
+        with_models(tenant, *models, group=group)
+        for options in ((), ("--stream",)):
+            provider.requests.clear()
+            result = job_run(tenant, group, "--prompt", "x", "--timeout", 2 if "drip" in fault else 60, *options)
+            assert (result.status, result.out) == ((0, ANSWER + "\n") if is_answered else (8, "")), result.err
+            over_http = [model.removeprefix("openai/") for model in asked if model.startswith("openai/")]
+            assert [request["model"] for request in provider.requests] == over_http, "one request an attempt"
+            job = tenant("job", "list", "--limit", 1, "-o", "json").data[0]
+            assert (job["status"], job["credit_applied"]) == (("completed" if is_answered else "failed"), is_answered)
+            calls = tenant("job", "get", job["job_id"], "-o", "json").data["calls"]
+            assert [(call["attempt"], call["resolved_model"]) for call in calls] == list(enumerate(asked, 1))
+            assert [call["error"] is None for call in calls] == [False] * (len(calls) - 1) + [is_answered]
+            for call in calls:
+                if call["resolved_model"] in (fault, again):
+                    assert {**MOVES_ON, **ENDS}[fault] in call["error"]
+            assert "sk-test" not in str(calls) + result.err
+            answered += is_answered
+            assert credits_of(tenant) == (10 - answered, 0)
+    assert tenant("credits", "verify").status == 0
 
 
 def test_all_models_fail(tenant: Run) -> None:
