@@ -341,9 +341,15 @@ def test_stdin_and_a_name(tenant: Run, home: Path) -> None:
 def many(tenant: Run, provider: Provider, home: Path) -> Run:
     """A batch of 300 lines and as many credits."""
     with_models(tenant, "openai/ok")
-    tenant("credits", "add", "hr", 290)
-    lines(home, *prompts(300))
+    enlarge(tenant, home, 300)
     return tenant
+
+
+def enlarge(run: Run, home: Path, count: int) -> None:
+    """Makes the batch one of so many lines and as many credits."""
+    if missing := count - credits_of(run)[0]:
+        run("credits", "add", "hr", missing)
+    lines(home, *prompts(count))
 
 
 def until_written(home: Path, count: int, process: "subprocess.Popen[str]") -> None:
@@ -354,22 +360,27 @@ def until_written(home: Path, count: int, process: "subprocess.Popen[str]") -> N
         time.sleep(0.01)
 
 
-def test_killed_ten_times_and_finished(many: Run, home: Path, provider: Provider) -> None:
+def test_killed_ten_times_and_finished(many: Run, home: Path, provider: Provider, is_thorough: bool) -> None:
+    size = 10_000 if is_thorough else 300
+    enlarge(many, home, size)
     chance = random.Random(7)
     for number in range(10):
         process = start_process(*words("G", "--concurrency", 8))
-        until_written(home, 20 * number + 1, process)
+        until_written(home, size // 15 * number + 1, process)
         time.sleep(chance.uniform(0, 0.2))
         process.kill()
         process.wait()
     assert many(*words("G", "--concurrency", 8)).status == 0
-    assert len(results(home)) == 300
-    assert_paid(many, home, 300)
+    assert len(results(home)) == size
+    assert_paid(many, home, size)
+    print(f"{len(provider.requests) - size} lines were asked twice")
 
 
-def test_stopped_beyond_its_leases(many: Run, home: Path, sql: psycopg.Connection) -> None:
+def test_stopped_beyond_its_leases(many: Run, home: Path, sql: psycopg.Connection, is_thorough: bool) -> None:
+    stops = 20 if is_thorough else 5
+    enlarge(many, home, 60 * stops)
     process = start_process(*words("G", "--concurrency", 8))
-    for number in range(5):
+    for number in range(stops):
         until_written(home, 40 * number + 1, process)
         process.send_signal(signal.SIGSTOP)
         sql.execute("UPDATE jobs SET lease_expires_at = now() WHERE lease_expires_at IS NOT NULL")
@@ -377,8 +388,9 @@ def test_stopped_beyond_its_leases(many: Run, home: Path, sql: psycopg.Connectio
         process.send_signal(signal.SIGCONT)
     process.communicate(timeout=120)
     assert process.returncode == 0
-    assert len(results(home)) == 300
-    assert_paid(many, home, 300)
+    assert len(results(home)) == 60 * stops
+    assert_paid(many, home, 60 * stops)
+    print(f"{len(many('job', 'list', '--status', 'failed', '--limit', 'all', '-o', 'json').data)} jobs were swept")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
