@@ -135,6 +135,26 @@ def test_a_fault_of_the_first_the_last_and_all_models(
     assert tenant("credits", "verify").status == 0
 
 
+@pytest.mark.parametrize(
+    ("message", "status"),
+    [
+        ("/chat/completions: Invalid model name passed in model=gpt-9.", 0),
+        ("invalid model ID", 0),
+        ("vendor/model-9:free is not a valid model ID", 0),
+        ("The provided model identifier is invalid.", 0),
+        ("Model Not Exist", 0),
+        ("Invalid value for 'temperature': the model takes up to 2.", 8),
+    ],
+)
+def test_an_unknown_model_moves_on_also_where_it_is_a_bad_request(
+    tenant: Run, provider: Provider, message: str, status: int
+) -> None:
+    provider.message = message
+    with_models(tenant, "openai/status-400", "openai/ok")
+    assert job_run(tenant, "G", "--prompt", "x").status == status
+    assert credits_of(tenant) == (10 - (status == 0), 0)
+
+
 def test_all_models_fail(tenant: Run) -> None:
     result = job_run(tenant, "Down", "--prompt", "x")
     assert (result.status, result.out) == (8, "")

@@ -42,6 +42,12 @@ NOTHING: Mapping[str, Any] = {}
 LONGEST_ERROR = 500
 COST_UNIT = Decimal("1e-12")  # litellm computes costs in floats: beyond this is their noise
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+# How providers say with a 400 that there is no such model.
+NO_SUCH_MODEL = re.compile(
+    r"\b(invalid|unknown|no such) model\b|not a valid model|model_not_found"
+    r"|\bmodel\b.{0,100}(not exist|not found|is invalid|is not supported)",
+    re.IGNORECASE,
+)
 LOOKS_LIKE_A_KEY = re.compile(r"\b(sk|pk|gsk|AIza|xai|hf)[-_][\w*.-]{6,}")
 
 
@@ -172,13 +178,15 @@ async def _streamed(model: str, options: Mapping[str, Any], show: _Shown) -> Any
 def _refuses_the_request(error: Exception) -> bool:
     """Whether another model would refuse the same request too.
 
-    Content policy is a BadRequestError as well. A longer context window or a parameter may be another model's, though;
-    and litellm makes a BadRequestError also of a 401 or a 503 whose text looks like one, so the status decides.
+    Content policy is a BadRequestError as well. A longer context window or a parameter may be another model's, though,
+    and the name of one may be unknown; and litellm makes a BadRequestError also of a 401 or a 503 whose text looks like
+    one, so the status decides.
     """
     return (
         isinstance(error, exceptions.BadRequestError)
         and not isinstance(error, exceptions.ContextWindowExceededError | exceptions.UnsupportedParamsError)
         and getattr(error, "status_code", 400) in (400, 422)
+        and not NO_SUCH_MODEL.search(str(error))
     )
 
 
