@@ -1,8 +1,10 @@
 """Batches: each line is paid for once and written once, whoever crashes when."""
 
+import errno
 import json
 import os
 import random
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -426,6 +428,45 @@ def test_a_database_that_goes_away(many: Run, home: Path, sql: psycopg.Connectio
     assert process.returncode == 0
     assert len(results(home)) == 300
     assert_paid(many, home, 300)
+
+
+def test_a_disk_that_has_no_room_for_the_journal(many: Run, home: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    process = start_process(*words("G", "--concurrency", 8, "-o", "json"), preexec_fn=limit)
+    _, err = process.communicate(timeout=120)
+    error = json.loads(err)["error"]
+    assert (process.returncode, error["code"], "rollback" in error["message"]) == (1, "journal_failed", False)
+    assert 0 < len(results(home)) < 300
+    assert_paid(many, home, 300)
+    assert many(*words("G")).status == 0
+    assert len(results(home)) == 300
+    assert_paid(many, home, 300)
+
+
+@pytest.mark.parametrize(("options", "turn"), [((), 1), (("--retry-failed",), 0)], ids=["a line", "what is left out"])
+def test_a_disk_that_has_no_room_for_the_output(
+    tenant: Run, home: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], turn: int
+) -> None:
+    lines(home, *prompts(8))
+    written = batch._synced
+    turns = count()
+
+    def full_once(file: Any) -> int:
+        if next(turns) == turn:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(file)
+
+    monkeypatch.setattr(batch, "_synced", full_once)
+    command = words("Echo", "--concurrency", 1, *options)
+    result = tenant(*command, "-o", "json")
+    assert (result.status, result.error["code"]) == (1, "output_failed")
+    assert len((home / "out.jsonl").read_bytes().splitlines()) < 8
+    assert credits_of(tenant)[1] == 0
+    assert tenant(*command).status == 0
+    assert len(results(home)) == 8
+    assert_paid(tenant, home, 10)
 
 
 def test_two_processes(many: Run, home: Path, provider: Provider) -> None:

@@ -58,6 +58,7 @@ READ_AHEAD = 200  # lines
 MOST_BEGUN = 500  # in one statement
 MOST_SETTLED = 100  # in one statement: with all that may be kept of them they are some 200 MB
 LONGEST_ID = 200
+MAKE_ROOM = "Make room on the disk; then the same command goes on."
 CONFLICT = "conflict: the id stands for another request in this batch"
 # What a line may hold beside its id, its messages and the parameters of the call.
 FIELDS = ("metadata", "job_type", "external_task_id", "purpose")
@@ -130,9 +131,7 @@ def run(request: BatchRequest, on_progress: Callable[[Summary], None] = lambda _
                 raise
             return batch.summary
     except sqlite3.Error as error:
-        raise SaasllmError(
-            "journal_failed", f"The journal of {request.out} fails: {error}.", "Check the disk."
-        ) from error
+        raise SaasllmError("journal_failed", f"The journal of {request.out} fails: {error}.", MAKE_ROOM) from error
 
 
 class _Batch:
@@ -457,16 +456,18 @@ class _Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._out.close()
+        with suppress(OSError):  # what could not be written is behind the last whole line
+            self._out.close()
         self._db.close()
 
     def take_up(self) -> None:
         """Goes on behind the last whole line of the output; without its failed ones, where they are tried again."""
         self._db.execute("UPDATE batch SET owner = ?", (self._owner,))
-        self._replace()
-        if self._request.is_retrying:
-            self._leave_out_failed()
+        with self._writing():
             self._replace()
+            if self._request.is_retrying:
+                self._leave_out_failed()
+                self._replace()
 
     def _replace(self) -> None:
         ((size, is_replaced),) = self._db.execute("SELECT out_size, is_replaced FROM batch")
@@ -515,7 +516,7 @@ class _Journal:
 
     def write(self, tasks: list[Task]) -> None:
         """Writes results into the output, each once."""
-        with self._transaction():
+        with self._writing(), self._transaction():
             self._out.write(b"".join(database.exact_json(task.result).encode() + b"\n" for task in tasks))
             self._save(tasks, is_written=True)
             self._db.execute("UPDATE batch SET out_size = ?", (_synced(self._out),))
@@ -540,6 +541,14 @@ class _Journal:
         self._db.executemany("INSERT OR REPLACE INTO line VALUES (?, ?, ?, ?, ?)", rows)
 
     @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            message = f"The output {self._request.out} cannot be written: {error.strerror}."
+            raise SaasllmError("output_failed", message, MAKE_ROOM) from error
+
+    @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._db.execute("BEGIN IMMEDIATE")
         try:
@@ -548,7 +557,8 @@ class _Journal:
             yield
             self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            with suppress(sqlite3.Error):  # it has rolled back itself where the disk is full
+                self._db.execute("ROLLBACK")
             raise
 
 
