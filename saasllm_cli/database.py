@@ -53,7 +53,7 @@ GET = {
 NEAR = {"organization": "org.near", "team": "team.near", "group": "group.near"}
 TRIES = 5
 # The names of the unique indexes of what is done once.
-ONCE = ("_idempotency_key", "_once_a_job")
+ONCE = ("_idempotency_key", "_once_a_job", "jobs_pkey")
 DEADLOCKS = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 OVERTAKEN = (psycopg.errors.UniqueViolation, psycopg.errors.ForeignKeyViolation)
 LONGEST_COMMAND = 1000

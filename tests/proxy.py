@@ -13,15 +13,18 @@ from typing import Self
 
 SOCKET = ".s.PGSQL.5432"
 READY = b"Z\0\0\0\5I"  # ends each answer: committed, and ready for the next query
+SYNC = (b"S\0\0\0\4", b"S\0\0\0\4H\0\0\0\4")  # end each question
 CHUNK = 65536
 
 
 class Proxy:
-    """Runs while it is entered; `lose` is a piece of the next statement whose answer is to be lost, `lost` a count."""
+    """Runs while it is entered; `lose` is a piece of the next statement whose answer is to be lost, `lost` a count. One
+    that is `hasty` does not wait for the answer: the server is still at work then."""
 
     def __init__(self, server: Path, folder: Path) -> None:
         self.lose: bytes | None = None
         self.lost = 0
+        self.is_hasty = False
         folder.mkdir()
         handler = type("Bound", (_Connection,), {"proxy": self, "address": str(server / SOCKET)})
         self._server = ThreadingUnixStreamServer(str(folder / SOCKET), handler)
@@ -33,6 +36,10 @@ class Proxy:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def has_lost(self) -> None:
+        self.lose = None
+        self.lost += 1
 
 
 class _Connection(BaseRequestHandler):
@@ -51,9 +58,11 @@ class _Connection(BaseRequestHandler):
                 if source is self.request:
                     asked += data
                     server.sendall(data)
+                    if self.proxy.is_hasty and self.proxy.lose and self.proxy.lose in asked and asked.endswith(SYNC):
+                        self.proxy.has_lost()
+                        return
                 elif self.proxy.lose is None or self.proxy.lose not in asked:
                     self.request.sendall(data)
                 elif (answer := answer + data).endswith(READY):
-                    self.proxy.lose = None
-                    self.proxy.lost += 1
+                    self.proxy.has_lost()
                     return

@@ -314,12 +314,15 @@ def test_a_begin_whose_answer_is_lost(account: Run, proxy: Proxy, verb: str, key
         assert (begun.out.strip(), job["status"], balance["credits_reserved"]) == (job["job_id"], "pending", 1)
 
 
-def test_a_begin_that_is_done_late(account: Run, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only after the job has looked for itself: asked to begin once more, it finds itself there."""
-    look = runner._begun_before
-    turns = count()
-    monkeypatch.setattr(runner, "_begun_before", lambda *asked: next(turns) and look(*asked))
-    proxy.lose = b"INSERT INTO jobs"
-    assert account("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x").status == 0
-    assert next(turns) == 2
+def test_a_begin_that_is_done_late(account: Run, proxy: Proxy, sql: psycopg.Connection) -> None:
+    """Only while the job asks once more: it is begun once, and finds itself."""
+    waiting = "SELECT count(*) AS n FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    proxy.lose, proxy.is_hasty = b"INSERT INTO jobs", True
+    with psycopg.connect(os.environ["SAASLLM_DATABASE_URL"]) as locker:
+        locker.execute("SELECT FROM team_credits WHERE team_id = 'hr' FOR UPDATE")
+        process = start_process(*job(1))
+        while sql.execute(waiting).fetchone() != {"n": 2}:
+            time.sleep(0.05)
+    assert process.wait(PATIENCE_SECONDS) == 0
+    assert proxy.lost == 1
     assert_sound(account, OPENED - 1)

@@ -229,7 +229,7 @@ def new_job_id() -> UUID:
 def _begin(job_id: UUID, request: JobRequest) -> database.Row:
     """Opens the job, sweeping the team's expired leases first where they are in the way; else raises why not.
 
-    Where the answer is lost on the way, it looks whether the job is there, and asks again.
+    Where the answer is lost on the way, it asks again: under the same id the job is begun once.
     """
     parameters = {
         "job_id": job_id,
@@ -244,49 +244,25 @@ def _begin(job_id: UUID, request: JobRequest) -> database.Row:
     }
     is_asked = False
 
-    def begin(db: database.Database, is_again: bool) -> database.Row:
-        return (is_again and _begun_before(db, job_id, request)) or db.one("job.begin", **parameters)
-
-    def attempt() -> database.Row:
+    def ask(_: float) -> database.Row:
         nonlocal is_asked
         with database.connect() as db:
-            is_again, is_asked = is_asked, True
-            begun = begin(db, is_again)
+            is_asked = True
+            begun = db.one("job.begin", **parameters)
             if begun["outcome"] == "insufficient_credits" or begun["existing_is_expired"]:
                 # Another process may have swept them first: so it is asked again, whoever did.
                 db.one("job.sweep", team_id=request.team_id, row_limit=SWEEP_CHUNK)
-                begun = begin(db, is_again)
+                begun = db.one("job.begin", **parameters)
         return begun
 
-    def attempt_again(_: float) -> database.Row:
-        try:
-            return attempt()
-        except Conflict as error:  # what was asked first has been done only now: then it is found the next time
-            raise DatabaseUnavailable("database_busy", error.message, error.hint) from error
-
     try:
-        begun = attempt()
+        begun = ask(BEGIN_SECONDS)
     except DatabaseUnavailable as error:
         if not is_asked or error.code != "database_unreachable":
             raise
-        begun = database.until_it_answers(BEGIN_SECONDS, attempt_again)
+        begun = database.until_it_answers(BEGIN_SECONDS, ask)
     _raise_refusal(begun, request)
     return begun
-
-
-def _begun_before(db: database.Database, job_id: UUID, request: JobRequest) -> database.Row | None:
-    """The job, if it was begun by a statement whose answer was lost."""
-    if db.maybe("job.get", job_id=job_id) is None:
-        return None
-    models: list[dict[str, Any]] = []
-    if request.call is not None:
-        models = db.one("group.resolve", group_name=request.call.group_name, team_id=None)["models"] or []
-    return {
-        "outcome": "begun",
-        "model_names": [model["model_name"] for model in models],
-        "existing_job_id": None,
-        "existing_is_expired": False,
-    }
 
 
 def _raise_refusal(begun: database.Row, request: JobRequest) -> None:

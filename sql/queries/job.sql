@@ -4,8 +4,8 @@
 
 -- name: begin(job_id, team_id, group_name, job_type, external_task_id, metadata, idempotency_key, request_hash, lease_seconds) :one
 -- Reserves a credit and opens the job under a lease, if everything allows it; else says the one
--- condition that failed, and nothing is done. A key in use gives the job that has it. Without a group it is pending: its
--- calls follow.
+-- condition that failed, and nothing is done. A key in use gives the job that has it; a job that is there already was
+-- begun by the same request, whose answer was lost. Without a group it is pending: its calls follow.
 WITH request AS (
     SELECT
         t.team_id,
@@ -16,6 +16,7 @@ WITH request AS (
         k.request_hash AS existing_request_hash,
         k.lease_expires_at <= now() AS existing_is_expired,
         CASE
+            WHEN mine.job_id IS NOT NULL THEN 'begun'
             WHEN k.job_id IS NOT NULL THEN 'key_in_use'
             WHEN t.team_id IS NULL THEN 'team_not_found'
             WHEN asked.group_name IS NOT NULL AND g.group_name IS NULL THEN 'group_not_found'
@@ -25,12 +26,13 @@ WITH request AS (
             WHEN a.group_name IS NULL THEN 'group_not_assigned'
             WHEN g.status <> 'active' THEN 'group_inactive'
             WHEN m.model_names = '{}' THEN 'no_active_model'
-        END AS refusal
+        END AS known_outcome
     FROM (VALUES (%(team_id)s::text, %(group_name)s::text)) AS asked (team_id, group_name)
     LEFT JOIN teams t ON t.team_id = asked.team_id
     LEFT JOIN organizations o ON o.organization_id = t.organization_id
     LEFT JOIN model_groups g ON g.group_name = asked.group_name
     LEFT JOIN team_model_groups a ON a.team_id = t.team_id AND a.group_name = g.group_name
+    LEFT JOIN jobs mine ON mine.job_id = %(job_id)s
     LEFT JOIN jobs k ON k.idempotency_key = %(idempotency_key)s
         AND k.status NOT IN ('failed', 'cancelled')
     CROSS JOIN LATERAL (
@@ -50,12 +52,12 @@ job AS (
         array_remove(ARRAY[%(group_name)s::text], NULL), %(metadata)s,
         CASE WHEN %(group_name)s::text IS NOT NULL THEN now() END, now() + %(lease_seconds)s * interval '1 second', %(idempotency_key)s, %(request_hash)s
     FROM request
-    WHERE CASE WHEN request.refusal IS NULL THEN reserve_credits(request.team_id, 1) = 1 END
+    WHERE CASE WHEN request.known_outcome IS NULL THEN reserve_credits(request.team_id, 1) = 1 END
     RETURNING job_id
 )
 SELECT
     coalesce(
-        request.refusal,
+        request.known_outcome,
         CASE WHEN EXISTS (SELECT FROM job) THEN 'begun' ELSE 'insufficient_credits' END
     ) AS outcome,
     request.model_names,
