@@ -396,7 +396,7 @@ BROKEN = {
         "organizations:\n- {organization_id: o, metadata: {a: " + "[" * 40 + "]" * 40 + "}}\n",
         ["2:24: organizations[0].metadata: it is nested more than 32 deep"],
     ),
-    "far too deep": ("teams: " + "[" * 100_000, ["1:107: it is not YAML: it is nested more than 100 deep"]),
+    "too deep": ("teams: " + "[" * 200, ["1:107: it is not YAML: it is nested more than 100 deep"]),
     "a key twice": (
         "organizations:\n- organization_id: o\n  name: a\n  name: b\nteams: []\nteams: []\n",
         [
@@ -483,6 +483,13 @@ def test_a_broken_file_tells_all_that_is_wrong_with_it(
         errors = tenant("apply", "-f", name, "-o", "json", **options).error["errors"]
         assert [list(error) for error in errors] == [["file", "line", "column", "path", "message"]] * len(told)
     assert sql.execute("SELECT count(*) AS n FROM audit_log").fetchone() == before
+
+
+def test_what_is_nested_without_end_is_refused_by_the_parser_or_by_us(tenant: Run) -> None:
+    for text in ("teams: " + "[" * 100_000, '{"teams": ' + "[" * 100_000):
+        result = tenant("apply", "-f", "-", stdin=text)
+        assert result.status == 2
+        assert "nest" in result.err
 
 
 def test_errors_of_many_files_are_told_together_and_of_many_the_first(tenant: Run, home: Path) -> None:

@@ -218,7 +218,7 @@ def _kind_of(first: list[bytes]) -> str:
         return "yaml"
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "json"
     return "lines"
 
