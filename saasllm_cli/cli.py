@@ -5,6 +5,7 @@ import importlib
 import os
 import re
 import sys
+from contextvars import ContextVar, copy_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,15 @@ from typer.core import TyperGroup
 
 from saasllm_cli.errors import InvalidInput, NotFound, SaasllmError
 from saasllm_cli.output import discard, note, show_error
-from saasllm_cli.settings import Format, command_line, settings
+from saasllm_cli.settings import (
+    Format,
+    LogFormat,
+    command_line,
+    confirm_flag,
+    log_format_flag,
+    profile_flag,
+    settings,
+)
 
 # The nouns, in the order of a first day. Each is a module of commands/, loaded when it is typed.
 NOUNS = {
@@ -29,13 +38,20 @@ NOUNS = {
     "export": "Write what is there as a file that `apply` takes.",
     "audit": "Who changed what.",
     "doctor": "Look at everything that jobs and cron depend on, and say what to do.",
-    "db": "The database: the embedded PostgreSQL, or the one that SAASLLM_DATABASE_URL names.",
+    "db": "The database: the embedded PostgreSQL, or the one that SAASLLM_DATABASE_URL or a profile names.",
+    "profile": "Profiles: names for databases, such as staging and production.",
 }
+_is_debug: ContextVar[bool] = ContextVar("is_debug", default=False)
 UNEXPECTED = "This is a fault in saasllm; `saasllm --debug …` shows where."
 
 
 class Root(TyperGroup):
     """A group whose commands are imported one at a time."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        command_line.set((*ctx._protected_args, *ctx.args))
+        return rest
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
         return list(NOUNS)
@@ -81,26 +97,50 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    profile: Annotated[
+        str | None,
+        typer.Option("--profile", metavar="NAME", help="The database: a profile of `saasllm profile add`."),
+    ] = None,
+    confirm: Annotated[
+        str | None,
+        typer.Option(
+            "--confirm", metavar="PROFILE", help="A protected profile once more, before a command that destroys."
+        ),
+    ] = None,
+    log_format: Annotated[
+        LogFormat | None,
+        typer.Option("--log-format", show_default="text", help="The form of what goes to stderr: json for logs."),
+    ] = None,
     debug: Annotated[
         bool,
         typer.Option("--debug", envvar="SAASLLM_DEBUG", help="Show the traceback of an error."),
     ] = False,
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    pass
+    profile_flag.set(profile or profile_flag.get())
+    confirm_flag.set(confirm or confirm_flag.get())
+    log_format_flag.set(log_format or log_format_flag.get())
+    _is_debug.set(debug)
+    settings.cache_clear()
 
 
 def run(arguments: list[str]) -> int:
     """Runs one command line and gives its exit status; what went wrong is printed.
 
-    A command finds this function as its context's `obj` (the demo runs others by it).
+    A command finds this function as its context's `obj` (the demo runs others by it); what is set for one command
+    holds for those that it runs, and ends with it.
     """
+    try:
+        return copy_context().run(_run, arguments)
+    finally:
+        settings.cache_clear()
+
+
+def _run(arguments: list[str]) -> int:
     _ready_streams()
-    is_debug = arguments[:1] == ["--debug"]
-    command_line.set(tuple(arguments[is_debug:]))
     try:
         status = app(arguments, prog_name="saasllm", standalone_mode=False, obj=run)
         sys.stdout.flush()
@@ -110,7 +150,7 @@ def run(arguments: list[str]) -> int:
             raise
         return _tell(leaving.__context__, arguments)
     except Exception as error:
-        if is_debug:
+        if _is_debug.get():
             import traceback
 
             from saasllm_cli.database import redacted

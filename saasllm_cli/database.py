@@ -63,6 +63,10 @@ SHOWN_KEYWORDS = ("host", "hostaddr", "port", "user", "dbname", "sslmode", "opti
 SHORTEST_SECRET = 3  # a piece of one or two letters stands in any message
 
 
+def before_change() -> None:
+    """Called before each statement that changes something; the commands put here what is to be said then."""
+
+
 def exact_json(value: Any) -> str:
     """JSON in which a decimal is the number that it is, which the standard library cannot write."""
     import simplejson
@@ -340,14 +344,33 @@ def conninfo() -> dict[str, Any]:
         # A sign in the password that is not escaped would make a part of it the host or the database.
         userinfo, _, _ = text.partition("://")[2].rpartition("@")
         if not re.search("[@/?#]", userinfo):
-            return keywords
+            return keywords | _password()
     raise _invalid_url()
+
+
+def _password() -> dict[str, str]:
+    """The password, where it lies in a file of its own."""
+    if (path := settings().password_file) is None:
+        return {}
+    try:
+        return {"password": path.expanduser().read_text(encoding="utf-8").rstrip("\r\n")}
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InvalidInput(
+            "invalid_password_file", f"The password_file {path} cannot be read: {reason}.", "Name a file that holds it."
+        ) from error
+
+
+def url_name() -> str:
+    """Where the database's URL stands, for a message."""
+    profile = settings().profile
+    return f"the database_url of the profile {profile}" if profile else "SAASLLM_DATABASE_URL (or DATABASE_URL)"
 
 
 def _invalid_url() -> InvalidInput:
     return InvalidInput(
         "invalid_database_url",
-        "SAASLLM_DATABASE_URL (or DATABASE_URL) is not a PostgreSQL URL.",
+        f"{url_name()} is not a PostgreSQL URL.",
         "Write it as postgresql://USER:PASSWORD@HOST:5432/DATABASE, with %40 for @ and %2F for / in the password.",
     )
 
@@ -432,17 +455,22 @@ def _translated(error: psycopg.Error) -> SaasllmError:
             return DatabaseUnavailable(
                 "read_only",
                 "The database takes no changes: it is a replica.",
-                "Name the primary in SAASLLM_DATABASE_URL.",
+                f"Name the primary in {url_name()}.",
             )
         case _, "42501":
-            return DatabaseUnavailable("permission_denied", f"The database role may not do this: {message}.")
+            return DatabaseUnavailable(
+                "permission_denied",
+                f"The database role may not do this: {message}.",
+                "Take one that may, or grant it: sql/roles.sql says what saasllm_admin, saasllm_runner and "
+                "saasllm_readonly may do.",
+            )
         case _, ("40001" | "40P01" | "55P03" | "57014"):
             return DatabaseUnavailable("database_busy", f"The database gave up: {message}.", "Try again.")
         case (("" | "08" | "28" | "3D" | "53" | "57"), _) if isinstance(error, psycopg.OperationalError):
             return DatabaseUnavailable(
                 "database_unreachable",
                 f"The database cannot be reached: {_reason(error)}",
-                "Check the server, and SAASLLM_DATABASE_URL (or DATABASE_URL). See: saasllm db status",
+                f"Check the server, and {url_name()}. See: saasllm db status",
             )
     return SaasllmError("database_error", f"The database reports an error: {message or _reason(error)}")
 
@@ -463,17 +491,21 @@ def _secrets() -> list[str]:
     _, _, password = userinfo.partition(":")
     found = re.search(r"password\s*=\s*('(?:[^'\\]|\\.)*'|\S+)", url.get_secret_value())
     words = [password, *re.split("[:@/?#]", password), found[1].strip("'") if found else ""]
+    with suppress(InvalidInput):
+        words += _password().values()
     found_words = {word for piece in words for word in (piece, unquote(piece)) if len(word) >= SHORTEST_SECRET}
     return sorted(found_words, key=len, reverse=True)
 
 
 def _checked(name: str, cardinality: str, parameters: Row) -> Query:
-    """The query, if it is used as it is declared and its parameters can be stored."""
+    """The query, if it is used as it is declared and its parameters can be stored; a change is announced."""
     statement = query(name)
     if statement.cardinality != cardinality or statement.parameters != parameters.keys():
         raise TypeError(f"{name} is declared :{statement.cardinality} with {sorted(statement.parameters)}")
     for parameter, value in parameters.items():
         _check_text(parameter, value)
+    if statement.is_change:
+        before_change()
     return statement
 
 

@@ -56,10 +56,10 @@ def conninfo(database: str = DATABASE) -> dict[str, Any]:
     return {"host": str(cluster_dir()), "user": USER, "dbname": database}
 
 
-def pid() -> int | None:
+def pid(cluster: Path | None = None) -> int | None:
     """The process id that the server left in its data, of one that runs or did not end well; None where it ended."""
     try:
-        return int((cluster_dir() / "postmaster.pid").read_text().split("\n", 1)[0])
+        return int(((cluster or cluster_dir()) / "postmaster.pid").read_text().split("\n", 1)[0])
     except (FileNotFoundError, ValueError):
         return None
     except OSError as error:
@@ -74,14 +74,20 @@ def start() -> bool:
     with _locked():
         binaries = _binaries()
         cluster = cluster_dir()
-        if _answers(binaries):
-            _create_database(binaries)
+        if _answers(binaries, cluster):
+            _create_database(binaries, cluster)
             return False
         if not (cluster / "PG_VERSION").exists():
+            if old := older_cluster():
+                raise DatabaseUnavailable(
+                    "older_data",
+                    f"The data in {old} are of PostgreSQL {_version_of(old)}; this program brings {MAJOR_VERSION}.",
+                    "Run: saasllm db upgrade",
+                )
             _initialize(binaries, cluster)
-        _drop_foreign_pid()
+        _drop_foreign_pid(cluster)
         _start(binaries, cluster)
-        _create_database(binaries)
+        _create_database(binaries, cluster)
         return True
 
 
@@ -90,30 +96,105 @@ def stop() -> bool:
     if pid() is None:
         return False
     with _locked():
-        binaries = _binaries()
-        if not _answers(binaries):
-            return False
-        try:
-            _run(binaries / "pg_ctl", "stop", "--wait", "--mode", "fast", "--pgdata", cluster_dir())
-        except subprocess.CalledProcessError as error:
-            raise DatabaseUnavailable(
-                "embedded_server_failed", f"The embedded PostgreSQL did not stop: {error.stderr.strip()}"
-            ) from error
-        return True
+        return _stop(_binaries(), cluster_dir())
 
 
 def is_running() -> bool:
-    return pid() is not None and _answers(_binaries())
+    return pid() is not None and _answers(_binaries(), cluster_dir())
 
 
-def psql() -> Path:
-    return _binaries() / "psql"
+def program(name: str) -> Path:
+    """One of PostgreSQL's programs, such as psql."""
+    return _binaries() / name
 
 
-def _answers(binaries: Path) -> bool:
+def older_cluster() -> Path | None:
+    """The newest data of another major version, where there are none of this one."""
+    if (cluster_dir() / "PG_VERSION").exists():
+        return None
+    others = [
+        path.parent for path in data_dir().glob("postgresql-*/PG_VERSION") if _version_of(path.parent).isdecimal()
+    ]
+    return max(others, key=lambda cluster: int(_version_of(cluster)), default=None)
+
+
+def upgrade(programs: Path | None) -> Path | None:
+    """Copies the data of another major version into a new cluster, by that version's programs, which are looked for
+    where none are named; gives the old cluster, which stays as it is. None where there is nothing to upgrade.
+
+    The new cluster takes its place when it is whole: an upgrade that is interrupted begins anew.
+    """
+    with _locked():
+        if (old := older_cluster()) is None:
+            return None
+        programs = _programs_of(_version_of(old), programs)
+        binaries = _binaries()
+        new = cluster_dir().with_name(cluster_dir().name + ".upgrade")
+        _stop(binaries, new)  # of an upgrade that was interrupted
+        shutil.rmtree(new, ignore_errors=True)
+        _initialize(binaries, new)
+        try:
+            _drop_foreign_pid(old)
+            if not _answers(binaries, old):
+                _start(programs, old)
+            _start(binaries, new)
+            _create_database(binaries, new)
+            _copy_database(binaries, old, new)
+        finally:
+            _stop(programs, old)
+            _stop(binaries, new)
+        new.rename(cluster_dir())
+        return old
+
+
+def _version_of(cluster: Path) -> str:
+    return cluster.name.partition("-")[2]
+
+
+def _programs_of(version: str, named: Path | None) -> Path:
+    """The folder of another PostgreSQL's programs: the one that is named, or where they usually lie."""
+    usual = ("/usr/lib/postgresql/{}/bin", "/usr/pgsql-{}/bin", "/opt/homebrew/opt/postgresql@{}/bin")
+    folders = [named] if named else [Path(folder.format(version)) for folder in usual]
+    for folder in folders:
+        if (folder / "postgres").exists():
+            return folder
+    raise InvalidInput(
+        "no_older_programs",
+        f"The programs of PostgreSQL {version} are needed once, and are not in {', '.join(map(str, folders))}.",
+        f"Install PostgreSQL {version}, or name their folder: saasllm db upgrade --programs FOLDER",
+    )
+
+
+def _copy_database(binaries: Path, old: Path, new: Path) -> None:
+    user, database = f"--username={USER}", f"--dbname={DATABASE}"
+    dump = [str(binaries / "pg_dump"), "--format=custom", f"--host={old}", user, database]
+    restore = [str(binaries / "pg_restore"), "--exit-on-error", "--no-owner", "--no-privileges"]
+    restore += [f"--host={new}", user, database]
+    with TemporaryFile("w+") as errors, subprocess.Popen(dump, stdout=subprocess.PIPE, stderr=errors) as dumping:
+        restoring = subprocess.run(restore, stdin=dumping.stdout, stderr=errors, check=False)
+        if dumping.wait() or restoring.returncode:
+            errors.seek(0)
+            raise DatabaseUnavailable(
+                "upgrade_failed", f"The data could not be copied: {errors.read().strip()}", f"They are still in {old}."
+            )
+
+
+def _stop(binaries: Path, cluster: Path) -> bool:
+    if not _answers(binaries, cluster):
+        return False
+    try:
+        _run(binaries / "pg_ctl", "stop", "--wait", "--mode", "fast", "--pgdata", cluster)
+    except subprocess.CalledProcessError as error:
+        raise DatabaseUnavailable(
+            "embedded_server_failed", f"The embedded PostgreSQL did not stop: {error.stderr.strip()}"
+        ) from error
+    return True
+
+
+def _answers(binaries: Path, cluster: Path) -> bool:
     """Whether the server takes connections, waiting for one that is just starting or recovering from a crash."""
     until = time.monotonic() + START_SECONDS
-    probe: list[str | Path] = [binaries / "pg_isready", "--quiet", "--host", cluster_dir()]
+    probe: list[str | Path] = [binaries / "pg_isready", "--quiet", "--host", cluster]
     while (status := subprocess.run(probe, check=False).returncode) == REJECTING and time.monotonic() < until:
         time.sleep(0.1)
     return status == 0
@@ -138,12 +219,12 @@ def _start(binaries: Path, cluster: Path) -> None:
             time.sleep(0.2)
 
 
-def _drop_foreign_pid() -> None:
+def _drop_foreign_pid(cluster: Path) -> None:
     """Forgets the process of a server that did not end well, where its number is another program's by now.
 
     PostgreSQL takes it for a server that runs, as after a power cut or when a container is started again.
     """
-    if (left := pid()) is None:
+    if (left := pid(cluster)) is None:
         return
     try:
         name = Path(f"/proc/{left}/comm").read_text()
@@ -153,13 +234,13 @@ def _drop_foreign_pid() -> None:
         ps = ["ps", "-p", str(left), "-o", "comm="]
         name = subprocess.run(ps, capture_output=True, text=True, check=False).stdout
     if name and "postgres" not in name:
-        (cluster_dir() / "postmaster.pid").unlink(missing_ok=True)
+        (cluster / "postmaster.pid").unlink(missing_ok=True)
 
 
-def _create_database(binaries: Path) -> None:
+def _create_database(binaries: Path, cluster: Path) -> None:
     """Makes the database, unless it is there, which `createdb` tells by failing."""
     subprocess.run(
-        [binaries / "createdb", "--host", cluster_dir(), "--username", USER, DATABASE],
+        [binaries / "createdb", "--host", cluster, "--username", USER, DATABASE],
         capture_output=True,
         check=False,
     )

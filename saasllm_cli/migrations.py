@@ -166,12 +166,21 @@ def up(
             return [migration.name for migration in _pending(connection, last)]
         with _locked(connection, on_wait):
             pending = _pending(connection, last)
+            if pending:
+                database.before_change()
             if pending or not _is_recorded(connection):
                 _create_record(connection)
             for migration in pending:
                 _apply(connection, migration)
                 on_done(migration.name)
+            _grant(connection)
     return [migration.name for migration in pending]
+
+
+def grant() -> None:
+    """Gives the roles of sql/roles.sql their rights, as `up` does at its end."""
+    with database.raw_connection() as connection:
+        _grant(connection)
 
 
 def adopt(to: str | None = None, on_wait: Callable[[], None] = lambda: None) -> list[str]:
@@ -378,6 +387,17 @@ def _apply(connection: Connection, migration: Migration) -> None:
             run()
     else:
         run()
+
+
+def _grant(connection: Connection) -> None:
+    """Where all is applied: gives the roles what they may do with it; makes them first where that is allowed."""
+    if any(row["status"] != "applied" for row in _states(connection)):
+        return
+    connection.execute(query("migrate.create_roles").sql)
+    row = connection.execute(query("migrate.may_grant").sql).fetchone()
+    if row and row["may_grant"]:
+        with connection.transaction():
+            connection.execute((SQL / "roles.sql").read_text(encoding="utf-8"))
 
 
 def _execute(connection: Connection, migration: Migration, statement: Statement) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from uuid import UUID
 
 from saasllm_cli.errors import InvalidFiles, SaasllmError
-from saasllm_cli.settings import Format, settings
+from saasllm_cli.settings import Format, LogFormat, log_format_flag, settings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,6 +35,7 @@ CHANGES = {
     "differ": ("!", 35, " (shown only: see `saasllm credits add`)"),
     "delete": ("-", 31, ""),
 }
+RESET = "\x1b[0m"
 MOST_REPORTED = 60  # rows of a list in a report
 BAR_WIDTH = 16
 UNLIMITED_WIDTH = 100_000
@@ -107,7 +108,7 @@ def show_changes(changes: "Rows") -> None:
             after = {}
         lines = [f"    {name}: {_cell(before[name])} -> {_cell(value)}{remark}" for name, value in after.items()]
         for line in (" ".join(words), *lines):
-            print_line(f"\x1b[{colour}m{harmless(line)}\x1b[0m" if _is_styled() else harmless(line))
+            print_line(f"\x1b[{colour}m{harmless(line)}\x1b[0m" if _is_styled(sys.stdout) else harmless(line))
     if next(changes, None) is not None:
         note(f"There are more than {changes.limit} changes: all of them with -o jsonl.")
 
@@ -119,7 +120,7 @@ def print_line(text: str) -> None:
 
 def print_heading(text: str) -> None:
     """A line that leads through longer output, bold at a terminal."""
-    print_line(f"\x1b[1m{text}\x1b[0m" if _is_styled() else text)
+    print_line(f"\x1b[1m{text}\x1b[0m" if _is_styled(sys.stdout) else text)
 
 
 def print_answer(text: str) -> None:
@@ -140,13 +141,33 @@ def printer() -> Callable[[str], None]:
 
 def note(text: str) -> None:
     """A word to whoever sits at the terminal or reads the log."""
-    _to_stderr(harmless(text, keep="\n") + "\n")
+    _log("info", text)
+
+
+def warn(text: str) -> None:
+    """A word that is not to be overlooked: in red at a terminal."""
+    _log("warning", text, "\x1b[1;31m" if _is_styled(sys.stderr) else "")
+
+
+def _log(level: str, text: str, style: str = "", **fields: Any) -> None:
+    if _log_format() is LogFormat.JSON:
+        line = {"time": datetime.now(UTC), "level": level, "message": harmless(text, keep="\n"), **fields}
+        _to_stderr(_json(line) + "\n")
+    else:
+        _to_stderr(f"{style}{harmless(text, keep=chr(10))}{style and RESET}\n")
+
+
+def _log_format() -> LogFormat:
+    try:
+        return settings().log_format
+    except SaasllmError:  # the settings themselves may be what is wrong
+        return log_format_flag.get() or LogFormat.TEXT
 
 
 def progress(text: str) -> None:
     """What is being waited for, at a terminal only; the next one takes its place, and "" removes it."""
     global _has_progress
-    if sys.stderr.isatty() and (text or _has_progress):
+    if sys.stderr.isatty() and (text or _has_progress) and _log_format() is LogFormat.TEXT:
         _has_progress = bool(text)
         is_dumb = os.environ.get("TERM") == "dumb"
         line = f"{harmless(text)}\n" * bool(text) if is_dumb else f"\r\x1b[K{harmless(text)}"
@@ -165,10 +186,12 @@ def waiting(text: str) -> Iterator[None]:
 
 def show_error(error: SaasllmError, as_json: bool) -> None:
     errors = error.errors if isinstance(error, InvalidFiles) else []
-    if as_json:
-        body: dict[str, Any] = {"code": error.code, "message": error.message, "hint": error.hint}
-        if errors:
-            body["errors"] = [asdict(error) for error in errors]
+    body: dict[str, Any] = {"code": error.code, "message": error.message, "hint": error.hint}
+    if errors:
+        body["errors"] = [asdict(error) for error in errors]
+    if _log_format() is LogFormat.JSON:
+        _log("error", body.pop("message"), **body)
+    elif as_json:
         _to_stderr(_json({"error": body}) + "\n")
     else:
         note("\n".join(filter(None, [f"Error: {error.message}", *map(str, errors), error.hint])))
@@ -366,7 +389,7 @@ def _print_table(table: "Table") -> None:
     from rich.console import Console
 
     console = Console(
-        color_system="auto" if _is_styled() else None,
+        color_system="auto" if _is_styled(sys.stdout) else None,
         width=None if sys.stdout.isatty() else UNLIMITED_WIDTH,
         highlight=False,
         emoji=False,
@@ -377,5 +400,5 @@ def _print_table(table: "Table") -> None:
         print_line(line.rstrip())
 
 
-def _is_styled() -> bool:
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+def _is_styled(stream: TextIO) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

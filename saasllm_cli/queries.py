@@ -20,6 +20,7 @@ _PACKAGE = Path(__file__).parent
 SQL = next(path for path in (_PACKAGE / "sql", _PACKAGE.parent / "sql") if path.is_dir())
 
 _HEADER = re.compile(r"^-- name: (\w+)\((.*)\) :(one|maybe|many|none|copy)$", re.MULTILINE)
+_CHANGE = re.compile(r"^ *(INSERT INTO (?!pg_temp\.)|UPDATE|DELETE FROM)\b", re.MULTILINE)
 _PARAMETER = re.compile(r"%\((\w+)\)s")
 
 
@@ -29,6 +30,11 @@ class Query:
     parameters: frozenset[str]
     cardinality: str
     sql: str
+
+    @property
+    def is_change(self) -> bool:
+        """Whether it changes what tables hold."""
+        return bool(_CHANGE.search(self.sql))
 
 
 def query(name: str) -> Query:

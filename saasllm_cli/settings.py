@@ -1,25 +1,37 @@
-"""Settings, strongest first: a command's flag, the environment, `.env`, the user's config file."""
+"""Settings, strongest first: a command's flag, the environment, `.env`, the user's config file.
 
+A profile, a table `[profiles.NAME]` of the config file, names a database and what else is to hold there; what it says
+comes before everything else. Where it is named (`--profile`, SAASLLM_PROFILE, `profile` in the config file), it stands
+in for a database's URL, so a URL that a stronger one of these places gives comes before it.
+"""
+
+import os
+import tomllib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import StrEnum
 from functools import cache
 from getpass import getuser
 from pathlib import Path
+from typing import Any
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
-)
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from saasllm_cli.errors import InvalidInput
+from saasllm_cli.errors import InvalidInput, NotFound, SaasllmError
 
-# The words of the command that runs, for the audit log.
+# The words of the command that runs, from the noun on, for the audit log.
 command_line: ContextVar[tuple[str, ...]] = ContextVar("command_line", default=())
+# What --profile, --confirm and --log-format name.
+profile_flag: ContextVar[str | None] = ContextVar("profile_flag", default=None)
+confirm_flag: ContextVar[str | None] = ContextVar("confirm_flag", default=None)
+log_format_flag: ContextVar["LogFormat | None"] = ContextVar("log_format_flag", default=None)
 
-CONFIG_FILE = Path("~/.config/saasllm/config.toml").expanduser()
+CONFIG_FILE = Path("~/.config/saasllm/config.toml")
+URL_VARIABLES = ("SAASLLM_DATABASE_URL", "DATABASE_URL")
+# What names a database: a profile gives all of it, so that none of it comes from elsewhere.
+DATABASE = {"SAASLLM_DATABASE_URL": None, "password_file": None, "protected": False}
 
 
 class Format(StrEnum):
@@ -27,6 +39,11 @@ class Format(StrEnum):
     JSON = "json"
     JSONL = "jsonl"
     CSV = "csv"
+
+
+class LogFormat(StrEnum):
+    TEXT = "text"
+    JSON = "json"
 
 
 class Settings(BaseSettings):
@@ -38,38 +55,123 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,  # a database URL holds a password
     )
 
+    profile: str | None = None
+    protected: bool = False  # before what destroys, the profile's name is to be typed
     database_url: SecretStr | None = Field(
         default=None,
-        validation_alias=AliasChoices("SAASLLM_DATABASE_URL", "DATABASE_URL", "database_url"),
+        validation_alias=AliasChoices(*URL_VARIABLES, "database_url"),
     )
+    password_file: Path | None = None  # that of the database
     data_dir: Path | None = None
     actor: str = Field(default_factory=getuser)
     output: Format = Format.TABLE
+    log_format: LogFormat = LogFormat.TEXT
     keep_content: int = Field(default=0, ge=0, le=1_000_000)  # how many characters of each prompt and each answer
 
     @classmethod
     def settings_customise_sources(
         cls,
         settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
+        init_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         env_settings: PydanticBaseSettingsSource,
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        sources = (init_settings, env_settings, dotenv_settings)
-        if CONFIG_FILE.exists():
-            return (*sources, TomlConfigSettingsSource(settings_cls, CONFIG_FILE))
-        return sources
+        config = config_file()
+        flags = {"profile": profile_flag.get(), "log_format": log_format_flag.get()}
+        layers = [
+            {name: value for name, value in flags.items() if value is not None},
+            env_settings(),
+            dotenv_settings(),
+            config,
+        ]
+        profile = _profile(layers, config.get("profiles", {}))
+        return tuple(InitSettingsSource(settings_cls, layer) for layer in (profile, *layers))
+
+
+def _profile(layers: list[dict[str, Any]], profiles: Any) -> dict[str, Any]:
+    """What the profile says that is named before a URL is; nothing but that there is none, where a URL comes first."""
+    for layer in layers:
+        name, has_url = layer.get("profile"), any(variable in layer for variable in (*URL_VARIABLES, "database_url"))
+        if name and has_url and layer is not layers[-1]:
+            raise InvalidInput(
+                "ambiguous_database",
+                f"The profile {name} is named, and a database's URL beside it: which of them is meant?",
+                "Unset SAASLLM_PROFILE, or SAASLLM_DATABASE_URL and DATABASE_URL; or choose with --profile.",
+            )
+        if name:
+            return {**DATABASE, **_as_settings(str(name), profiles), "profile": name}
+        if has_url:
+            break
+    return {"profile": None}
+
+
+def _as_settings(name: str, profiles: Any) -> dict[str, Any]:
+    profiles = profiles if isinstance(profiles, dict) else {}
+    if not isinstance(profile := profiles.get(name), dict):
+        raise no_such_profile(name, profiles)
+    # A protection that is misspelt would be none.
+    if unknown := sorted(profile.keys() - PROFILE_FIELDS):
+        raise InvalidInput(
+            "invalid_profile",
+            f"The profile {name} has {unknown[0]!r}, which is no setting.",
+            f"It may have: {', '.join(sorted(PROFILE_FIELDS))}. Correct it in {CONFIG_FILE}.",
+        )
+    if not profile.keys() & {"database_url", "data_dir"}:
+        raise InvalidInput(
+            "invalid_profile", f"The profile {name} names no database.", f"Give it a database_url in {CONFIG_FILE}."
+        )
+    return {"SAASLLM_DATABASE_URL" if key == "database_url" else key: value for key, value in profile.items()}
+
+
+def no_such_profile(name: str, profiles: Iterable[str]) -> NotFound:
+    known = f" There are: {', '.join(profiles)}." if profiles else ""
+    return NotFound("profile_not_found", f"There is no profile {name}.{known}", "Add it: saasllm profile add --help")
+
+
+PROFILE_FIELDS = Settings.model_fields.keys() - {"profile"}
+
+
+def config_file() -> dict[str, Any]:
+    """What the user's config file holds."""
+    try:
+        return tomllib.loads(CONFIG_FILE.expanduser().read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+
+
+@contextmanager
+def edited_config_file() -> Iterator[Any]:
+    """The user's config file to be changed, all or nothing, what stands in it beside; closed to others."""
+    import tomlkit
+
+    config_file()  # what cannot be read is not written anew
+    path = CONFIG_FILE.expanduser()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    document = tomlkit.parse(path.read_text(encoding="utf-8") if path.exists() else "")
+    yield document
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+            file.write(tomlkit.dumps(document))
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path.resolve())  # it may be a link into a folder of settings
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 @cache
 def settings() -> Settings:
     """The settings of this run, read once.
 
-    Raises `InvalidInput` that names the setting; the value is not repeated, it may be a secret.
+    Raises `InvalidInput` that names the setting; the value is not repeated, it may be a secret. `NotFound` where there
+    is no such profile.
     """
     try:
         return Settings()
+    except SaasllmError:
+        raise
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         name = "SAASLLM_" + str(first["loc"][0]).upper().removeprefix("SAASLLM_")

@@ -145,7 +145,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             monkeypatch.delenv(variable)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("saasllm_cli.settings.CONFIG_FILE", tmp_path / "config.toml")
+    (tmp_path / ".config/saasllm").mkdir(parents=True)
     settings.cache_clear()
     return tmp_path
 

@@ -1,14 +1,17 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
-from conftest import Result, start_process
+from conftest import TENANT, Result, start_process
 
-from saasllm_cli import embedded
+from saasllm_cli import database, embedded
 from saasllm_cli.settings import settings
 
 Run = Callable[..., Result]
@@ -67,6 +70,134 @@ def test_a_process_id_that_is_another_programs_by_now(own_data: Path, run: Run) 
     run("db", "stop")
     (embedded.cluster_dir() / "postmaster.pid").write_text("\n".join([str(os.getpid()), *lines[1:]]) + "\n")
     assert run("org", "list").status == 0
+
+
+@pytest.fixture
+def filled(own_data: Path, run: Run) -> Run:
+    """A command line on an embedded server with a tenant, and a job of it."""
+    assert run("migrate", "up").status == 0
+    assert run("apply", "-f", "-", stdin=TENANT).status == 0
+    assert run("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "hi").status == 0
+    return run
+
+
+def test_a_backup_is_restored_as_it_was(filled: Run, home: Path) -> None:
+    before = filled("export", "-o", "jsonl").out, filled("credits", "transactions", "hr", "-o", "json").out
+    assert filled("db", "backup", "a.backup").status == 0
+    assert (home / "a.backup").stat().st_mode & 0o777 == 0o600
+    assert filled("db", "backup", "a.backup").status == 4
+    filled("credits", "add", "hr", "100")
+    filled("team", "create", "later", "--org", "acme")
+    with psycopg.connect(**embedded.conninfo()) as session:  # which a restore ends
+        assert filled("db", "restore", "a.backup").status == 2
+        assert filled("db", "restore", "a.backup", "--confirm", "other").status == 2
+        restored = filled("db", "restore", "a.backup", "--confirm", "saasllm")
+        assert restored.status == 0, restored
+        with pytest.raises(psycopg.OperationalError):
+            session.execute("SELECT 1")
+    assert (filled("export", "-o", "jsonl").out, filled("credits", "transactions", "hr", "-o", "json").out) == before
+    assert filled("credits", "verify").status == 0
+    assert filled("migrate", "verify").status == 0
+    with psycopg.connect(**embedded.conninfo()) as session:
+        names = session.execute("SELECT datname FROM pg_database WHERE datname LIKE 'saasllm%'").fetchall()
+        granted = session.execute("SELECT has_table_privilege('saasllm_readonly', 'teams', 'SELECT')").fetchone()
+        with pytest.raises(psycopg.DatabaseError, match="only with their ledger rows"):
+            session.execute("UPDATE team_credits SET credits_allocated = 1000")
+    assert (names, granted) == ([("saasllm",)], (True,))
+    assert sorted(path.name for path in home.iterdir() if "backup" in path.name) == ["a.backup"]
+
+
+def test_what_is_no_backup_changes_nothing(filled: Run, home: Path) -> None:
+    before = filled("export", "-o", "jsonl").out
+    (home / "text").write_text("no backup")
+    assert filled("db", "backup", "whole").status == 0
+    (home / "half").write_bytes((home / "whole").read_bytes()[:-3000])
+    with psycopg.connect(**embedded.conninfo("postgres"), autocommit=True) as session:
+        session.execute("CREATE DATABASE elsewhere")
+    pg_dump = [embedded.program("pg_dump"), "--format=custom", "--file", home / "foreign"]
+    subprocess.run([*pg_dump, database.url(embedded.conninfo("elsewhere"))], check=True)
+    for name in ("text", "half", "foreign", "nowhere", "."):
+        result = filled("db", "restore", name, "--confirm", "saasllm")
+        assert (result.status, "Traceback" in result.err) == (2, False), name
+        assert filled("export", "-o", "jsonl").out == before
+    assert filled("db", "backup", "no/such/folder").status == 2
+
+
+def test_a_restore_that_is_killed_leaves_the_database(filled: Run, home: Path) -> None:
+    with psycopg.connect(**embedded.conninfo(), autocommit=True) as session:
+        session.execute(
+            "INSERT INTO organizations (organization_id, name) SELECT 'o' || n, 'O' FROM generate_series(1, 20000) n"
+        )
+    assert filled("db", "backup", "a").status == 0
+    filled("org", "create", "later")
+    for seconds in (0.2, 0.5, 0.9, 1.4, 2.0, 2.7):
+        process = start_process("db", "restore", "a", "--confirm", "saasllm")
+        time.sleep(seconds)
+        process.kill()
+        process.communicate()
+        assert filled("credits", "verify").status == 0
+        assert filled("org", "get", "o20000").status == 0
+    assert filled("db", "restore", "a", "--confirm", "saasllm").status == 0
+    assert filled("org", "get", "later").status == 3
+
+
+FIFTEEN = Path("/usr/lib/postgresql/15/bin")
+
+
+@pytest.fixture
+def older(own_data: Path, run: Run) -> Path:
+    """Data of PostgreSQL 15 where those of the embedded server would be, with a tenant in them."""
+    if not (FIFTEEN / "postgres").exists():
+        pytest.skip("PostgreSQL 15 is not installed")
+    embedded._binaries()  # makes the user that a server of root runs as
+    own_data.mkdir(mode=0o711)
+    cluster = own_data / "postgresql-15"
+    with embedded._locked():
+        cluster.mkdir(mode=0o700)
+        if os.geteuid() == 0:
+            shutil.chown(cluster, embedded.SYSTEM_USER)
+        embedded._run(FIFTEEN / "initdb", "--pgdata", cluster, "--username=postgres", "--auth=trust", "--encoding=UTF8")
+        embedded._start(FIFTEEN, cluster)
+        embedded._create_database(embedded._binaries(), cluster)
+    os.environ["SAASLLM_DATABASE_URL"] = database.url({**embedded.conninfo(), "host": str(cluster)})
+    settings.cache_clear()
+    assert run("migrate", "up").status == 0
+    assert run("apply", "-f", "-", stdin=TENANT).status == 0
+    del os.environ["SAASLLM_DATABASE_URL"]
+    settings.cache_clear()
+    return cluster
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_the_data_of_an_older_version(older: Path, run: Run, is_running: bool) -> None:
+    if not is_running:
+        embedded._stop(FIFTEEN, older)
+    refused = run("team", "list")
+    assert refused.status == 7
+    assert "PostgreSQL 15" in refused.err
+    assert "saasllm db upgrade" in refused.err
+    assert run("db", "upgrade", "--programs", "/nowhere").status == 2
+    assert not embedded.cluster_dir().exists()
+    upgraded = run("db", "upgrade")
+    assert upgraded.status == 0, upgraded
+    assert str(older) in upgraded.err
+    assert run("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 10
+    assert run("credits", "verify").status == 0
+    assert (older / "PG_VERSION").exists()
+    assert "nothing to upgrade" in run("db", "upgrade").err
+
+
+def test_an_upgrade_that_is_killed_begins_anew(older: Path, run: Run) -> None:
+    for seconds in (0.5, 1.5, 2.5):
+        process = start_process("db", "upgrade")
+        time.sleep(seconds)
+        process.kill()
+        process.communicate()
+        if embedded.older_cluster() is None:
+            break
+        assert run("team", "list").status == 7
+    assert run("db", "upgrade").status == 0
+    assert run("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 10
 
 
 def test_url_and_shell(own_data: Path, run: Run) -> None:

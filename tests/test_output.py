@@ -155,7 +155,7 @@ def test_every_command_that_prints_data_prints_it_in_each_form(tenant: Callable[
 def test_the_default_form_is_a_setting(tenant: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, home) -> None:
     from saasllm_cli.settings import settings
 
-    (home / "config.toml").write_text('output = "csv"\n')
+    (home / ".config/saasllm/config.toml").write_text('output = "csv"\n')
     settings.cache_clear()
     assert tenant("org", "list").out.startswith("organization_id,name")
     monkeypatch.setenv("SAASLLM_OUTPUT", "json")

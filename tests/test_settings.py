@@ -93,7 +93,7 @@ def test_the_strongest_source_wins(home: Path, monkeypatch: pytest.MonkeyPatch) 
         return found.get_secret_value() if found else ""
 
     assert url() == ""
-    (home / "config.toml").write_text('database_url = "config"\n')
+    (home / ".config/saasllm/config.toml").write_text('database_url = "config"\n')
     assert url() == "config"
     (home / ".env").write_text("DATABASE_URL=dotenv\n")
     assert url() == "dotenv"
@@ -110,7 +110,12 @@ def test_the_strongest_source_wins(home: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("file", "content"),
-    [("config.toml", b"output = 7"), ("config.toml", b"= broken"), ("config.toml", b"\xff"), (".env", b"A=\xff")],
+    [
+        (".config/saasllm/config.toml", b"output = 7"),
+        (".config/saasllm/config.toml", b"= broken"),
+        (".config/saasllm/config.toml", b"\xff"),
+        (".env", b"A=\xff"),
+    ],
 )
 def test_broken_files(run: Run, home: Path, file: str, content: bytes) -> None:
     (home / file).write_bytes(content)

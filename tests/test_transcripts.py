@@ -59,7 +59,7 @@ class Session:
         text = re.sub(r"\d+\.\d\d s · job", "0.01 s · job", text)
         text = re.sub(r"PostgreSQL 1\d.*?, answers in \d+\.\d ms", "PostgreSQL 18.1, answers in 0.3 ms", text)
         text = re.sub(r"saasllm_test_\d+", "saasllm", text)
-        text = re.sub(r"postgresql://\S+", "postgresql://postgres@/saasllm?host=/run/postgresql", text)
+        text = re.sub(r"postgresql://postgres@/\S+", "postgresql://postgres@/saasllm?host=/run/postgresql", text)
         text = re.sub(r"^version .*", "version     18.1", text, flags=re.MULTILINE)
         return "".join(_with_latency(text.splitlines(keepends=True)))
 

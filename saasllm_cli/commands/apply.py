@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from saasllm_cli import database
-from saasllm_cli.commands.inputs import Output, Yes, confirm, noun, some
+from saasllm_cli.commands.inputs import Output, Yes, confirm, noun, require_profile, some
 from saasllm_cli.errors import CheckFailed, InvalidInput
 from saasllm_cli.manifests.apply import changes, compare, stage, write
 from saasllm_cli.manifests.read import STDIN, SUFFIXES, Source
@@ -69,6 +69,7 @@ def apply(
             totals = db.many("apply.totals")
         else:
             if agreed and (agreed["deleted"] or agreed["suspended"]):
+                require_profile("Prune")
                 confirm(_question(agreed), yes)
             totals = write(db, sources, agreed, lambda: note("Another `apply` is running; waiting for it …"), progress)
             progress("")

@@ -1,14 +1,15 @@
 """The database: the embedded PostgreSQL, or the one that SAASLLM_DATABASE_URL names."""
 
 import os
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from saasllm_cli import database, embedded
-from saasllm_cli.commands.inputs import Output, noun
-from saasllm_cli.errors import Conflict, DatabaseUnavailable
-from saasllm_cli.output import note, print_line, show
+from saasllm_cli import backups, database, embedded
+from saasllm_cli.commands.inputs import Output, asked, noun, require_profile
+from saasllm_cli.errors import Conflict, DatabaseUnavailable, InvalidInput
+from saasllm_cli.output import note, print_line, show, waiting
 from saasllm_cli.settings import settings
 
 app = noun()
@@ -67,7 +68,7 @@ def shell(context: typer.Context) -> None:
     program = shutil.which("psql")
     if settings().database_url is None:
         embedded.start()
-        program = str(embedded.psql())
+        program = str(embedded.program("psql"))
     if program is None:
         raise DatabaseUnavailable("no_psql", "psql is not installed.", "Install PostgreSQL's client programs.")
     environment = dict(os.environ)
@@ -76,10 +77,59 @@ def shell(context: typer.Context) -> None:
     os.execve(program, ["psql", "--dbname", database.url(keywords), *context.args], environment)  # noqa: S606
 
 
+@app.command(epilog="Example: saasllm db backup saasllm-$(date +%F).backup")
+def backup(file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)]) -> None:
+    """Write the embedded database to a file, as it is at one moment; jobs go on meanwhile."""
+    _require_embedded()
+    with waiting("Backing up …"):
+        backups.backup(file)
+    note(f"The database is in {file}, {file.stat().st_size / 2**20:.1f} MiB.")
+
+
+@app.command(epilog="Example: saasllm db restore saasllm-2026-11-22.backup --confirm saasllm")
+def restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)],
+    confirm: Annotated[
+        str | None, typer.Option(metavar="DATABASE_NAME", help="The database's name, to show that it is meant.")
+    ] = None,
+) -> None:
+    """Put a backup in the place of the embedded database, WHOSE DATA ARE GONE THEN. Until it is whole, they stay."""
+    _require_embedded()
+    name = embedded.DATABASE
+    require_profile("Replace the database")
+    if confirm is None:
+        question = f"Replace the database {name} by {file}? To confirm, type its name."
+        confirm = asked(question, f"--confirm {name}", typer.prompt)
+    if confirm != name:
+        raise InvalidInput(
+            "not_confirmed", f"{confirm!r} is not {name}: nothing was changed.", f"Confirm with: --confirm {name}"
+        )
+    with waiting("Restoring …"):
+        backups.restore(file)
+    note(f"The database is that of {file}. See that all is in order: saasllm doctor")
+
+
+@app.command(epilog="Example: saasllm db upgrade")
+def upgrade(
+    programs: Annotated[
+        Path | None,
+        typer.Option("--programs", metavar="FOLDER", help="The older version's programs, where it is not found."),
+    ] = None,
+) -> None:
+    """Bring the embedded server's data from an older major version of PostgreSQL to this one. The old data stay."""
+    _require_embedded()
+    with waiting("Upgrading …"):
+        old = embedded.upgrade(programs)
+    if old is None:
+        note(f"There is nothing to upgrade: the data are of PostgreSQL {embedded.MAJOR_VERSION}, or there are none.")
+    else:
+        note(f"The data are of PostgreSQL {embedded.MAJOR_VERSION} now. Those of before are still in {old}.")
+
+
 def _require_embedded() -> None:
     if settings().database_url is not None:
         raise Conflict(
             "not_embedded",
-            "SAASLLM_DATABASE_URL (or DATABASE_URL) is set: saasllm did not start that server and will not stop it.",
-            "Unset it to use the embedded PostgreSQL.",
+            f"The server of {database.url_name()} is not the embedded PostgreSQL, which this command is for.",
+            "Without it the embedded one serves. For a server of your own there are pg_ctl, pg_dump and pg_restore.",
         )

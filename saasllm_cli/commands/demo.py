@@ -14,7 +14,7 @@ from saasllm_cli.commands.inputs import noun
 from saasllm_cli.errors import CheckFailed
 from saasllm_cli.output import print_heading, print_line
 from saasllm_cli.queries import query
-from saasllm_cli.settings import settings
+from saasllm_cli.settings import profile_flag, settings
 
 app = noun()
 
@@ -127,14 +127,17 @@ def _settings_of(name: str) -> Iterator[None]:
     """For a while, the database is this one of the embedded server, and results are tables."""
     here = {
         "SAASLLM_DATABASE_URL": database.url(embedded.conninfo(name)),
+        "SAASLLM_PROFILE": "",
         "SAASLLM_OUTPUT": "table",
     }
+    profile = profile_flag.set(None)
     before = {variable: os.environ.get(variable) for variable in here}
     os.environ.update(here)
     settings.cache_clear()
     try:
         yield
     finally:
+        profile_flag.reset(profile)
         for variable, value in before.items():
             if value is None:
                 del os.environ[variable]

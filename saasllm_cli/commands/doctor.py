@@ -18,6 +18,7 @@ OLDEST_VERSION = 14
 CLOCK_SECONDS = 2
 FREE_BYTES = 2**30
 OK, WARNING, FAILED = "ok", "warning", "failed"
+RIGHTS = {"run jobs": "may_run_jobs", "administer": "may_administer", "migrate": "may_migrate"}
 
 Check = dict[str, Any]
 
@@ -111,13 +112,11 @@ def _rights(db: database.Database) -> Check:
     if rights["unreadable"]:
         message = f"{name}, may not read {some(rights['unreadable'])}."
         return _check("role", FAILED, message, "Grant it, or take the role that has migrated the database.")
-    if rights["unwritable"]:
-        message = f"{name}, may not write to {some(rights['unwritable'])}."
-        return _check("role", WARNING, message, "Enough to look; to run jobs take another role.")
     if role["is_superuser"] and settings().database_url is not None:
         message = f"{name}, who can switch off the rules of the ledger."
         return _check("role", WARNING, message, "Take a role of its own for saasllm, which owns its tables.")
-    return _check("role", OK, f"{name}; it may {'' if rights['may_migrate'] else 'not '}migrate.")
+    may = [what for what, right in RIGHTS.items() if rights[right]]
+    return _check("role", OK, f"{name}; it may {', '.join(['look', *may])}.")
 
 
 def _ledger(db: database.Database) -> Check:

@@ -17,6 +17,7 @@ from saasllm_cli.commands.inputs import (
     Search,
     Yes,
     confirm,
+    confirm_delete,
     label,
     model_name,
     noun,
@@ -165,7 +166,7 @@ def delete(
     yes: Yes = False,
 ) -> None:
     """Delete a model group that no team uses. The calls that were made through it keep its name."""
-    confirm(f"Delete the group {group_name}?", yes)
+    confirm_delete(f"the group {group_name}", yes)
     with database.connect() as db:
         result = db.one("group.delete", group_name=group_name, unassign=force)
         if not result["deleted"]:

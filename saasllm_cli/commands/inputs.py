@@ -6,6 +6,7 @@ import sys
 import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import ContextVar
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
@@ -13,7 +14,7 @@ import typer
 
 from saasllm_cli import database
 from saasllm_cli.errors import Conflict, Interrupted, InvalidInput
-from saasllm_cli.output import note
+from saasllm_cli.output import note, warn
 from saasllm_cli.rules import (
     IDENTIFIER,
     LONGEST_NAME,
@@ -24,7 +25,7 @@ from saasllm_cli.rules import (
     depth,
     exact,
 )
-from saasllm_cli.settings import Format
+from saasllm_cli.settings import Format, confirm_flag, settings
 
 EVERY_ROW = 10**18
 RESERVED_KEYS = "opening:"
@@ -238,6 +239,42 @@ def require_some(given: dict[str, Any]) -> None:
     """Refuses a change of nothing."""
     if not any(value is not None and value != [] for value in given.values()):
         raise InvalidInput("nothing_given", "There is nothing to change.", "Give at least one option; see --help.")
+
+
+def require_profile(what: str) -> None:
+    """Before something is destroyed: of a protected profile, --confirm must name it; at a terminal it is asked for."""
+    profile = settings().profile
+    if profile is None or not settings().protected:
+        return
+    flag = f"it before the noun: saasllm --confirm {profile} …"
+    given = confirm_flag.get()
+    if given is None:
+        _announce()
+        given = asked(f"{what} in {profile}? It is protected. To confirm, type its name.", flag, typer.prompt)
+    if given != profile:
+        raise InvalidInput(
+            "not_confirmed",
+            f"{given!r} is not the profile {profile}: nothing was changed.",
+            f"Confirm with: saasllm --confirm {profile} …",
+        )
+
+
+_is_announced: ContextVar[bool] = ContextVar("is_announced", default=False)
+
+
+def _announce() -> None:
+    """Says once a command where a change will be made, if that is protected."""
+    if settings().protected and not _is_announced.get():
+        warn(f"{settings().profile} (protected)")
+        _is_announced.set(True)
+
+
+database.before_change = _announce
+
+
+def confirm_delete(what: str, yes: bool) -> None:
+    require_profile(f"Delete {what}")
+    confirm(f"Delete {what}?", yes)
 
 
 def confirm(question: str, yes: bool) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from saasllm_cli import migrations
-from saasllm_cli.commands.inputs import Output, noun
+from saasllm_cli.commands.inputs import Output, noun, require_profile
 from saasllm_cli.output import note, print_line, show
 from saasllm_cli.settings import Format, settings
 
@@ -81,6 +81,7 @@ def reset(
     output: Output = None,
 ) -> None:
     """Drop the tables of saasllm WITH ALL THEIR DATA, and build them anew."""
+    require_profile("Drop all tables")
     names = migrations.reset(confirm, on_wait=_tell_wait)
     show([{"migration": name, "status": "applied"} for name in names], output)
     note(f"The database {confirm} is empty and migrated.")

@@ -18,7 +18,7 @@ from saasllm_cli.commands.inputs import (
     StatusFilter,
     UnsetMetadata,
     Yes,
-    confirm,
+    confirm_delete,
     label,
     merged,
     noun,
@@ -137,7 +137,7 @@ def delete(organization_id: OrganizationId, purge: Purge = False, confirm_: Conf
     if is_purge("organization", organization_id, purge, confirm_):
         purge_all(organization_id=organization_id)
         return
-    confirm(f"Delete the organization {organization_id}?", yes)
+    confirm_delete(f"the organization {organization_id}", yes)
     with database.connect() as db:
         result = db.one("org.delete", organization_id=organization_id)
         if not result["deleted"]:

@@ -22,7 +22,7 @@ from saasllm_cli.commands.inputs import (
     TeamId,
     UnsetMetadata,
     Yes,
-    confirm,
+    confirm_delete,
     credits_from,
     label,
     merged,
@@ -207,7 +207,7 @@ def delete(team_id: TeamId, purge: Purge = False, confirm_: Confirm = None, yes:
     if is_purge("team", team_id, purge, confirm_):
         purge_all(team_id=team_id)
         return
-    confirm(f"Delete the team {team_id}?", yes)
+    confirm_delete(f"the team {team_id}", yes)
     with database.connect() as db:
         result = db.one("team.delete", team_id=team_id)
         if not result["deleted"]:

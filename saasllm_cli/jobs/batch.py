@@ -38,6 +38,7 @@ from saasllm_cli.jobs.runner import (
     new_job_id,
     signals,
 )
+from saasllm_cli.settings import profile_flag
 
 T = TypeVar("T")
 
@@ -691,7 +692,9 @@ class _Workers:
         with signals(UNINTERRUPTED):  # they inherit it: what becomes of an interrupted batch is for this process to say
             for _ in range(self._count):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(theirs, self._concurrency), daemon=True)
+                process = context.Process(
+                    target=_work, args=(theirs, self._concurrency, profile_flag.get()), daemon=True
+                )
                 process.start()
                 theirs.close()
                 self._processes[ours] = process
@@ -743,10 +746,11 @@ def _worker_died() -> SaasllmError:
     return SaasllmError("worker_died", "A process that calls the models has died.", "Run the same command again.")
 
 
-def _work(pipe: Connection, concurrency: int) -> None:
+def _work(pipe: Connection, concurrency: int, profile: str | None) -> None:
     """A worker: calls the models for what comes in, until the pipe is closed."""
     from saasllm_cli.jobs import llm
 
+    profile_flag.set(profile)
     messages: SimpleQueue[Any] = SimpleQueue()
 
     def write() -> None:  # a thread: while the other end is writing itself, this one has to go on reading

@@ -99,7 +99,7 @@ TRUNCATE change;
 
 -- name: compare() :none
 -- The order of a team's groups does not count, and where a schedule is there already, its next period is its own affair.
-INSERT INTO change (noun, id, action, before, after)
+INSERT INTO pg_temp.change (noun, id, action, before, after)
 SELECT
     s.noun,
     s.id,
@@ -133,7 +133,7 @@ WHERE existing.record IS NULL OR difference.after IS NOT NULL;
 
 -- name: compare_credits() :none
 -- A team is given its opening credits once; that they are others now is only told.
-INSERT INTO change (noun, id, action, before, after)
+INSERT INTO pg_temp.change (noun, id, action, before, after)
 SELECT
     noun, id, 'differ', jsonb_build_object('credits', t.record -> 'credits'),
     jsonb_build_object('credits', s.fields -> 'credits')
@@ -143,7 +143,7 @@ WHERE s.noun = 'team' AND s.fields -> 'credits' <> t.record -> 'credits';
 
 -- name: compare_unnamed() :none
 -- The teams of the organizations that are named, which are not named themselves: deleted, or with history suspended.
-INSERT INTO change (noun, id, action, before, after)
+INSERT INTO pg_temp.change (noun, id, action, before, after)
 SELECT
     'team', t.team_id, action, jsonb_build_object('organization_id', t.organization_id, 'status', t.status),
     CASE WHEN action = 'suspend' THEN jsonb_build_object('status', 'suspended') END

@@ -5,3 +5,25 @@ DROP DATABASE IF EXISTS saasllm_demo WITH (FORCE);
 
 -- name: create_demo() :none
 CREATE DATABASE saasllm_demo;
+
+-- name: lock_restore() :one
+-- Whether this session is now the one that restores, until it ends.
+SELECT pg_try_advisory_lock(hashtext('saasllm restore')) AS is_locked;
+
+-- name: drop_restored() :none
+DROP DATABASE IF EXISTS saasllm_restored WITH (FORCE);
+
+-- name: create_restored() :none
+CREATE DATABASE saasllm_restored TEMPLATE template0;
+
+-- name: drop_replaced() :none
+DROP DATABASE IF EXISTS saasllm_replaced WITH (FORCE);
+
+-- name: end_sessions() :none
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname IN ('saasllm', 'saasllm_restored');
+
+-- name: move_away() :none
+ALTER DATABASE saasllm RENAME TO saasllm_replaced;
+
+-- name: move_in() :none
+ALTER DATABASE saasllm_restored RENAME TO saasllm;

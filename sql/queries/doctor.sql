@@ -11,16 +11,22 @@ SELECT
     current_setting('session_replication_role') AS replication_role;
 
 -- name: rights() :one
--- The tables that the role may not read, and those that it may not write to.
+-- The tables of saasllm that the role may not read, and what it may do.
 SELECT
-    ARRAY(SELECT t::text FROM unnest(tables) AS t WHERE NOT has_table_privilege(t, 'SELECT')) AS unreadable,
-    ARRAY(SELECT t::text FROM unnest(tables) AS t WHERE NOT has_table_privilege(t, 'INSERT')) AS unwritable,
-    has_schema_privilege('public', 'CREATE') AS may_migrate
-FROM (
-    SELECT array_agg(oid::regclass ORDER BY relname) AS tables
-    FROM pg_class
-    WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
-) AS all_tables;
+    ARRAY(
+        SELECT c.oid::regclass::text
+        FROM pg_class c
+        WHERE c.relnamespace = 'public'::regnamespace
+          AND c.relkind = 'r'
+          AND c.relowner = t.relowner
+          AND NOT has_table_privilege(c.oid, 'SELECT')
+        ORDER BY c.relname
+    ) AS unreadable,
+    pg_has_role(t.relowner, 'USAGE') AS may_migrate,
+    has_table_privilege('teams', 'INSERT') AS may_administer,
+    has_table_privilege('jobs', 'INSERT') AS may_run_jobs
+FROM pg_class t
+WHERE t.oid = 'public.teams'::regclass;
 
 -- name: overdue() :one
 -- Jobs whose lease ran out, and active teams whose scheduled credits are due.

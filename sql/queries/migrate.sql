@@ -59,6 +59,30 @@ SELECT pg_try_advisory_lock(32476630126455917) AS is_locked;
 -- name: unlock() :none
 SELECT pg_advisory_unlock(32476630126455917);
 
+-- name: create_roles() :none
+-- Where this role may; another database of the server may have them already.
+DO $$
+DECLARE
+    name text;
+BEGIN
+    FOREACH name IN ARRAY ARRAY['saasllm_admin', 'saasllm_runner', 'saasllm_readonly'] LOOP
+        BEGIN
+            IF to_regrole(name) IS NULL THEN
+                EXECUTE format('CREATE ROLE %I', name);
+            END IF;
+        EXCEPTION WHEN insufficient_privilege OR duplicate_object OR unique_violation THEN
+            NULL;
+        END;
+    END LOOP;
+END
+$$;
+
+-- name: may_grant() :one
+-- Whether the roles are there, and this one owns the tables.
+SELECT
+    num_nulls(to_regrole('saasllm_admin'), to_regrole('saasllm_runner'), to_regrole('saasllm_readonly')) = 0
+    AND (SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = 'public.teams'::regclass) AS may_grant;
+
 -- name: objects() :many
 -- All that decides how the tables of the current schema behave, each with its definition. The record of migrations is
 -- left out, and the schema's name with it, so that two schemas can be compared.
@@ -115,6 +139,18 @@ SELECT 'function ' || p.oid::regprocedure::text,
     concat_ws(' ', md5(coalesce(replace(pg_get_function_sqlbody(p.oid), current_schema() || '.', ''), p.prosrc)), p.proconfig::text, p.provolatile::text, CASE WHEN p.prosecdef THEN 'SECURITY DEFINER' END)
 FROM pg_proc p
 WHERE p.pronamespace = current_schema()::regnamespace AND p.proname <> 'require_migrations'
+UNION ALL
+SELECT 'policy ' || c.relname || '.' || p.polname,
+    concat_ws(' ',
+        p.polcmd::text,
+        CASE WHEN NOT p.polpermissive THEN 'RESTRICTIVE' END,
+        (SELECT string_agg(role::regrole::text, ', ') FROM unnest(p.polroles) AS role WHERE role <> 0),
+        pg_get_expr(p.polqual, p.polrelid),
+        pg_get_expr(p.polwithcheck, p.polrelid)
+    )
+FROM pg_policy p
+JOIN pg_class c ON c.oid = p.polrelid
+WHERE c.relnamespace = current_schema()::regnamespace
 UNION ALL
 SELECT 'view ' || c.relname, pg_get_viewdef(c.oid)
 FROM pg_class c

@@ -1,0 +1,281 @@
+"""What saasllm_admin, saasllm_runner and saasllm_readonly may do, and what not."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from conftest import Result, charged_job
+
+from saasllm_cli.settings import settings
+
+Run = Callable[..., Result]
+Sql = psycopg.Connection[dict[str, Any]]
+As = Callable[[str], Sql]
+
+
+@pytest.fixture
+def as_role(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) -> Iterator[As]:
+    """Lets the command line act as a user of the role, and gives a connection of that user."""
+    made = []
+
+    def become(role: str) -> Sql:
+        user = f"{role}_user"
+        sql.execute(f"CREATE ROLE {user} LOGIN IN ROLE {role}")
+        url = os.environ["SAASLLM_DATABASE_URL"].replace("postgres@", f"{user}@")
+        made.append((user, psycopg.connect(url, autocommit=True)))
+        monkeypatch.setenv("SAASLLM_DATABASE_URL", url)
+        settings.cache_clear()
+        return made[-1][1]
+
+    yield become
+    for user, connection in made:
+        connection.close()
+        sql.execute(f"DROP OWNED BY {user}; DROP ROLE {user}")
+
+
+@contextmanager
+def refused(why: str = "permission denied") -> Iterator[None]:
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match=why):
+        yield
+
+
+def all_pass(run: Run, *commands: str) -> None:
+    for command in commands:
+        result = run(*command.split())
+        assert result.status == 0, (command, result)
+
+
+def none_pass(run: Run, *commands: str) -> None:
+    for command in commands:
+        result = run(*command.split())
+        assert result.status == 7, (command, result)
+        assert "The database role may not do this" in result.err
+
+
+def test_what_is_there_may_be_read_by_each(tenant: Run, sql: Sql) -> None:
+    relations = sql.execute("""
+        SELECT role || ' may not read ' || relname AS missing
+        FROM pg_class, unnest(ARRAY['saasllm_admin', 'saasllm_runner', 'saasllm_readonly']) AS role
+        WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v')
+          AND NOT has_table_privilege(role, oid, 'SELECT')
+    """).fetchall()
+    assert relations == []
+
+
+def test_the_runner_runs_jobs(tenant: Run, as_role: As, home: Path) -> None:
+    charged_job()
+    as_role("saasllm_runner")
+    all_pass(
+        tenant,
+        "group resolve Echo",
+        "job run --team hr --group Echo --prompt hi --idempotency-key k",
+        "job run --team hr --group Echo --prompt hi --stream",
+        "job list --team hr",
+        "credits balance hr",
+        "credits check hr --need 1",
+        "credits transactions hr",
+        "credits verify",
+        "team usage hr",
+        "job sweep",
+    )
+    assert tenant("job", "run", "--team", "hr", "--group", "Down", "--prompt", "hi").status == 8
+    for end in ("complete", "fail", "cancel"):
+        job = tenant("job", "create", "--team", "hr").out.strip()
+        all_pass(
+            tenant,
+            f"job call {job} --group Echo --prompt hi",
+            f"job {end} {job}",
+            f"job get {job}",
+            f"job costs {job}",
+            f"job annotate {job} --metadata a=b",
+        )
+    (home / "lines.jsonl").write_text("".join(json.dumps({"id": str(n), "prompt": "hi"}) + "\n" for n in range(8)))
+    result = tenant(*["job", "batch", "lines.jsonl", "--out", "out.jsonl", "--team", "hr", "--group", "Echo"])
+    assert result.status == 5, result  # six credits were left
+    doctor = {check["check"]: check for check in tenant("doctor", "-o", "json").data}
+    assert doctor["role"]["status"] == "ok"
+    assert "it may look, run jobs." in doctor["role"]["message"]
+
+
+def test_the_runner_administers_nothing(tenant: Run, as_role: As) -> None:
+    job = charged_job()
+    runner = as_role("saasllm_runner")
+    none_pass(
+        tenant,
+        "org create other",
+        "team create other --org acme",
+        "team update hr --alias x",
+        "team suspend hr",
+        "team delete hr --yes",
+        "team delete hr --purge --confirm hr",
+        "team unassign hr Echo",
+        "group set-models Echo offline/fail",
+        "credits add hr 5",
+        "credits adjust hr 5 --reason x",
+        f"credits refund --job {job}",
+        "credits schedule hr --amount 5 --every daily --mode add",
+        f"migrate reset --confirm {runner.info.dbname}",
+    )
+    assert tenant("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 9
+
+
+def test_the_runner_conjures_no_credit(tenant: Run, as_role: As) -> None:
+    job = charged_job()
+    runner = as_role("saasllm_runner")
+    entry = """
+        INSERT INTO credit_transactions (team_id, organization_id, entry_no, job_id, transaction_type, credits_amount,
+            credits_before, credits_after)
+        VALUES ('hr', 'acme', 3, %s, %s, %s, 9, 9 + %s)
+    """
+    for kind, amount in (("allocation", 5), ("adjustment", 5), ("expiry", -5)):
+        with refused("row-level security"):
+            runner.execute(entry, [None, kind, amount, amount])
+    with refused("row-level security"):
+        runner.execute(entry, [job, "refund", 1, 1])
+    with pytest.raises(psycopg.errors.UniqueViolation):  # once a job
+        runner.execute(entry, [job, "deduction", -1, -1])
+    for change in (
+        "UPDATE team_credits SET credits_allocated = 100",
+        "UPDATE team_credits SET credits_used = 0",
+        "UPDATE team_credits SET last_entry_no = 0",
+        "DELETE FROM team_credits",
+        "UPDATE credit_transactions SET credits_amount = 5",
+        "DELETE FROM credit_transactions",
+        "TRUNCATE credit_transactions, audit_log",
+        "UPDATE jobs SET team_id = 'hr'",
+        "DELETE FROM jobs",
+        "UPDATE llm_calls SET cost_usd = 0",
+        "INSERT INTO audit_log (noun, action, after) VALUES ('team', 'create', '{}')",
+        "INSERT INTO saasllm_migrations (migration, checksum, duration_ms) VALUES ('999', '', 0)",
+    ):
+        with refused():
+            runner.execute(change)
+    for change in (
+        "ALTER TABLE team_credits DISABLE TRIGGER ALL",
+        "ALTER TABLE credit_transactions DISABLE ROW LEVEL SECURITY",
+        "CREATE POLICY mine ON credit_transactions USING (true)",
+        "CREATE OR REPLACE FUNCTION guard_balance() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
+        "DROP TABLE jobs CASCADE",
+        "CREATE TABLE public.mine ()",
+    ):
+        with refused("must be owner|permission denied"):
+            runner.execute(change)
+    for impostor in (
+        "SET ROLE saasllm_admin",
+        "SET SESSION AUTHORIZATION postgres",
+        "SET session_replication_role = replica",
+    ):
+        with refused():
+            runner.execute(impostor)
+    with pytest.raises(psycopg.errors.CheckViolation):  # what it reserves is there
+        runner.execute("UPDATE team_credits SET credits_reserved = 10")
+
+
+def test_what_a_session_brings_along_stands_in_for_nothing(tenant: Run, as_role: As, sql: Sql) -> None:
+    """The functions that act with the owner's rights see none of it."""
+    runner = as_role("saasllm_runner")
+    runner.execute("""
+        CREATE TEMP TABLE team_credits AS SELECT * FROM public.team_credits;
+        CREATE TEMP TABLE credit_transactions AS SELECT * FROM public.credit_transactions;
+        CREATE FUNCTION pg_temp.coalesce(bigint, integer) RETURNS bigint LANGUAGE sql AS 'SELECT 1000';
+        CREATE FUNCTION pg_temp.has_column_privilege(text, text, text) RETURNS boolean LANGUAGE sql AS 'SELECT true';
+        SET search_path = pg_temp, public, pg_catalog;
+    """)
+    with refused("row-level security"):
+        runner.execute("""
+            INSERT INTO public.credit_transactions (team_id, organization_id, entry_no, transaction_type,
+                credits_amount, credits_before, credits_after)
+            VALUES ('hr', 'acme', 2, 'allocation', 5, 10, 15)
+        """)
+    assert sql.execute("SELECT credits_remaining FROM team_credits").fetchall() == [{"credits_remaining": 10}]
+
+
+def test_the_reader_only_looks(tenant: Run, as_role: As) -> None:
+    reader = as_role("saasllm_readonly")
+    all_pass(
+        tenant,
+        "team get hr",
+        "team list",
+        "credits balance hr",
+        "credits verify",
+        "credits forecast",
+        "audit list",
+        "export",
+        "org usage acme",
+        "group resolve Echo",
+    )
+    none_pass(
+        tenant,
+        "job run --team hr --group Echo --prompt hi",
+        "job create --team hr",
+        "credits add hr 5",
+        "team suspend hr",
+    )
+    with refused():
+        reader.execute("SELECT reserve_credits('hr', 1)")
+    with refused():
+        reader.execute("SELECT lock_balance('hr')")
+
+
+def test_the_admin_does_all_but_change_the_schema(tenant: Run, as_role: As, sql: Sql, home: Path) -> None:
+    job = charged_job()
+    admin = as_role("saasllm_admin")
+    all_pass(
+        tenant,
+        "org create other --metadata a=b",
+        "team create ops --org other --group Echo --credits 3",
+        "team update ops --alias Operations",
+        "team unassign ops Echo",
+        "team assign ops Echo Down",
+        "group create New --model offline/echo",
+        "group set-models New offline/echo offline/fail",
+        "group delete New --yes",
+        "credits add hr 5 --reason x --idempotency-key k",
+        "credits adjust hr --reason x -- -2",
+        f"credits refund --job {job}",
+        "credits schedule hr --amount 50 --every daily --mode reset --starts 2026-01-01",
+        "credits allocate --as-of 2026-01-01",
+        "job run --team hr --group Echo --prompt hi",
+        "job sweep",
+        "credits verify",
+        "team suspend ops",
+        "team resume ops",
+        "team delete hr --purge --confirm hr",
+        "org delete other --purge --confirm other",
+        "audit list --limit all",
+    )
+    assert tenant("apply", "-f", "-", stdin="organizations: [{organization_id: filed}]").status == 0
+    none_pass(tenant, "migrate reset --confirm " + sql.info.dbname)
+    for change in ("UPDATE credit_transactions SET reason = ''", "UPDATE audit_log SET actor = ''", "TRUNCATE jobs"):
+        with refused():
+            admin.execute(change)
+    assert sql.execute("SELECT count(*) AS n FROM jobs").fetchone() == {"n": 0}
+
+
+def test_the_admin_repairs(tenant: Run, as_role: As, sql: Sql) -> None:
+    sql.execute("SET session_replication_role = replica; UPDATE team_credits SET credits_allocated = 15")
+    as_role("saasllm_admin")
+    assert tenant("credits", "verify").status == 9
+    all_pass(tenant, "credits verify --repair --yes", "credits verify", "job run --team hr --group Echo --prompt hi")
+
+
+def test_a_role_that_may_make_none_migrates_all_the_same(empty_database: str, run: Run, sql: Sql) -> None:
+    """As on a server where roles are made by somebody else: their rights come with the next migration."""
+    sql.execute("CREATE ROLE plain_owner LOGIN; GRANT CREATE ON SCHEMA public TO plain_owner")
+    os.environ["SAASLLM_DATABASE_URL"] = os.environ["SAASLLM_DATABASE_URL"].replace("postgres@", "plain_owner@")
+    settings.cache_clear()
+    try:
+        assert run("migrate", "up").status == 0
+        assert run("migrate", "up").status == 0
+        granted = "SELECT has_table_privilege('saasllm_readonly', 'teams', 'SELECT') AS granted"
+        assert sql.execute(granted).fetchone() == {"granted": True}  # for the server has the roles already
+        sql.execute("REVOKE ALL ON teams FROM saasllm_readonly")
+        assert run("migrate", "up").status == 0
+        assert sql.execute(granted).fetchone() == {"granted": True}
+    finally:
+        sql.execute("DROP OWNED BY plain_owner CASCADE; DROP ROLE plain_owner")
