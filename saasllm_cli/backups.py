@@ -40,6 +40,7 @@ def restore(path: Path) -> None:
     if not path.is_file():
         raise InvalidInput("no_such_file", f"There is no file {path}.", "Name one that `saasllm db backup` has made.")
     embedded.start()
+    database.before_change()
     with (
         database.translated_errors(),
         psycopg.connect(**embedded.conninfo("postgres"), autocommit=True, row_factory=psycopg.rows.dict_row) as server,

@@ -187,7 +187,8 @@ class Database:
         """Several queries that read the same state of the database."""
         self._connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         self._connection.read_only = True
-        return self.transaction(work)
+        with self._connection.transaction():  # once: the work may have printed what it read
+            return work()
 
     def found(self, name: str, noun: str, key: str, /, **parameters: Any) -> Row:
         """The row of a `:maybe` query, or `NotFound` with the noun and the key that were asked for."""

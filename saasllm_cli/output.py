@@ -150,6 +150,7 @@ def warn(text: str) -> None:
 
 
 def _log(level: str, text: str, style: str = "", **fields: Any) -> None:
+    progress("")
     if _log_format() is LogFormat.JSON:
         line = {"time": datetime.now(UTC), "level": level, "message": harmless(text, keep="\n"), **fields}
         _to_stderr(_json(line) + "\n")

@@ -20,7 +20,9 @@ _PACKAGE = Path(__file__).parent
 SQL = next(path for path in (_PACKAGE / "sql", _PACKAGE.parent / "sql") if path.is_dir())
 
 _HEADER = re.compile(r"^-- name: (\w+)\((.*)\) :(one|maybe|many|none|copy)$", re.MULTILINE)
-_CHANGE = re.compile(r"^ *(INSERT INTO (?!pg_temp\.)|UPDATE|DELETE FROM)\b", re.MULTILINE)
+_COMMENT = re.compile(r"--.*")
+# What changes a table, but for those of the session alone.
+_CHANGE = re.compile(r"\b(?:INSERT INTO|DELETE FROM|(?<!FOR )UPDATE) (?!pg_temp\.)")
 _PARAMETER = re.compile(r"%\((\w+)\)s")
 
 
@@ -29,12 +31,8 @@ class Query:
     name: str
     parameters: frozenset[str]
     cardinality: str
+    is_change: bool
     sql: str
-
-    @property
-    def is_change(self) -> bool:
-        """Whether it changes what tables hold."""
-        return bool(_CHANGE.search(self.sql))
 
 
 def query(name: str) -> Query:
@@ -53,9 +51,10 @@ def load(noun: str) -> dict[str, Query]:
         full_name = f"{noun}.{name}"
         parameters = frozenset(filter(None, map(str.strip, declared.split(","))))
         used = frozenset(_PARAMETER.findall(body))
+        is_change = bool(_CHANGE.search(_COMMENT.sub("", body)))
         if full_name in queries:
             raise ValueError(f"{path}: {name} is defined twice")
         if parameters != used:
             raise ValueError(f"{path}: {name} declares {sorted(parameters)} and uses {sorted(used)}")
-        queries[full_name] = Query(full_name, parameters, cardinality, body.strip())
+        queries[full_name] = Query(full_name, parameters, cardinality, is_change, body.strip())
     return queries

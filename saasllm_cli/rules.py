@@ -6,6 +6,7 @@ from typing import Any
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 MODEL_NAME = re.compile(r"[^\s\x00-\x1f\x7f]{1,255}")
+DAY = re.compile(r"2\d{3}-\d\d-\d\d", re.ASCII)
 LONGEST_NAME = 255
 MOST_CREDITS = 10**15
 METADATA_BYTES = 65536

@@ -32,7 +32,7 @@ def reference() -> str:
 
 
 def renewed() -> str:
-    """The README with the list as it is to be."""
+    """The README with the list as it must be."""
     before, _, rest = README.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     return before + BEGIN + reference() + END + after

@@ -260,13 +260,14 @@ def test_files_folders_and_forms(tenant: Run, home: Path) -> None:
 
 NO_ID = "is not an id: letters, digits, '.', '_' and '-', the first a letter or digit, at most 128"
 NOWHERE = "neither in the files nor in the database: did you mean"
+NO_FIELD = "there is no such field: it may be organizations, model_groups, teams"
 ORG = "organizations: [{organization_id: o}]\n"
 # What is in the file, and what is told of it, without the name of the file.
 BROKEN = {
     "no YAML": ("teams: [a", ["2:1: it is not YAML: did not find expected ',' or ']'"]),
     "a tab": ("teams:\n\t- a", ["2:1: it is not YAML: found character that cannot start any token"]),
-    "no mapping": ("- a\n- b\n", ["1:1: it is to be a mapping of organizations, model_groups, teams"]),
-    "a text": ("tenants", ["1:1: it is to be a mapping of organizations, model_groups, teams"]),
+    "no mapping": ("- a\n- b\n", ["1:1: it must be a mapping of organizations, model_groups, teams"]),
+    "a text": ("tenants", ["1:1: it must be a mapping of organizations, model_groups, teams"]),
     "an unknown section": (
         "tems: []\ngroups: []\n",
         [
@@ -274,8 +275,8 @@ BROKEN = {
             "2:1: groups: there is no such field: did you mean model_groups?",
         ],
     ),
-    "no list": ("teams:\n  team_id: a\n", ["1:1: teams: it is to be a list"]),
-    "no record": ("organizations:\n- o\n", ["2:3: organizations[0]: it is to be a mapping"]),
+    "no list": ("teams:\n  team_id: a\n", ["1:1: teams: it must be a list"]),
+    "no record": ("organizations:\n- o\n", ["2:3: organizations[0]: it must be a mapping"]),
     "an unknown field": (
         ORG + "teams:\n- team_id: a\n  organization_id: o\n  alias: x\n",
         ["5:3: teams[0].alias: there is no such field: did you mean team_alias?"],
@@ -289,13 +290,13 @@ BROKEN = {
     "a number for text": (
         "organizations:\n- organization_id: 12\n  name: true\n",
         [
-            "2:3: organizations[0].organization_id: it is to be text: put it in quotes",
-            "3:3: organizations[0].name: it is to be text: put it in quotes",
+            "2:3: organizations[0].organization_id: it must be text: put it in quotes",
+            "3:3: organizations[0].name: it must be text: put it in quotes",
         ],
     ),
     "nothing for text": (
         "organizations:\n- organization_id:\n",
-        ["2:3: organizations[0].organization_id: it is to be text"],
+        ["2:3: organizations[0].organization_id: it must be text"],
     ),
     "no id": (
         "organizations:\n- organization_id: or g\n",
@@ -305,11 +306,11 @@ BROKEN = {
     ),
     "an empty name": (
         "organizations:\n- {organization_id: o, name: ''}\n",
-        ["2:24: organizations[0].name: it is to have 1 to 255 characters"],
+        ["2:24: organizations[0].name: it must have 1 to 255 characters"],
     ),
     "a status": (
         "organizations:\n- {organization_id: o, status: inactive}\n",
-        ["2:24: organizations[0].status: it is to be 'active' or 'suspended'"],
+        ["2:24: organizations[0].status: it must be 'active' or 'suspended'"],
     ),
     "a model": (
         "model_groups:\n- group_name: G\n  models: [a, b c, {model: d}, 5]\n",
@@ -318,7 +319,7 @@ BROKEN = {
             "PROVIDER/MODEL or MODEL",
             "3:20: model_groups[0].models[2].model_name: it is missing",
             "3:21: model_groups[0].models[2].model: there is no such field: did you mean model_name?",
-            "3:32: model_groups[0].models[3]: it is to be a mapping",
+            "3:32: model_groups[0].models[3]: it must be a mapping",
         ],
     ),
     "a model twice": (
@@ -327,7 +328,7 @@ BROKEN = {
     ),
     "a flag": (
         "model_groups:\n- group_name: G\n  models: [{model_name: a, is_active: no}]\n",
-        ["3:28: model_groups[0].models[0].is_active: it is to be true or false"],
+        ["3:28: model_groups[0].models[0].is_active: it must be true or false"],
     ),
     "credits": (
         ORG
@@ -335,10 +336,10 @@ BROKEN = {
         "- {team_id: c, organization_id: o, credits: 1e30}\n"
         "- {team_id: d, organization_id: o, credits: 2000000000000000}\n",
         [
-            "3:36: teams[0].credits: it is to be at least 0",
-            "4:36: teams[1].credits: it is to be a whole number",
-            "5:36: teams[2].credits: it is to be a whole number",
-            "6:36: teams[3].credits: it is to be at most 1000000000000000",
+            "3:36: teams[0].credits: it must be at least 0",
+            "4:36: teams[1].credits: it must be a whole number",
+            "5:36: teams[2].credits: it must be a whole number",
+            "6:36: teams[3].credits: it must be at most 1000000000000000",
         ],
     ),
     "a schedule": (
@@ -346,15 +347,37 @@ BROKEN = {
         + "teams:\n- team_id: a\n  organization_id: o\n  schedule: {credits_amount: 0, every: month, next_on: 2026}\n",
         [
             "5:3: teams[0].schedule.mode: it is missing",
-            "5:14: teams[0].schedule.credits_amount: it is to be at least 1",
-            "5:33: teams[0].schedule.every: it is to be 'daily', 'weekly' or 'monthly'",
-            "5:47: teams[0].schedule.next_on: it is to be text: put it in quotes",
+            "5:14: teams[0].schedule.credits_amount: it must be at least 1",
+            "5:33: teams[0].schedule.every: it must be 'daily', 'weekly' or 'monthly'",
+            "5:47: teams[0].schedule.next_on: it must be text: put it in quotes",
         ],
     ),
     "a day": (
         ORG + "teams:\n- team_id: a\n  organization_id: o\n"
         "  schedule: {credits_amount: 1, every: daily, mode: add, next_on: 2026-02-30}\n",
-        ["5:58: teams[0].schedule.next_on: it is to be a day such as 2026-12-01"],
+        ["5:58: teams[0].schedule.next_on: it must be a day such as 2026-12-01"],
+    ),
+    "a week": (
+        ORG + "teams:\n- team_id: a\n  organization_id: o\n"
+        "  schedule: {credits_amount: 1, every: daily, mode: add, next_on: 2026-W01-1}\n",
+        ["5:58: teams[0].schedule.next_on: it must be a day such as 2026-12-01"],
+    ),
+    "a field of another noun": (
+        "organizations: [{organization_id: o, schedule: null}]\nteams:\n"
+        "- {team_id: hr, organization_id: acme, models: []}\n",
+        [
+            "1:38: organizations[0].schedule: there is no such field: it may be organization_id, name, status, "
+            "metadata, count",
+            "3:40: teams[0].models: there is no such field: did you mean model_groups?",
+        ],
+    ),
+    "large metadata": (
+        "organizations:\n- {organization_id: o, metadata: {a: " + "é" * 40000 + "}}\n",
+        ["2:24: organizations[0].metadata: it is larger than 64 KiB: keep large data elsewhere and name it here"],
+    ),
+    "a template of nowhere": (
+        "teams:\n- {team_id: 'a{n}', organization_id: acm, count: 500}\n",
+        [f"2:21: teams[0].organization_id: there is no organization acm, {NOWHERE} acme?"],
     ),
     "a most": (
         ORG + "teams:\n- team_id: a\n  organization_id: o\n"
@@ -365,8 +388,8 @@ BROKEN = {
         "organizations:\n- {organization_id: o, metadata: {1: a}}\n- {organization_id: p, metadata: [a]}\n"
         '- {organization_id: q, metadata: {a: "\\0"}}\n',
         [
-            "2:24: organizations[0].metadata[1]: the key 1 is to be text: put it in quotes",
-            "3:24: organizations[1].metadata: it is to be a mapping",
+            "2:24: organizations[0].metadata[1]: the key 1 must be text: put it in quotes",
+            "3:24: organizations[1].metadata: it must be a mapping",
             "4:24: organizations[2].metadata: it holds a character that cannot be stored: NUL, or half of a surrogate "
             "pair",
         ],
@@ -400,27 +423,27 @@ BROKEN = {
     "a key twice": (
         "organizations:\n- organization_id: o\n  name: a\n  name: b\nteams: []\nteams: []\n",
         [
-            "4:3: the key name stands here for the second time",
-            "6:1: the key teams stands here for the second time",
+            "4:3: the key name is defined here more than once",
+            "6:1: the key teams is defined here more than once",
         ],
     ),
     "a count": (
         "organizations:\n- {organization_id: 'o{n}', count: 0}\n- {organization_id: 'o{n}', count: x}\n",
         [
             f"2:4: organizations[0].organization_id: 'o{{n}}' {NO_ID}",
-            "2:29: organizations[0].count: it is to be at least 1",
+            "2:29: organizations[0].count: it must be at least 1",
             f"3:4: organizations[1].organization_id: 'o{{n}}' {NO_ID}",
-            "3:29: organizations[1].count: it is to be a whole number",
+            "3:29: organizations[1].count: it must be a whole number",
         ],
     ),
     "a template without its number": (
         "organizations:\n- {organization_id: o, count: 3}\n",
-        ["2:3: organizations[0]: o is there for the second time: name it once"] * 2,
+        ["2:3: organizations[0]: o is defined more than once: name it once"],
     ),
     "an id twice": (
         ORG + "teams:\n- {team_id: a, organization_id: o}\n- {team_id: b, organization_id: o}\n"
         "- {team_id: a, organization_id: o}\n",
-        ["5:3: teams[2]: a is there for the second time: name it once"],
+        ["5:3: teams[2]: a is defined more than once: name it once"],
     ),
     "unknown references": (
         "model_groups: [{group_name: ResumeAgent, models: [a]}]\nteams:\n- team_id: a\n  organization_id: acm\n"
@@ -445,7 +468,7 @@ BROKEN = {
     ),
     "a key twice in JSON": (
         '{"organizations": [\n\t{"organization_id": "a", "organization_id": "b"}\n]}',
-        ["2:27: the key organization_id stands here for the second time"],
+        ["2:27: the key organization_id is defined here more than once"],
     ),
     "JSON lines": (
         '{"organizations": [{"organization_id": "o"}]}\n{"teams": [{"team_id": "a"}]}\n{"teams"\n\n'
@@ -459,6 +482,21 @@ BROKEN = {
             "6:29: teams[0].x: there is no such field: it may be team_id, organization_id, team_alias, status, "
             "model_groups, credits, schedule, metadata, count",
         ],
+    ),
+    "a template too deep in JSON": (
+        '{"organizations": [{"organization_id": "o{n}", "count": 2, "metadata": {"a": '
+        + "[" * 900
+        + "]" * 900
+        + "}}]}",
+        ["1: it is nested more than 100 deep"],
+    ),
+    "a key twice beside a surrogate pair": (
+        '{"organizations": [{"organization_id": "a", "name": "\\ud83d\\ude00", "name": "b"}], "x": 1}',
+        ["1:69: the key name is defined here more than once", "1:84: x: " + NO_FIELD],
+    ),
+    "a key twice in a broken line": (
+        '{"organizations": [], "teams": [], "teams": [NaN]}\n{"organizations": [{"organization_id": "o"}]}\n',
+        ["1: it is not JSON: there is no number NaN"],
     ),
     "no UTF-8": (b"teams: []\n# caf\xe9\n", ["2: it is not text in UTF-8"]),
 }
@@ -485,6 +523,21 @@ def test_a_broken_file_tells_all_that_is_wrong_with_it(
     assert sql.execute("SELECT count(*) AS n FROM audit_log").fetchone() == before
 
 
+def test_of_what_could_not_be_read_nothing_is_missed_elsewhere(tenant: Run, home: Path) -> None:
+    (home / "a.yaml").write_text("organizations: [{organization_id: new}]\nmodel_groups: [\n")
+    (home / "b.yaml").write_text("teams: [{team_id: x, organization_id: new, model_groups: [Other]}]\n")
+    errors = tenant("apply", "-f", "a.yaml", "-f", "b.yaml", "-o", "json").error["errors"]
+    assert [(error["file"], error["line"]) for error in errors] == [("a.yaml", 3)]
+
+
+def test_text_and_metadata_are_what_the_file_says(tenant: Run) -> None:
+    text = "teams:\n- {team_id: hr, organization_id: acme, metadata: {many: [" + "true, " * 9000 + "true]}}\n"
+    text += "model_groups:\n- group_name: New\n  description: |\n    two\n    lines\n"
+    applied(tenant, text)
+    assert tenant("group", "get", "New", "-o", "json").data["description"] == "two\nlines\n"
+    assert totals(applied(tenant, tenant("export").out, "--diff"))["team"] == {"unchanged": 1}
+
+
 def test_what_is_nested_without_end_is_refused_by_the_parser_or_by_us(tenant: Run) -> None:
     for text in ("teams: " + "[" * 100_000, '{"teams": ' + "[" * 100_000):
         result = tenant("apply", "-f", "-", stdin=text)
@@ -509,14 +562,14 @@ def test_errors_of_many_files_are_told_together_and_of_many_the_first(tenant: Ru
 
 
 def test_prune_asks_and_keeps_what_has_history(tenant: Run) -> None:
-    for team in ("empty", "new"):
+    for team in ("Empty", "new"):
         tenant("team", "create", team, "--org", "acme")
     tenant("org", "create", "other")
     tenant("team", "create", "elsewhere", "--org", "other")
     text = "organizations: [{organization_id: acme}]\nteams: [{team_id: new, organization_id: acme}]\n"
     refused = tenant("apply", "-f", "-", "--prune", stdin=text)
     assert (refused.status, "--yes" in refused.err) == (2, True)
-    assert "delete empty and suspend hr" in refused.err.lower()
+    assert "The files do not name these teams. Delete Empty. Suspend hr? There is no terminal to ask at." in refused.err
     report = applied(tenant, text, "--prune", "--yes")
     assert totals(report)["team"] == {"unchanged": 1, "suspended": 1, "deleted": 1}
     teams = {row["team_id"]: row["status"] for row in tenant("team", "list", "-o", "json").data}

@@ -120,10 +120,10 @@ def test_a_model_that_wants_a_tool_called(tenant: Run, provider: Provider, home:
 
 BAD_CHATS = {
     "[": "not JSON",
-    "[]": "messages is to be a list",
-    '{"tools": []}': "messages is to be a list",
+    "[]": "messages must be a list",
+    '{"tools": []}': "messages must be a list",
     '{"messages": [{"role": "user", "content": "x"}], "model": "gpt-4"}': "'model' is no parameter",
-    '["x"]': "messages[0] is to be an object",
+    '["x"]': "messages[0] must be an object",
     '[{"role": "boss", "content": "x"}]': "messages[0].role",
     '[{"role": "user"}]': "messages[0].content",
     '[{"role": "user", "content": []}]': "messages[0].content",

@@ -1,7 +1,5 @@
 """Create and change tenants as files say."""
 
-import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +9,8 @@ from saasllm_cli import database
 from saasllm_cli.commands.inputs import Output, Yes, confirm, noun, require_profile, some
 from saasllm_cli.errors import CheckFailed, InvalidInput
 from saasllm_cli.manifests.apply import changes, compare, stage, write
-from saasllm_cli.manifests.read import STDIN, SUFFIXES, Source
-from saasllm_cli.output import note, progress, show, show_changes
+from saasllm_cli.manifests.read import STDIN, SUFFIXES, Source, unreadable
+from saasllm_cli.output import note, progress, show, show_changes, waiting
 from saasllm_cli.settings import Format, settings
 
 app = noun()
@@ -25,7 +23,10 @@ def apply(
     file: Annotated[
         list[str],
         typer.Option(
-            "--file", "-f", metavar="FILE", help="YAML, JSON or JSON lines; a folder of them, or - for stdin."
+            "--file",
+            "-f",
+            metavar="FILE",
+            help="YAML, JSON or JSON lines, a folder of them, or - for stdin; repeatable.",
         ),
     ] = [],
     diff: Annotated[
@@ -53,60 +54,64 @@ def apply(
 
         show(schema_(), Format.JSON)
         return
-    with ExitStack() as stack:
-        stack.callback(progress, "")
-        sources = [_opened(stack, path) for name in file for path in _files(name)]
-        if not sources:
-            raise InvalidInput("no_file", "There is no file to apply.", "Give one with -f; see --help.")
-        db = stack.enter_context(database.connect())
+    sources = [Source(path) for name in file for path in _files(name)]
+    if not sources:
+        raise InvalidInput("no_file", "There is no file to apply.", "Give one with -f; see --help.")
+    with waiting("Reading …"), database.connect() as db:
         stage(db, sources, progress)
-        agreed = None
+        to_prune = None
         if diff or prune:
             compare(db, sources, prune)
-            agreed = db.one("apply.unnamed") if prune else None
+            to_prune = db.one("apply.pruned") if prune else None
             progress("")
         if diff:
             totals = db.many("apply.totals")
         else:
-            if agreed and (agreed["deleted"] or agreed["suspended"]):
-                require_profile("Prune")
-                confirm(_question(agreed), yes)
-            totals = write(db, sources, agreed, lambda: note("Another `apply` is running; waiting for it …"), progress)
+            if to_prune and (to_prune["deleted"] or to_prune["suspended"]):
+                question = _question(to_prune)
+                require_profile(question)
+                confirm(f"{question}?", yes)
+            totals = write(db, sources, to_prune, _tell_wait, progress)
             progress("")
         _show(db, totals, output or settings().output)
-    differences = sum(number for row in totals for name, number in row.items() if name not in ("noun", "unchanged"))
-    if not differences:
+    changed = sum(row[name] for row in totals for name in ("created", "changed", "suspended", "deleted"))
+    differing = sum(row["differing"] for row in totals)
+    if not changed and not (diff and differing):
         note("Nothing differs." if diff else "Nothing had to be changed.")
     elif diff:
-        raise CheckFailed("differs", "What is there differs from the files.", "Make it so: the same without --diff.")
+        raise CheckFailed(
+            "differs",
+            "The database differs from the files.",
+            "To change it, run the same without --diff."
+            if changed
+            else "Opening credits are granted once; what is to be added: saasllm credits add",
+        )
 
 
 def _files(name: str) -> list[str]:
     """The files that are meant: of a folder those in it."""
-    if not Path(name).is_dir():
-        return [name]
-    found = sorted(str(path) for path in Path(name).iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    if name == "-":
+        return [STDIN]
+    try:
+        if not Path(name).is_dir():
+            Path(name).stat()
+            return [name]
+        found = sorted(str(path) for path in Path(name).iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    except OSError as error:
+        raise unreadable(name, error) from error
     if not found:
         raise InvalidInput("no_file", f"The folder {name} has no file *{', *'.join(SUFFIXES)}.", "Name another.")
     return found
 
 
-def _opened(stack: ExitStack, name: str) -> Source:
-    if name == "-":
-        return Source(STDIN, sys.stdin.buffer)
-    try:
-        return Source(name, stack.enter_context(Path(name).open("rb")))
-    except OSError as error:
-        raise InvalidInput("unreadable_file", f"{name} cannot be read: {error.strerror}.", "Check -f.") from error
+def _tell_wait() -> None:
+    note("Another `apply` is running; waiting for it …")
 
 
-def _question(agreed: database.Row) -> str:
-    kinds = [
-        f"{word} {some(teams)}"
-        for word, teams in (("Delete", agreed["deleted"]), ("suspend", agreed["suspended"]))
-        if teams
-    ]
-    return f"{' and '.join(kinds).capitalize()}, which the files do not name?"
+def _question(to_prune: database.Row) -> str:
+    kinds = (("Delete", to_prune["deleted"]), ("Suspend", to_prune["suspended"]))
+    what = ". ".join(f"{word} {some(teams)}" for word, teams in kinds if teams)
+    return f"The files do not name these teams. {what}"
 
 
 def _show(db: database.Database, totals: list[database.Row], form: Format) -> None:

@@ -26,7 +26,7 @@ Check = dict[str, Any]
 @app.command(epilog="Example: saasllm doctor -o json | jq -r '.[] | select(.status != \"ok\") | .hint'")
 def doctor(output: Output = None) -> None:
     """Look at everything that jobs and cron depend on, and say what to do: exit 9 where a check failed, 7 where the
-    database cannot be used. Nothing is changed.
+    database cannot be used; a warning alone is 0. Nothing is changed.
 
     The database and its role, migrations, ledger, leases, allocations, the providers' keys (never their values) and
     the disk.
@@ -35,11 +35,10 @@ def doctor(output: Output = None) -> None:
     unusable: DatabaseUnavailable | None = None
     try:
         for check in _checks():
-            checks.append(check)
-            progress(f"{check['check']} …")
+            checks.append(check)  # noqa: PERF402 # what was found until it failed is shown
     except DatabaseUnavailable as error:
         unusable = error
-        if error.code != "migrations_pending":  # which is told already
+        if error.code not in ("migrations_pending", "database_newer"):  # which are told already
             checks.append(_check("database", FAILED, error.message, error.hint))
     finally:
         progress("")
@@ -54,8 +53,13 @@ def _checks() -> Iterator[Check]:
     if settings().database_url is None:
         yield _disk()
     with database.connect_unmigrated() as db:
+        server = db.one("doctor.server")  # it also brings along the connection's own settings
         yield from _server(db)
         states = migrations.status()
+        if newer := [row["migration"] for row in states if row["status"] == "missing"]:
+            message, hint = f"The database is newer than this program: {some(newer)}.", "Install a newer saasllm."
+            yield _check("migrations", FAILED, message, hint)
+            raise DatabaseUnavailable("database_newer", message, hint)
         unsound = [
             f"{row['migration']} {row['status']}" for row in states if row["status"] not in ("applied", "pending")
         ]
@@ -67,7 +71,7 @@ def _checks() -> Iterator[Check]:
             migrations.check(states)
         else:
             yield _check("migrations", OK, f"{len(states)} applied, none changed since.")
-        yield _rights(db)
+        yield _rights(db, server)
         yield _ledger(db)
         yield from _overdue(db)
         models = [row["model_name"] for row in db.many("doctor.models")]
@@ -75,7 +79,6 @@ def _checks() -> Iterator[Check]:
 
 
 def _server(db: database.Database) -> Iterator[Check]:
-    db.one("doctor.server")  # the first one also brings along the connection's own settings
     before = datetime.now(UTC)
     began = time.perf_counter()
     server = db.one("doctor.server")
@@ -95,7 +98,7 @@ def _server(db: database.Database) -> Iterator[Check]:
             "clock",
             WARNING,
             f"It differs from the database's by {abs(offset):.0f} s.",
-            "Set both by NTP: leases and periods go by the database's.",
+            "Set both by NTP: leases go by the database's, periods by this one.",
         )
     )
     if server["replication_role"] != "origin":
@@ -105,14 +108,13 @@ def _server(db: database.Database) -> Iterator[Check]:
         yield _check("enforcement", FAILED, message, "Reset it for the role, the database and the server.")
 
 
-def _rights(db: database.Database) -> Check:
+def _rights(db: database.Database, server: database.Row) -> Check:
     rights = db.one("doctor.rights")
-    role = db.one("doctor.server")
-    name = f"{role['role']}, a superuser" if role["is_superuser"] else role["role"]
+    name = f"{server['role']}, a superuser" if server["is_superuser"] else server["role"]
     if rights["unreadable"]:
         message = f"{name}, may not read {some(rights['unreadable'])}."
         return _check("role", FAILED, message, "Grant it, or take the role that has migrated the database.")
-    if role["is_superuser"] and settings().database_url is not None:
+    if server["is_superuser"] and settings().database_url is not None:
         message = f"{name}, who can switch off the rules of the ledger."
         return _check("role", WARNING, message, "Take a role of its own for saasllm, which owns its tables.")
     may = [what for what, right in RIGHTS.items() if rights[right]]

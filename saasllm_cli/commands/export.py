@@ -7,7 +7,8 @@ import typer
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import A_TEAM, AN_ORGANIZATION, noun
 from saasllm_cli.errors import InvalidInput
-from saasllm_cli.manifests.export import QUERIES, as_yaml
+from saasllm_cli.manifests.definitions import SECTIONS
+from saasllm_cli.manifests.export import as_yaml
 from saasllm_cli.manifests.export import export as export_
 from saasllm_cli.output import print_line, show
 from saasllm_cli.settings import Format, settings
@@ -41,7 +42,7 @@ def export(
                 case "jsonl":
                     show(({section: [record]} for section, record in records), Format.JSONL)
                 case "json":
-                    manifest: dict[str, list[database.Row]] = {section: [] for section in QUERIES}
+                    manifest: dict[str, list[database.Row]] = {section: [] for section in SECTIONS}
                     for section, record in records:
                         manifest[section].append(record)
                     show(manifest, Format.JSON)

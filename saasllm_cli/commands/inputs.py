@@ -16,6 +16,7 @@ from saasllm_cli import database
 from saasllm_cli.errors import Conflict, Interrupted, InvalidInput
 from saasllm_cli.output import note, warn
 from saasllm_cli.rules import (
+    DAY,
     IDENTIFIER,
     LONGEST_NAME,
     METADATA_BYTES,
@@ -126,7 +127,7 @@ def period(value: str) -> Period:
 
 def day(value: str) -> date:
     """A day such as 2026-11-22."""
-    if not re.fullmatch(r"2\d{3}-\d\d-\d\d", value, re.ASCII):
+    if not DAY.fullmatch(value):
         raise typer.BadParameter(f"{value!r} is not a day: write 2026-11-22.")
     return period(value).since.date()
 

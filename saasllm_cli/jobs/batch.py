@@ -603,12 +603,10 @@ def _task(line: bytes, number: int, batch: BatchRequest) -> Task:
     try:
         content = json.loads(line)
         if not isinstance(content, dict):
-            raise InvalidInput("invalid_line", "The line is to be a JSON object.")
+            raise InvalidInput("invalid_line", "The line must be a JSON object.")
         id_ = content.pop("custom_id", None) or content.pop("id", None)
         if not isinstance(id_, str) or len(id_) > LONGEST_ID:
-            raise InvalidInput(
-                "invalid_line", f"The id (or custom_id) is to be a text of 1 to {LONGEST_ID} characters."
-            )
+            raise InvalidInput("invalid_line", f"The id (or custom_id) must be a text of 1 to {LONGEST_ID} characters.")
         task.id = chat.text(id_, "the id")
         request = _job_request(content, batch)
         request_hash = request.hash()
@@ -632,19 +630,19 @@ def _job_request(content: dict[str, Any], batch: BatchRequest) -> JobRequest:
     if "body" in content:
         body = content.pop("body")
         if not isinstance(body, dict):
-            raise InvalidInput("invalid_line", "The body is to be a JSON object.")
+            raise InvalidInput("invalid_line", "The body must be a JSON object.")
         messages = body.pop("messages", None)
         parameters = {chat.parameter(name): body[name] for name in body if name != "model"}
         content = {name: content[name] for name in content if name not in ("method", "url")}
     else:
         messages = content.pop("messages", None) or []
         if not isinstance(messages, list):
-            raise InvalidInput("invalid_line", "messages is to be a list.")
+            raise InvalidInput("invalid_line", "messages must be a list.")
         parameters = {name: content.pop(name) for name in PARAMETERS if name in content}
         if "prompt" in content:
             prompt = content.pop("prompt")
             if not isinstance(prompt, str) or not prompt.strip():
-                raise InvalidInput("invalid_line", "The prompt is to be a text that is not empty.")
+                raise InvalidInput("invalid_line", "The prompt must be a text that is not empty.")
             messages = [*messages, {"role": "user", "content": prompt}]
         if "system" in content:
             messages = [{"role": "system", "content": content.pop("system")}, *messages]
@@ -658,10 +656,10 @@ def _job_request(content: dict[str, Any], batch: BatchRequest) -> JobRequest:
     text = json.dumps(metadata, allow_nan=False, ensure_ascii=False)
     text.encode()  # half of a surrogate pair is no text
     if not isinstance(metadata, dict) or "\\u0000" in text or len(text) > METADATA_BYTES:
-        raise InvalidInput("invalid_line", "The metadata is to be an object without NUL, of at most 64 KiB.")
+        raise InvalidInput("invalid_line", "The metadata must be an object without NUL, of at most 64 KiB.")
     for name, value in content.items():
         if not isinstance(value, str) or not value.strip() or len(value) > LONGEST_ID:
-            raise InvalidInput("invalid_line", f"{name} is to be a text of 1 to {LONGEST_ID} characters.")
+            raise InvalidInput("invalid_line", f"{name} must be a text of 1 to {LONGEST_ID} characters.")
         chat.text(value, name)
     call = CallRequest(
         batch.group_name,

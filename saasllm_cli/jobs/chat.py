@@ -74,7 +74,7 @@ def _mistake(schema_text: str) -> str | None:
 
     schema = json.loads(schema_text)
     if not isinstance(schema, dict) or not isinstance(schema.get("$schema", ""), str):
-        return "it is to be an object, and its $schema a text"
+        return "it must be an object, and its $schema a text"
     try:
         validator_for(schema).check_schema(schema)
     except SchemaError as error:
@@ -90,13 +90,13 @@ def messages(chat: Any, source: str, folder: Path) -> list[dict[str, Any]]:
     Raises `InvalidInput` that names the source and the place in it.
     """
     if not isinstance(chat, list) or not chat:
-        raise _invalid(source, "messages", "is to be a list of messages that is not empty")
+        raise _invalid(source, "messages", "must be a list of messages that is not empty")
     for number, message in enumerate(chat):
         where = f"messages[{number}]"
         if not isinstance(message, dict):
-            raise _invalid(source, where, "is to be an object with role and content")
+            raise _invalid(source, where, "must be an object with role and content")
         if message.get("role") not in ROLES:
-            raise _invalid(source, f"{where}.role", f"is to be one of {', '.join(ROLES)}")
+            raise _invalid(source, f"{where}.role", f"must be one of {', '.join(ROLES)}")
         match message.get("content"):
             case str(content):
                 text(content, f"{source}, {where}.content")
@@ -106,7 +106,7 @@ def messages(chat: Any, source: str, folder: Path) -> list[dict[str, Any]]:
                 for index, part in enumerate(parts):
                     _check_part(part, source, f"{where}.content[{index}]", folder)
             case _:
-                raise _invalid(source, f"{where}.content", "is to be a text or a list of parts")
+                raise _invalid(source, f"{where}.content", "must be a text or a list of parts")
     return chat
 
 
@@ -119,11 +119,11 @@ def _check_part(part: Any, source: str, where: str, folder: Path) -> None:
         case {"type": "image_url", "image_url": str(url)}:
             part["image_url"] = {"url": _image(url, source, where, folder)}
         case {"type": "text" | "image_url"}:
-            raise _invalid(source, where, "is to have a text, or an image_url with its url")
+            raise _invalid(source, where, "must have a text, or an image_url with its url")
         case {"type": str()}:
             pass  # audio, files: what providers know besides
         case _:
-            raise _invalid(source, where, "is to be an object with a type")
+            raise _invalid(source, where, "must be an object with a type")
 
 
 def _image(url: str, source: str, where: str, folder: Path) -> str:

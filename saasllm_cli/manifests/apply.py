@@ -3,36 +3,47 @@
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
-from saasllm_cli.database import Database, Row, Rows
-from saasllm_cli.errors import Conflict, FileError
-from saasllm_cli.manifests.definitions import SECTIONS, in_order
-from saasllm_cli.manifests.read import MOST_ERRORS, Record, Source, invalid, near, records
+from saasllm_cli.database import NEAR, Database, Row, Rows
+from saasllm_cli.errors import Conflict, InvalidFiles
+from saasllm_cli.manifests.definitions import SECTIONS, TOO_LARGE, in_order
+from saasllm_cli.manifests.read import MOST_ERRORS, Record, Source, did_you_mean, invalid, records
 
 WAIT_SECONDS = 3600
 TOLD_EVERY = 1000  # records
 EVERY_CHANGE = 10**18
 # In this order: what is referred to comes first, and teams are locked by their update before their groups change.
 WRITES = (
-    *("apply.create_organizations", "apply.update_organizations"),
-    *("apply.create_groups", "apply.update_groups"),
-    *("apply.create_teams", "apply.update_teams", "apply.assign_groups", "apply.open_credits"),
+    "apply.create_organizations",
+    "apply.update_organizations",
+    "apply.create_groups",
+    "apply.update_groups",
+    "apply.create_teams",
+    "apply.update_teams",
+    "apply.assign_groups",
+    "apply.open_credits",
     "apply.remove_schedules",
 )
 
 
 def stage(db: Database, sources: list[Source], on_progress: Callable[[str], None]) -> None:
     """Reads the files into this session's staging tables. Raises `InvalidFiles` with all that is wrong in them."""
-    errors: list[FileError] = []
     db.none("apply.create_staged")
     db.none("apply.create_change")
-    db.copy("apply.stage", _told(records(sources, errors), on_progress))
+    db.copy("apply.stage", _counted(records(sources), on_progress))
     db.none("apply.analyze_staged")
-    if errors:
-        raise invalid(errors + _errors(db, sources))
+    if any(source.errors for source in sources):
+        # Where not all was read, what is missing may stand there.
+        if all(source.is_whole for source in sources) and sum(len(source.errors) for source in sources) <= MOST_ERRORS:
+            _compare_references(db, sources)
+        raise _invalid(sources)
     on_progress("Comparing …")
 
 
-def _told(staged: Iterator[Record], on_progress: Callable[[str], None]) -> Iterator[Record]:
+def _invalid(sources: list[Source]) -> InvalidFiles:
+    return invalid([error for source in sources for error in source.errors])
+
+
+def _counted(staged: Iterator[Record], on_progress: Callable[[str], None]) -> Iterator[Record]:
     for number, record in enumerate(staged, start=1):
         yield record
         if number % TOLD_EVERY == 0:
@@ -43,66 +54,62 @@ def compare(db: Database, sources: list[Source], is_pruning: bool) -> None:
     """Finds what differs from what was staged. Raises `InvalidFiles` where a record does not fit the others, or what
     is there."""
     db.none("apply.forget_changes")
-    if errors := _errors(db, sources):
-        raise invalid(errors)
+    if _compare_references(db, sources):
+        raise _invalid(sources)
     db.none("apply.compare")
     db.none("apply.compare_credits")
     if is_pruning:
-        db.none("apply.compare_unnamed")
+        db.none("apply.compare_pruned")
     db.none("apply.analyze_change")
 
 
-def _errors(db: Database, sources: list[Source]) -> list[FileError]:
-    """What is wrong with the staged records beside one another, and beside what is there."""
+def _compare_references(db: Database, sources: list[Source]) -> bool:
+    """Whether something is wrong with the staged records beside one another, or beside what is there; the sources know
+    it then."""
     rows = db.many("apply.errors", row_limit=MOST_ERRORS + 1)
-    if not rows:
-        return []
-    known = {
-        "organization": [row["name"] for row in db.many("apply.organization_ids")],
-        "group": [row["name"] for row in db.many("apply.group_names")],
-    }
+    for row in rows:
+        steps = tuple(row[step] for step in ("section", "place", "field", "position") if row[step] is not None)
+        sources[row["source"]].refuse(row["document"], steps, _message(db, row["error"], row["value"]))
+    return bool(rows)
 
-    def message(error: str, value: str) -> str:
-        match error:
-            case "repeated":
-                return f"{value} is there for the second time: name it once"
-            case "organization_differs":
-                return f"the team is of the organization {value}, and stays with it"
-        noun = error.removesuffix("_not_found")
-        return f"there is no {noun} {value}, neither in the files nor in the database" + near(value, known[noun])
 
-    def steps(row: Row) -> tuple[str | int, ...]:
-        return tuple(row[step] for step in ("section", "place", "field", "position") if row[step] is not None)
-
-    return [
-        sources[row["source"]].error(row["document"], steps(row), message(row["error"], row["value"])) for row in rows
-    ]
+def _message(db: Database, error: str, value: str) -> str:
+    match error:
+        case "repeated":
+            return f"{value} is defined more than once: name it once"
+        case "organization_differs":
+            return f"the team is of the organization {value}, and stays with it"
+        case "metadata_too_large":
+            return TOO_LARGE
+    noun = error.removesuffix("_not_found")
+    known = [row["id"] for row in (*db.many("apply.staged_ids", noun=noun), *db.many(NEAR[noun], name=value))]
+    return f"there is no {noun} {value}, neither in the files nor in the database" + did_you_mean(value, known)
 
 
 def write(
     db: Database,
     sources: list[Source],
-    agreed: Row | None,
+    to_prune: Row | None,
     on_wait: Callable[[], None],
     on_progress: Callable[[str], None],
 ) -> list[Row]:
     """Compares and writes what differs, all or nothing, and gives the totals; of two at once, the second waits.
 
-    `agreed` are the teams that the files do not name and that may go: the `deleted` and the `suspended`. Raises
+    `to_prune` are the teams that the files do not name and that may go: the `deleted` and the `suspended`. Raises
     `Conflict` where these are others by now.
     """
 
     def work() -> list[Row]:
         if not db.wait_for("apply.lock", WAIT_SECONDS, on_wait):
             raise Conflict("apply_running", "Another `apply` has been running for an hour.", "Try again later.")
-        compare(db, sources, is_pruning=agreed is not None)
-        if agreed is not None and db.one("apply.unnamed") != agreed:
+        compare(db, sources, is_pruning=to_prune is not None)
+        if to_prune is not None and db.one("apply.pruned") != to_prune:
             raise _changed_meanwhile()
         on_progress("Writing …")
         for name in WRITES:
             db.none(name)
         db.none("apply.set_schedules", today=datetime.now(UTC).date())
-        if agreed is not None and db.one("apply.delete_teams")["deleted"] != len(agreed["deleted"]):
+        if to_prune is not None and db.one("apply.delete_teams")["deleted"] != len(to_prune["deleted"]):
             raise _changed_meanwhile()
         return db.many("apply.totals")
 

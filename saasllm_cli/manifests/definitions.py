@@ -13,6 +13,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticCustomError
 
 from saasllm_cli.rules import (
+    DAY,
     IDENTIFIER,
     LONGEST_NAME,
     METADATA_BYTES,
@@ -22,6 +23,7 @@ from saasllm_cli.rules import (
     is_storable,
 )
 
+TOO_LARGE = "it is larger than 64 KiB: keep large data elsewhere and name it here"
 MOST_COPIES = 1_000_000
 NUMBER = "{n}"  # in the strings of a record with a count: which of them it is
 # In an editor the id of a template is none yet.
@@ -41,12 +43,13 @@ def _once(values: list[str]) -> list[str]:
 
 
 def _checked_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Counts as it goes, for what YAML's aliases repeat can be far larger than the file."""
+    """Counts as it goes, and rather too little, for the database measures: what YAML's aliases repeat can be far larger
+    than the file."""
     size = 0
     for text, depth in _texts(metadata, 1):
-        size += len(text) + 2
+        size += len(text) or 1
         if size > METADATA_BYTES:
-            raise _refused("it is larger than 64 KiB: keep large data elsewhere and name it here")
+            raise _refused(TOO_LARGE)
         if depth > METADATA_DEPTH:
             raise _refused(f"it is nested more than {METADATA_DEPTH} deep")
         _storable(text)
@@ -59,7 +62,7 @@ def _texts(value: Any, depth: int) -> Iterator[tuple[str, int]]:
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise _refused(f"the key {key} is to be text: put it in quotes")
+                raise _refused(f"the key {key} must be text: put it in quotes")
             yield key, depth
             yield from _texts(item, depth + 1)
     elif isinstance(value, list):
@@ -145,10 +148,11 @@ class ModelGroup(_Object):
 
 def _day(value: str) -> str:
     try:
-        if len(value) != 10 or date.fromisoformat(value).year < 2000:
+        if not DAY.fullmatch(value):
             raise ValueError
+        date.fromisoformat(value)
     except ValueError:
-        raise _refused("it is to be a day such as 2026-12-01") from None
+        raise _refused("it must be a day such as 2026-12-01") from None
     return value
 
 

@@ -12,7 +12,6 @@ from saasllm_cli.database import Database, Row
 from saasllm_cli.manifests.definitions import SECTIONS, in_order
 from saasllm_cli.manifests.documents import SCALARS, TAG
 
-QUERIES = {"organizations": "export.organizations", "model_groups": "export.model_groups", "teams": "export.teams"}
 WIDTH = 1_000_000  # of a line, so that none is folded
 
 
@@ -23,9 +22,8 @@ def export(db: Database, organization_id: str | None, team_id: str | None) -> It
         db.get("organization", organization_id)
     if team_id is not None:
         db.get("team", team_id)
-    for section, name in QUERIES.items():
-        _, definition, _ = SECTIONS[section]
-        for row in db.stream(name, organization_id=organization_id, team_id=team_id):
+    for section, (_, definition, _) in SECTIONS.items():
+        for row in db.stream(f"export.{section}", organization_id=organization_id, team_id=team_id):
             record = in_order(row["record"], definition)
             if section == "model_groups":
                 record["models"] = [model["model_name"] if model["is_active"] else model for model in record["models"]]
@@ -34,7 +32,7 @@ def export(db: Database, organization_id: str | None, team_id: str | None) -> It
 
 def as_yaml(records: Iterator[tuple[str, Row]]) -> Iterator[str]:
     """The lines of a manifest in YAML, each record as it comes."""
-    sections = iter(QUERIES)
+    sections = iter(SECTIONS)
     open_section = None
     for section, record in records:
         while open_section != section:

@@ -4,8 +4,10 @@ What is wrong with the files is told as a whole, each error at its place.
 """
 
 import json
+import re
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
@@ -16,14 +18,16 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from saasllm_cli.database import exact_json
-from saasllm_cli.errors import FileError, InvalidFiles
+from saasllm_cli.errors import FileError, InvalidFiles, InvalidInput
 from saasllm_cli.manifests.definitions import SECTIONS, Model, Schedule, copies
-from saasllm_cli.manifests.documents import Mark, Reader, Steps
-from saasllm_cli.rules import IDENTIFIER, LONGEST_NAME, exact
+from saasllm_cli.manifests.documents import MOST_NESTED, Mark, Reader, Steps
+from saasllm_cli.rules import IDENTIFIER, LONGEST_NAME, depth, exact
 
 SUFFIXES = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".jsonl": "lines", ".ndjson": "lines"}
 STDIN = "stdin"
 MOST_ERRORS = 100
+TOO_DEEP = f"it is nested more than {MOST_NESTED} deep"
+REFERENCES = ("organization_id", "group_name", "team_id", "model_groups")
 PARTS: dict[str | int, type[BaseModel]] = {"models": Model, "schedule": Schedule}  # by the field of a record
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -53,60 +57,61 @@ class Record(NamedTuple):
     place: int  # in the section
 
 
-def records(sources: "list[Source]", errors: list[FileError]) -> Iterator[Record]:
+def records(sources: "list[Source]") -> Iterator[Record]:
     """The records of the sources as they are read; of one that is wrong, what others may refer to and what it refers
-    to itself. What is wrong goes to the errors, and with too many of them it ends."""
-    for source_number, source in enumerate(sources):
-        for document, section, items in _sections(source, errors):
+    to itself. What is wrong the sources know then; with too many errors it ends."""
+    for number, source in enumerate(sources):
+        for document, section, items in _sections(source):
             noun, definition, id_field = SECTIONS[section]
             for place, item in enumerate(items):
                 is_told = False  # of copies, the others would say the same
                 for copy in copies(item):
-                    try:
-                        fields = definition.model_validate(copy).model_dump(exclude_unset=True)
-                    except ValidationError as refusal:
-                        wrong = refusal.errors(include_url=False)
-                        fields = _references(copy, {error["loc"][:1] for error in wrong})
-                        for error in [] if is_told else wrong:
-                            steps = (section, place, *(step for step in error["loc"] if step != "[key]"))
-                            errors.append(source.error(document, steps, _told(error, definition)))
-                        is_told = True
+                    fields, wrong = _validated(copy, definition)
+                    for error in [] if is_told else wrong:
+                        steps = (section, place, *(step for step in error["loc"] if step != "[key]"))
+                        source.refuse(document, steps, _message(error, definition))
+                    is_told = is_told or bool(wrong)
                     if id_field in fields:
-                        yield Record(
-                            noun, fields[id_field], exact_json(fields), source_number, document, section, place
-                        )
-                if len(errors) > MOST_ERRORS:
+                        yield Record(noun, fields[id_field], exact_json(fields), number, document, section, place)
+                if sum(len(source.errors) for source in sources) > MOST_ERRORS:
                     return
 
 
-def _sections(source: "Source", errors: list[FileError]) -> Iterator[tuple[int, str, list[Any]]]:
+def _sections(source: "Source") -> Iterator[tuple[int, str, list[Any]]]:
     """The lists of records that the documents of a source have."""
-    for document, content in source.documents(errors):
+    for document, content in source.documents():
         if content is None:
             continue
         if not isinstance(content, dict):
-            errors.append(source.error(document, (), "it is to be a mapping of organizations, model_groups, teams"))
+            source.refuse(document, (), "it must be a mapping of organizations, model_groups, teams")
             continue
         for section, items in content.items():
             if section in SECTIONS and isinstance(items, list):
                 yield document, section, items
             elif section in SECTIONS and items is not None:  # all of it may be commented out
-                errors.append(source.error(document, (section,), "it is to be a list"))
+                source.refuse(document, (section,), "it must be a list")
             elif section not in SECTIONS and section != "$schema":
-                errors.append(source.error(document, (section,), _unknown(str(section), SECTIONS)))
+                source.refuse(document, (section,), _unknown(str(section), SECTIONS))
 
 
-def _references(record: Any, wrong: set[Steps]) -> dict[str, Any]:
-    fields = ("organization_id", "group_name", "team_id", "model_groups")
-    return {name: record[name] for name in fields if (name,) not in wrong and () not in wrong and name in record}
+def _validated(record: Any, definition: type[BaseModel]) -> tuple[dict[str, Any], list[ErrorDetails]]:
+    """The fields that the record gives; of one that is wrong, its ids and references that are not, and the errors."""
+    try:
+        return definition.model_validate(record).model_dump(exclude_unset=True), []
+    except ValidationError as refusal:
+        wrong = refusal.errors(include_url=False)
+        places = {error["loc"][:1] for error in wrong}
+        kept = [name for name in REFERENCES if (name,) not in places and () not in places and name in record]
+        return {name: record[name] for name in kept}, wrong
 
 
 class Source:
-    """A file, or stdin, which is read once and tells where its errors are."""
+    """A file, or stdin, which is read once; knows what is wrong with it, and where."""
 
-    def __init__(self, name: str, file: IO[bytes]) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self._file = file
+        self.errors: list[FileError] = []
+        self.is_whole = True  # whether all of it could be read: else others may refer to what is not known
         self._kind = SUFFIXES.get(Path(name).suffix.lower())
         self._text = ""  # all of it; of JSON lines the last one that was read
         self._line = 0  # its number, from 0 on
@@ -116,66 +121,91 @@ class Source:
             parse_float=exact, parse_constant=_refuse_constant, object_pairs_hook=self._from_pairs
         )
 
-    def documents(self, errors: list[FileError]) -> Iterator[tuple[int, Any]]:
-        """Its documents, with their numbers; what cannot be read goes to the errors."""
-        lines: Iterable[bytes] = self._file
+    def documents(self) -> Iterator[tuple[int, Any]]:
+        """Its documents, with their numbers."""
+        try:
+            with nullcontext(sys.stdin.buffer) if self.name == STDIN else Path(self.name).open("rb") as file:
+                yield from self._documents(file)
+        except OSError as error:
+            raise unreadable(self.name, error) from error
+
+    def _documents(self, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
+        lines: Iterable[bytes] = file
         if self._kind is None:
-            first = list(_up_to_content(self._file))
-            self._kind, lines = _kind_of(first), chain(first, self._file)
+            first = list(_up_to_content(file))
+            self._kind, lines = _kind_of(first), chain(first, file)
         if self._kind != "lines":
             lines = [b"".join(lines)]
         for self._line, content in enumerate(lines):
             if not content.strip():
                 continue
             try:
-                self._text = content.removeprefix(BYTE_ORDER_MARK if self._line == 0 else b"").decode().rstrip()
+                self._text = content.removeprefix(BYTE_ORDER_MARK if self._line == 0 else b"").decode()
             except UnicodeDecodeError as error:
-                line = self._line + content[: error.start].count(b"\n") + 1
-                errors.append(FileError(self.name, line, None, "", "it is not text in UTF-8"))
+                self._cannot_read("it is not text in UTF-8", content[: error.start].count(b"\n") + 1)
                 continue
             self._marks = None
-            yield from self._of_yaml(errors) if self._kind == "yaml" else self._of_json(errors)
-            if len(errors) > MOST_ERRORS:
+            yield from self._of_yaml() if self._kind == "yaml" else self._of_json()
+            if len(self.errors) > MOST_ERRORS:
                 return
 
-    def _of_json(self, errors: list[FileError]) -> Iterator[tuple[int, Any]]:
+    def _of_json(self) -> Iterator[tuple[int, Any]]:
+        self._has_repeated_keys = False
         try:
-            content = self._json.decode(self._text)
+            content = self._json.decode(self._text.rstrip())
+            is_too_deep = depth(content) > MOST_NESTED
         except json.JSONDecodeError as error:
-            message = f"it is not JSON: {error.msg}"
-            errors.append(FileError(self.name, self._line + error.lineno, error.colno, "", message))
+            self._cannot_read(f"it is not JSON: {error.msg}", error.lineno, error.colno)
         except ValueError as error:
-            errors.append(FileError(self.name, self._line + 1, None, "", f"it is not JSON: {error}"))
+            self._cannot_read(f"it is not JSON: {error}")
         except RecursionError:
-            errors.append(FileError(self.name, self._line + 1, None, "", "it is nested too deep"))
+            self._cannot_read(TOO_DEEP)
         else:
+            if is_too_deep:
+                self._cannot_read(TOO_DEEP)
+                return
             if self._has_repeated_keys:
-                self._has_repeated_keys = False
-                list(self._of_yaml(errors))  # it knows where
+                self._tell_repeated_keys()
             yield self._line, content
 
-    def _of_yaml(self, errors: list[FileError]) -> Iterator[tuple[int, Any]]:
-        reader = Reader(lambda mark, message: errors.append(self._marked(mark, message)))
+    def _of_yaml(self) -> Iterator[tuple[int, Any]]:
         try:
-            yield from enumerate(reader.read(self._text_for_yaml()))
+            yield from enumerate(Reader(self._refuse_at).read(self._text))
         except yaml.MarkedYAMLError as error:
-            message = error.problem or error.context
-            errors.append(self._marked(error.problem_mark or error.context_mark, f"it is not YAML: {message}"))
+            mark, message = error.problem_mark or error.context_mark, error.problem or error.context
+            self._cannot_read(f"it is not YAML: {message}", mark.line + 1, mark.column + 1)
         except yaml.YAMLError as error:  # of a character that YAML does not have
-            message = str(error).splitlines()[0]
-            errors.append(FileError(self.name, self._line + 1, None, "", f"it is not YAML: {message}"))
+            self._cannot_read(f"it is not YAML: {str(error).splitlines()[0]}")
 
-    def error(self, document: int, steps: Steps, message: str) -> FileError:
-        """The error with its place, which is looked for only now."""
+    def _cannot_read(self, message: str, line: int = 1, column: int | None = None) -> None:
+        self.is_whole = False
+        self.errors.append(FileError(self.name, self._line + line, column, "", message))
+
+    def _tell_repeated_keys(self) -> None:
+        told = len(self.errors)
+        with suppress(yaml.YAMLError):
+            list(Reader(self._refuse_at).read(self._text_for_yaml()))  # which knows where
+        if len(self.errors) == told:
+            self._cannot_read("a key is defined more than once in an object")
+
+    def refuse(self, document: int, steps: Steps, message: str) -> None:
+        """An error in a document, at its place, which is looked for only now."""
         path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".")
-        if self._kind == "lines" and document != self._line and not self._read_again(document):
-            return FileError(self.name, document + 1, None, path, message)
-        if self._marks is None or self._marks[0] != document:
-            self._marks = document, self._marks_of(document)
-        for length in range(len(steps), -1, -1):  # what is missing stands nowhere: then in what it is missing
-            if mark := self._marks[1].get(steps[:length]):
-                return self._marked(mark, message, path)
-        return FileError(self.name, self._line + 1, None, path, message)  # JSON that is no YAML
+        mark = None
+        if self._kind != "lines" or document == self._line or self._read_again(document):
+            if self._marks is None or self._marks[0] != document:
+                self._marks = document, self._marks_of(document)
+            # What is missing stands nowhere: then in what it is missing. JSON that is no YAML has no marks.
+            nearer = (self._marks[1].get(steps[:length]) for length in range(len(steps), -1, -1))
+            mark = next(filter(None, nearer), None)
+        if mark is not None:
+            self._refuse_at(mark, message, path)
+        else:
+            line = document if self._kind == "lines" else self._line
+            self.errors.append(FileError(self.name, line + 1, None, path, message))
+
+    def _refuse_at(self, mark: Mark, message: str, path: str = "") -> None:
+        self.errors.append(FileError(self.name, self._line + mark.line + 1, mark.column + 1, path, message))
 
     def _marks_of(self, document: int) -> dict[Steps, Mark]:
         reader = Reader(lambda *_: None, is_marking=True)
@@ -184,8 +214,8 @@ class Source:
         return reader.marks
 
     def _read_again(self, line: int) -> bool:
-        """Whether the line is there once more: stdin is gone."""
-        if self.name == STDIN:
+        """Whether the line is there once more: what is no file, as stdin, is gone."""
+        if self.name == STDIN or not Path(self.name).is_file():
             return False
         with Path(self.name).open("rb") as file:
             self._text = next(islice(file, line, None), b"").decode(errors="replace")
@@ -193,15 +223,20 @@ class Source:
         return True
 
     def _text_for_yaml(self) -> str:
-        return self._text if self._kind == "yaml" else self._text.replace("\t", " ")  # which is no white space to it
-
-    def _marked(self, mark: Mark, message: str, path: str = "") -> FileError:
-        return FileError(self.name, self._line + mark.line + 1, mark.column + 1, path, message)
+        """The text with every character at its place, without what JSON has and YAML does not."""
+        if self._kind == "yaml":
+            return self._text
+        halves = re.sub(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}", "?" * 6, self._text)
+        return halves.replace("\t", " ")  # which is no white space to it
 
     def _from_pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         self._has_repeated_keys |= len(found) < len(pairs)
         return found
+
+
+def unreadable(name: str, error: OSError) -> InvalidInput:
+    return InvalidInput("unreadable_file", f"{name} cannot be read: {error.strerror}.", "Name a file that can.")
 
 
 def _up_to_content(lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -227,7 +262,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"there is no number {name}")
 
 
-def _told(error: ErrorDetails, definition: type[BaseModel]) -> str:
+def _message(error: ErrorDetails, definition: type[BaseModel]) -> str:
     """pydantic's error as whoever wants to mend the file reads it."""
     given, context = error["input"], error.get("ctx", {})
     match error["type"]:
@@ -236,42 +271,43 @@ def _told(error: ErrorDetails, definition: type[BaseModel]) -> str:
         case "missing":
             return "it is missing"
         case "extra_forbidden":
-            definition = PARTS.get(error["loc"][0], definition)
+            if len(error["loc"]) > 1:
+                definition = PARTS[error["loc"][0]]
             return _unknown(str(error["loc"][-1]), definition.model_fields)
         case _ if error["loc"][-1:] == ("[key]",):
-            return f"the key {error['loc'][-2]} is to be text: put it in quotes"
+            return f"the key {error['loc'][-2]} must be text: put it in quotes"
         case "string_type" if given is not None and not isinstance(given, list | dict):
-            return "it is to be text: put it in quotes"
+            return "it must be text: put it in quotes"
         case "string_type":
-            return "it is to be text"
+            return "it must be text"
         case "string_pattern_mismatch" if IDENTIFIER.pattern in context["pattern"]:
             rule = "letters, digits, '.', '_' and '-', the first a letter or digit, at most 128"
             return f"{given!r} is not an id: {rule}"
         case "string_pattern_mismatch":
             return f"{given!r} is not a model name: write it as litellm does, PROVIDER/MODEL or MODEL"
         case "string_too_short" | "string_too_long":
-            return f"it is to have 1 to {LONGEST_NAME} characters"
+            return f"it must have 1 to {LONGEST_NAME} characters"
         case "int_type":
-            return "it is to be a whole number"
+            return "it must be a whole number"
         case "greater_than_equal":
-            return f"it is to be at least {context['ge']}"
+            return f"it must be at least {context['ge']}"
         case "less_than_equal":
-            return f"it is to be at most {context['le']}"
+            return f"it must be at most {context['le']}"
         case "literal_error":
-            return f"it is to be {context['expected']}"
+            return f"it must be {context['expected']}"
         case "bool_type":
-            return "it is to be true or false"
+            return "it must be true or false"
         case "list_type":
-            return "it is to be a list"
+            return "it must be a list"
         case "model_type" | "dict_type":
-            return "it is to be a mapping"
+            return "it must be a mapping"
     return str(error["msg"])
 
 
 def _unknown(field: str, known: Iterable[str]) -> str:
-    return "there is no such field" + (near(field, known) or f": it may be {', '.join(known)}")
+    return "there is no such field" + (did_you_mean(field, known) or f": it may be {', '.join(known)}")
 
 
-def near(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """What may have been meant, as the end of a sentence."""
     return "".join(f": did you mean {match}?" for match in get_close_matches(name, known, 1))

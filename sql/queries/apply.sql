@@ -54,7 +54,7 @@ team AS (
     LEFT JOIN teams t ON t.team_id = s.id
     WHERE s.noun = 'team'
 ),
--- What may be referred to: asked of both at once, the planner would take the second question for a rare one.
+-- What may be referred to, as one list: of two NOT EXISTS the planner thinks that the second is left with few rows.
 known AS (
     SELECT noun, id FROM staged WHERE noun <> 'team'
     UNION ALL
@@ -68,37 +68,39 @@ wanted AS (
     CROSS JOIN LATERAL jsonb_array_elements_text(team.fields -> 'model_groups')
         WITH ORDINALITY AS g (group_name, position)
 )
+-- UNION, since of the copies of a template all stand at its place.
 SELECT source, document, section, place, 'repeated' AS error, NULL AS field, NULL::bigint AS position, id AS value
 FROM repeated
-UNION ALL
+UNION
+SELECT source, document, section, place, 'metadata_too_large', 'metadata', NULL, NULL
+FROM staged
+WHERE octet_length((fields -> 'metadata')::text) > 65536
+UNION
 SELECT source, document, section, place, 'organization_not_found', 'organization_id', NULL, organization_id
 FROM team
 WHERE organization_id IS NOT NULL -- else it is told already
   AND NOT EXISTS (SELECT FROM known WHERE known.noun = 'organization' AND known.id = team.organization_id)
-UNION ALL
+UNION
 SELECT source, document, section, place, 'organization_differs', 'organization_id', NULL, existing_organization_id
 FROM team
 WHERE existing_organization_id <> organization_id
   AND EXISTS (SELECT FROM known WHERE known.noun = 'organization' AND known.id = team.organization_id)
-UNION ALL
+UNION
 SELECT source, document, section, place, 'group_not_found', 'model_groups', position, group_name
 FROM wanted
 WHERE NOT EXISTS (SELECT FROM known WHERE known.noun = 'group' AND known.id = wanted.group_name)
 ORDER BY source, document, section, place
 LIMIT %(row_limit)s;
 
--- name: organization_ids() :many
--- What a reference to an organization may mean.
-SELECT id AS name FROM staged WHERE noun = 'organization' UNION SELECT organization_id FROM organizations LIMIT 1000;
-
--- name: group_names() :many
-SELECT id AS name FROM staged WHERE noun = 'group' UNION SELECT group_name FROM model_groups LIMIT 1000;
+-- name: staged_ids(noun) :many
+-- What a reference may mean; another thousand ids would not make it clearer.
+SELECT id FROM staged WHERE noun = %(noun)s ORDER BY id LIMIT 1000;
 
 -- name: forget_changes() :none
 TRUNCATE change;
 
 -- name: compare() :none
--- The order of a team's groups does not count, and where a schedule is there already, its next period is its own affair.
+-- The order of a team's groups does not count, and a schedule that is there already keeps its next_on.
 INSERT INTO pg_temp.change (noun, id, action, before, after)
 SELECT
     s.noun,
@@ -112,22 +114,22 @@ LEFT JOIN model_group_records g ON s.noun = 'group' AND g.group_name = s.id
 LEFT JOIN team_records t ON s.noun = 'team' AND t.team_id = s.id
 CROSS JOIN LATERAL (SELECT coalesce(o.record, g.record, t.record) AS record) AS existing
 LEFT JOIN LATERAL (
-    SELECT jsonb_object_agg(field, is_now) AS before, jsonb_object_agg(field, is_wanted) AS after
+    SELECT jsonb_object_agg(field, old) AS before, jsonb_object_agg(field, new) AS after
     FROM (
         SELECT
             key AS field,
-            existing.record -> key AS is_now,
+            existing.record -> key AS old,
             CASE
                 WHEN key = 'model_groups'
                     THEN to_jsonb(ARRAY(SELECT jsonb_array_elements_text(value) COLLATE "C" ORDER BY 1))
                 WHEN key = 'schedule' AND value ->> 'every' = existing.record -> key ->> 'every'
                     THEN value || jsonb_build_object('next_on', existing.record -> key -> 'next_on')
                 ELSE value
-            END AS is_wanted
+            END AS new
         FROM jsonb_each(s.fields)
         WHERE key <> 'credits'
     ) AS compared
-    WHERE is_now IS DISTINCT FROM is_wanted
+    WHERE old IS DISTINCT FROM new
 ) AS difference ON existing.record IS NOT NULL
 WHERE existing.record IS NULL OR difference.after IS NOT NULL;
 
@@ -141,7 +143,7 @@ FROM staged s
 JOIN team_records t ON t.team_id = s.id
 WHERE s.noun = 'team' AND s.fields -> 'credits' <> t.record -> 'credits';
 
--- name: compare_unnamed() :none
+-- name: compare_pruned() :none
 -- The teams of the organizations that are named, which are not named themselves: deleted, or with history suspended.
 INSERT INTO pg_temp.change (noun, id, action, before, after)
 SELECT
@@ -162,7 +164,7 @@ WHERE s.noun = 'organization'
   AND NOT EXISTS (SELECT FROM staged named WHERE named.noun = 'team' AND named.id = t.team_id)
   AND NOT (action = 'suspend' AND t.status = 'suspended');
 
--- name: unnamed() :one
+-- name: pruned() :one
 -- The teams that are to go, and those that are to be suspended.
 SELECT
     ARRAY(SELECT id FROM change WHERE action = 'delete' ORDER BY id) AS deleted,

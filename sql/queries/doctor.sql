@@ -44,10 +44,9 @@ JOIN organizations o USING (organization_id)
 WHERE s.next_on <= (now() AT TIME ZONE 'UTC')::date AND t.status = 'active' AND o.status = 'active';
 
 -- name: models() :many
--- The models that jobs may call, and in how many groups.
-SELECT m.model_name, count(*) AS groups
+-- The models that jobs may call.
+SELECT DISTINCT m.model_name
 FROM model_group_models m
 JOIN model_groups g USING (group_name)
 WHERE m.is_active AND g.status = 'active'
-GROUP BY m.model_name
 ORDER BY m.model_name;
