@@ -1,10 +1,12 @@
 """The program: `saasllm`, and `python -m saasllm_cli`."""
 
+import gc
 import sys
 
 
 def main() -> None:
     """Runs the command line and exits with its status."""
+    gc.disable()  # until the command is loaded: all that is made until then stays
     try:
         from saasllm_cli.cli import run
 

@@ -1,29 +1,21 @@
 """The root command, and the one place where an error becomes an exit status."""
 
 import errno
+import gc
 import importlib
 import os
 import re
 import sys
-from contextvars import ContextVar, copy_context
+from contextvars import copy_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer._click.exceptions import ClickException, NoArgsIsHelpError
 from typer.core import TyperGroup
 
+from saasllm_cli.context import command_line, confirm_flag, debug_flag, log_format_flag, profile_flag
 from saasllm_cli.errors import InvalidInput, NotFound, SaasllmError
-from saasllm_cli.output import discard, note, show_error
-from saasllm_cli.settings import (
-    Format,
-    LogFormat,
-    command_line,
-    confirm_flag,
-    log_format_flag,
-    profile_flag,
-    settings,
-)
 
 # The nouns, in the order of a first day. Each is a module of commands/, loaded when it is typed.
 NOUNS = {
@@ -41,12 +33,11 @@ NOUNS = {
     "db": "The database: the embedded PostgreSQL, or the one that SAASLLM_DATABASE_URL or a profile names.",
     "profile": "Profiles: names for databases, such as staging and production.",
 }
-_is_debug: ContextVar[bool] = ContextVar("is_debug", default=False)
 UNEXPECTED = "This is a fault in saasllm; `saasllm --debug …` shows where."
 
 
 class Root(TyperGroup):
-    """A group whose commands are imported one at a time."""
+    """A group whose commands are imported one at a time, and nothing for its own help."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
@@ -60,6 +51,7 @@ class Root(TyperGroup):
         if cmd_name not in NOUNS:
             return None
         command = typer.main.get_command(importlib.import_module(f"saasllm_cli.commands.{cmd_name}").app)
+        gc.enable()
         command.name = cmd_name
         command.help = NOUNS[cmd_name]
         return command
@@ -108,7 +100,7 @@ def root(
         ),
     ] = None,
     log_format: Annotated[
-        LogFormat | None,
+        Literal["text", "json"] | None,
         typer.Option("--log-format", show_default="text", help="The form of what goes to stderr: json for logs."),
     ] = None,
     debug: Annotated[
@@ -120,11 +112,11 @@ def root(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    profile_flag.set(profile or profile_flag.get())
-    confirm_flag.set(confirm or confirm_flag.get())
-    log_format_flag.set(log_format or log_format_flag.get())
-    _is_debug.set(debug)
-    settings.cache_clear()
+    for flag, given in ((profile_flag, profile), (confirm_flag, confirm), (log_format_flag, log_format)):
+        if given is not None:
+            flag.set(given)
+            _read_settings_anew()
+    debug_flag.set(debug)
 
 
 def run(arguments: list[str]) -> int:
@@ -133,10 +125,18 @@ def run(arguments: list[str]) -> int:
     A command finds this function as its context's `obj` (the demo runs others by it); what is set for one command
     holds for those that it runs, and ends with it.
     """
+    context = copy_context()
     try:
-        return copy_context().run(_run, arguments)
+        return context.run(_run, arguments)
     finally:
-        settings.cache_clear()
+        if any(context.get(flag) != flag.get() for flag in (profile_flag, log_format_flag)):
+            _read_settings_anew()
+
+
+def _read_settings_anew() -> None:
+    from saasllm_cli.settings import settings
+
+    settings.cache_clear()
 
 
 def _run(arguments: list[str]) -> int:
@@ -150,10 +150,11 @@ def _run(arguments: list[str]) -> int:
             raise
         return _tell(leaving.__context__, arguments)
     except Exception as error:
-        if _is_debug.get():
+        if debug_flag.get():
             import traceback
 
             from saasllm_cli.database import redacted
+            from saasllm_cli.output import note
 
             note(redacted(traceback.format_exc()))
         return _tell(error, arguments)
@@ -170,6 +171,8 @@ def _ready_streams() -> None:
 
 def _tell(error: Exception, arguments: list[str]) -> int:
     """Prints what went wrong and gives the exit status."""
+    from saasllm_cli.output import discard, show_error
+
     told: SaasllmError
     match error:
         case NotFound(noun=str(noun), name=str(name)):
@@ -206,6 +209,8 @@ def _tell(error: Exception, arguments: list[str]) -> int:
 
 def _wants_json(arguments: list[str]) -> bool:
     """Whether errors are to be JSON; read from the words themselves, since what is wrong may be the words."""
+    from saasllm_cli.settings import Format, settings
+
     text = "\0".join(arguments).replace("--output", "-o").replace("-o\0", "-o").replace("-o=", "-o")
     if match := re.search(r"(?:^|\0)-o(\w+)", text):
         return match[1] in (Format.JSON, Format.JSONL)

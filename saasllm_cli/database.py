@@ -19,10 +19,11 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import dict_row
 from psycopg.types.json import JsonbDumper
 
+from saasllm_cli.context import command_line
 from saasllm_cli.errors import Conflict, DatabaseUnavailable, InsufficientCredits, InvalidInput, SaasllmError, not_found
 from saasllm_cli.queries import SQL, Query, query
 from saasllm_cli.rules import is_storable
-from saasllm_cli.settings import command_line, settings
+from saasllm_cli.settings import settings
 
 logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # what goes wrong is told once, by us
 

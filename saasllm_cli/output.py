@@ -13,8 +13,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TextIO
 from uuid import UUID
 
+from saasllm_cli.context import log_format_flag
 from saasllm_cli.errors import InvalidFiles, SaasllmError
-from saasllm_cli.settings import Format, LogFormat, log_format_flag, settings
+from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -151,24 +152,24 @@ def warn(text: str) -> None:
 
 def _log(level: str, text: str, style: str = "", **fields: Any) -> None:
     progress("")
-    if _log_format() is LogFormat.JSON:
+    if _log_format() == "json":
         line = {"time": datetime.now(UTC), "level": level, "message": harmless(text, keep="\n"), **fields}
         _to_stderr(_json(line) + "\n")
     else:
         _to_stderr(f"{style}{harmless(text, keep=chr(10))}{style and RESET}\n")
 
 
-def _log_format() -> LogFormat:
+def _log_format() -> str:
     try:
         return settings().log_format
     except SaasllmError:  # the settings themselves may be what is wrong
-        return log_format_flag.get() or LogFormat.TEXT
+        return log_format_flag.get() or "text"
 
 
 def progress(text: str) -> None:
     """What is being waited for, at a terminal only; the next one takes its place, and "" removes it."""
     global _has_progress
-    if sys.stderr.isatty() and (text or _has_progress) and _log_format() is LogFormat.TEXT:
+    if sys.stderr.isatty() and (text or _has_progress) and _log_format() == "text":
         _has_progress = bool(text)
         is_dumb = os.environ.get("TERM") == "dumb"
         line = f"{harmless(text)}\n" * bool(text) if is_dumb else f"\r\x1b[K{harmless(text)}"
@@ -190,7 +191,7 @@ def show_error(error: SaasllmError, as_json: bool) -> None:
     body: dict[str, Any] = {"code": error.code, "message": error.message, "hint": error.hint}
     if errors:
         body["errors"] = [asdict(error) for error in errors]
-    if _log_format() is LogFormat.JSON:
+    if _log_format() == "json":
         _log("error", body.pop("message"), **body)
     elif as_json:
         _to_stderr(_json({"error": body}) + "\n")

@@ -6,27 +6,22 @@ in for a database's URL, so a URL that a stronger one of these places gives come
 """
 
 import os
-import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from enum import StrEnum
 from functools import cache
 from getpass import getuser
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+# To look for plugins of pydantic takes as long as to import it: the metadata of each installed package are read.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from saasllm_cli.context import log_format_flag, profile_flag
 from saasllm_cli.errors import InvalidInput, NotFound, SaasllmError
-
-# The words of the command that runs, from the noun on, for the audit log.
-command_line: ContextVar[tuple[str, ...]] = ContextVar("command_line", default=())
-# What --profile, --confirm and --log-format name.
-profile_flag: ContextVar[str | None] = ContextVar("profile_flag", default=None)
-confirm_flag: ContextVar[str | None] = ContextVar("confirm_flag", default=None)
-log_format_flag: ContextVar["LogFormat | None"] = ContextVar("log_format_flag", default=None)
 
 CONFIG_FILE = Path("~/.config/saasllm/config.toml")
 URL_VARIABLES = ("SAASLLM_DATABASE_URL", "DATABASE_URL")
@@ -39,11 +34,6 @@ class Format(StrEnum):
     JSON = "json"
     JSONL = "jsonl"
     CSV = "csv"
-
-
-class LogFormat(StrEnum):
-    TEXT = "text"
-    JSON = "json"
 
 
 class Settings(BaseSettings):
@@ -65,7 +55,7 @@ class Settings(BaseSettings):
     data_dir: Path | None = None
     actor: str = Field(default_factory=getuser)
     output: Format = Format.TABLE
-    log_format: LogFormat = LogFormat.TEXT
+    log_format: Literal["text", "json"] = "text"
     keep_content: int = Field(default=0, ge=0, le=1_000_000)  # how many characters of each prompt and each answer
 
     @classmethod
@@ -93,13 +83,13 @@ def _profile(layers: list[dict[str, Any]], profiles: Any) -> dict[str, Any]:
     """What the profile says that is named before a URL is; nothing but that there is none, where a URL comes first."""
     for layer in layers:
         name, has_url = layer.get("profile"), any(variable in layer for variable in (*URL_VARIABLES, "database_url"))
-        if name and has_url and layer is not layers[-1]:
+        if name is not None and has_url and layer is not layers[-1]:
             raise InvalidInput(
                 "ambiguous_database",
                 f"The profile {name} is named, and a database's URL beside it: which of them is meant?",
                 "Unset SAASLLM_PROFILE, or SAASLLM_DATABASE_URL and DATABASE_URL; or choose with --profile.",
             )
-        if name:
+        if name is not None:
             return {**DATABASE, **_as_settings(str(name), profiles), "profile": name}
         if has_url:
             break
@@ -126,7 +116,8 @@ def _as_settings(name: str, profiles: Any) -> dict[str, Any]:
 
 def no_such_profile(name: str, profiles: Iterable[str]) -> NotFound:
     known = f" There are: {', '.join(profiles)}." if profiles else ""
-    return NotFound("profile_not_found", f"There is no profile {name}.{known}", "Add it: saasllm profile add --help")
+    shown = name or "with an empty name"
+    return NotFound("profile_not_found", f"There is no profile {shown}.{known}", "Add it: saasllm profile add --help")
 
 
 PROFILE_FIELDS = Settings.model_fields.keys() - {"profile"}
@@ -134,10 +125,11 @@ PROFILE_FIELDS = Settings.model_fields.keys() - {"profile"}
 
 def config_file() -> dict[str, Any]:
     """What the user's config file holds."""
-    try:
-        return tomllib.loads(CONFIG_FILE.expanduser().read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not CONFIG_FILE.expanduser().exists():
         return {}
+    import tomllib
+
+    return tomllib.loads(CONFIG_FILE.expanduser().read_text(encoding="utf-8"))
 
 
 @contextmanager

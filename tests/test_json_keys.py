@@ -50,6 +50,7 @@ USAGE = [
     {"models": [["resolved_model", *CALLS_USED]]},
 ]
 MIGRATION = ["migration", "status"]
+PROFILE = ["profile", "is_used", "protected", "database_url", "password_file", "data_dir"]
 
 # What is typed, in this order, and the keys that come: of one thing a list, of many a list in a list.
 COMMANDS: dict[str, list[Any]] = {
@@ -147,6 +148,9 @@ COMMANDS: dict[str, list[Any]] = {
     "migrate reset --confirm DATABASE": [MIGRATION],
     "migrate up": [MIGRATION],
     "migrate adopt": [MIGRATION],
+    "profile add p --database-url postgresql:///p": PROFILE,
+    "profile list": [PROFILE],
+    "profile show p": PROFILE,
 }
 
 # So that they have something to do.

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saasllm_cli import backups, database, embedded
+from saasllm_cli import database, embedded
 from saasllm_cli.commands.inputs import Output, asked, noun, require_profile
 from saasllm_cli.errors import Conflict, DatabaseUnavailable, InvalidInput
 from saasllm_cli.output import note, print_line, show, waiting
@@ -80,6 +80,8 @@ def shell(context: typer.Context) -> None:
 @app.command(epilog="Example: saasllm db backup saasllm-$(date +%F).backup")
 def backup(file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)]) -> None:
     """Write the embedded database to a file, as it is at one moment; jobs go on meanwhile."""
+    from saasllm_cli import backups
+
     _require_embedded()
     with waiting("Backing up …"):
         backups.backup(file)
@@ -94,6 +96,8 @@ def restore(
     ] = None,
 ) -> None:
     """Put a backup in the place of the embedded database, WHOSE DATA ARE GONE THEN. Until it is whole, they stay."""
+    from saasllm_cli import backups
+
     _require_embedded()
     name = embedded.DATABASE
     require_profile("Replace the database")

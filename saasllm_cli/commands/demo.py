@@ -11,10 +11,11 @@ import typer
 
 from saasllm_cli import database, embedded
 from saasllm_cli.commands.inputs import noun
+from saasllm_cli.context import profile_flag
 from saasllm_cli.errors import CheckFailed
 from saasllm_cli.output import print_heading, print_line
 from saasllm_cli.queries import query
-from saasllm_cli.settings import profile_flag, settings
+from saasllm_cli.settings import settings
 
 app = noun()
 

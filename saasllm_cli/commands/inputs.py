@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 import typer
 
 from saasllm_cli import database
+from saasllm_cli.context import confirm_flag
 from saasllm_cli.errors import Conflict, Interrupted, InvalidInput
 from saasllm_cli.output import note, warn
 from saasllm_cli.rules import (
@@ -26,7 +27,7 @@ from saasllm_cli.rules import (
     depth,
     exact,
 )
-from saasllm_cli.settings import Format, confirm_flag, settings
+from saasllm_cli.settings import Format, settings
 
 EVERY_ROW = 10**18
 RESERVED_KEYS = "opening:"

@@ -27,6 +27,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 from uuid import UUID
 
 from saasllm_cli import database
+from saasllm_cli.context import profile_flag
 from saasllm_cli.errors import Conflict, DatabaseUnavailable, Interrupted, InvalidInput, SaasllmError, refused
 from saasllm_cli.jobs import chat
 from saasllm_cli.jobs.calls import Call, CallRequest, Traffic, ask_models
@@ -38,7 +39,6 @@ from saasllm_cli.jobs.runner import (
     new_job_id,
     signals,
 )
-from saasllm_cli.settings import profile_flag
 
 T = TypeVar("T")
 
