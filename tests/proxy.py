@@ -1,6 +1,7 @@
-"""A proxy before PostgreSQL's socket that loses an answer on demand.
+"""A proxy before PostgreSQL's socket that loses an answer on demand, and counts connections and round trips.
 
-The server has then done what it was asked, and the client does not learn of it: its connection is cut instead.
+Where it has lost one, the server has done what it was asked, and the client does not learn of it: its connection is
+cut instead.
 """
 
 import select
@@ -14,6 +15,7 @@ from typing import Self
 SOCKET = ".s.PGSQL.5432"
 READY = b"Z\0\0\0\5I"  # ends each answer: committed, and ready for the next query
 SYNC = (b"S\0\0\0\4", b"S\0\0\0\4H\0\0\0\4")  # end each question
+GOODBYE = b"X\0\0\0\4"
 CHUNK = 65536
 
 
@@ -24,6 +26,8 @@ class Proxy:
     def __init__(self, server: Path, folder: Path) -> None:
         self.lose: bytes | None = None
         self.lost = 0
+        self.connections = 0
+        self.round_trips = 0  # that of a connection's beginning is one
         self.is_hasty = False
         folder.mkdir()
         handler = type("Bound", (_Connection,), {"proxy": self, "address": str(server / SOCKET)})
@@ -48,6 +52,8 @@ class _Connection(BaseRequestHandler):
 
     def handle(self) -> None:
         asked = answer = b""
+        self.proxy.connections += 1
+        is_answering = True
         with suppress(ConnectionError), socket.socket(socket.AF_UNIX) as server:  # either side may be gone
             server.connect(self.address)
             while True:
@@ -55,6 +61,8 @@ class _Connection(BaseRequestHandler):
                 source = readable[0]
                 if not (data := source.recv(CHUNK)):
                     return
+                self.proxy.round_trips += is_answering and source is self.request and data != GOODBYE
+                is_answering = source is server
                 if source is self.request:
                     asked += data
                     server.sendall(data)

