@@ -18,6 +18,7 @@ from saasllm_cli.errors import InvalidFiles, SaasllmError
 from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from saasllm_cli.database import Rows
@@ -37,6 +38,13 @@ CHANGES = {
     "delete": ("-", 31, ""),
 }
 RESET = "\x1b[0m"
+STYLES = {
+    "ok": "green",
+    "warning": "yellow",
+    "failed": "red",
+    "suspended": "yellow",
+    "inactive": "yellow",
+}  # of a status
 MOST_REPORTED = 60  # rows of a list in a report
 BAR_WIDTH = 16
 UNLIMITED_WIDTH = 100_000
@@ -92,7 +100,7 @@ def show_report(
     for name, columns in tables.items():
         if rows := report.get(name):
             print_line(f"\n{name}")
-            _print_table(_table_of(rows[:MOST_REPORTED], columns, bars[name]))
+            _print_rows(rows[:MOST_REPORTED], columns, bars[name])
             if len(rows) > MOST_REPORTED:
                 note(f"There are {len(rows)} {name}: all of them with -o json.")
 
@@ -346,26 +354,47 @@ def _show_one(row: Row) -> None:
             for name in items[0]
             if not (name.endswith("_id") and name in row) and any(item[name] is not None for item in items)
         ]
-        _print_table(_table_of(items, columns))
+        _print_rows(items, columns)
 
 
 def _show_table(rows: Sequence[Row], columns: Sequence[str], bar: str | None) -> None:
     if rows:
-        _print_table(_table_of(rows, columns or tuple(rows[0]), bar))
+        _print_rows(rows, columns or tuple(rows[0]), bar)
     else:
         note("Nothing found.")
 
 
-def _table_of(rows: Sequence[Row], columns: Sequence[str], measured: str | None = None) -> "Table":
+def _print_rows(rows: Sequence[Row], columns: Sequence[str], measured: str | None = None) -> None:
+    """Where the terminal is too narrow, the names of the columns are broken, and then the last columns left out."""
+    from rich.measure import Measurement
+
+    console = _console()
+    anything = console.options.update(max_width=UNLIMITED_WIDTH)
+    table = _table_of(rows, columns, measured)
+    for count in range(len(columns), 1, -1):
+        if Measurement.get(console, anything, table).minimum <= console.width:
+            break
+        table = _table_of(rows, columns[:count], measured, has_broken_names=True)
+    _print_table(table)
+    if left_out := columns[len([column for column in table.columns if column.header]) :]:
+        note(f"The terminal is too narrow for {', '.join(left_out)}; -o json has all.")
+
+
+def _table_of(
+    rows: Sequence[Row], columns: Sequence[str], measured: str | None = None, has_broken_names: bool = False
+) -> "Table":
     """With bars for one number, at a terminal that has their characters."""
     from rich.bar import Bar
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in columns:
-        is_number = all(isinstance(row[name], int | Decimal | None) for row in rows)
+        values = [row[name] for row in rows if row[name] is not None]
+        is_number = bool(values) and all(isinstance(value, int | Decimal) for value in values)
+        header = name.replace("_", "_\n") if has_broken_names else name
         table.add_column(
-            _safe(name),
+            _safe(header, keep="\n"),
+            min_width=max(map(len, header.split("\n"))),
             justify="right" if is_number else "left",
             overflow="fold",
             no_wrap=name.endswith(("_id", "_at")),
@@ -376,26 +405,31 @@ def _table_of(rows: Sequence[Row], columns: Sequence[str], measured: str | None 
     longest = max(numbers)
     for row, number in zip(rows, numbers, strict=True):
         bars = [Bar(longest, 0, number, width=BAR_WIDTH, color="cyan")] if longest else []
-        table.add_row(*(_safe(_cell(row[name])) for name in columns), *bars)
+        cells = [_safe(_cell(row[name]), STYLES.get(row[name], "") if name == "status" else "") for name in columns]
+        table.add_row(*cells, *bars)
     return table
 
 
-def _safe(text: str) -> Any:
+def _safe(text: str, style: str = "", keep: str = "") -> Any:
     """Text in which rich finds no markup and the terminal nothing to act upon."""
     from rich.text import Text
 
-    return Text(harmless(text))
+    return Text(harmless(text, keep), style)
 
 
-def _print_table(table: "Table") -> None:
+def _console() -> "Console":
     from rich.console import Console
 
-    console = Console(
+    return Console(
         color_system="auto" if _is_styled(sys.stdout) else None,
         width=None if sys.stdout.isatty() else UNLIMITED_WIDTH,
         highlight=False,
         emoji=False,
     )
+
+
+def _print_table(table: "Table") -> None:
+    console = _console()
     with console.capture() as capture:
         console.print(table, crop=False)
     for line in capture.get().splitlines():

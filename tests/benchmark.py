@@ -1,7 +1,9 @@
-"""Benchmarks on a server of their own, as ratios: `python tests/benchmark.py [ledger|batch|allocation|apply ...]`.
+"""Benchmarks on a server of their own, as ratios: `python tests/benchmark.py [start|ledger|batch|…]`.
 
 What is compared is measured in turns, since a machine is not as fast in one minute as in the next: the ratios within a
 round count, and their median and range are shown.
+
+start: the CPU time of plain commands, against a script that imports psycopg, connects and asks one thing.
 
 ledger: begin + settle of one job, of 10,000 teams and of a single one, against pgbench's TPC-B (its whole builtin
 script, simple protocol: seven round trips, four rows written). pgbench sends both, from as many clients; the two
@@ -54,7 +56,7 @@ from saasllm_cli.manifests.export import as_yaml
 from saasllm_cli.queries import query
 from saasllm_cli.settings import settings
 
-PARTS = ("ledger", "batch", "allocation", "apply")
+PARTS = ("start", "ledger", "batch", "allocation", "apply")
 CLIENTS = 8
 CALLS_AT_ONCE = 64
 PROMPT = "Say something of the number {}."
@@ -132,6 +134,8 @@ def main() -> None:
     for part in options.parts or PARTS:
         with server():
             match part:
+                case "start":
+                    measure_start(4 * options.rounds)
                 case "ledger":
                     measure_ledger(options.rounds, options.seconds)
                 case "batch":
@@ -190,6 +194,38 @@ def compare(unit: str, measures: dict[str, Callable[[], float]], rounds: int, ya
             ratios = [result[name] / result[yardstick] for result in results]
             cells.append(f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})".ljust(28))
         print(*cells, sep="    ")
+
+
+def measure_start(rounds: int) -> None:
+    execute(TEAMS.format(teams=1), WHAT_JOBS_NEED)
+    program = str(Path(sys.executable).with_name("saasllm"))
+    url = database.url(database.conninfo())
+    asked = f"import psycopg\nwith psycopg.connect({url!r}) as c: c.execute('SELECT 1').fetchone()"
+    completion = {"_SAASLLM_COMPLETE": "complete_bash", "COMP_WORDS": "saasllm team get t", "COMP_CWORD": "3"}
+    measures = {
+        "psycopg, one connection, one query": lambda: cpu_ms([sys.executable, "-c", asked]),
+        "team get, as JSON": lambda: cpu_ms([program, "team", "get", "t1", "-o", "json"]),
+        "team get, a table at a terminal": lambda: cpu_ms([program, "team", "get", "t1"], is_terminal=True),
+        "completion of a team's id": lambda: cpu_ms([program], environment=completion),
+        "saasllm --help": lambda: cpu_ms([program, "--help"]),
+        "python -c pass": lambda: cpu_ms([sys.executable, "-c", "pass"]),
+        "psql, one query": lambda: cpu_ms([str(embedded.program("psql")), url, "-c", "SELECT 1"]),
+    }
+    compare("ms of CPU", measures, rounds, yardsticks=1)
+
+
+def cpu_ms(command: list[str], is_terminal: bool = False, environment: dict[str, str] | None = None) -> float:
+    """What a command takes of the CPU, in user and system time."""
+    master, slave = os.openpty()
+    out = slave if is_terminal else subprocess.DEVNULL
+    env = os.environ | (environment or {})
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL, env=env)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    os.close(master)
+    os.close(slave)
+    assert process.returncode == 0
+    return (used.ru_utime + used.ru_stime) * 1000
 
 
 def measure_ledger(rounds: int, seconds: int) -> None:

@@ -1,16 +1,20 @@
 import io
 import json
+import os
+import pty
+import termios
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from uuid import UUID
 
 import pytest
-from conftest import Result
+from conftest import Result, charged_job, start_process
 
 from saasllm_cli import output
 from saasllm_cli.settings import Format
 
+Run = Callable[..., Result]
 ROW = {
     "name": "a",
     "number": 7,
@@ -163,3 +167,20 @@ def test_the_default_form_is_a_setting(tenant: Callable[..., Result], monkeypatc
     assert tenant("org", "list").data[0]["organization_id"] == "acme"
     assert tenant("org", "get", "no").error["code"] == "organization_not_found"
     assert tenant("org", "list", "-o", "jsonl").out.count("\n") == 1
+
+
+def test_a_table_fits_a_narrow_terminal(tenant: Run) -> None:
+    charged_job()
+    for width in (200, 80, 40):
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, width))
+        environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+        process = start_process("credits", "transactions", "hr", stdout=theirs, env=environment | {"TERM": "dumb"})
+        os.close(theirs)
+        _, err = process.communicate(timeout=30)
+        lines = os.read(ours, 65536).decode().splitlines()
+        os.close(ours)
+        assert max(map(len, lines)) <= width
+        assert "transaction" in lines[0]
+        assert ("job_id" in err) == (width < 200)
+        assert all(any(word in line for line in lines) for word in ("deduction", "allocation")) or width == 40

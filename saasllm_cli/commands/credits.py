@@ -208,7 +208,6 @@ def transactions(
         "created_at",
         "transaction_type",
         "credits_amount",
-        "credits_before",
         "credits_after",
         "reason",
         "job_id",

@@ -246,6 +246,8 @@ def missing_key(model: str) -> str | None:
 
 def _reason(error: Exception) -> str:
     """One bounded line of the error, with its status and without a key."""
+    if isinstance(original := getattr(error, "original_exception", None), Exception):  # of a stream
+        error = original
     text = " ".join(str(error).partition("Traceback (most recent call last)")[0].split())
     text = re.sub(r"^(litellm\.)?(\w+Error: )?(litellm\.)?(\w+Error: )?(\w+Exception - )?", "", text)
     for name, value in os.environ.items():
