@@ -1,7 +1,9 @@
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import reference
@@ -196,3 +198,28 @@ def test_a_near_miss_is_answered_with_what_may_be_meant(tenant: Run) -> None:
         error = tenant(*command.split(), "-o", "json").error
         assert error["hint"].startswith(f"Did you mean {meant}? See: saasllm "), command
     assert tenant("team", "get", "zzz", "-o", "json").error["hint"] == "See: saasllm team list"
+
+
+def test_the_readme_seeds_tenants_in_ci(saasllm: Run, home: Path) -> None:
+    text = reference.README.read_text()
+    tenants, recipe = (
+        next(block for block in re.findall(r"^```yaml.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL) if start in block)
+        for start in ("organizations:", "jobs:")
+    )
+    (home / "tenants.yaml").write_text(tenants)
+    (job,) = yaml.safe_load(recipe)["jobs"].values()
+    commands = [step["run"] for step in job["steps"] if step.get("run", "").startswith("saasllm ")]
+    assert len(commands) == 3
+    for command in commands:
+        assert saasllm(*command.split()[1:]).status == 0, command
+
+
+def test_the_forms_and_the_workflow_are_whole() -> None:
+    folder = reference.README.parent / ".github"
+    workflow = yaml.safe_load((folder / "workflows/ci.yml").read_text())
+    assert {"run": ".ci/run"} in workflow["jobs"]["run"]["steps"]
+    for path in folder.glob("ISSUE_TEMPLATE/[!c]*.yml"):
+        form = yaml.safe_load(path.read_text())
+        assert form.keys() >= {"name", "description", "body"}
+        assert all(part["type"] == "textarea" and part["attributes"]["label"] for part in form["body"])
+    assert ElementTree.parse(folder / "terminal.svg").getroot().tag.endswith("svg")

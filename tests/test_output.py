@@ -175,7 +175,9 @@ def test_a_table_fits_a_narrow_terminal(tenant: Run) -> None:
         ours, theirs = pty.openpty()
         termios.tcsetwinsize(theirs, (24, width))
         environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
-        process = start_process("credits", "transactions", "hr", stdout=theirs, env=environment | {"TERM": "xterm", "NO_COLOR": "1"})
+        process = start_process(
+            "credits", "transactions", "hr", stdout=theirs, env=environment | {"TERM": "xterm", "NO_COLOR": "1"}
+        )
         os.close(theirs)
         _, err = process.communicate(timeout=30)
         lines = os.read(ours, 65536).decode().splitlines()

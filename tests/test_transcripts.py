@@ -1,5 +1,5 @@
-"""The pages of `transcripts/` say what is typed and what is printed; here it is typed, and must print just that. Their
-blocks of YAML that have a name are files.
+"""The pages of `transcripts/`, and the README, say what is typed and what is printed; here it is typed, and must print
+just that. Their blocks of YAML that have a name are files.
 
 `pytest tests/test_transcripts.py --renew` writes what is printed now into the pages, to be read before it is kept.
 """
@@ -80,7 +80,7 @@ def _with_latency(lines: list[str]) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("page", sorted(FOLDER.glob("*.md")), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*sorted(FOLDER.glob("*.md")), reference.README], ids=lambda page: page.stem)
 def test_a_page(
     page: Path, migrated_database: str, home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
@@ -89,6 +89,8 @@ def test_a_page(
 
     def played(match: re.Match[str]) -> str:
         language, name, text = match.groups()
+        if language == "yaml" and not name:
+            return match[0]
         if language == "yaml":  # the file of this name
             (home / name).write_text(text)
             return match[0]
