@@ -37,8 +37,7 @@ def backup(path: Path) -> None:
 
 def restore(path: Path) -> None:
     """Puts a backup in the place of the database, whose sessions end. At each moment one of them is there, whole."""
-    if not path.is_file():
-        raise InvalidInput("no_such_file", f"There is no file {path}.", "Name one that `saasllm db backup` has made.")
+    require_file(path)
     embedded.start()
     database.before_change()
     with (
@@ -59,6 +58,11 @@ def restore(path: Path) -> None:
                 server.execute(query("db.drop_restored").sql)
         server.execute(query("db.drop_replaced").sql)
     migrations.grant()
+
+
+def require_file(path: Path) -> None:
+    if not path.is_file():
+        raise InvalidInput("no_such_file", f"There is no file {path}.", "Name one that `saasllm db backup` has made.")
 
 
 def _restore(path: Path) -> None:

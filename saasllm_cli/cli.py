@@ -39,6 +39,10 @@ UNEXPECTED = "This is a fault in saasllm; `saasllm --debug …` shows where."
 class Root(TyperGroup):
     """A group whose commands are imported one at a time, and nothing for its own help."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands = dict.fromkeys(NOUNS)  # type: ignore[assignment] # by whose names a misspelt one is told
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
         command_line.set((*ctx._protected_args, *ctx.args))
@@ -190,7 +194,7 @@ def _tell(error: Exception, arguments: list[str]) -> int:
             context = getattr(error, "ctx", None)
             told = InvalidInput(
                 "usage",
-                error.format_message(),
+                re.sub(r"not a valid (float|int|integer)( range)?\.", "not a number.", error.format_message()),
                 f"See: {context.command_path if context else 'saasllm'} --help",
             )
         case BrokenPipeError():  # whoever read our output has seen enough

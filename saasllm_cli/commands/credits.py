@@ -475,9 +475,13 @@ def _unschedule(team_id: str) -> None:
 def _last_day(period_: str) -> tuple[date, str]:
     """The last day of a period, and how often it comes."""
     every = {(1, True): "weekly", (1, False): "monthly", (2, False): "daily"}.get((period_.count("-"), "W" in period_))
-    if every is None:
-        raise typer.BadParameter("Write a month 2026-11, a week 2026-W47 or a day 2026-11-22.", param_hint="--period")
-    return (period(period_).until - timedelta(days=1)).date(), every
+    try:
+        if every is None:
+            raise typer.BadParameter(f"{period_!r} is not a month 2026-11, a week 2026-W47 or a day 2026-11-22.")
+        return (period(period_).until - timedelta(days=1)).date(), every
+    except typer.BadParameter as error:
+        error.param_hint = "--period"
+        raise
 
 
 def _show_allocation(result: "Allocation", dry_run: bool, output: Format | None) -> None:

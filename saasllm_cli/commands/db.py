@@ -99,6 +99,7 @@ def restore(
     from saasllm_cli import backups
 
     _require_embedded()
+    backups.require_file(file)
     name = embedded.DATABASE
     require_profile("Replace the database")
     if confirm is None:

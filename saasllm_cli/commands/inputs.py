@@ -128,9 +128,12 @@ def period(value: str) -> Period:
 
 def day(value: str) -> date:
     """A day such as 2026-11-22."""
-    if not DAY.fullmatch(value):
-        raise typer.BadParameter(f"{value!r} is not a day: write 2026-11-22.")
-    return period(value).since.date()
+    try:
+        if not DAY.fullmatch(value):
+            raise ValueError
+        return date.fromisoformat(value)
+    except ValueError:
+        raise typer.BadParameter(f"{value!r} is not a day: write 2026-11-22.") from None
 
 
 def _midnight(day: date) -> datetime:
