@@ -463,8 +463,8 @@ BROKEN = {
         ["2:40: teams[0].model_groups: Echo is given twice: name it once"],
     ),
     "JSON": (
-        '{"teams": [\n  {"team_id": "a",}\n]}',
-        ["2:19: it is not JSON: Expecting property name enclosed in double quotes"],
+        '{"teams": [\n  {"team_id": "a" "x": 1}\n]}',
+        ["2:19: it is not JSON: Expecting ',' delimiter"],
     ),
     "a key twice in JSON": (
         '{"organizations": [\n\t{"organization_id": "a", "organization_id": "b"}\n]}',
