@@ -1,11 +1,14 @@
 """Backups of the embedded PostgreSQL."""
 
+import os
 import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
+from tempfile import mkstemp
 
 import psycopg
+from psycopg.rows import dict_row
 
 from saasllm_cli import database, embedded, migrations
 from saasllm_cli.errors import Conflict, InvalidInput, SaasllmError
@@ -21,18 +24,25 @@ def backup(path: Path) -> None:
     The file has its name when it is whole and on disk, and is its owner's alone.
     """
     if path.exists():
-        raise Conflict("file_exists", f"{path} exists already.", "Name another file.")
+        raise _exists(path)
     if not path.parent.is_dir():
         raise InvalidInput("no_such_folder", f"There is no folder {path.parent}.", "Make it, or name another file.")
     embedded.start()
-    unfinished = path.with_name(path.name + ".unfinished")
+    handle, name = mkstemp(dir=path.parent, prefix=f".{path.name}.")  # which is its owner's alone
+    os.close(handle)
+    unfinished = Path(name)
     try:
-        unfinished.touch(mode=0o600)
-        if mistake := _run("pg_dump", "--format=custom", f"--file={unfinished}", "--dbname", _url(embedded.DATABASE)):
-            raise SaasllmError("backup_failed", f"The backup could not be made: {mistake}")
+        if mistake := _run("pg_dump", "--format=custom", f"--file={name}", "--dbname", _url(embedded.DATABASE)):
+            raise SaasllmError("backup_failed", f"The backup could not be made: {mistake}.")
+        if path.exists():
+            raise _exists(path)
         unfinished.rename(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _exists(path: Path) -> Conflict:
+    return Conflict("file_exists", f"{path} exists already.", "Name another file.")
 
 
 def restore(path: Path) -> None:
@@ -42,7 +52,7 @@ def restore(path: Path) -> None:
     database.before_change()
     with (
         database.translated_errors(),
-        psycopg.connect(**embedded.conninfo("postgres"), autocommit=True, row_factory=psycopg.rows.dict_row) as server,
+        psycopg.connect(**embedded.conninfo("postgres"), autocommit=True, row_factory=dict_row) as server,
     ):
         row = server.execute(query("db.lock_restore").sql).fetchone()
         if row and not row["is_locked"]:
@@ -56,8 +66,8 @@ def restore(path: Path) -> None:
         finally:
             with suppress(psycopg.Error):
                 server.execute(query("db.drop_restored").sql)
+        migrations.grant()
         server.execute(query("db.drop_replaced").sql)
-    migrations.grant()
 
 
 def require_file(path: Path) -> None:
@@ -66,14 +76,18 @@ def require_file(path: Path) -> None:
 
 
 def _restore(path: Path) -> None:
-    options = ("--exit-on-error", "--no-owner", "--no-privileges")
-    mistake = _run("pg_restore", *options, "--dbname", _url(RESTORED), path)
-    with psycopg.connect(**embedded.conninfo(RESTORED), autocommit=True) as restored:
-        row = restored.execute(query("migrate.is_recorded").sql).fetchone()
-        if mistake or not (row and row[0]):
-            reason = mistake or "it holds no tables of saasllm"
-            raise InvalidInput("no_backup", f"{path} cannot be restored: {reason}.", "Nothing was changed.")
-        restored.execute("ANALYZE")
+    mistake = _run("pg_restore", "--exit-on-error", "--no-owner", "--no-privileges", "--dbname", _url(RESTORED), path)
+    with psycopg.connect(**embedded.conninfo(RESTORED), autocommit=True, row_factory=dict_row) as restored:
+        try:
+            if mistake:
+                raise InvalidInput("no_backup", f"{mistake}.")
+            migrations.check_restored(restored)
+            restored.execute("ANALYZE")
+        except (SaasllmError, psycopg.Error) as error:
+            reason = error.message if isinstance(error, SaasllmError) else str(error).splitlines()[0]
+            raise InvalidInput(
+                "no_backup", f"{path} cannot be restored: {reason}", "The database is as it was."
+            ) from error
 
 
 def _take_place(server: psycopg.Connection[database.Row]) -> None:

@@ -6,7 +6,7 @@ import importlib
 import os
 import re
 import sys
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,6 +33,13 @@ NOUNS = {
     "db": "The database: the embedded PostgreSQL, or the one that SAASLLM_DATABASE_URL or a profile names.",
     "profile": "Profiles: names for databases, such as staging and production.",
 }
+# The options before the noun, and what holds them for the command.
+FLAGS: dict[ContextVar[Any], str] = {
+    profile_flag: "profile",
+    confirm_flag: "confirm",
+    log_format_flag: "log_format",
+    debug_flag: "debug",
+}
 UNEXPECTED = "This is a fault in saasllm; `saasllm --debug …` shows where."
 
 
@@ -46,6 +53,11 @@ class Root(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
         command_line.set((*ctx._protected_args, *ctx.args))
+        # Here, for the callback is called only when the command is found, and that it is not is told by them, too.
+        for flag, name in FLAGS.items():
+            if (given := ctx.params.get(name)) not in (None, False):
+                flag.set(given)
+                _read_settings_anew()
         return rest
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
@@ -111,16 +123,12 @@ def root(
         bool,
         typer.Option("--debug", envvar="SAASLLM_DEBUG", help="Show the traceback of an error."),
     ] = False,
-    version: Annotated[  # noqa: ARG001
+    version: Annotated[
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    for flag, given in ((profile_flag, profile), (confirm_flag, confirm), (log_format_flag, log_format)):
-        if given is not None:
-            flag.set(given)
-            _read_settings_anew()
-    debug_flag.set(debug)
+    pass  # what they mean is seen to before the command is looked for
 
 
 def run(arguments: list[str]) -> int:
@@ -175,7 +183,7 @@ def _ready_streams() -> None:
 
 def _tell(error: Exception, arguments: list[str]) -> int:
     """Prints what went wrong and gives the exit status."""
-    from saasllm_cli.output import discard, show_error
+    from saasllm_cli.output import discard, note, show_error
 
     told: SaasllmError
     match error:
@@ -188,7 +196,7 @@ def _tell(error: Exception, arguments: list[str]) -> int:
         case SaasllmError():
             told = error
         case NoArgsIsHelpError():
-            error.show()
+            note(error.format_message())
             return error.exit_code
         case ClickException():
             context = getattr(error, "ctx", None)

@@ -31,6 +31,9 @@ T = TypeVar("T")
 # Whatever the server, its database or the user's environment say: psycopg reads no other dates, and what a function of
 # the database writes of a time is to be in UTC. libpq takes them from here.
 os.environ |= {"PGDATESTYLE": "ISO", "PGTZ": "UTC"}
+# Where the database is and who acts there, the URL says alone: these would send a command to another one.
+for _name in ("HOST", "HOSTADDR", "PORT", "SERVICE", "DATABASE", "USER", "OPTIONS"):
+    os.environ.pop(f"PG{_name}", None)
 
 Row = dict[str, Any]
 Connection = psycopg.Connection[Row]
@@ -189,7 +192,10 @@ class Database:
         self._connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         self._connection.read_only = True
         with self._connection.transaction():  # once: the work may have printed what it read
-            return work()
+            try:
+                return work()
+            finally:
+                self.close()  # a stream that was not read to its end would not let the transaction end
 
     def found(self, name: str, noun: str, key: str, /, **parameters: Any) -> Row:
         """The row of a `:maybe` query, or `NotFound` with the noun and the key that were asked for."""

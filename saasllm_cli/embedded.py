@@ -32,6 +32,7 @@ SYSTEM_USER = "saasllm"
 LONGEST_SOCKET_PATH = 103  # macOS allows 104 bytes with the closing zero, Linux 108
 START_SECONDS = 60
 CRASHED_SECONDS = 10
+ROOM_BYTES = 64 * 2**20  # with less, a server may not even start
 REJECTING = 1  # what pg_isready says of a server that starts up
 
 
@@ -138,8 +139,7 @@ def upgrade(programs: Path | None) -> Path | None:
             if not _answers(binaries, old):
                 _start(programs, old)
             _start(binaries, new)
-            _create_database(binaries, new)
-            _copy_database(binaries, old, new)
+            _copy(binaries, old, new)
         finally:
             _stop(programs, old)
             _stop(binaries, new)
@@ -165,18 +165,29 @@ def _programs_of(version: str, named: Path | None) -> Path:
     )
 
 
-def _copy_database(binaries: Path, old: Path, new: Path) -> None:
-    user, database = f"--username={USER}", f"--dbname={DATABASE}"
-    dump = [str(binaries / "pg_dump"), "--format=custom", f"--host={old}", user, database]
-    restore = [str(binaries / "pg_restore"), "--exit-on-error", "--no-owner", "--no-privileges"]
-    restore += [f"--host={new}", user, database]
-    with TemporaryFile("w+") as errors, subprocess.Popen(dump, stdout=subprocess.PIPE, stderr=errors) as dumping:
-        restoring = subprocess.run(restore, stdin=dumping.stdout, stderr=errors, check=False)
-        if dumping.wait() or restoring.returncode:
-            errors.seek(0)
-            raise DatabaseUnavailable(
-                "upgrade_failed", f"The data could not be copied: {errors.read().strip()}", f"They are still in {old}."
-            )
+def _copy(binaries: Path, old: Path, new: Path) -> None:
+    """Copies all that is in a server: roles, and databases with their owners and rights."""
+    user, postgres = f"--username={USER}", "--dbname=postgres"
+
+    def piped(source: list[str], target: list[str]) -> None:
+        with TemporaryFile("w+") as errors, subprocess.Popen(source, stdout=subprocess.PIPE, stderr=errors) as reading:
+            writing = subprocess.run(target, stdin=reading.stdout, stdout=errors, stderr=errors, check=False)
+            if reading.wait() or writing.returncode:
+                errors.seek(0)
+                raise DatabaseUnavailable(
+                    "upgrade_failed",
+                    f"The data could not be copied: {errors.read().strip()}",
+                    f"They are still in {old}.",
+                )
+
+    names = "SELECT datname FROM pg_database WHERE NOT datistemplate AND datname <> 'postgres'"
+    psql = [str(binaries / "psql"), "--no-psqlrc", "--quiet", "--tuples-only", "--no-align", user, postgres]
+    # That the role of the server is there already is the one error of it.
+    piped([str(binaries / "pg_dumpall"), "--globals-only", f"--host={old}", user], [*psql, f"--host={new}"])
+    found = subprocess.run([*psql, f"--host={old}", "--command", names], capture_output=True, text=True, check=True)
+    for name in found.stdout.splitlines():
+        dump = [str(binaries / "pg_dump"), "--format=custom", "--create", f"--host={old}", user, f"--dbname={name}"]
+        piped(dump, [str(binaries / "pg_restore"), "--exit-on-error", "--create", f"--host={new}", user, postgres])
 
 
 def _stop(binaries: Path, cluster: Path) -> bool:
@@ -213,8 +224,11 @@ def _start(binaries: Path, cluster: Path) -> None:
         except subprocess.CalledProcessError as error:
             # The processes of a server that was killed take a moment to end, and until then no other starts.
             if time.monotonic() > until:
+                full = " The disk is full." if shutil.disk_usage(cluster).free < ROOM_BYTES else ""
                 raise DatabaseUnavailable(
-                    "embedded_server_failed", "The embedded PostgreSQL did not start.", f"Its log says why: {log}"
+                    "embedded_server_failed",
+                    f"The embedded PostgreSQL did not start.{full}",
+                    f"Its log says why: {log}",
                 ) from error
             time.sleep(0.2)
 

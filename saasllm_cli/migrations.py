@@ -177,6 +177,13 @@ def up(
     return [migration.name for migration in pending]
 
 
+def check_restored(connection: Connection) -> None:
+    """Raises where what was restored is not of these migrations; some of them may be pending."""
+    if not _applied(connection):
+        raise Conflict("not_migrated", "It has no record of migrations.")
+    _refuse_unsound(_states(connection))
+
+
 def grant() -> None:
     """Gives the roles of sql/roles.sql their rights, as `up` does at its end."""
     with database.raw_connection() as connection:
@@ -209,6 +216,7 @@ def adopt(to: str | None = None, on_wait: Callable[[], None] = lambda: None) -> 
                 + "".join(f"\n  {d}" for d in differences),
                 "Nothing was recorded. Name the last file that it was built from, or correct the database.",
             )
+        database.before_change()
         with connection.transaction():
             _create_record(connection)
             for migration in adopted:

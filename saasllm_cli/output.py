@@ -171,7 +171,7 @@ def _log_format() -> str:
     try:
         return settings().log_format
     except SaasllmError:  # the settings themselves may be what is wrong
-        return log_format_flag.get() or "text"
+        return log_format_flag.get() or os.environ.get("SAASLLM_LOG_FORMAT") or "text"
 
 
 def progress(text: str) -> None:

@@ -75,11 +75,11 @@ class Settings(BaseSettings):
             dotenv_settings(),
             config,
         ]
-        profile = _profile(layers, config.get("profiles", {}))
+        profile = _profile(layers)
         return tuple(InitSettingsSource(settings_cls, layer) for layer in (profile, *layers))
 
 
-def _profile(layers: list[dict[str, Any]], profiles: Any) -> dict[str, Any]:
+def _profile(layers: list[dict[str, Any]]) -> dict[str, Any]:
     """What the profile says that is named before a URL is; nothing but that there is none, where a URL comes first."""
     for layer in layers:
         name, has_url = layer.get("profile"), any(variable in layer for variable in (*URL_VARIABLES, "database_url"))
@@ -90,27 +90,25 @@ def _profile(layers: list[dict[str, Any]], profiles: Any) -> dict[str, Any]:
                 "Unset SAASLLM_PROFILE, or SAASLLM_DATABASE_URL and DATABASE_URL; or choose with --profile.",
             )
         if name is not None:
-            return {**DATABASE, **_as_settings(str(name), profiles), "profile": name}
+            return {**DATABASE, **_as_settings(str(name)), "profile": name}
         if has_url:
             break
     return {"profile": None}
 
 
-def _as_settings(name: str, profiles: Any) -> dict[str, Any]:
-    profiles = profiles if isinstance(profiles, dict) else {}
-    if not isinstance(profile := profiles.get(name), dict):
-        raise no_such_profile(name, profiles)
-    # A protection that is misspelt would be none.
-    if unknown := sorted(profile.keys() - PROFILE_FIELDS):
-        raise InvalidInput(
-            "invalid_profile",
-            f"The profile {name} has {unknown[0]!r}, which is no setting.",
-            f"It may have: {', '.join(sorted(PROFILE_FIELDS))}. Correct it in {CONFIG_FILE}.",
-        )
-    if not profile.keys() & {"database_url", "data_dir"}:
-        raise InvalidInput(
-            "invalid_profile", f"The profile {name} names no database.", f"Give it a database_url in {CONFIG_FILE}."
-        )
+def _as_settings(name: str) -> dict[str, Any]:
+    known = profiles()
+    if name not in known:
+        raise no_such_profile(name, known)
+    profile, problem = known[name], None
+    if unknown := sorted(profile.keys() - PROFILE_FIELDS):  # a protection that is misspelt would be none
+        problem = f"has {unknown[0]!r}, which is none of {', '.join(sorted(PROFILE_FIELDS))}"
+    elif "" in profile.values():
+        problem = f"has nothing in {next(key for key, value in profile.items() if value == '')}"
+    elif len(profile.keys() & {"database_url", "data_dir"}) != 1:
+        problem = "must have either a database_url or a data_dir"
+    if problem:
+        raise InvalidInput("invalid_profile", f"The profile {name} {problem}.", f"Correct it in {CONFIG_FILE}.")
     return {"SAASLLM_DATABASE_URL" if key == "database_url" else key: value for key, value in profile.items()}
 
 
@@ -124,33 +122,57 @@ PROFILE_FIELDS = Settings.model_fields.keys() - {"profile"}
 
 
 def config_file() -> dict[str, Any]:
-    """What the user's config file holds."""
-    if not CONFIG_FILE.expanduser().exists():
+    """What the user's config file holds; `InvalidInput` where it cannot be read."""
+    path = CONFIG_FILE.expanduser()
+    if not path.exists():
         return {}
     import tomllib
 
-    return tomllib.loads(CONFIG_FILE.expanduser().read_text(encoding="utf-8"))
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # a file that is not readable, not UTF-8 or not TOML
+        raise InvalidInput(
+            "invalid_config_file", f"{CONFIG_FILE} cannot be read: {error}.", "Correct it, or put it aside."
+        ) from error
+
+
+def profiles() -> dict[str, Any]:
+    """The profiles of the user's config file, as they stand there."""
+    found = config_file().get("profiles", {})
+    if not isinstance(found, dict) or not all(isinstance(profile, dict) for profile in found.values()):
+        raise InvalidInput(
+            "invalid_profile", f"profiles in {CONFIG_FILE} is no table of tables.", "Write each as [profiles.NAME]."
+        )
+    return found
 
 
 @contextmanager
 def edited_config_file() -> Iterator[Any]:
-    """The user's config file to be changed, all or nothing, what stands in it beside; closed to others."""
+    """The user's config file to be changed, all or nothing, with what stands in it beside; of two at once the second
+    waits. It is its owner's alone."""
+    import fcntl
+
     import tomlkit
 
-    config_file()  # what cannot be read is not written anew
     path = CONFIG_FILE.expanduser()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    document = tomlkit.parse(path.read_text(encoding="utf-8") if path.exists() else "")
-    yield document
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            file.write(tomlkit.dumps(document))
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path.resolve())  # it may be a link into a folder of settings
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        config_file()  # what cannot be read is not written anew
+        document = tomlkit.parse(path.read_text(encoding="utf-8") if path.exists() else "")
+        yield document
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+                file.write(tomlkit.dumps(document))
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path.resolve())  # it may be a link into a folder of settings
+        finally:
+            unfinished.unlink(missing_ok=True)
     finally:
-        unfinished.unlink(missing_ok=True)
+        os.close(folder)
 
 
 @cache
@@ -172,9 +194,5 @@ def settings() -> Settings:
             f"The setting {name} is invalid: {first['msg']}.",
             f"Correct it in the environment, in .env or in {CONFIG_FILE}.",
         ) from error
-    except (OSError, ValueError) as error:  # a file that is not readable, not UTF-8 or not TOML
-        raise InvalidInput(
-            "invalid_setting",
-            f"The settings cannot be read: {error}.",
-            f"Correct .env or {CONFIG_FILE}.",
-        ) from error
+    except (OSError, ValueError) as error:  # .env is not readable, or not UTF-8
+        raise InvalidInput("invalid_setting", f"The settings cannot be read: {error}.", "Correct .env.") from error

@@ -13,17 +13,29 @@ GRANT SELECT ON
     organization_records, model_group_records, team_records
 TO saasllm_admin, saasllm_runner, saasllm_readonly;
 
--- saasllm_runner runs jobs: it reserves credits, and enters what jobs cost.
-GRANT INSERT ON jobs, llm_calls, credit_transactions TO saasllm_runner;
+-- saasllm_runner runs jobs: it reserves credits, and enters what jobs cost. It moves balances only as the ledger says,
+-- and the ledger takes nothing else from whoever may not change teams.
+GRANT INSERT (
+    job_id, team_id, organization_id, job_type, status, external_task_id, model_groups_used, metadata, started_at,
+    lease_expires_at, idempotency_key, request_hash
+) ON jobs TO saasllm_runner;
 GRANT UPDATE (
     status, started_at, completed_at, credit_applied, error_message, lease_expires_at, model_groups_used, metadata
 ) ON jobs TO saasllm_runner;
-GRANT UPDATE (credits_reserved) ON team_credits TO saasllm_runner;
+GRANT INSERT (
+    job_id, team_id, model_group_used, resolved_model, attempt, prompt_tokens, completion_tokens, total_tokens, cost_usd,
+    latency_ms, purpose, error, prompt, answer, created_at
+) ON llm_calls TO saasllm_runner;
+GRANT INSERT (
+    team_id, organization_id, entry_no, job_id, transaction_type, credits_amount, credits_before, credits_after, reason
+) ON credit_transactions TO saasllm_runner;
+GRANT UPDATE (credits_allocated, credits_used, credits_reserved, last_entry_no) ON team_credits TO saasllm_runner;
 
--- saasllm_admin does all but change the schema. The ledger and the audit log have rules of their own.
+-- saasllm_admin does all but change the schema. The ledger and the audit log only grow: what leaves them, leaves with
+-- its whole team.
 GRANT INSERT, UPDATE, DELETE ON
     organizations, model_groups, model_group_models, teams, team_model_groups, team_credits, credit_schedules, jobs,
     llm_calls
 TO saasllm_admin;
 GRANT INSERT, DELETE ON credit_transactions TO saasllm_admin;
-GRANT INSERT ON audit_log TO saasllm_admin;
+GRANT INSERT (noun, action, organization_id, team_id, group_name, before, after) ON audit_log TO saasllm_admin;

@@ -116,7 +116,14 @@ def test_what_is_no_backup_changes_nothing(filled: Run, home: Path) -> None:
         session.execute("CREATE DATABASE elsewhere")
     pg_dump = [embedded.program("pg_dump"), "--format=custom", "--file", home / "foreign"]
     subprocess.run([*pg_dump, database.url(embedded.conninfo("elsewhere"))], check=True)
-    for name in ("text", "half", "foreign", "nowhere", "."):
+    for name, table in (("alike", "i integer"), ("newer", "migration text, checksum text, applied_at timestamptz")):
+        with psycopg.connect(**embedded.conninfo("elsewhere"), autocommit=True) as session:
+            session.execute(f"DROP TABLE IF EXISTS saasllm_migrations; CREATE TABLE saasllm_migrations ({table})")
+            if name == "newer":
+                session.execute("INSERT INTO saasllm_migrations VALUES ('999_of_tomorrow.sql', 'x', now())")
+        dump = [embedded.program("pg_dump"), "--format=custom", "--file", home / name]
+        subprocess.run([*dump, database.url(embedded.conninfo("elsewhere"))], check=True)
+    for name in ("text", "half", "foreign", "alike", "newer", "nowhere", "."):
         result = filled("db", "restore", name, "--confirm", "saasllm")
         assert (result.status, "Traceback" in result.err) == (2, False), name
         assert filled("export", "-o", "jsonl").out == before
@@ -163,6 +170,9 @@ def older(own_data: Path, run: Run) -> Path:
     settings.cache_clear()
     assert run("migrate", "up").status == 0
     assert run("apply", "-f", "-", stdin=TENANT).status == 0
+    with psycopg.connect(os.environ["SAASLLM_DATABASE_URL"], autocommit=True) as connection:
+        connection.execute("CREATE DATABASE other")
+        connection.execute("CREATE ROLE app LOGIN PASSWORD 'x' IN ROLE saasllm_runner; GRANT SELECT ON teams TO app")
     del os.environ["SAASLLM_DATABASE_URL"]
     settings.cache_clear()
     return cluster
@@ -184,6 +194,10 @@ def test_the_data_of_an_older_version(older: Path, run: Run, is_running: bool) -
     assert run("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 10
     assert run("credits", "verify").status == 0
     assert (older / "PG_VERSION").exists()
+    with psycopg.connect(**embedded.conninfo() | {"user": "app"}) as connection:
+        assert connection.execute("SELECT count(*) FROM teams").fetchone() == (1,)
+        rights = "SELECT pg_has_role('saasllm_runner', 'USAGE'), count(*) FROM pg_database WHERE datname = 'other'"
+        assert connection.execute(rights).fetchone() == (True, 1)
     assert "nothing to upgrade" in run("db", "upgrade").err
 
 

@@ -1,13 +1,16 @@
 """What is exported and applied to an empty database is there again, whatever it was."""
 
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
 import psycopg
 import yaml
-from conftest import Result
+from conftest import Result, start_process
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -179,3 +182,19 @@ def test_numbers_stay_exact(tenant: Run) -> None:
     for form in ("yaml", "json", "jsonl"):
         assert number in tenant("export", "-o", form).out
     assert Decimal(number) != float(number)
+
+
+def test_whoever_reads_it_may_leave(tenant: Run) -> None:
+    records = "".join(f"- {{organization_id: o{n}, metadata: {{text: {'x' * 2000}}}}}\n" for n in range(300))
+    assert tenant("apply", "-f", "-", stdin=f"organizations:\n{records}").status == 0
+    for form in ("yaml", "jsonl"):
+        for command, status in ((f"export -o {form} | head -1", 0), (f"export -o {form} > /dev/full", 1)):
+            line = f"set -o pipefail; {sys.executable} -m saasllm_cli {command}"
+            done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=30, check=False)
+            assert (done.returncode, "Traceback" in done.stderr) == (status, False), done
+        process = start_process("export", "-o", form)
+        assert process.stdout
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        process.stdout.close()
+        assert process.wait(timeout=30) in (0, 130)

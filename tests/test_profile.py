@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TENANT, Result
+from conftest import TENANT, Result, start_process
 
 from saasllm_cli import database
 from saasllm_cli.settings import settings
@@ -144,9 +144,12 @@ def test_which_database_is_meant(
     [
         ("[profiles.b]\n", 3, "There is no profile a. There are: b."),
         ("", 3, "There is no profile a."),
-        ("profiles = 3\n", 3, "There is no profile a."),
+        ("profiles = 3\n", 2, "no table of tables"),
+        ('[profiles]\na = "x"\n', 2, "no table of tables"),
+        ('[profiles.a]\ndatabase_url = ""\n', 2, "nothing in database_url"),
+        ('[profiles.a]\ndatabase_url = "postgresql:///a"\ndata_dir = "x"\n', 2, "either a database_url or a data_dir"),
         ('[profiles.a]\ndatabase_url = "postgresql:///a"\nprotcted = true\n', 2, "'protcted'"),
-        ("[profiles.a]\nprotected = true\n", 2, "names no database"),
+        ("[profiles.a]\nprotected = true\n", 2, "must have either"),
         ('[profiles.a]\ndatabase_url = "postgresql:///a"\nprotected = "often"\n', 2, "SAASLLM_PROTECTED"),
         ('[profiles.a]\ndatabase_url = "mysql:///a"\n', 2, "the database_url of the profile a"),
         ("[profiles.a\n", 2, "config.toml"),
@@ -156,6 +159,40 @@ def test_a_profile_that_is_wrong(run: Run, config: Path, text: str, status: int,
     config.write_text(text)
     result = run("--profile", "a", "org", "list")
     assert (result.status, told in result.err) == (status, True), result
+
+
+@pytest.mark.parametrize("text", [b"bad = =", b"\xff", b"profiles = 3", b"[profiles]\nx = 3", b"[[profiles]]"])
+def test_a_damaged_config_file_is_told_and_kept(run: Run, config: Path, text: bytes) -> None:
+    config.write_bytes(text)
+    for command in ("profile list", "profile add b --database-url postgresql:///b", "profile use x", "profile show x"):
+        result = run(*command.split())
+        assert (result.status, "config.toml" in result.err) == (2, True), result
+    assert config.read_bytes() == text
+
+
+def test_many_are_added_at_once(home: Path, run: Run) -> None:
+    processes = [start_process("profile", "add", f"p{n}", "--database-url", "postgresql:///p") for n in range(8)]
+    assert [process.wait() for process in processes] == [0] * 8
+    assert len(run("profile", "list", "-o", "json").data) == 8
+    processes = [start_process("profile", "add", "same", "--database-url", "postgresql:///p") for n in range(4)]
+    assert sorted(process.wait() for process in processes) == [0, 4, 4, 4]
+
+
+def test_an_empty_name_is_no_profile(run: Run) -> None:
+    assert run("--profile", "", "org", "list").status == 3
+
+
+def test_libpqs_environment_sends_no_command_elsewhere(tenant: Run, server: str) -> None:
+    elsewhere = {"PGHOSTADDR": "127.0.0.1", "PGPORT": "1", "PGSERVICE": "nosuch", "PGOPTIONS": "-c nonsense=1"}
+    elsewhere |= {"PGHOST": "/nowhere", "PGDATABASE": "template1", "PGUSER": "nobody"}
+    for name, value in elsewhere.items():
+        process = start_process("team", "get", "hr", env=os.environ | {name: value})
+        assert process.wait() == 0, name
+
+
+def test_the_demo_plays_on_no_profile(run: Run, config: Path) -> None:
+    config.write_text('[profiles.a]\ndatabase_url = "postgresql:///a"\n')
+    assert run("--profile", "a", "demo").status == 4
 
 
 def test_nothing_of_the_database_comes_from_elsewhere(
@@ -218,13 +255,6 @@ def test_the_audit_log_has_the_words_from_the_noun_on(production: Run) -> None:
     assert "secret" not in production("audit", "list", "--limit", "all", "-o", "jsonl").out
 
 
-def test_the_demo_does_not_play_on_a_profile(production: Run, server: str) -> None:
-    before = production("team", "list", "-o", "json").data
-    if "embedded" in server:
-        assert production("demo").status == 0
-    assert production("team", "list", "-o", "json").data == before
-
-
 def test_logs_as_lines_of_json(production: Run) -> None:
     changed = production("--log-format", "json", "team", "delete", "hr", "--yes")
     lines = [json.loads(line) for line in changed.err.splitlines()]
@@ -235,5 +265,6 @@ def test_logs_as_lines_of_json(production: Run) -> None:
     assert [line["level"] for line in lines] == ["warning", "error"]
     told = production("--log-format", "json", "credits", "allocate")
     assert [json.loads(line)["level"] for line in told.err.splitlines()] == ["warning"]
-    nonsense = production("--log-format", "json", "org", "frobnicate")
-    assert json.loads(nonsense.err)["code"] == "usage"
+    for nonsense in (["org", "frobnicate"], ["frobnicate"]):
+        assert json.loads(production("--log-format", "json", *nonsense).err)["code"] == "usage"
+    assert json.loads(production("--log-format", "json", "team").err)["message"].startswith("Usage: ")

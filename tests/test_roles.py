@@ -133,16 +133,23 @@ def test_the_runner_conjures_no_credit(tenant: Run, as_role: As) -> None:
         VALUES ('hr', 'acme', 3, %s, %s, %s, 9, 9 + %s)
     """
     for kind, amount in (("allocation", 5), ("adjustment", 5), ("expiry", -5)):
-        with refused("row-level security"):
+        with refused("enters what jobs cost"):
             runner.execute(entry, [None, kind, amount, amount])
-    with refused("row-level security"):
+    with refused("enters what jobs cost"):
         runner.execute(entry, [job, "refund", 1, 1])
     with pytest.raises(psycopg.errors.UniqueViolation):  # once a job
         runner.execute(entry, [job, "deduction", -1, -1])
     for change in (
         "UPDATE team_credits SET credits_allocated = 100",
         "UPDATE team_credits SET credits_used = 0",
-        "UPDATE team_credits SET last_entry_no = 0",
+        "UPDATE team_credits SET last_entry_no = 1",
+        "UPDATE team_credits SET credits_allocated = credits_allocated + 1, credits_used = credits_used + 1",
+    ):
+        with pytest.raises(psycopg.DatabaseError, match="only with their ledger rows"):
+            runner.execute(change)
+    for change in (
+        "UPDATE team_credits SET team_id = 'other'",
+        "INSERT INTO team_credits (team_id) VALUES ('other')",
         "DELETE FROM team_credits",
         "UPDATE credit_transactions SET credits_amount = 5",
         "DELETE FROM credit_transactions",
@@ -157,8 +164,7 @@ def test_the_runner_conjures_no_credit(tenant: Run, as_role: As) -> None:
             runner.execute(change)
     for change in (
         "ALTER TABLE team_credits DISABLE TRIGGER ALL",
-        "ALTER TABLE credit_transactions DISABLE ROW LEVEL SECURITY",
-        "CREATE POLICY mine ON credit_transactions USING (true)",
+        "ALTER TABLE credit_transactions DISABLE TRIGGER credit_transactions_move_balances",
         "CREATE OR REPLACE FUNCTION guard_balance() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
         "DROP TABLE jobs CASCADE",
         "CREATE TABLE public.mine ()",
@@ -177,22 +183,70 @@ def test_the_runner_conjures_no_credit(tenant: Run, as_role: As) -> None:
 
 
 def test_what_a_session_brings_along_stands_in_for_nothing(tenant: Run, as_role: As, sql: Sql) -> None:
-    """The functions that act with the owner's rights see none of it."""
     runner = as_role("saasllm_runner")
+    sql.execute("CREATE SCHEMA own AUTHORIZATION saasllm_runner_user")  # as where it may create one
     runner.execute("""
         CREATE TEMP TABLE team_credits AS SELECT * FROM public.team_credits;
         CREATE TEMP TABLE credit_transactions AS SELECT * FROM public.credit_transactions;
-        CREATE FUNCTION pg_temp.coalesce(bigint, integer) RETURNS bigint LANGUAGE sql AS 'SELECT 1000';
-        CREATE FUNCTION pg_temp.has_column_privilege(text, text, text) RETURNS boolean LANGUAGE sql AS 'SELECT true';
-        SET search_path = pg_temp, public, pg_catalog;
+        CREATE FUNCTION own.has_table_privilege(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT true';
+        CREATE FUNCTION pg_temp.has_table_privilege(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT true';
+        SET search_path = own, pg_temp, public, pg_catalog;
     """)
-    with refused("row-level security"):
+    with refused("enters what jobs cost"):
         runner.execute("""
             INSERT INTO public.credit_transactions (team_id, organization_id, entry_no, transaction_type,
                 credits_amount, credits_before, credits_after)
             VALUES ('hr', 'acme', 2, 'allocation', 5, 10, 15)
         """)
     assert sql.execute("SELECT credits_remaining FROM team_credits").fetchall() == [{"credits_remaining": 10}]
+
+
+def test_no_function_acts_with_the_rights_of_its_owner(tenant: Run, as_role: As, sql: Sql) -> None:
+    """Hung on a table of somebody's own, it would evaluate his types and casts with these rights."""
+    assert sql.execute("SELECT proname FROM pg_proc WHERE prosecdef AND proname !~ '^pg_'").fetchall() == []
+    reader = as_role("saasllm_readonly")
+    reader.execute("""
+        CREATE TYPE pg_temp.wrapped AS (x bigint);
+        CREATE TABLE pg_temp.acted (as_role text);
+        CREATE FUNCTION pg_temp.unwrap(pg_temp.wrapped) RETURNS bigint LANGUAGE plpgsql AS $$
+        BEGIN INSERT INTO pg_temp.acted VALUES (current_user); RETURN ($1).x; END $$;
+        CREATE CAST (pg_temp.wrapped AS bigint) WITH FUNCTION pg_temp.unwrap(pg_temp.wrapped) AS IMPLICIT;
+        CREATE TABLE pg_temp.fake (
+            team_id text, credits_allocated pg_temp.wrapped, credits_used bigint, credits_reserved bigint,
+            credits_remaining bigint, last_entry_no bigint
+        );
+        CREATE TRIGGER fake BEFORE UPDATE ON pg_temp.fake FOR EACH ROW EXECUTE FUNCTION public.guard_balance();
+        INSERT INTO pg_temp.fake VALUES ('hr', row(10), 0, 0, 10, 1);
+        UPDATE pg_temp.fake SET credits_reserved = 1;
+    """)
+    assert set(reader.execute("SELECT as_role FROM pg_temp.acted").fetchall()) == {("saasllm_readonly_user",)}
+
+
+def test_the_runner_leaves_nothing_that_cannot_be_read_or_removed(tenant: Run, as_role: As) -> None:
+    job = charged_job()
+    tenant("team", "create", "it", "--org", "acme")
+    runner = as_role("saasllm_runner")
+    begin = "INSERT INTO jobs (job_id, team_id, organization_id, {0}) VALUES (gen_random_uuid(), 'hr', 'acme', {1})"
+    for column in ("started_at", "lease_expires_at"):
+        for time in ("infinity", "-infinity", "20000-01-01", "0001-01-01 BC"):
+            with pytest.raises(psycopg.errors.CheckViolation):
+                runner.execute(begin.format(column, f"'{time}'"))
+    with refused():
+        runner.execute(begin.format("created_at", "'infinity'"))
+    entry = "INSERT INTO credit_transactions (team_id, {0}) VALUES ('hr', {1})"
+    for column, value in (("idempotency_key", "opening:new"), ("created_at", "infinity")):
+        with refused():
+            runner.execute(entry.format(column, f"'{value}'"))
+    call = """
+        INSERT INTO llm_calls (job_id, team_id, model_group_used, resolved_model, attempt, latency_ms, created_at)
+        VALUES (%s, 'it', 'Echo', 'x', 1, 1, %s)
+    """
+    with pytest.raises(psycopg.errors.CheckViolation):
+        runner.execute(call, [job, "infinity"])
+    runner.execute(call, [job, "2026-01-01"])
+    os.environ["SAASLLM_DATABASE_URL"] = os.environ["SAASLLM_DATABASE_URL"].replace("saasllm_runner_user@", "postgres@")
+    settings.cache_clear()
+    all_pass(tenant, "job list", "credits transactions hr", "team delete hr --purge --confirm hr")
 
 
 def test_the_reader_only_looks(tenant: Run, as_role: As) -> None:
@@ -251,7 +305,13 @@ def test_the_admin_does_all_but_change_the_schema(tenant: Run, as_role: As, sql:
     )
     assert tenant("apply", "-f", "-", stdin="organizations: [{organization_id: filed}]").status == 0
     none_pass(tenant, "migrate reset --confirm " + sql.info.dbname)
-    for change in ("UPDATE credit_transactions SET reason = ''", "UPDATE audit_log SET actor = ''", "TRUNCATE jobs"):
+    for change in (
+        "UPDATE credit_transactions SET reason = ''",
+        "UPDATE audit_log SET actor = ''",
+        "INSERT INTO audit_log (noun, action, after, actor) VALUES ('group', 'create', '{}', 'somebody')",
+        "INSERT INTO audit_log (noun, action, after, created_at) VALUES ('group', 'create', '{}', 'infinity')",
+        "TRUNCATE jobs",
+    ):
         with refused():
             admin.execute(change)
     assert sql.execute("SELECT count(*) AS n FROM jobs").fetchone() == {"n": 0}

@@ -64,6 +64,7 @@ def shell(context: typer.Context) -> None:
     """Open psql on the database; what follows is for psql."""
     import shutil
 
+    database.before_change()  # for what may be typed there
     keywords = database.conninfo()
     program = shutil.which("psql")
     if settings().database_url is None:

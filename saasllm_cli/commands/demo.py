@@ -12,7 +12,7 @@ import typer
 from saasllm_cli import database, embedded
 from saasllm_cli.commands.inputs import noun
 from saasllm_cli.context import profile_flag
-from saasllm_cli.errors import CheckFailed
+from saasllm_cli.errors import CheckFailed, Conflict
 from saasllm_cli.output import print_heading, print_line
 from saasllm_cli.queries import query
 from saasllm_cli.settings import settings
@@ -99,6 +99,10 @@ def demo(context: typer.Context) -> None:
 
     It runs on the embedded PostgreSQL, in a database of its own that it makes anew each time.
     """
+    if profile_flag.get():
+        raise Conflict(
+            "not_embedded", "The demo plays on the embedded PostgreSQL, on no profile's.", "Leave --profile out."
+        )
     run = context.find_root().obj
     embedded.start()
     with _settings_of("postgres"), database.raw_connection() as connection:

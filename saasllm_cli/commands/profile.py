@@ -12,14 +12,14 @@ from saasllm_cli import database
 from saasllm_cli.commands.inputs import Output, identifier, noun
 from saasllm_cli.errors import Conflict, InvalidInput, NotFound
 from saasllm_cli.output import note, show
-from saasllm_cli.settings import CONFIG_FILE, config_file, edited_config_file, no_such_profile, settings
+from saasllm_cli.settings import CONFIG_FILE, edited_config_file, no_such_profile, profiles, settings
 
 app = noun()
 
 
 def _complete(incomplete: str) -> list[str]:
     with suppress(Exception):
-        return [name for name in _profiles() if name.startswith(incomplete)]
+        return [name for name in profiles() if name.startswith(incomplete)]
     return []
 
 
@@ -46,9 +46,7 @@ def add(
     output: Output = None,
 ) -> None:
     """Give a database a name. It is not connected to yet."""
-    if profile in _profiles():
-        raise Conflict("profile_exists", f"The profile {profile} exists already.", f"Change it in {CONFIG_FILE}.")
-    if _conninfo(database_url).get("password"):
+    if _conninfo(database_url).keys() & {"password", "sslpassword"}:
         raise InvalidInput(
             "password_in_url",
             "The --database-url holds a password, which would show in the list of processes and stay in the history.",
@@ -60,6 +58,8 @@ def add(
     if protected:
         table["protected"] = True
     with edited_config_file() as config:
+        if profile in profiles():
+            raise Conflict("profile_exists", f"The profile {profile} exists already.", f"Change it in {CONFIG_FILE}.")
         config.setdefault("profiles", {})[profile] = table
     show(_shown(profile, table), output)
     note(f"Try it: saasllm --profile {profile} doctor")
@@ -68,14 +68,14 @@ def add(
 @app.command("list", epilog="Example: saasllm profile list -o json | jq -r '.[].profile'")
 def list_(output: Output = None) -> None:
     """List the profiles, and which one is used."""
-    show([_shown(name, table) for name, table in _profiles().items()], output)
+    show([_shown(name, table) for name, table in profiles().items()], output)
 
 
 @app.command(epilog="Example: saasllm profile use staging")
 def use(profile: Annotated[str, typer.Argument(**A_PROFILE, show_default=False)]) -> None:
     """Take a profile from now on, where neither --profile nor the environment says otherwise."""
-    if profile not in _profiles():
-        raise no_such_profile(profile, _profiles())
+    if profile not in profiles():
+        raise no_such_profile(profile, profiles())
     with edited_config_file() as config:
         config["profile"] = profile
     settings.cache_clear()
@@ -94,18 +94,13 @@ def show_one(
     profile = profile or settings().profile
     if profile is None:
         raise NotFound("no_profile", "No profile is used.", "See: saasllm profile list, and saasllm db status")
-    if not isinstance(table := _profiles().get(profile), dict):
-        raise no_such_profile(profile, _profiles())
-    show(_shown(profile, table), output)
-
-
-def _profiles() -> dict[str, Any]:
-    profiles = config_file().get("profiles")
-    return profiles if isinstance(profiles, dict) else {}
+    if profile not in profiles():
+        raise no_such_profile(profile, profiles())
+    show(_shown(profile, profiles()[profile]), output)
 
 
 def _used() -> str | None:
-    with suppress(NotFound):  # the one that is named may be gone
+    with suppress(InvalidInput, NotFound):  # the one that is named may be gone
         return settings().profile
     return None
 
@@ -122,9 +117,9 @@ def _shown(name: str, table: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _conninfo(url: str) -> dict[str, Any]:
+def _conninfo(url: Any) -> dict[str, Any]:
     try:
-        return conninfo_to_dict(url)
+        return conninfo_to_dict(str(url))
     except psycopg.Error:
         raise InvalidInput(
             "invalid_database_url",

@@ -24,7 +24,7 @@ SELECT
     ) AS unreadable,
     pg_has_role(t.relowner, 'USAGE') AS may_migrate,
     has_table_privilege('teams', 'INSERT') AS may_administer,
-    has_table_privilege('jobs', 'INSERT') AS may_run_jobs
+    has_any_column_privilege('jobs', 'INSERT') AS may_run_jobs
 FROM pg_class t
 WHERE t.oid = 'public.teams'::regclass;
 

@@ -202,6 +202,11 @@ WITH purged AS (
 calls AS (
     DELETE FROM llm_calls WHERE team_id IN (SELECT team_id FROM purged) RETURNING 1
 ),
+others AS ( -- that somebody has recorded of its jobs under another team, and that would keep them
+    DELETE FROM llm_calls l
+    USING jobs j
+    WHERE j.job_id = l.job_id AND j.team_id IN (SELECT team_id FROM purged) AND l.team_id <> j.team_id
+),
 transactions AS (
     DELETE FROM credit_transactions WHERE team_id IN (SELECT team_id FROM purged) RETURNING 1
 ),
