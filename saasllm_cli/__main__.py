@@ -13,6 +13,8 @@ def main() -> None:
         status = run(sys.argv[1:])
     except KeyboardInterrupt:  # also while all this is loaded
         status = 130
+    finally:
+        gc.freeze()  # at its end Python looks through all that was made, for a quarter of a short command's time
     sys.exit(status)
 
 

@@ -34,9 +34,10 @@ def backup(path: Path) -> None:
     try:
         if mistake := _run("pg_dump", "--format=custom", f"--file={name}", "--dbname", _url(embedded.DATABASE)):
             raise SaasllmError("backup_failed", f"The backup could not be made: {mistake}.")
-        if path.exists():
-            raise _exists(path)
-        unfinished.rename(path)
+        try:
+            os.link(unfinished, path)
+        except FileExistsError:
+            raise _exists(path) from None
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -77,17 +78,23 @@ def require_file(path: Path) -> None:
 
 def _restore(path: Path) -> None:
     mistake = _run("pg_restore", "--exit-on-error", "--no-owner", "--no-privileges", "--dbname", _url(RESTORED), path)
+    if mistake and "No space left" in mistake:
+        raise SaasllmError("restore_failed", f"The disk is full: {mistake}.", "The database is as it was. Make room.")
+    if mistake := mistake or _is_none_of_ours():
+        raise InvalidInput("no_backup", f"{path} cannot be restored: {mistake}", "The database is as it was.")
+
+
+def _is_none_of_ours() -> str | None:
+    """Why what was restored cannot take the database's place."""
     with psycopg.connect(**embedded.conninfo(RESTORED), autocommit=True, row_factory=dict_row) as restored:
         try:
-            if mistake:
-                raise InvalidInput("no_backup", f"{mistake}.")
             migrations.check_restored(restored)
-            restored.execute("ANALYZE")
-        except (SaasllmError, psycopg.Error) as error:
-            reason = error.message if isinstance(error, SaasllmError) else str(error).splitlines()[0]
-            raise InvalidInput(
-                "no_backup", f"{path} cannot be restored: {reason}", "The database is as it was."
-            ) from error
+        except SaasllmError as error:
+            return error.message
+        except psycopg.Error as error:
+            return str(error).splitlines()[0]
+        restored.execute("ANALYZE")
+    return None
 
 
 def _take_place(server: psycopg.Connection[database.Row]) -> None:
@@ -109,7 +116,7 @@ def _url(name: str) -> str:
 
 
 def _run(program: str, *arguments: object) -> str | None:
-    """Runs one of PostgreSQL's programs; where it failed, the last it said."""
+    """Runs one of PostgreSQL's programs; where it failed, the first that it said of it."""
     words = [str(word) for word in (embedded.program(program), *arguments)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode == 0:

@@ -40,6 +40,7 @@ FLAGS: dict[ContextVar[Any], str] = {
     log_format_flag: "log_format",
     debug_flag: "debug",
 }
+SETTING_FLAGS = (profile_flag, log_format_flag)  # which the settings read
 UNEXPECTED = "This is a fault in saasllm; `saasllm --debug …` shows where."
 
 
@@ -57,7 +58,8 @@ class Root(TyperGroup):
         for flag, name in FLAGS.items():
             if (given := ctx.params.get(name)) not in (None, False):
                 flag.set(given)
-                _read_settings_anew()
+                if flag in SETTING_FLAGS:
+                    _read_settings_anew()
         return rest
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
@@ -103,11 +105,22 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _complete_profile(incomplete: str) -> list[str]:
+    from saasllm_cli.commands.profile import complete
+
+    return complete(incomplete)
+
+
 @app.callback()
 def root(
     profile: Annotated[
         str | None,
-        typer.Option("--profile", metavar="NAME", help="The database: a profile of `saasllm profile add`."),
+        typer.Option(
+            "--profile",
+            metavar="NAME",
+            autocompletion=_complete_profile,
+            help="The database: a profile of `saasllm profile add`.",
+        ),
     ] = None,
     confirm: Annotated[
         str | None,
@@ -141,7 +154,7 @@ def run(arguments: list[str]) -> int:
     try:
         return context.run(_run, arguments)
     finally:
-        if any(context.get(flag) != flag.get() for flag in (profile_flag, log_format_flag)):
+        if any(context.get(flag) != flag.get() for flag in SETTING_FLAGS):
             _read_settings_anew()
 
 

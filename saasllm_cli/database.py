@@ -62,13 +62,13 @@ DEADLOCKS = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailur
 OVERTAKEN = (psycopg.errors.UniqueViolation, psycopg.errors.ForeignKeyViolation)
 LONGEST_COMMAND = 1000
 AWAY = ("database_unreachable", "database_busy")  # perhaps only for a while
-# Of what a connection is made of, all but what could be a secret.
-SHOWN_KEYWORDS = ("host", "hostaddr", "port", "user", "dbname", "sslmode", "options", "service", "target_session_attrs")
+SECRET_KEYWORDS = ("password", "sslpassword", "scram_client_key", "scram_server_key", "oauth_client_secret")
 SHORTEST_SECRET = 3  # a piece of one or two letters stands in any message
 
 
 def before_change() -> None:
-    """Called before each statement that changes something; the commands put here what is to be said then."""
+    """Called before each statement that changes something. `commands/inputs.py` puts another function here, which says
+    where, if that is protected: this file knows no terminal."""
 
 
 def exact_json(value: Any) -> str:
@@ -346,14 +346,18 @@ def conninfo() -> dict[str, Any]:
         from saasllm_cli import embedded
 
         return embedded.conninfo()
-    text = url.get_secret_value()
+    return _password() | parsed(url.get_secret_value(), url_name())
+
+
+def parsed(text: str, name: str) -> dict[str, Any]:
+    """A database's URL as libpq's keywords; or `InvalidInput` that names it, and not what it holds."""
     with suppress(psycopg.Error):
         keywords = conninfo_to_dict(text)
         # A sign in the password that is not escaped would make a part of it the host or the database.
         userinfo, _, _ = text.partition("://")[2].rpartition("@")
         if not re.search("[@/?#]", userinfo):
-            return keywords | _password()
-    raise _invalid_url()
+            return keywords
+    raise _invalid_url(name)
 
 
 def _password() -> dict[str, str]:
@@ -375,17 +379,17 @@ def url_name() -> str:
     return f"the database_url of the profile {profile}" if profile else "SAASLLM_DATABASE_URL (or DATABASE_URL)"
 
 
-def _invalid_url() -> InvalidInput:
+def _invalid_url(name: str) -> InvalidInput:
     return InvalidInput(
         "invalid_database_url",
-        f"{url_name()} is not a PostgreSQL URL.",
+        f"{name} is not a PostgreSQL URL.",
         "Write it as postgresql://USER:PASSWORD@HOST:5432/DATABASE, with %40 for @ and %2F for / in the password.",
     )
 
 
 def url(conninfo: dict[str, Any]) -> str:
     """The URL of libpq's keywords, without the password, which must not show in a log or a list of processes."""
-    keywords = {name: str(conninfo[name]) for name in SHOWN_KEYWORDS if name in conninfo}
+    keywords = {name: str(value) for name, value in conninfo.items() if name not in SECRET_KEYWORDS}
     user, database = quote(keywords.pop("user", "")), quote(keywords.pop("dbname", ""))
     server = ""
     # A socket's folder, an IPv6 address or several hosts stand among the parameters, where nothing in them is special.
@@ -406,7 +410,7 @@ def _connect() -> Connection:
     try:
         return psycopg.connect(**keywords, autocommit=True, row_factory=dict_row)
     except psycopg.ProgrammingError:  # an option of the URL has no sense
-        raise _invalid_url() from None
+        raise _invalid_url(url_name()) from None
     except psycopg.OperationalError:
         if settings().database_url is not None:
             raise
@@ -472,7 +476,7 @@ def _translated(error: psycopg.Error) -> SaasllmError:
                 "Take one that may, or grant it: sql/roles.sql says what saasllm_admin, saasllm_runner and "
                 "saasllm_readonly may do.",
             )
-        case _, ("40001" | "40P01" | "55P03" | "57014"):
+        case _, ("40001" | "40P01" | "55006" | "55P03" | "57014"):
             return DatabaseUnavailable("database_busy", f"The database gave up: {message}.", "Try again.")
         case (("" | "08" | "28" | "3D" | "53" | "57"), _) if isinstance(error, psycopg.OperationalError):
             return DatabaseUnavailable(

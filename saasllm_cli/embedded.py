@@ -30,6 +30,7 @@ DATABASE = "saasllm"
 # PostgreSQL refuses to run as root: then the server runs as this system user.
 SYSTEM_USER = "saasllm"
 LONGEST_SOCKET_PATH = 103  # macOS allows 104 bytes with the closing zero, Linux 108
+UPGRADE_PORT = 5433
 START_SECONDS = 60
 CRASHED_SECONDS = 10
 ROOM_BYTES = 64 * 2**20  # with less, a server may not even start
@@ -79,12 +80,8 @@ def start() -> bool:
             _create_database(binaries, cluster)
             return False
         if not (cluster / "PG_VERSION").exists():
-            if old := older_cluster():
-                raise DatabaseUnavailable(
-                    "older_data",
-                    f"The data in {old} are of PostgreSQL {_version_of(old)}; this program brings {MAJOR_VERSION}.",
-                    "Run: saasllm db upgrade",
-                )
+            if other := other_cluster():
+                raise _other_version(other)
             _initialize(binaries, cluster)
         _drop_foreign_pid(cluster)
         _start(binaries, cluster)
@@ -109,7 +106,7 @@ def program(name: str) -> Path:
     return _binaries() / name
 
 
-def older_cluster() -> Path | None:
+def other_cluster() -> Path | None:
     """The newest data of another major version, where there are none of this one."""
     if (cluster_dir() / "PG_VERSION").exists():
         return None
@@ -126,8 +123,10 @@ def upgrade(programs: Path | None) -> Path | None:
     The new cluster takes its place when it is whole: an upgrade that is interrupted begins anew.
     """
     with _locked():
-        if (old := older_cluster()) is None:
+        if (old := other_cluster()) is None:
             return None
+        if _is_newer(old):
+            raise _other_version(old)
         programs = _programs_of(_version_of(old), programs)
         binaries = _binaries()
         new = cluster_dir().with_name(cluster_dir().name + ".upgrade")
@@ -135,13 +134,14 @@ def upgrade(programs: Path | None) -> Path | None:
         shutil.rmtree(new, ignore_errors=True)
         _initialize(binaries, new)
         try:
+            _stop(programs, old)
+            _stop(programs, old, UPGRADE_PORT)
             _drop_foreign_pid(old)
-            if not _answers(binaries, old):
-                _start(programs, old)
+            _start(programs, old, UPGRADE_PORT)  # where no client finds it: what they write would be left behind
             _start(binaries, new)
             _copy(binaries, old, new)
         finally:
-            _stop(programs, old)
+            _stop(programs, old, UPGRADE_PORT)
             _stop(binaries, new)
         new.rename(cluster_dir())
         return old
@@ -151,10 +151,22 @@ def _version_of(cluster: Path) -> str:
     return cluster.name.partition("-")[2]
 
 
+def _is_newer(cluster: Path) -> bool:
+    return int(_version_of(cluster)) > int(MAJOR_VERSION)
+
+
+def _other_version(cluster: Path) -> DatabaseUnavailable:
+    return DatabaseUnavailable(
+        "other_version",
+        f"The data in {cluster} are of PostgreSQL {_version_of(cluster)}; this program brings {MAJOR_VERSION}.",
+        "Install a newer saasllm." if _is_newer(cluster) else "Run: saasllm db upgrade",
+    )
+
+
 def _programs_of(version: str, named: Path | None) -> Path:
     """The folder of another PostgreSQL's programs: the one that is named, or where they usually lie."""
     usual = ("/usr/lib/postgresql/{}/bin", "/usr/pgsql-{}/bin", "/opt/homebrew/opt/postgresql@{}/bin")
-    folders = [named] if named else [Path(folder.format(version)) for folder in usual]
+    folders = [named.absolute()] if named else [Path(folder.format(version)) for folder in usual]
     for folder in folders:
         if (folder / "postgres").exists():
             return folder
@@ -167,31 +179,42 @@ def _programs_of(version: str, named: Path | None) -> Path:
 
 def _copy(binaries: Path, old: Path, new: Path) -> None:
     """Copies all that is in a server: roles, and databases with their owners and rights."""
-    user, postgres = f"--username={USER}", "--dbname=postgres"
+    source = [f"--host={old}", f"--port={UPGRADE_PORT}", f"--username={USER}"]
+    target = [f"--host={new}", f"--username={USER}", "--dbname=postgres"]
+    psql = ["psql", "--no-psqlrc", "--quiet", "--tuples-only", "--no-align", "--set=ON_ERROR_STOP=1"]
 
-    def piped(source: list[str], target: list[str]) -> None:
-        with TemporaryFile("w+") as errors, subprocess.Popen(source, stdout=subprocess.PIPE, stderr=errors) as reading:
-            writing = subprocess.run(target, stdin=reading.stdout, stdout=errors, stderr=errors, check=False)
-            if reading.wait() or writing.returncode:
-                errors.seek(0)
-                raise DatabaseUnavailable(
-                    "upgrade_failed",
-                    f"The data could not be copied: {errors.read().strip()}",
-                    f"They are still in {old}.",
-                )
+    def run(words: list[str], **options: Any) -> str:
+        words = [str(binaries / words[0]), *words[1:]]
+        done: subprocess.CompletedProcess[str] = subprocess.run(
+            words, capture_output=True, text=True, check=False, **options
+        )
+        if done.returncode:
+            raise _not_copied(old, done.stderr)
+        return done.stdout
 
+    roles = run(["pg_dumpall", "--globals-only", *source])
+    run([*psql, *target], input=roles.replace(f"CREATE ROLE {USER};\n", ""))  # which is there already
     names = "SELECT datname FROM pg_database WHERE NOT datistemplate AND datname <> 'postgres'"
-    psql = [str(binaries / "psql"), "--no-psqlrc", "--quiet", "--tuples-only", "--no-align", user, postgres]
-    # That the role of the server is there already is the one error of it.
-    piped([str(binaries / "pg_dumpall"), "--globals-only", f"--host={old}", user], [*psql, f"--host={new}"])
-    found = subprocess.run([*psql, f"--host={old}", "--command", names], capture_output=True, text=True, check=True)
-    for name in found.stdout.splitlines():
-        dump = [str(binaries / "pg_dump"), "--format=custom", "--create", f"--host={old}", user, f"--dbname={name}"]
-        piped(dump, [str(binaries / "pg_restore"), "--exit-on-error", "--create", f"--host={new}", user, postgres])
+    for name in run([*psql, *source, "--dbname=postgres", f"--command={names}"]).splitlines():
+        dump = [str(binaries / "pg_dump"), "--format=custom", "--create", *source, f"--dbname={name}"]
+        with TemporaryFile("w+") as errors, subprocess.Popen(dump, stdout=subprocess.PIPE, stderr=errors) as dumping:
+            assert dumping.stdout
+            restore = ["pg_restore", "--exit-on-error", "--create", *target]
+            with dumping.stdout:  # closed, it ends the dump where the restore has ended before
+                run(restore, stdin=dumping.stdout)
+            if dumping.wait():
+                errors.seek(0)
+                raise _not_copied(old, errors.read())
 
 
-def _stop(binaries: Path, cluster: Path) -> bool:
-    if not _answers(binaries, cluster):
+def _not_copied(old: Path, reason: str) -> DatabaseUnavailable:
+    return DatabaseUnavailable(
+        "upgrade_failed", f"The data could not be copied: {reason.strip()}", f"They are still in {old}."
+    )
+
+
+def _stop(binaries: Path, cluster: Path, port: int = 5432) -> bool:
+    if not _answers(binaries, cluster, port):
         return False
     try:
         _run(binaries / "pg_ctl", "stop", "--wait", "--mode", "fast", "--pgdata", cluster)
@@ -202,18 +225,18 @@ def _stop(binaries: Path, cluster: Path) -> bool:
     return True
 
 
-def _answers(binaries: Path, cluster: Path) -> bool:
+def _answers(binaries: Path, cluster: Path, port: int = 5432) -> bool:
     """Whether the server takes connections, waiting for one that is just starting or recovering from a crash."""
     until = time.monotonic() + START_SECONDS
-    probe: list[str | Path] = [binaries / "pg_isready", "--quiet", "--host", cluster]
+    probe: list[str | Path] = [binaries / "pg_isready", "--quiet", "--host", cluster, "--port", str(port)]
     while (status := subprocess.run(probe, check=False).returncode) == REJECTING and time.monotonic() < until:
         time.sleep(0.1)
     return status == 0
 
 
-def _start(binaries: Path, cluster: Path) -> None:
+def _start(binaries: Path, cluster: Path, port: int = 5432) -> None:
     log = cluster / "server.log"
-    options = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={cluster}"]
+    options = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={cluster}", "-c", f"port={port}"]
     until = time.monotonic() + CRASHED_SECONDS
     while True:
         try:
@@ -284,7 +307,7 @@ def _unusable(error: OSError) -> DatabaseUnavailable:
     return DatabaseUnavailable(
         "data_dir_unusable",
         f"The folder {data_dir()} of the embedded PostgreSQL cannot be used: {error.strerror}.",
-        "Set another in SAASLLM_DATA_DIR, or the URL of your own PostgreSQL in SAASLLM_DATABASE_URL.",
+        "Set another in SAASLLM_DATA_DIR or the profile, or the URL of your own PostgreSQL in SAASLLM_DATABASE_URL.",
     )
 
 

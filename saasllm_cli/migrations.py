@@ -166,8 +166,7 @@ def up(
             return [migration.name for migration in _pending(connection, last)]
         with _locked(connection, on_wait):
             pending = _pending(connection, last)
-            if pending:
-                database.before_change()
+            database.before_change()
             if pending or not _is_recorded(connection):
                 _create_record(connection)
             for migration in pending:
@@ -178,10 +177,17 @@ def up(
 
 
 def check_restored(connection: Connection) -> None:
-    """Raises where what was restored is not of these migrations; some of them may be pending."""
-    if not _applied(connection):
+    """Raises where what was restored lacks something that its migrations build; some of them may be pending.
+
+    Definitions are not compared: PostgreSQL words some of them otherwise once they were written and read.
+    """
+    applied = {row["migration"] for row in _applied(connection)}
+    if not applied:
         raise Conflict("not_migrated", "It has no record of migrations.")
     _refuse_unsound(_states(connection))
+    expected = _built_by(connection, [migration for migration in _files() if migration.name in applied])
+    if missing := sorted(expected.keys() - _objects(connection).keys()):
+        raise CheckFailed("schema_differs", f"It has no {missing[0].rstrip('.')}.")
 
 
 def grant() -> None:
@@ -401,6 +407,7 @@ def _grant(connection: Connection) -> None:
     """Where all is applied: gives the roles what they may do with it; makes them first where that is allowed."""
     if any(row["status"] != "applied" for row in _states(connection)):
         return
+    database.before_change()
     connection.execute(query("migrate.create_roles").sql)
     row = connection.execute(query("migrate.may_grant").sql).fetchone()
     if row and row["may_grant"]:

@@ -117,7 +117,7 @@ def show_changes(changes: "Rows") -> None:
             after = {}
         lines = [f"    {name}: {_cell(before[name])} -> {_cell(value)}{remark}" for name, value in after.items()]
         for line in (" ".join(words), *lines):
-            print_line(f"\x1b[{colour}m{harmless(line)}\x1b[0m" if _is_styled(sys.stdout) else harmless(line))
+            print_line(f"\x1b[{colour}m{harmless(line)}{RESET}" if _is_styled(sys.stdout) else harmless(line))
     if next(changes, None) is not None:
         note(f"There are more than {changes.limit} changes: all of them with -o jsonl.")
 
@@ -129,7 +129,7 @@ def print_line(text: str) -> None:
 
 def print_heading(text: str) -> None:
     """A line that leads through longer output, bold at a terminal."""
-    print_line(f"\x1b[1m{text}\x1b[0m" if _is_styled(sys.stdout) else text)
+    print_line(f"\x1b[1m{text}{RESET}" if _is_styled(sys.stdout) else text)
 
 
 def print_answer(text: str) -> None:

@@ -1,8 +1,8 @@
-"""Settings, strongest first: a command's flag, the environment, `.env`, the user's config file.
+"""Settings, strongest first: a command's flag, the profile, the environment, `.env`, the user's config file.
 
-A profile, a table `[profiles.NAME]` of the config file, names a database and what else is to hold there; what it says
-comes before everything else. Where it is named (`--profile`, SAASLLM_PROFILE, `profile` in the config file), it stands
-in for a database's URL, so a URL that a stronger one of these places gives comes before it.
+A profile, a table `[profiles.NAME]` of the config file, names a database and what else is to hold there. Where it is
+named (`--profile`, SAASLLM_PROFILE, `profile` in the config file), it stands in for a database's URL, so a URL that a
+stronger one of these places gives comes before it.
 """
 
 import os
@@ -25,8 +25,8 @@ from saasllm_cli.errors import InvalidInput, NotFound, SaasllmError
 
 CONFIG_FILE = Path("~/.config/saasllm/config.toml")
 URL_VARIABLES = ("SAASLLM_DATABASE_URL", "DATABASE_URL")
-# What names a database: a profile gives all of it, so that none of it comes from elsewhere.
-DATABASE = {"SAASLLM_DATABASE_URL": None, "password_file": None, "protected": False}
+# A profile gives all that belongs to a database, so that none of it comes from elsewhere.
+NO_DATABASE = {"SAASLLM_DATABASE_URL": None, "password_file": None, "protected": False}
 
 
 class Format(StrEnum):
@@ -76,7 +76,7 @@ class Settings(BaseSettings):
             config,
         ]
         profile = _profile(layers)
-        return tuple(InitSettingsSource(settings_cls, layer) for layer in (profile, *layers))
+        return tuple(InitSettingsSource(settings_cls, layer) for layer in (layers[0], profile, *layers[1:]))
 
 
 def _profile(layers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -90,13 +90,21 @@ def _profile(layers: list[dict[str, Any]]) -> dict[str, Any]:
                 "Unset SAASLLM_PROFILE, or SAASLLM_DATABASE_URL and DATABASE_URL; or choose with --profile.",
             )
         if name is not None:
-            return {**DATABASE, **_as_settings(str(name)), "profile": name}
+            return {**NO_DATABASE, **as_settings(str(name)), "profile": name}
         if has_url:
-            break
-    return {"profile": None}
+            # The password of another server is not for this one.
+            stronger = layers[: layers.index(layer) + 1]
+            password_file = next((layer["password_file"] for layer in stronger if "password_file" in layer), None)
+            return {"profile": None, "protected": False, "password_file": password_file}
+    if "protected" in layers[-1]:
+        raise InvalidInput(
+            "invalid_setting", f"protected stands beside the profiles in {CONFIG_FILE}.", "Write it into one of them."
+        )
+    return {"profile": None, "protected": False}
 
 
-def _as_settings(name: str) -> dict[str, Any]:
+def as_settings(name: str) -> dict[str, Any]:
+    """The settings of a profile; `NotFound` where there is none, `InvalidInput` where it is none."""
     known = profiles()
     if name not in known:
         raise no_such_profile(name, known)
@@ -107,6 +115,8 @@ def _as_settings(name: str) -> dict[str, Any]:
         problem = f"has nothing in {next(key for key, value in profile.items() if value == '')}"
     elif len(profile.keys() & {"database_url", "data_dir"}) != 1:
         problem = "must have either a database_url or a data_dir"
+    elif not isinstance(profile.get("protected", False), bool):
+        problem = "must have true or false as protected, without quotes"
     if problem:
         raise InvalidInput("invalid_profile", f"The profile {name} {problem}.", f"Correct it in {CONFIG_FILE}.")
     return {"SAASLLM_DATABASE_URL" if key == "database_url" else key: value for key, value in profile.items()}
@@ -154,7 +164,7 @@ def edited_config_file() -> Iterator[Any]:
 
     import tomlkit
 
-    path = CONFIG_FILE.expanduser()
+    path = CONFIG_FILE.expanduser().resolve()  # it may be a link into a folder of settings
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -162,13 +172,15 @@ def edited_config_file() -> Iterator[Any]:
         config_file()  # what cannot be read is not written anew
         document = tomlkit.parse(path.read_text(encoding="utf-8") if path.exists() else "")
         yield document
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+        unfinished = path.with_name(f"{path.name}.unfinished")
         try:
-            with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            with open(
+                os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w", encoding="utf-8"
+            ) as file:
                 file.write(tomlkit.dumps(document))
                 file.flush()
                 os.fsync(file.fileno())
-            unfinished.replace(path.resolve())  # it may be a link into a folder of settings
+            unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
     finally:

@@ -268,7 +268,7 @@ def filled_in(name: str, values: dict[str, str]) -> str:
 
 def pgbench(name: str, *options: str, script: str = "") -> float:
     """Its transactions a second, 0 where it only made its tables."""
-    program = embedded.psql().with_name("pgbench")
+    program = embedded.program("pgbench")
     if script:
         options = (*options, "--file=-", "--no-vacuum")
     command = [program, "--host", embedded.cluster_dir(), "--username", embedded.USER, *options, name]

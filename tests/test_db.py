@@ -201,13 +201,21 @@ def test_the_data_of_an_older_version(older: Path, run: Run, is_running: bool) -
     assert "nothing to upgrade" in run("db", "upgrade").err
 
 
+def test_the_data_of_a_newer_version(own_data: Path, run: Run) -> None:
+    (own_data / "postgresql-99").mkdir(parents=True)
+    (own_data / "postgresql-99/PG_VERSION").write_text("99\n")
+    for command in (["team", "list"], ["db", "upgrade"]):
+        result = run(*command)
+        assert (result.status, "Install a newer saasllm." in result.err) == (7, True), result
+
+
 def test_an_upgrade_that_is_killed_begins_anew(older: Path, run: Run) -> None:
     for seconds in (0.5, 1.5, 2.5):
         process = start_process("db", "upgrade")
         time.sleep(seconds)
         process.kill()
         process.communicate()
-        if embedded.older_cluster() is None:
+        if embedded.other_cluster() is None:
             break
         assert run("team", "list").status == 7
     assert run("db", "upgrade").status == 0

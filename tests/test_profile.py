@@ -150,7 +150,7 @@ def test_which_database_is_meant(
         ('[profiles.a]\ndatabase_url = "postgresql:///a"\ndata_dir = "x"\n', 2, "either a database_url or a data_dir"),
         ('[profiles.a]\ndatabase_url = "postgresql:///a"\nprotcted = true\n', 2, "'protcted'"),
         ("[profiles.a]\nprotected = true\n", 2, "must have either"),
-        ('[profiles.a]\ndatabase_url = "postgresql:///a"\nprotected = "often"\n', 2, "SAASLLM_PROTECTED"),
+        ('[profiles.a]\ndatabase_url = "postgresql:///a"\nprotected = "often"\n', 2, "true or false"),
         ('[profiles.a]\ndatabase_url = "mysql:///a"\n', 2, "the database_url of the profile a"),
         ("[profiles.a\n", 2, "config.toml"),
     ],
@@ -176,6 +176,48 @@ def test_many_are_added_at_once(home: Path, run: Run) -> None:
     assert len(run("profile", "list", "-o", "json").data) == 8
     processes = [start_process("profile", "add", "same", "--database-url", "postgresql:///p") for n in range(4)]
     assert sorted(process.wait() for process in processes) == [0, 4, 4, 4]
+
+
+def test_the_password_of_one_server_is_not_for_another(
+    home: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "password").write_text("s3cret")
+    config.write_text(f'password_file = "{home / "password"}"\ndatabase_url = "postgresql:///top"\n')
+    assert database.conninfo()["password"] == "s3cret"
+    monkeypatch.setenv("SAASLLM_DATABASE_URL", "postgresql:///env")
+    settings.cache_clear()
+    assert database.conninfo() == {"dbname": "env"}
+    monkeypatch.setenv("SAASLLM_PASSWORD_FILE", str(home / "password"))
+    settings.cache_clear()
+    assert database.conninfo() == {"dbname": "env", "password": "s3cret"}
+    monkeypatch.setenv("SAASLLM_DATABASE_URL", "postgresql://u:own@/env")
+    settings.cache_clear()
+    assert database.conninfo()["password"] == "own"
+
+
+def test_a_profile_that_is_none_can_be_mended(run: Run, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = '[profiles.good]\ndatabase_url = "postgresql:///good"\n'
+    config.write_text(f'profile = "gone"\n{good}[profiles.bad]\nprotectd = true\ndatabase_url = "p:/x y"\n')
+    listed = run("profile", "list", "-o", "json")
+    assert [row["profile"] for row in listed.data] == ["good", "bad"]
+    assert run("profile", "use", "bad").status == 2
+    assert run("profile", "add", "new", "--database-url", "postgresql:///new").status == 0
+    assert run("profile", "use", "good").status == 0
+    monkeypatch.setenv("SAASLLM_PROFILE", "gone")
+    settings.cache_clear()
+    assert run("profile", "show", "good").status == 0
+    odd = "postgresql://app:pa/ssw0rd@host/db"
+    assert run("profile", "add", "odd", "--database-url", odd).status == 2
+
+
+def test_what_is_confirmed_is_what_is_used(tenant: Run) -> None:
+    refused = tenant("--confirm", "production", "team", "delete", "hr", "--purge", "--confirm", "hr")
+    assert (refused.status, tenant("team", "get", "hr").status) == (2, 0)
+
+
+def test_a_flag_is_stronger_than_the_profile(run: Run, config: Path) -> None:
+    config.write_text('[profiles.a]\ndatabase_url = "postgresql://127.0.0.1:1/a"\nlog_format = "text"\n')
+    assert json.loads(run("--profile", "a", "--log-format", "json", "org", "list").err)["level"] == "error"
 
 
 def test_an_empty_name_is_no_profile(run: Run) -> None:
@@ -241,7 +283,7 @@ def test_what_destroys_is_confirmed(production: Run, migrated_database: str, com
     assert refused.status == 2
     assert "--confirm production" in refused.err
     wrong = production("--confirm", "staging", *words, stdin=manifest)
-    assert (wrong.status, "'staging' is not the profile production" in wrong.err) == (2, True)
+    assert (wrong.status, "--confirm names 'staging'" in wrong.err) == (2, True)
     assert production("team", "get", "hr").status == 0
     assert production("team", "create", "ops", "--org", "acme").status == 0
     done = production("--confirm", "production", *words, stdin=manifest)

@@ -1,4 +1,4 @@
-"""The database: the embedded PostgreSQL, or the one that SAASLLM_DATABASE_URL names."""
+"""The database: the embedded PostgreSQL, or the one that SAASLLM_DATABASE_URL or a profile names."""
 
 import os
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from saasllm_cli import database, embedded
-from saasllm_cli.commands.inputs import Output, asked, noun, require_profile
-from saasllm_cli.errors import Conflict, DatabaseUnavailable, InvalidInput
+from saasllm_cli.commands.inputs import Output, noun, require_profile, typed_again
+from saasllm_cli.errors import Conflict, DatabaseUnavailable
 from saasllm_cli.output import note, print_line, show, waiting
 from saasllm_cli.settings import settings
 
@@ -103,13 +103,8 @@ def restore(
     backups.require_file(file)
     name = embedded.DATABASE
     require_profile("Replace the database")
-    if confirm is None:
-        question = f"Replace the database {name} by {file}? To confirm, type its name."
-        confirm = asked(question, f"--confirm {name}", typer.prompt)
-    if confirm != name:
-        raise InvalidInput(
-            "not_confirmed", f"{confirm!r} is not {name}: nothing was changed.", f"Confirm with: --confirm {name}"
-        )
+    question = f"Replace the database {name} by {file}? To confirm, type its name."
+    typed_again(name, question, f"--confirm {name}", confirm)
     with waiting("Restoring …"):
         backups.restore(file)
     note(f"The database is that of {file}. See that all is in order: saasllm doctor")
@@ -124,6 +119,7 @@ def upgrade(
 ) -> None:
     """Bring the embedded server's data from an older major version of PostgreSQL to this one. The old data stay."""
     _require_embedded()
+    database.before_change()
     with waiting("Upgrading …"):
         old = embedded.upgrade(programs)
     if old is None:

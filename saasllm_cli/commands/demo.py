@@ -99,10 +99,8 @@ def demo(context: typer.Context) -> None:
 
     It runs on the embedded PostgreSQL, in a database of its own that it makes anew each time.
     """
-    if profile_flag.get():
-        raise Conflict(
-            "not_embedded", "The demo plays on the embedded PostgreSQL, on no profile's.", "Leave --profile out."
-        )
+    if profile_flag.get() or settings().protected:
+        raise Conflict("not_embedded", "The demo plays on the embedded PostgreSQL, on no profile's.", "Use no profile.")
     run = context.find_root().obj
     embedded.start()
     with _settings_of("postgres"), database.raw_connection() as connection:
@@ -135,14 +133,12 @@ def _settings_of(name: str) -> Iterator[None]:
         "SAASLLM_PROFILE": "",
         "SAASLLM_OUTPUT": "table",
     }
-    profile = profile_flag.set(None)
     before = {variable: os.environ.get(variable) for variable in here}
     os.environ.update(here)
     settings.cache_clear()
     try:
         yield
     finally:
-        profile_flag.reset(profile)
         for variable, value in before.items():
             if value is None:
                 del os.environ[variable]

@@ -87,7 +87,7 @@ def _server(db: database.Database) -> Iterator[Check]:
     if server["major_version"] < OLDEST_VERSION:
         yield _check("database", FAILED, message, f"Take PostgreSQL {OLDEST_VERSION} or newer.")
     elif server["is_replica"]:
-        yield _check("database", FAILED, f"{message} It is a replica.", "Name the primary in SAASLLM_DATABASE_URL.")
+        yield _check("database", FAILED, f"{message} It is a replica.", f"Name the primary in {database.url_name()}.")
     else:
         yield _check("database", OK, message)
     offset = (server["clock"] - before).total_seconds() - latency / 2
@@ -117,6 +117,9 @@ def _rights(db: database.Database, server: database.Row) -> Check:
     if server["is_superuser"] and settings().database_url is not None:
         message = f"{name}, who can switch off the rules of the ledger."
         return _check("role", WARNING, message, "Take a role of its own for saasllm, which owns its tables.")
+    if rights["anybody_may_create"]:
+        message = f"{name}. Anybody may create objects in the schema public, which could stand in for others."
+        return _check("role", WARNING, message, "Run as its owner: REVOKE CREATE ON SCHEMA public FROM PUBLIC")
     may = [what for what, right in RIGHTS.items() if rights[right]]
     return _check("role", OK, f"{name}; it may {', '.join(['look', *may])}.")
 

@@ -248,20 +248,26 @@ def require_some(given: dict[str, Any]) -> None:
 
 def require_profile(what: str) -> None:
     """Before something is destroyed: of a protected profile, --confirm must name it; at a terminal it is asked for."""
-    profile = settings().profile
-    if profile is None or not settings().protected:
-        return
-    flag = f"it before the noun: saasllm --confirm {profile} …"
-    given = confirm_flag.get()
-    if given is None:
-        _announce()
-        given = asked(f"{what} in {profile}? It is protected. To confirm, type its name.", flag, typer.prompt)
-    if given != profile:
+    profile, given = settings().profile, confirm_flag.get()
+    if given not in (None, profile):
         raise InvalidInput(
             "not_confirmed",
-            f"{given!r} is not the profile {profile}: nothing was changed.",
-            f"Confirm with: saasllm --confirm {profile} …",
+            f"--confirm names {given!r}; the profile that is used is {profile or 'none'}. Nothing was changed.",
+            "Name it with --profile, too.",
         )
+    if not settings().protected or given:
+        return
+    _announce()
+    question = f"{what} in {profile}? It is protected. To confirm, type its name."
+    typed_again(str(profile), question, f"it before the noun: saasllm --confirm {profile} …")
+
+
+def typed_again(name: str, question: str, flag: str, given: str | None = None) -> None:
+    """Passes where the name was typed once more, to show that it is meant; else it is asked for."""
+    if given is None:
+        given = asked(question, flag, typer.prompt)
+    if given != name:
+        raise InvalidInput("not_confirmed", f"{given!r} is not {name}: nothing was changed.", f"Add {flag}.")
 
 
 _is_announced: ContextVar[bool] = ContextVar("is_announced", default=False)

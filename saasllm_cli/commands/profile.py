@@ -4,26 +4,32 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-import psycopg
 import typer
-from psycopg.conninfo import conninfo_to_dict
 
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import Output, identifier, noun
 from saasllm_cli.errors import Conflict, InvalidInput, NotFound
 from saasllm_cli.output import note, show
-from saasllm_cli.settings import CONFIG_FILE, edited_config_file, no_such_profile, profiles, settings
+from saasllm_cli.settings import (
+    CONFIG_FILE,
+    Format,
+    as_settings,
+    edited_config_file,
+    no_such_profile,
+    profiles,
+    settings,
+)
 
 app = noun()
 
 
-def _complete(incomplete: str) -> list[str]:
+def complete(incomplete: str) -> list[str]:
     with suppress(Exception):
         return [name for name in profiles() if name.startswith(incomplete)]
     return []
 
 
-A_PROFILE: dict[str, Any] = {"metavar": "PROFILE", "parser": identifier, "autocompletion": _complete}
+A_PROFILE: dict[str, Any] = {"metavar": "PROFILE", "parser": identifier, "autocompletion": complete}
 
 
 @app.command(
@@ -46,7 +52,7 @@ def add(
     output: Output = None,
 ) -> None:
     """Give a database a name. It is not connected to yet."""
-    if _conninfo(database_url).keys() & {"password", "sslpassword"}:
+    if database.parsed(database_url, "The --database-url").keys() & set(database.SECRET_KEYWORDS):
         raise InvalidInput(
             "password_in_url",
             "The --database-url holds a password, which would show in the list of processes and stay in the history.",
@@ -61,28 +67,27 @@ def add(
         if profile in profiles():
             raise Conflict("profile_exists", f"The profile {profile} exists already.", f"Change it in {CONFIG_FILE}.")
         config.setdefault("profiles", {})[profile] = table
-    show(_shown(profile, table), output)
+    _show(_shown(profile, table), output)
     note(f"Try it: saasllm --profile {profile} doctor")
 
 
 @app.command("list", epilog="Example: saasllm profile list -o json | jq -r '.[].profile'")
 def list_(output: Output = None) -> None:
     """List the profiles, and which one is used."""
-    show([_shown(name, table) for name, table in profiles().items()], output)
+    _show([_shown(name, table) for name, table in profiles().items()], output)
 
 
 @app.command(epilog="Example: saasllm profile use staging")
 def use(profile: Annotated[str, typer.Argument(**A_PROFILE, show_default=False)]) -> None:
     """Take a profile from now on, where neither --profile nor the environment says otherwise."""
-    if profile not in profiles():
-        raise no_such_profile(profile, profiles())
+    as_settings(profile)
     with edited_config_file() as config:
         config["profile"] = profile
     settings.cache_clear()
-    if settings().profile == profile:
+    if _used() == profile:
         note(f"From now on the database is that of {profile}.")
     else:
-        note(f"{profile} is the profile of {CONFIG_FILE}, but here the environment or .env names another database.")
+        note(f"{profile} is the profile of {CONFIG_FILE}, but here --profile, the environment or .env says otherwise.")
 
 
 @app.command("show", epilog="Example: saasllm profile show production")
@@ -96,7 +101,7 @@ def show_one(
         raise NotFound("no_profile", "No profile is used.", "See: saasllm profile list, and saasllm db status")
     if profile not in profiles():
         raise no_such_profile(profile, profiles())
-    show(_shown(profile, profiles()[profile]), output)
+    _show(_shown(profile, profiles()[profile]), output)
 
 
 def _used() -> str | None:
@@ -110,19 +115,22 @@ def _shown(name: str, table: dict[str, Any]) -> dict[str, Any]:
     return {
         "profile": name,
         "is_used": _used() == name,
-        "protected": bool(table.get("protected", False)),
-        "database_url": database.url(_conninfo(url)) if url else None,
+        "protected": table.get("protected", False),
+        "database_url": url and _url(str(url)),
         "password_file": table.get("password_file"),
         "data_dir": table.get("data_dir"),
     }
 
 
-def _conninfo(url: Any) -> dict[str, Any]:
+def _url(text: str) -> str:
     try:
-        return conninfo_to_dict(str(url))
-    except psycopg.Error:
-        raise InvalidInput(
-            "invalid_database_url",
-            "The database's URL is not a PostgreSQL URL.",
-            "Write it as postgresql://USER@HOST:5432/DATABASE.",
-        ) from None
+        return database.url(database.parsed(text, "It"))
+    except InvalidInput:
+        return "no URL"  # it may hold a password
+
+
+def _show(data: Any, output: Format | None) -> None:
+    """Also where the profile that is used is none: it is here that this is mended."""
+    with suppress(InvalidInput, NotFound):
+        output = output or settings().output
+    show(data, output or Format.TABLE)

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from saasllm_cli import database
-from saasllm_cli.commands.inputs import asked, require_profile
+from saasllm_cli.commands.inputs import require_profile, typed_again
 from saasllm_cli.errors import InvalidInput, not_found
 from saasllm_cli.output import note, waiting
 
@@ -23,13 +23,8 @@ def is_purge(noun: str, key: str, purge: bool, confirm: str | None) -> bool:
             raise InvalidInput("usage", "--confirm is for --purge.", "Add --purge, or --yes instead of --confirm.")
         return False
     require_profile(f"Purge the {noun} {key}")
-    if confirm is None:
-        question = f"Purge the {noun} {key} with all its history? To confirm, type its id."
-        confirm = asked(question, f"--confirm {key}", typer.prompt)
-    if confirm != key:
-        raise InvalidInput(
-            "not_confirmed", f"{confirm!r} is not {key}: nothing was changed.", f"Confirm with: --confirm {key}"
-        )
+    question = f"Purge the {noun} {key} with all its history? To confirm, type its id."
+    typed_again(key, question, f"--confirm {key}", confirm)
     return True
 
 

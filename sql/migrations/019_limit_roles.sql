@@ -78,9 +78,10 @@ $$;
 
 -- Times that no client can read would make the lists with them unreadable, too.
 ALTER TABLE jobs ADD CONSTRAINT jobs_times CHECK (
-    created_at BETWEEN '1970-01-01' AND '9999-01-01'
-    AND started_at BETWEEN '1970-01-01' AND '9999-01-01'
-    AND completed_at BETWEEN '1970-01-01' AND '9999-01-01'
-    AND lease_expires_at BETWEEN '1970-01-01' AND '9999-01-01'
-);
-ALTER TABLE llm_calls ADD CONSTRAINT llm_calls_time CHECK (created_at BETWEEN '1970-01-01' AND '9999-01-01');
+    created_at >= '1970-01-01' AND created_at < '9999-01-01'
+    AND started_at >= '1970-01-01' AND started_at < '9999-01-01'
+    AND completed_at >= '1970-01-01' AND completed_at < '9999-01-01'
+    AND lease_expires_at >= '1970-01-01' AND lease_expires_at < '9999-01-01'
+) NOT VALID;
+ALTER TABLE llm_calls
+    ADD CONSTRAINT llm_calls_time CHECK (created_at >= '1970-01-01' AND created_at < '9999-01-01') NOT VALID;

@@ -24,7 +24,12 @@ SELECT
     ) AS unreadable,
     pg_has_role(t.relowner, 'USAGE') AS may_migrate,
     has_table_privilege('teams', 'INSERT') AS may_administer,
-    has_any_column_privilege('jobs', 'INSERT') AS may_run_jobs
+    has_any_column_privilege('jobs', 'INSERT') AS may_run_jobs,
+    EXISTS (
+        SELECT
+        FROM pg_namespace n, aclexplode(n.nspacl) AS acl
+        WHERE n.nspname = 'public' AND acl.grantee = 0 AND acl.privilege_type = 'CREATE'
+    ) AS anybody_may_create
 FROM pg_class t
 WHERE t.oid = 'public.teams'::regclass;
 
