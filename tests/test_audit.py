@@ -5,7 +5,8 @@ import pytest
 from conftest import Result
 
 from saasllm_cli import database
-from saasllm_cli.settings import command_line, settings
+from saasllm_cli.context import command_line
+from saasllm_cli.settings import settings
 
 Run = Callable[..., Result]
 FIELDS = [
