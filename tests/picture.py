@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 PICTURE = Path(__file__).parent.parent / ".github/terminal.svg"
+PLACE = "/var/lib/saasllm"
 WIDTH, HEIGHT = 104, 60
 TENANTS = """\
 organizations:
@@ -39,7 +40,8 @@ def main() -> None:
         os.chmod(folder, 0o711)
         Path(folder, "home/tenants.yaml").write_text(TENANTS)
         for command in (*QUIET, *SHOWN, "db stop"):
-            printed = typed(command, Path(folder))
+            # The usual place instead of today's, with the table as it is.
+            printed = typed(command, Path(folder)).replace(f"{folder}.", f"{PLACE}.".ljust(len(folder) + 1))
             if command in SHOWN:
                 console.print(Text.assemble(("$ ", "bold green"), (f"saasllm {command}", "bold")))
                 console.print(Text.from_ansi(printed.rstrip()))
