@@ -50,7 +50,6 @@ def restore(path: Path) -> None:
     """Puts a backup in the place of the database, whose sessions end. At each moment one of them is there, whole."""
     require_file(path)
     embedded.start()
-    database.before_change()
     with (
         database.translated_errors(),
         psycopg.connect(**embedded.conninfo("postgres"), autocommit=True, row_factory=dict_row) as server,

@@ -407,7 +407,6 @@ def _grant(connection: Connection) -> None:
     """Where all is applied: gives the roles what they may do with it; makes them first where that is allowed."""
     if any(row["status"] != "applied" for row in _states(connection)):
         return
-    database.before_change()
     connection.execute(query("migrate.create_roles").sql)
     row = connection.execute(query("migrate.may_grant").sql).fetchone()
     if row and row["may_grant"]:

@@ -288,6 +288,7 @@ def test_what_destroys_is_confirmed(production: Run, migrated_database: str, com
     assert production("team", "create", "ops", "--org", "acme").status == 0
     done = production("--confirm", "production", *words, stdin=manifest)
     assert done.status == (4 if command.startswith("group") else 0), done  # it is in use
+    assert done.err.startswith("production (protected)\n")
 
 
 def test_the_audit_log_has_the_words_from_the_noun_on(production: Run) -> None:

@@ -255,9 +255,9 @@ def require_profile(what: str) -> None:
             f"--confirm names {given!r}; the profile that is used is {profile or 'none'}. Nothing was changed.",
             "Name it with --profile, too.",
         )
+    _announce()
     if not settings().protected or given:
         return
-    _announce()
     question = f"{what} in {profile}? It is protected. To confirm, type its name."
     typed_again(str(profile), question, f"it before the noun: saasllm --confirm {profile} …")
 

@@ -140,18 +140,6 @@ SELECT 'function ' || p.oid::regprocedure::text,
 FROM pg_proc p
 WHERE p.pronamespace = current_schema()::regnamespace AND p.proname <> 'require_migrations'
 UNION ALL
-SELECT 'policy ' || c.relname || '.' || p.polname,
-    concat_ws(' ',
-        p.polcmd::text,
-        CASE WHEN NOT p.polpermissive THEN 'RESTRICTIVE' END,
-        (SELECT string_agg(role::regrole::text, ', ') FROM unnest(p.polroles) AS role WHERE role <> 0),
-        pg_get_expr(p.polqual, p.polrelid),
-        pg_get_expr(p.polwithcheck, p.polrelid)
-    )
-FROM pg_policy p
-JOIN pg_class c ON c.oid = p.polrelid
-WHERE c.relnamespace = current_schema()::regnamespace
-UNION ALL
 SELECT 'view ' || c.relname, pg_get_viewdef(c.oid)
 FROM pg_class c
 WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind IN ('v', 'm')
