@@ -6,12 +6,12 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from decimal import Decimal
 from functools import partial
 from itertools import chain, islice
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlencode
 
 import psycopg
@@ -115,7 +115,6 @@ class Database:
     def __init__(self, connection: Connection, prelude: str, **parameters: Any) -> None:
         self._connection = connection
         self._prelude: tuple[str, Row] | None = (query(prelude).sql, parameters)
-        self._stream: Generator[Row] | None = None
 
     def one(self, name: str, /, **parameters: Any) -> Row:
         (row,) = self._run(name, "one", parameters)
@@ -151,9 +150,8 @@ class Database:
             parameters["row_limit"] = limit + 1
         statement = _checked(name, "many", parameters)
         self._run_prelude()
-        self._stream = cast("Generator[Row]", self._connection.cursor().stream(statement.sql, parameters))
         rows = Rows(
-            self._stream,
+            self._connection.cursor().stream(statement.sql, parameters),
             lambda: [column.name for column in self._connection.execute(statement.sql, parameters).description or ()],
             limit,
         )
@@ -167,11 +165,6 @@ class Database:
         """The record of a noun, or `NotFound`."""
         name, parameter = GET[noun]
         return self.found(name, noun, str(key), **{parameter: key})
-
-    def close(self) -> None:
-        """Ends a stream that was not read to its end, which would hold the connection for ever."""
-        if self._stream is not None:
-            self._stream.close()
 
     def transaction(self, work: Callable[[], T], is_rehearsal: bool = False) -> T:
         """Several queries as one, all or nothing; from the beginning again where a deadlock has undone them, or another
@@ -187,15 +180,11 @@ class Database:
                 self._prelude = prelude  # what it has set is undone too
         raise AssertionError
 
-    def snapshot(self, work: Callable[[], T]) -> T:
-        """Several queries that read the same state of the database."""
+    def read_one_state(self) -> None:
+        """From now on all queries read the same state of the database, and nothing can be changed."""
         self._connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         self._connection.read_only = True
-        with self._connection.transaction():  # once: the work may have printed what it read
-            try:
-                return work()
-            finally:
-                self.close()  # a stream that was not read to its end would not let the transaction end
+        self._connection.autocommit = False  # one transaction, which ends with the connection
 
     def found(self, name: str, noun: str, key: str, /, **parameters: Any) -> Row:
         """The row of a `:maybe` query, or `NotFound` with the noun and the key that were asked for."""
@@ -266,8 +255,7 @@ def connect(stays: bool = False) -> Iterator[Database]:
         actor, command = _storable(settings().actor), _storable(shlex.join(["saasllm", *words]))
         connection.prepare_threshold = 1 if stays else None
         db = Database(connection, "migrate.check", known=known_migrations(), actor=actor, command=command)
-        with closing(db):
-            yield db
+        yield db
 
 
 def _storable(text: str) -> str:
@@ -330,7 +318,8 @@ def raw_connection() -> Iterator[Connection]:
         connection = _connect()
         connection.adapters.register_dumper(dict, _JsonbDumper)
         psycopg.types.json.set_json_loads(partial(json.loads, parse_float=Decimal), connection)
-        with connection:
+        # Not psycopg's own exit: it would roll back first, and wait for ever for a stream that was left half read.
+        with closing(connection):
             yield connection
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -195,6 +196,9 @@ def test_whoever_reads_it_may_leave(tenant: Run) -> None:
         process = start_process("export", "-o", form)
         assert process.stdout
         process.stdout.readline()
-        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)  # until it waits for its reader
+        process.send_signal(signal.SIGSTOP)  # so that it finds both at once: the reader gone, and the signal
         process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
         assert process.wait(timeout=30) in (0, 130)

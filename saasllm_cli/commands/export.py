@@ -35,19 +35,16 @@ def export(
         raise InvalidInput("usage", "--org and --team exclude one another.", "Give one of them.")
     form = output or settings().output
     with database.connect() as db:
-
-        def write() -> None:
-            records = export_(db, org, team)
-            match form:
-                case "jsonl":
-                    show(({section: [record]} for section, record in records), Format.JSONL)
-                case "json":
-                    manifest: dict[str, list[database.Row]] = {section: [] for section in SECTIONS}
-                    for section, record in records:
-                        manifest[section].append(record)
-                    show(manifest, Format.JSON)
-                case _:
-                    for text in as_yaml(records):
-                        print_line(text)
-
-        db.snapshot(write)
+        db.read_one_state()
+        records = export_(db, org, team)
+        match form:
+            case "jsonl":
+                show(({section: [record]} for section, record in records), Format.JSONL)
+            case "json":
+                manifest: dict[str, list[database.Row]] = {section: [] for section in SECTIONS}
+                for section, record in records:
+                    manifest[section].append(record)
+                show(manifest, Format.JSON)
+            case _:
+                for text in as_yaml(records):
+                    print_line(text)

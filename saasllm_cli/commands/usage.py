@@ -54,7 +54,8 @@ def show_usage(
     db: Database, organization_id: str, team_id: str | None, asked: Period, by: str | None, output: Format | None
 ) -> None:
     """The report of a period, or its rows by one thing."""
-    report = db.snapshot(lambda: usage.report(db, organization_id, team_id, *asked))
+    db.read_one_state()
+    report = usage.report(db, organization_id, team_id, *asked)
     if by is None and (output or settings().output) is Format.CSV:
         by = "month"
     if by is None:
