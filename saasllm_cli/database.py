@@ -254,8 +254,7 @@ def connect(stays: bool = False) -> Iterator[Database]:
     with raw_connection() as connection:
         actor, command = _storable(settings().actor), _storable(shlex.join(["saasllm", *words]))
         connection.prepare_threshold = 1 if stays else None
-        db = Database(connection, "migrate.check", known=known_migrations(), actor=actor, command=command)
-        yield db
+        yield Database(connection, "migrate.check", known=known_migrations(), actor=actor, command=command)
 
 
 def _storable(text: str) -> str:
