@@ -54,9 +54,7 @@ def restore(path: Path) -> None:
         database.translated_errors(),
         psycopg.connect(**embedded.conninfo("postgres"), autocommit=True, row_factory=dict_row) as server,
     ):
-        row = server.execute(query("db.lock_restore").sql).fetchone()
-        if row and not row["is_locked"]:
-            raise Conflict("restore_running", "Another restore is running.", "Wait for it.")
+        _lock(server)
         server.execute(query("db.drop_restored").sql)
         server.execute(query("db.drop_replaced").sql)
         try:
@@ -68,6 +66,16 @@ def restore(path: Path) -> None:
                 server.execute(query("db.drop_restored").sql)
         migrations.grant()
         server.execute(query("db.drop_replaced").sql)
+
+
+def _lock(server: psycopg.Connection[database.Row]) -> None:
+    """One restore at a time, until the connection ends; of one that was killed, the server notices after a moment."""
+    for _ in range(TRIES):
+        row = server.execute(query("db.lock_restore").sql).fetchone()
+        if row and row["is_locked"]:
+            return
+        time.sleep(0.1)
+    raise Conflict("restore_running", "Another restore is running.", "Wait for it.")
 
 
 def require_file(path: Path) -> None:

@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager, suppress
 from decimal import Decimal
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlencode
 
@@ -21,7 +22,7 @@ from psycopg.types.json import JsonbDumper
 
 from saasllm_cli.context import command_line
 from saasllm_cli.errors import Conflict, DatabaseUnavailable, InsufficientCredits, InvalidInput, SaasllmError, not_found
-from saasllm_cli.queries import SQL, Query, query
+from saasllm_cli.queries import SQL, Query, checksum, query, text_of
 from saasllm_cli.rules import is_storable
 from saasllm_cli.settings import settings
 
@@ -61,6 +62,8 @@ ONCE = ("_idempotency_key", "_once_a_job", "jobs_pkey")
 DEADLOCKS = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 OVERTAKEN = (psycopg.errors.UniqueViolation, psycopg.errors.ForeignKeyViolation)
 LONGEST_COMMAND = 1000
+# What a database that was never migrated has not: the check, or the records that it reads.
+NOT_MIGRATED = r"\b(require_migrations|saasllm_migrations|saasllm_definitions)\b"
 AWAY = ("database_unreachable", "database_busy")  # perhaps only for a while
 SECRET_KEYWORDS = ("password", "sslpassword", "scram_client_key", "scram_server_key", "oauth_client_secret")
 SHORTEST_SECRET = 3  # a piece of one or two letters stands in any message
@@ -254,7 +257,14 @@ def connect(stays: bool = False) -> Iterator[Database]:
     with raw_connection() as connection:
         actor, command = _storable(settings().actor), _storable(shlex.join(["saasllm", *words]))
         connection.prepare_threshold = 1 if stays else None
-        yield Database(connection, "migrate.check", known=known_migrations(), actor=actor, command=command)
+        yield Database(
+            connection,
+            "migrate.check",
+            known=known_migrations(),
+            definitions=known_definitions(),
+            actor=actor,
+            command=command,
+        )
 
 
 def _storable(text: str) -> str:
@@ -325,6 +335,16 @@ def raw_connection() -> Iterator[Connection]:
 def known_migrations() -> list[str]:
     """The names of the migrations that this program brings, in order."""
     return sorted(path.name for path in (SQL / "migrations").glob("*.sql"))
+
+
+def definition_files() -> list[Path]:
+    """The files of functions, triggers, views and rights that this program brings, in order."""
+    return sorted((SQL / "definitions").glob("*.sql"))
+
+
+def known_definitions() -> list[str]:
+    """Each file of definitions with its checksum, as it is recorded."""
+    return [f"definitions/{path.name} {checksum(text_of(path))}" for path in definition_files()]
 
 
 def conninfo() -> dict[str, Any]:
@@ -427,12 +447,10 @@ def _translated(error: psycopg.Error) -> SaasllmError:
     """The error in our words; psycopg's own are repeated where they hold no value and no secret."""
     state = error.sqlstate or ""
     message = error.diag.message_primary or ""
-    if state == "SL001" or (state == "42883" and "require_migrations" in message):
-        first = message if state == "SL001" else known_migrations()[0]
+    if state == "SL001" or (state in ("42883", "42P01") and re.search(NOT_MIGRATED, message)):
+        first = f", from {message} on" if state == "SL001" else ""
         return DatabaseUnavailable(
-            "migrations_pending",
-            f"The database has pending migrations, from {first} on.",
-            "Run: saasllm migrate up",
+            "migrations_pending", f"The database has pending migrations{first}.", "Run: saasllm migrate up"
         )
     if state == "SL002":
         return DatabaseUnavailable(
@@ -461,8 +479,8 @@ def _translated(error: psycopg.Error) -> SaasllmError:
             return DatabaseUnavailable(
                 "permission_denied",
                 f"The database role may not do this: {message}.",
-                "Take one that may, or grant it: sql/roles.sql says what saasllm_admin, saasllm_runner and "
-                "saasllm_readonly may do.",
+                "Take one that may, or grant it: sql/definitions/rights.sql says what saasllm_admin, saasllm_runner "
+                "and saasllm_readonly may do.",
             )
         case _, ("40001" | "40P01" | "55006" | "55P03" | "57014"):
             return DatabaseUnavailable("database_busy", f"The database gave up: {message}.", "Try again.")

@@ -1,12 +1,12 @@
-"""Discover, check, lock and apply the files of `sql/migrations`. Returns data.
+"""Discover, check, lock and apply the files of `sql/migrations`, and then those of `sql/definitions`. Returns data.
 
-A file is applied in one transaction, together with its record. One that cannot be (`CREATE INDEX CONCURRENTLY`)
-has the header `-- no transaction`: it is run statement by statement and recorded at the end, so each of its
-statements must be safe to run again (after DROP INDEX CONCURRENTLY IF EXISTS: an interrupted CREATE leaves an invalid
-index, which IF NOT EXISTS would keep). Function bodies are quoted: BEGIN ATOMIC is not understood.
+A migration is applied in one transaction, together with its record; the last one together with the definitions, so that
+nobody sees the tables of tomorrow with the rules of today. One that cannot be (`CREATE INDEX CONCURRENTLY`) has the
+header `-- no transaction`: it is run statement by statement and recorded at the end, so each of its statements must be
+safe to run again (after DROP INDEX CONCURRENTLY IF EXISTS: an interrupted CREATE leaves an invalid index, which IF NOT
+EXISTS would keep). Function bodies are quoted: BEGIN ATOMIC is not understood.
 """
 
-import hashlib
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -18,45 +18,27 @@ from pathlib import Path
 import psycopg
 from psycopg import sql
 
-from saasllm_cli import database
+from saasllm_cli import database, definitions
 from saasllm_cli.database import Connection, Row
 from saasllm_cli.errors import (
     CheckFailed,
     Conflict,
     DatabaseUnavailable,
     InvalidInput,
-    SaasllmError,
 )
-from saasllm_cli.queries import SQL, query
+from saasllm_cli.queries import SQL, checksum, query, text_of
+from saasllm_cli.statements import BLOCKED, Statement, execute, split
 
 NO_TRANSACTION = "-- no transaction"
-LOCK_TIMEOUT = "10s"  # so that a migration never queues behind a long query, with everybody else behind it
+LOCK_SECONDS = 10.0  # so that a migration never queues behind a long query, with everybody else behind it
+TRY_SECONDS = 0.5  # for each try at the locks of definitions: less than after which PostgreSQL ends one of a deadlock
 WAIT_SECONDS = 600
 SCRATCH = "saasllm_scratch"
 
-# What can hold a semicolon that ends no statement. Block comments nest, and are followed apart.
-_TOKEN = re.compile(
-    r"""
-      --[^\n]*
-    | /\*
-    | \b[eE]'(?:[^'\\]|\\.|'')*'
-    | '(?:[^']|'')*'
-    | "(?:[^"]|"")*"
-    | (?P<quote>\$(?:[A-Za-z_]\w*)?\$).*?(?P=quote)
-    | [();]
-    """,
-    re.VERBOSE | re.DOTALL,
-)
 _TRANSACTION_CONTROL = re.compile(
     r"(BEGIN|COMMIT|ROLLBACK|END|ABORT|START\s+TRANSACTION|SAVEPOINT|RELEASE|PREPARE\s+TRANSACTION)\b",
     re.IGNORECASE,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Statement:
-    line: int
-    text: str
 
 
 @dataclass(frozen=True)
@@ -73,12 +55,11 @@ class Migration:
 
     @cached_property
     def text(self) -> str:
-        # With line ends of one kind, or a checkout on Windows would look like a change.
-        return self.path.read_text(encoding="utf-8").replace("\r\n", "\n")
+        return text_of(self.path)
 
     @cached_property
     def checksum(self) -> str:
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        return checksum(self.text)
 
     @property
     def in_transaction(self) -> bool:
@@ -86,56 +67,23 @@ class Migration:
 
     def statements(self) -> list[Statement]:
         """Its statements; InvalidInput where one would end the transaction in which the file is applied."""
-        statements = list(split(self.text))
+        statements = list(split(self.text, self.name))
         for statement in statements:
             if _TRANSACTION_CONTROL.match(statement.text):
                 raise InvalidInput(
                     "transaction_in_migration",
-                    f"{self.name}, line {statement.line}: a migration may not begin or end a transaction.",
+                    f"{statement.place}: a migration may not begin or end a transaction.",
                     f"Each file is one; a file that cannot be begins with {NO_TRANSACTION!r}.",
                 )
         return statements
 
 
-def split(text: str) -> Iterator[Statement]:
-    """The statements of an SQL text, each with the number of its first line."""
-    start = position = depth = 0
-    while match := _TOKEN.search(text, position):
-        position = match.end()
-        match match[0]:
-            case "/*":
-                position = _end_of_comment(text, position)
-            case "(":
-                depth += 1
-            case ")":
-                depth -= 1
-            case ";" if depth == 0:
-                yield from _statement(text, start, match.start())
-                start = position
-    yield from _statement(text, start, len(text))
-
-
-def _statement(text: str, start: int, end: int) -> Iterator[Statement]:
-    """The statement between two semicolons, without the comments before it; nothing where there are only comments."""
-    while match := re.compile(r"\s+|--[^\n]*|/\*").match(text, start, end):
-        start = _end_of_comment(text, match.end()) if match[0] == "/*" else match.end()
-    if start < end:
-        yield Statement(text.count("\n", 0, start) + 1, text[start:end].rstrip())
-
-
-def _end_of_comment(text: str, position: int) -> int:
-    depth = 1
-    while depth and (match := re.compile(r"/\*|\*/").search(text, position)):
-        depth += 1 if match[0] == "/*" else -1
-        position = match.end()
-    return len(text) if depth else position
-
-
 def status() -> list[Row]:
-    """Each migration with its `status` and `applied_at`, those that were applied and have no file among them.
+    """Each migration and each file of definitions with its `status` and `applied_at`, also where its file is gone.
 
     The status is `applied`, `pending`, `changed` (since it was applied), `missing` (its file is), `duplicate` (two
-    files have its number) or `out_of_order` (pending, with a later one applied).
+    files have its number) or `out_of_order` (pending, with a later one applied). A file of definitions is `applied` or
+    `pending`.
     """
     with database.raw_connection() as connection:
         return _states(connection)
@@ -157,43 +105,51 @@ def up(
 ) -> list[str]:
     """Applies what is pending, up to the number `to`; the names of what was (or would be) applied.
 
-    `on_done` is called with each name when it is applied, `on_wait` when another runner is at work.
+    Definitions follow the latest migration. `on_done` is called with each name when it is applied, `on_wait` when
+    another runner is at work.
     """
     last = None if to is None else _find(to)
     with database.raw_connection() as connection:
         _require_public(connection)
         if dry_run:
-            return [migration.name for migration in _pending(connection, last)]
+            return _pending(connection, last)
         with _locked(connection, on_wait):
             pending = _pending(connection, last)
             database.before_change()
             if pending or not _is_recorded(connection):
-                _create_record(connection)
-            for migration in pending:
+                connection.execute(query("migrate.create_record").sql)
+            todo = [migration for migration in _files() if migration.name in pending]
+            with_definitions = todo.pop() if _is_latest(last) and todo and todo[-1].in_transaction else None
+            for migration in todo:
                 _apply(connection, migration)
                 on_done(migration.name)
-            _grant(connection)
-    return [migration.name for migration in pending]
+            if _is_latest(last):
+                for name in _apply_definitions(connection, with_definitions):
+                    on_done(name)
+    return pending
 
 
 def check_restored(connection: Connection) -> None:
-    """Raises where what was restored lacks something that its migrations build; some of them may be pending.
+    """Raises where what was restored lacks something that its migrations and definitions make; some of them may be
+    pending.
 
-    Definitions are not compared: PostgreSQL words some of them otherwise once they were written and read.
+    How things are defined is not compared: PostgreSQL words some of it otherwise once it was written and read.
     """
     applied = {row["migration"] for row in _applied(connection)}
     if not applied:
         raise Conflict("not_migrated", "It has no record of migrations.")
     _refuse_unsound(_states(connection))
-    expected = _built_by(connection, [migration for migration in _files() if migration.name in applied])
-    if missing := sorted(expected.keys() - _objects(connection).keys()):
-        raise CheckFailed("schema_differs", f"It has no {missing[0].rstrip('.')}.")
+    expected = _built_by(connection, [migration for migration in _files() if migration.name in applied], [])
+    defined = {key for row in definitions.recorded(connection) for key in row["objects"]}
+    missing = (expected.keys() - _objects(connection).keys()) | (defined - definitions.existing(connection).keys())
+    if missing:
+        raise CheckFailed("schema_differs", f"It has no {min(missing).rstrip('.')}.")
 
 
 def grant() -> None:
-    """Gives the roles of sql/roles.sql their rights, as `up` does at its end."""
-    with database.raw_connection() as connection:
-        _grant(connection)
+    """Gives the roles their rights, as `up` does at its end."""
+    with database.raw_connection() as connection, connection.transaction():
+        definitions.grant(connection)
 
 
 def adopt(to: str | None = None, on_wait: Callable[[], None] = lambda: None) -> list[str]:
@@ -201,8 +157,9 @@ def adopt(to: str | None = None, on_wait: Callable[[], None] = lambda: None) -> 
 
     Raises `CheckFailed` with each difference between the database and what the files build.
     """
-    last = _files()[-1] if to is None else _find(to)
-    adopted = [migration for migration in _files() if migration.name <= last.name]
+    last = None if to is None else _find(to)
+    adopted = [migration for migration in _files() if last is None or migration.name <= last.name]
+    defined = definitions.wanted() if _is_latest(last) else []
     with database.raw_connection() as connection, _locked(connection, on_wait):
         _require_public(connection)
         if _applied(connection):
@@ -211,23 +168,26 @@ def adopt(to: str | None = None, on_wait: Callable[[], None] = lambda: None) -> 
                 "This database has its record of migrations already.",
                 "Run: saasllm migrate status",
             )
-        expected, actual = _built_by(connection, adopted), _objects(connection)
+        expected, actual = _built_by(connection, adopted, defined), _objects(connection)
         if not expected.keys() & actual.keys():
             raise CheckFailed("schema_differs", "The database has none of our tables.", "Run: saasllm migrate up")
         differences = _differences(expected, actual)
         if differences:
             raise CheckFailed(
                 "schema_differs",
-                f"The database is not what the files up to {last.name} build:"
+                f"The database is not what the files up to {adopted[-1].name} build:"
                 + "".join(f"\n  {d}" for d in differences),
                 "Nothing was recorded. Name the last file that it was built from, or correct the database.",
             )
         database.before_change()
         with connection.transaction():
-            _create_record(connection)
+            connection.execute(query("migrate.create_record").sql)
             for migration in adopted:
                 _record(connection, migration, 0)
-    return [migration.name for migration in adopted]
+            if defined:
+                definitions.record(connection)
+                definitions.grant(connection)
+    return [migration.name for migration in adopted] + ([file.name for file in definitions.files()] if defined else [])
 
 
 def reset(
@@ -255,24 +215,28 @@ def reset(
                     f"The database {actual_name} has no record of migrations: what is in it is not ours to drop.",
                     "An empty one needs only: saasllm migrate up",
                 )
-            built = _built_by(connection, _files()).keys()
+            built = _built_by(connection, _files(), definitions.wanted()).keys()
             views = [name for kind, _, name in map(_parts, built) if kind == "view"]
             tables = dict.fromkeys(table for kind, table, _ in map(_parts, built) if kind == "column")
             domains = [name for kind, _, name in map(_parts, built) if kind == "domain"]
             for kind, names in (
                 ("VIEW", views),
-                ("TABLE", [*tables, "saasllm_migrations"]),
+                ("TABLE", [*tables, "saasllm_migrations", "saasllm_definitions"]),
                 ("DOMAIN", domains),
             ):
                 dropped = sql.SQL(", ").join(map(sql.Identifier, names))
                 connection.execute(sql.SQL("DROP {} IF EXISTS {}").format(sql.SQL(kind), dropped))
             functions = [name for kind, _, name in map(_parts, built) if kind == "function"]
-            connection.execute(f"DROP FUNCTION IF EXISTS {', '.join([*functions, 'require_migrations'])}")
+            connection.execute(f"DROP FUNCTION IF EXISTS {', '.join(functions)}")
     return up(on_done=on_done, on_wait=on_wait)
 
 
 def _files() -> list[Migration]:
     return [Migration(SQL / "migrations" / name) for name in database.known_migrations()]
+
+
+def _is_latest(migration: Migration | None) -> bool:
+    return migration in (None, _files()[-1])
 
 
 def _find(number: str) -> Migration:
@@ -304,6 +268,13 @@ def _require_public(connection: Connection) -> None:
 
 
 def _states(connection: Connection) -> list[Row]:
+    is_recorded = _is_recorded(connection)
+    recorded = definitions.recorded(connection) if is_recorded else []
+    existing = set(definitions.existing(connection))
+    return _migration_states(connection) + definitions.states(recorded, existing)
+
+
+def _migration_states(connection: Connection) -> list[Row]:
     applied = {row["migration"]: row for row in _applied(connection)}
     files = {migration.name: migration for migration in _files()}
     numbers = [migration.number for migration in files.values()]
@@ -338,11 +309,12 @@ def _refuse_unsound(states: list[Row]) -> None:
         )
 
 
-def _pending(connection: Connection, last: Migration | None) -> list[Migration]:
+def _pending(connection: Connection, last: Migration | None) -> list[str]:
+    """The names of what is to be applied: all, or the migrations up to the last one."""
     states = _states(connection)
     _refuse_unsound(states)
-    pending = {row["migration"] for row in states if row["status"] == "pending"}
-    return [m for m in _files() if m.name in pending and (last is None or m.name <= last.name)]
+    pending = [row["migration"] for row in states if row["status"] == "pending"]
+    return pending if last is None or _is_latest(last) else [name for name in pending if name <= last.name]
 
 
 @contextmanager
@@ -371,12 +343,6 @@ def _locked(connection: Connection, on_wait: Callable[[], None]) -> Iterator[Non
             connection.execute(query("migrate.unlock").sql)
 
 
-def _create_record(connection: Connection) -> None:
-    with connection.transaction():
-        connection.execute(query("migrate.create_record").sql)
-        connection.execute(query("migrate.create_check").sql)
-
-
 def _record(connection: Connection, migration: Migration, duration_ms: int) -> None:
     connection.execute(
         query("migrate.record").sql,
@@ -385,55 +351,62 @@ def _record(connection: Connection, migration: Migration, duration_ms: int) -> N
 
 
 def _apply(connection: Connection, migration: Migration) -> None:
-    statements = migration.statements()
-    began = time.monotonic()
-    # An index that is built CONCURRENTLY waits for old transactions, and is left invalid when it is interrupted.
-    lock_timeout = LOCK_TIMEOUT if migration.in_transaction else "0"
-    connection.execute(f"SET lock_timeout = '{lock_timeout}'")
-
-    def run() -> None:
-        for statement in statements:
-            _execute(connection, migration, statement)
-        _record(connection, migration, round((time.monotonic() - began) * 1000))
-
     if migration.in_transaction:
         with connection.transaction():
-            run()
+            _execute(connection, migration)
     else:
-        run()
+        # An index that is built CONCURRENTLY waits for old transactions, and is left invalid when it is interrupted.
+        _execute(connection, migration)
 
 
-def _grant(connection: Connection) -> None:
-    """Where all is applied: gives the roles what they may do with it; makes them first where that is allowed."""
-    if any(row["status"] != "applied" for row in _states(connection)):
-        return
-    connection.execute(query("migrate.create_roles").sql)
-    row = connection.execute(query("migrate.may_grant").sql).fetchone()
-    if row and row["may_grant"]:
-        with connection.transaction():
-            connection.execute((SQL / "roles.sql").read_text(encoding="utf-8"))
+def _execute(connection: Connection, migration: Migration) -> None:
+    """Runs a migration's statements and records it."""
+    began = time.monotonic()
+    hint = "Nothing of this file was applied; those before it were."
+    if migration.in_transaction:
+        _limit_waits(connection, LOCK_SECONDS)
+    else:
+        hint = "This file is no transaction: what ran before this line stays. Fix it and run it again."
+    for statement in migration.statements():
+        try:
+            execute(connection, statement, hint)
+        except psycopg.errors.LockNotAvailable as error:
+            raise _blocked(statement.place) from error
+    _record(connection, migration, round((time.monotonic() - began) * 1000))
 
 
-def _execute(connection: Connection, migration: Migration, statement: Statement) -> None:
-    try:
-        connection.execute(statement.text)
-    except psycopg.Error as error:
-        if error.sqlstate is None:  # the connection is gone
-            raise
-        where = f"{migration.name}, line {statement.line}"
-        if isinstance(error, psycopg.errors.LockNotAvailable):
-            raise DatabaseUnavailable(
-                "migration_blocked",
-                f"{where}: another transaction holds a lock that this needs, for more than {LOCK_TIMEOUT}.",
-                "Nothing of this file was applied. Run it again when long queries are over (see pg_stat_activity).",
-            ) from error
-        raise SaasllmError(
-            "migration_failed",
-            f"{where}: {error.diag.message_primary}\n  {statement.text.splitlines()[0]}",
-            "Nothing of this file was applied; those before it were."
-            if migration.in_transaction
-            else "This file is no transaction: what ran before this line stays. Fix it and run it again.",
-        ) from error
+def _apply_definitions(connection: Connection, migration: Migration | None) -> list[str]:
+    """Applies the definitions, and with them the last migration; the names of what was applied.
+
+    The locks that it needs it asks for again and again, and each time only for a moment: those who write to the tables
+    never wait long behind it, nor does one of them for what it has, and it for what they have.
+    """
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            with connection.transaction():
+                if migration is not None:
+                    _execute(connection, migration)
+                _limit_waits(connection, min(TRY_SECONDS, LOCK_SECONDS))
+                changed = definitions.apply(connection)
+            return ([migration.name] if migration else []) + changed
+        except BLOCKED as error:
+            if time.monotonic() > until:
+                raise _blocked("The definitions") from error
+            time.sleep(0.1)
+
+
+def _limit_waits(connection: Connection, seconds: float) -> None:
+    """Within the transaction, no lock is waited for longer."""
+    connection.execute(f"SET LOCAL lock_timeout = {round(seconds * 1000)}")
+
+
+def _blocked(what: str) -> DatabaseUnavailable:
+    return DatabaseUnavailable(
+        "migration_blocked",
+        f"{what}: another transaction holds a lock that this needs, for more than {LOCK_SECONDS:g} seconds.",
+        "Nothing of it was applied. Run it again when long queries are over (see pg_stat_activity).",
+    )
 
 
 def _objects(connection: Connection) -> dict[str, str]:
@@ -442,15 +415,15 @@ def _objects(connection: Connection) -> dict[str, str]:
     return {row["object"]: row["definition"] for row in rows}
 
 
-def _built_by(connection: Connection, files: list[Migration]) -> dict[str, str]:
-    """What the files build, found by building it in a schema of its own that is rolled back."""
+def _built_by(connection: Connection, files: list[Migration], defined: list[definitions.Definition]) -> dict[str, str]:
+    """What they build, found by building it in a schema of its own that is rolled back."""
     with connection.transaction(force_rollback=True):
         connection.execute(f"CREATE SCHEMA {SCRATCH}")
         connection.execute(f"SET LOCAL search_path = {SCRATCH}")
-        for migration in files:
-            for statement in migration.statements():
-                here = Statement(statement.line, re.sub(r"\bCONCURRENTLY\b", "", statement.text, flags=re.IGNORECASE))
-                _execute(connection, migration, here)
+        statements = [statement for migration in files for statement in migration.statements()]
+        for statement in [*statements, *(definition.statement for definition in defined)]:
+            text = re.sub(r"\bCONCURRENTLY\b", "", statement.text, flags=re.IGNORECASE)
+            execute(connection, Statement(statement.file, statement.line, text), "Correct the file.")
         return _objects(connection)
 
 

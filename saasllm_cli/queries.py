@@ -1,4 +1,4 @@
-"""Loads `sql/queries/*.sql`.
+"""Loads `sql/queries/*.sql`, and reads the other files of `sql/`.
 
 A query is a header, at most a few words, and one statement:
 
@@ -10,6 +10,7 @@ The header declares its parameters and how many rows it gives: `:one`, `:maybe` 
 `:none` (it returns nothing) or `:copy` (it takes rows). Both are checked when the file is read.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -58,3 +59,12 @@ def load(noun: str) -> dict[str, Query]:
             raise ValueError(f"{path}: {name} declares {sorted(parameters)} and uses {sorted(used)}")
         queries[full_name] = Query(full_name, parameters, cardinality, is_change, body.strip())
     return queries
+
+
+def text_of(path: Path) -> str:
+    """An SQL file, with line ends of one kind: a checkout on Windows would look like a change."""
+    return path.read_text(encoding="utf-8").replace("\r\n", "\n")
+
+
+def checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -31,8 +31,7 @@ def test_the_story(data_dir: Path, home: Path, run: Callable[..., Result], monke
         with psycopg.connect(url.format("postgres"), autocommit=True) as connection:
             with pytest.raises(psycopg.Error, match="only with their ledger rows"):
                 connection.execute("UPDATE team_credits SET credits_used = 0")
-            connection.execute("DROP FUNCTION require_migrations")
-            connection.execute("DROP TABLE saasllm_migrations")
+            connection.execute("DROP TABLE saasllm_migrations, saasllm_definitions")
         assert run("migrate", "adopt").status == 0
         assert run("migrate", "verify").status == 0
         assert run("migrate", "reset", "--confirm", "postgres").status == 0

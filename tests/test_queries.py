@@ -34,7 +34,7 @@ def test_what_changes_something_is_known_as_such() -> None:
     seems = re.compile(r"create|update|delete|set_|begin|settle|enter|assign|purge")
     assert {name for name in ALL if seems.search(name) and not query(name).is_change} == {
         *("apply.create_change", "apply.create_staged", "db.create_demo", "db.create_restored"),
-        *("migrate.create_check", "migrate.create_record", "migrate.create_roles", "team.lock_to_purge"),
+        *("migrate.create_record", "migrate.create_roles", "team.lock_to_purge"),
     }
 
 

@@ -1,8 +1,9 @@
 -- What is run: a job is one business operation, an LLM call is one attempt to have a model answer.
 
--- One rule for the ids of organizations, teams and groups. Collation "C" orders them alike on every server.
+-- One rule for the ids of organizations, teams and groups. Collation "C" orders them alike on every server. (Not
+-- '{0,127}': a bounded repetition takes a regular expression ten times as long.)
 CREATE DOMAIN identifier AS text COLLATE "C"
-    CONSTRAINT identifier_form CHECK (VALUE ~ '^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$');
+    CONSTRAINT identifier_form CHECK (VALUE ~ '^[A-Za-z0-9][A-Za-z0-9._-]*$' AND length(VALUE) <= 128);
 
 -- What a caller keeps beside a record: a JSON object of at most 64 KiB.
 CREATE DOMAIN metadata_object AS jsonb
@@ -23,9 +24,17 @@ CREATE TABLE jobs (
     CONSTRAINT jobs_completed_at CHECK ((completed_at IS NULL) = (status IN ('pending', 'in_progress')))
 );
 
+-- Lists are read page by page, each beginning behind the last row of the one before. Most jobs have succeeded, are of
+-- the usual type and have no metadata: the indexes for the others hold only those, and cost little.
+CREATE INDEX jobs_by_time ON jobs (created_at, job_id);
+CREATE INDEX jobs_by_external_task ON jobs (external_task_id, created_at, job_id) WHERE external_task_id IS NOT NULL;
+CREATE INDEX jobs_by_type ON jobs (job_type, created_at, job_id) WHERE job_type <> 'completion';
+CREATE INDEX jobs_not_completed ON jobs (status, created_at, job_id) WHERE status IN ('failed', 'cancelled');
+CREATE INDEX jobs_metadata ON jobs USING gin (metadata jsonb_path_ops) WHERE metadata <> '{}';
+
 -- Tokens are the provider's own count; cost_usd is NULL where no price is known, which is not 0.
 CREATE TABLE llm_calls (
-    call_id           bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    call_id           bigint      GENERATED ALWAYS AS IDENTITY,
     job_id            uuid        NOT NULL REFERENCES jobs,
     resolved_model    text        NOT NULL,
     prompt_tokens     integer,
@@ -35,40 +44,10 @@ CREATE TABLE llm_calls (
     latency_ms        integer     NOT NULL,
     error             text,
     created_at        timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (job_id, call_id), -- a call is found by its job: one index for both
     CONSTRAINT llm_calls_tokens CHECK (prompt_tokens >= 0 AND completion_tokens >= 0 AND total_tokens >= 0),
     -- 'NaN' is greater than every number, so a lower bound alone would let it in.
-    CONSTRAINT llm_calls_cost CHECK (cost_usd >= 0 AND cost_usd < 'Infinity')
+    CONSTRAINT llm_calls_cost CHECK (cost_usd >= 0 AND cost_usd < 'Infinity'),
+    -- A time that no client can read would make the lists with it unreadable, too.
+    CONSTRAINT llm_calls_time CHECK (created_at >= '1970-01-01' AND created_at < '9999-01-01')
 );
-
-CREATE INDEX llm_calls_by_job ON llm_calls (job_id, call_id);
-
--- A finished job does not change its status again: it would be charged twice, or a charge would lose its reason. For
--- the same reason a job keeps its id, begins open, and is not deleted.
-CREATE FUNCTION refuse_job_change() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    IF TG_OP = 'INSERT' THEN
-        RAISE EXCEPTION 'a job begins open, not %', NEW.status
-            USING ERRCODE = 'SL003', HINT = 'Insert it as pending or in_progress.';
-    ELSIF TG_OP = 'DELETE' THEN
-        RAISE EXCEPTION 'job % is part of its team''s history: DELETE is refused', OLD.job_id
-            USING ERRCODE = 'SL003', HINT = 'Cancel an open job by its status.';
-    ELSIF OLD.job_id IS DISTINCT FROM NEW.job_id THEN
-        RAISE EXCEPTION 'job % keeps its id', OLD.job_id USING ERRCODE = 'SL003', HINT = 'Start a new job.';
-    END IF;
-    RAISE EXCEPTION 'job % is % and does not change its status again', OLD.job_id, OLD.status
-        USING ERRCODE = 'SL003', HINT = 'Start a new job.';
-END
-$$;
-
-CREATE TRIGGER jobs_begin_open BEFORE INSERT ON jobs
-    FOR EACH ROW WHEN (NEW.status NOT IN ('pending', 'in_progress')) EXECUTE FUNCTION refuse_job_change();
-CREATE TRIGGER jobs_finish_once BEFORE UPDATE ON jobs
-    FOR EACH ROW
-    WHEN (
-        (OLD.status IN ('completed', 'failed', 'cancelled') AND NEW.status IS DISTINCT FROM OLD.status)
-        OR NEW.job_id IS DISTINCT FROM OLD.job_id
-    )
-    EXECUTE FUNCTION refuse_job_change();
-CREATE TRIGGER jobs_stay BEFORE DELETE ON jobs
-    FOR EACH ROW EXECUTE FUNCTION refuse_job_change();

@@ -21,3 +21,5 @@ CREATE TABLE model_group_models (
     CONSTRAINT model_group_models_name CHECK (model_name ~ '^[^\s[:cntrl:]]{1,255}$'),
     CONSTRAINT model_group_models_priority CHECK (priority >= 0)
 );
+
+CREATE INDEX model_groups_by_time ON model_groups (created_at, group_name);

@@ -12,53 +12,32 @@ ALTER TABLE jobs
     -- Without a lease an open job would hold its credit for ever.
     ADD CONSTRAINT jobs_lease CHECK ((lease_expires_at IS NOT NULL) = (status IN ('pending', 'in_progress'))),
     ADD CONSTRAINT jobs_credit_applied CHECK (credit_applied = (status = 'completed')),
-    ADD CONSTRAINT jobs_request_hash CHECK ((idempotency_key IS NULL) = (request_hash IS NULL));
+    ADD CONSTRAINT jobs_request_hash CHECK ((idempotency_key IS NULL) = (request_hash IS NULL)),
+    -- A time that no client can read would make the lists with it unreadable, too.
+    ADD CONSTRAINT jobs_times CHECK (
+        created_at >= '1970-01-01' AND created_at < '9999-01-01'
+        AND started_at >= '1970-01-01' AND started_at < '9999-01-01'
+        AND completed_at >= '1970-01-01' AND completed_at < '9999-01-01'
+        AND lease_expires_at >= '1970-01-01' AND lease_expires_at < '9999-01-01'
+    );
 
 CREATE INDEX jobs_by_team ON jobs (team_id, created_at, job_id);
 CREATE INDEX jobs_by_organization ON jobs (organization_id, created_at, job_id);
-CREATE INDEX jobs_by_time ON jobs (created_at, job_id);
 CREATE INDEX jobs_open ON jobs (team_id, lease_expires_at) WHERE status IN ('pending', 'in_progress');
 -- A key whose job failed or was cancelled is free again.
 CREATE UNIQUE INDEX jobs_idempotency_key ON jobs (idempotency_key)
     WHERE idempotency_key IS NOT NULL AND status NOT IN ('failed', 'cancelled');
 
+-- A call belongs to a job (a foreign key), and that to a team (another): its own team is not checked again.
 ALTER TABLE llm_calls
-    ADD COLUMN team_id          identifier NOT NULL REFERENCES teams,
+    ADD COLUMN team_id          identifier NOT NULL,
     ADD COLUMN model_group_used identifier NOT NULL, -- the name: it outlives a group that is deleted
     ADD COLUMN attempt          integer    NOT NULL,
     ADD COLUMN purpose          text,
+    -- What was asked and answered, as far as the settings of the runner say that it is kept: nothing by default.
+    ADD COLUMN prompt           text,
+    ADD COLUMN answer           text,
     ADD CONSTRAINT llm_calls_attempt CHECK (attempt >= 1);
 
-
--- A job completes together with its charge, and stays with its team.
-
-CREATE FUNCTION require_charge() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    IF NOT EXISTS (
-        SELECT
-        FROM ONLY public.credit_transactions
-        WHERE job_id = NEW.job_id AND transaction_type = 'deduction' AND team_id = NEW.team_id
-    ) THEN
-        RAISE EXCEPTION 'job % completes only together with its deduction', NEW.job_id
-            USING ERRCODE = 'SL003', HINT = 'Complete the job and charge its team in one statement.';
-    END IF;
-    RETURN NULL;
-END
-$$;
-
-CREATE TRIGGER jobs_complete_with_charge AFTER UPDATE ON jobs
-    FOR EACH ROW WHEN (NEW.status = 'completed' AND OLD.status <> 'completed') EXECUTE FUNCTION require_charge();
-
-CREATE FUNCTION refuse_other_team() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    RAISE EXCEPTION 'job % stays with team %', OLD.job_id, OLD.team_id
-        USING ERRCODE = 'SL003', HINT = 'Start a new job for the other team.';
-END
-$$;
-
-CREATE TRIGGER jobs_stay_with_team BEFORE UPDATE ON jobs
-    FOR EACH ROW
-    WHEN ((OLD.team_id, OLD.organization_id) IS DISTINCT FROM (NEW.team_id, NEW.organization_id))
-    EXECUTE FUNCTION refuse_other_team();
+-- What a team has called in a period.
+CREATE INDEX llm_calls_by_team ON llm_calls (team_id, created_at);

@@ -1,37 +1,25 @@
 -- What is applied, and what a schema holds.
 
 -- name: create_record() :none
--- The record of what is applied, and the check that travels with the first query of every command.
+-- What is applied: each migration, and each file of definitions with the checksums of what it defines.
 CREATE TABLE IF NOT EXISTS saasllm_migrations (
     migration   text        PRIMARY KEY,
     checksum    text        NOT NULL,
     applied_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
     duration_ms integer     NOT NULL
 );
+CREATE TABLE IF NOT EXISTS saasllm_definitions (
+    definition text        PRIMARY KEY,
+    checksum   text        NOT NULL,
+    applied_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    objects    jsonb       NOT NULL
+);
 
--- name: create_check() :none
-CREATE OR REPLACE FUNCTION require_migrations(known text[]) RETURNS void
-LANGUAGE plpgsql STABLE AS $$
-DECLARE
-    pending text;
-    unknown text;
-BEGIN
-    SELECT min(migration) INTO unknown FROM saasllm_migrations WHERE migration <> ALL (known);
-    IF unknown IS NOT NULL THEN
-        RAISE EXCEPTION '%', unknown USING ERRCODE = 'SL002';
-    END IF;
-    SELECT min(name) INTO pending FROM unnest(known) AS name WHERE name NOT IN (SELECT migration FROM saasllm_migrations);
-    IF pending IS NOT NULL THEN
-        RAISE EXCEPTION '%', pending USING ERRCODE = 'SL001';
-    END IF;
-END
-$$;
-
--- name: check(known, actor, command) :one
--- Raises SL001 where one of the known migrations is pending, SL002 where another one is applied. The rest is for the
--- audit log.
+-- name: check(known, definitions, actor, command) :one
+-- Raises SL001 where a migration or a definition is pending, SL002 where an unknown migration is applied. The rest is
+-- for the audit log.
 SELECT
-    require_migrations(%(known)s) AS checked,
+    require_migrations(%(known)s, %(definitions)s) AS checked,
     set_config('saasllm.actor', %(actor)s, false) AS actor,
     set_config('saasllm.command', %(command)s, false) AS command;
 
@@ -50,6 +38,35 @@ SELECT migration, checksum, applied_at FROM saasllm_migrations ORDER BY migratio
 -- name: record(migration, checksum, duration_ms) :none
 INSERT INTO saasllm_migrations (migration, checksum, duration_ms)
 VALUES (%(migration)s, %(checksum)s, %(duration_ms)s);
+
+-- name: recorded_definitions() :many
+SELECT definition, checksum, applied_at, objects FROM saasllm_definitions ORDER BY definition;
+
+-- name: record_definitions(definition, checksum, objects) :none
+INSERT INTO saasllm_definitions AS d (definition, checksum, objects)
+VALUES (%(definition)s, %(checksum)s, %(objects)s)
+ON CONFLICT (definition) DO UPDATE
+SET checksum = excluded.checksum, objects = excluded.objects, applied_at = excluded.applied_at
+WHERE (d.checksum, d.objects) IS DISTINCT FROM (excluded.checksum, excluded.objects);
+
+-- name: forget_definitions(definitions) :none
+-- All but these.
+DELETE FROM saasllm_definitions WHERE definition <> ALL (%(definitions)s);
+
+-- name: existing() :many
+-- The functions, views and enabled triggers of the current schema, and what DROP calls each.
+SELECT 'function ' || proname AS object, oid::regprocedure::text AS dropped_as
+FROM pg_proc
+WHERE pronamespace = current_schema()::regnamespace
+UNION ALL
+SELECT 'view ' || relname, quote_ident(relname)
+FROM pg_class
+WHERE relnamespace = current_schema()::regnamespace AND relkind = 'v'
+UNION ALL
+SELECT 'trigger ' || c.relname || '.' || t.tgname, quote_ident(t.tgname) || ' ON ' || quote_ident(c.relname)
+FROM pg_trigger t
+JOIN pg_class c ON c.oid = t.tgrelid
+WHERE c.relnamespace = current_schema()::regnamespace AND NOT t.tgisinternal AND t.tgenabled IN ('O', 'A');
 
 -- name: try_lock() :one
 -- Waiting inside pg_advisory_lock would hold a snapshot, with which a CREATE INDEX CONCURRENTLY of the other runner
@@ -84,8 +101,8 @@ SELECT
     AND (SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = 'public.teams'::regclass) AS may_grant;
 
 -- name: objects() :many
--- All that decides how the tables of the current schema behave, each with its definition. The record of migrations is
--- left out, and the schema's name with it, so that two schemas can be compared.
+-- All that decides how the tables of the current schema behave, each with its definition. The records of what is
+-- applied are left out, and the schema's name with them, so that two schemas can be compared.
 SELECT 'column ' || c.relname || '.' || a.attname AS object,
     concat_ws(' ',
         format_type(a.atttypid, a.atttypmod),
@@ -101,7 +118,7 @@ WHERE c.relnamespace = current_schema()::regnamespace
   AND c.relkind IN ('r', 'p')
   AND a.attnum > 0
   AND NOT a.attisdropped
-  AND c.relname <> 'saasllm_migrations'
+  AND c.relname NOT IN ('saasllm_migrations', 'saasllm_definitions')
 UNION ALL
 SELECT 'table ' || c.relname || '.',
     concat_ws(' ',
@@ -113,21 +130,21 @@ SELECT 'table ' || c.relname || '.',
 FROM pg_class c
 WHERE c.relnamespace = current_schema()::regnamespace
   AND c.relkind IN ('r', 'p')
-  AND c.relname <> 'saasllm_migrations'
+  AND c.relname NOT IN ('saasllm_migrations', 'saasllm_definitions')
 UNION ALL
 SELECT 'constraint ' || coalesce(c.relname, t.typname) || '.' || n.conname, pg_get_constraintdef(n.oid)
 FROM pg_constraint n
 LEFT JOIN pg_class c ON c.oid = n.conrelid
 LEFT JOIN pg_type t ON t.oid = n.contypid
 WHERE n.connamespace = current_schema()::regnamespace
-  AND c.relname IS DISTINCT FROM 'saasllm_migrations'
+  AND coalesce(c.relname, '') NOT IN ('saasllm_migrations', 'saasllm_definitions')
   AND n.contype <> 'n' -- NOT NULL is a constraint of its own from PostgreSQL 18 on; the column has it already
 UNION ALL
 SELECT 'index ' || t.relname || '.' || c.relname, replace(pg_get_indexdef(c.oid), current_schema() || '.', '')
 FROM pg_index i
 JOIN pg_class c ON c.oid = i.indexrelid
 JOIN pg_class t ON t.oid = i.indrelid
-WHERE c.relnamespace = current_schema()::regnamespace AND t.relname <> 'saasllm_migrations'
+WHERE c.relnamespace = current_schema()::regnamespace AND t.relname NOT IN ('saasllm_migrations', 'saasllm_definitions')
 UNION ALL
 SELECT 'trigger ' || c.relname || '.' || g.tgname,
     concat_ws(' ', replace(pg_get_triggerdef(g.oid), current_schema() || '.', ''), 'enabled ' || g.tgenabled::text)
@@ -138,7 +155,7 @@ UNION ALL
 SELECT 'function ' || p.oid::regprocedure::text,
     concat_ws(' ', md5(coalesce(replace(pg_get_function_sqlbody(p.oid), current_schema() || '.', ''), p.prosrc)), p.proconfig::text, p.provolatile::text, CASE WHEN p.prosecdef THEN 'SECURITY DEFINER' END)
 FROM pg_proc p
-WHERE p.pronamespace = current_schema()::regnamespace AND p.proname <> 'require_migrations'
+WHERE p.pronamespace = current_schema()::regnamespace
 UNION ALL
 SELECT 'view ' || c.relname, pg_get_viewdef(c.oid)
 FROM pg_class c

@@ -1,14 +1,21 @@
--- What the roles may do. `saasllm migrate up` runs this at its end, where the roles are there and its own owns the
--- tables; it is safe to run again.
+-- What the roles may do. `saasllm migrate up` runs this at its end, each time, where the roles are there and its own
+-- owns the tables: what is not said here any more, they may no longer do.
 --
 -- A user is made of one of them:  CREATE ROLE app LOGIN PASSWORD '…' IN ROLE saasllm_runner;
+
+REVOKE ALL ON
+    saasllm_migrations, saasllm_definitions, organizations, model_groups, model_group_models, teams, team_model_groups,
+    team_credits, credit_transactions, credit_schedules, jobs, llm_calls, audit_log,
+    organization_details, model_group_details, team_details, credit_details, job_details, llm_call_details,
+    organization_records, model_group_records, team_records
+FROM saasllm_admin, saasllm_runner, saasllm_readonly;
 
 GRANT USAGE ON SCHEMA public TO saasllm_admin, saasllm_runner, saasllm_readonly;
 
 -- All of them look at everything.
 GRANT SELECT ON
-    saasllm_migrations, organizations, model_groups, model_group_models, teams, team_model_groups, team_credits,
-    credit_transactions, credit_schedules, jobs, llm_calls, audit_log,
+    saasllm_migrations, saasllm_definitions, organizations, model_groups, model_group_models, teams, team_model_groups,
+    team_credits, credit_transactions, credit_schedules, jobs, llm_calls, audit_log,
     organization_details, model_group_details, team_details, credit_details, job_details, llm_call_details,
     organization_records, model_group_records, team_records
 TO saasllm_admin, saasllm_runner, saasllm_readonly;
@@ -23,8 +30,8 @@ GRANT UPDATE (
     status, started_at, completed_at, credit_applied, error_message, lease_expires_at, model_groups_used, metadata
 ) ON jobs TO saasllm_runner;
 GRANT INSERT (
-    job_id, team_id, model_group_used, resolved_model, attempt, prompt_tokens, completion_tokens, total_tokens, cost_usd,
-    latency_ms, purpose, error, prompt, answer, created_at
+    job_id, team_id, model_group_used, resolved_model, attempt, prompt_tokens, completion_tokens, total_tokens,
+    cost_usd, latency_ms, purpose, error, prompt, answer, created_at
 ) ON llm_calls TO saasllm_runner;
 GRANT INSERT (
     team_id, organization_id, entry_no, job_id, transaction_type, credits_amount, credits_before, credits_after, reason

@@ -1,37 +1,9 @@
--- Who changed what: every change of an organization, a team, a group or an assignment, written by the database in the
--- transaction of the change, whatever client makes it.
---
--- A client says who it acts for by the settings saasllm.actor and saasllm.command; else it is the role of its session.
--- Nothing refers to the tables, for a record outlives what it tells of.
+-- Who changed what: every change of an organization, a team, a group, an assignment or a schedule, written by the
+-- database in the transaction of the change, whatever client makes it. Times in the records are in UTC, whatever the
+-- session's zone.
 
-CREATE TABLE audit_log (
-    audit_id        bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    created_at      timestamptz NOT NULL DEFAULT now(),
-    actor           text        NOT NULL
-        DEFAULT coalesce(nullif(current_setting('saasllm.actor', true), ''), session_user),
-    command         text        DEFAULT nullif(current_setting('saasllm.command', true), ''),
-    noun            text        NOT NULL,
-    action          text        NOT NULL,
-    organization_id text,
-    team_id         text,
-    group_name      text,
-    before          jsonb,
-    after           jsonb,
-    CONSTRAINT audit_log_noun CHECK (noun IN ('organization', 'team', 'group', 'assignment')),
-    CONSTRAINT audit_log_action CHECK (
-        CASE action
-            WHEN 'create' THEN before IS NULL AND after IS NOT NULL
-            WHEN 'update' THEN before IS NOT NULL AND after IS NOT NULL
-            WHEN 'delete' THEN before IS NOT NULL AND after IS NULL
-            ELSE false
-        END
-    )
-);
 
-CREATE INDEX audit_log_by_organization ON audit_log (organization_id, audit_id);
-CREATE INDEX audit_log_by_team ON audit_log (team_id, audit_id);
-CREATE INDEX audit_log_by_group ON audit_log (group_name, audit_id);
-CREATE INDEX audit_log_by_time ON audit_log (created_at);
+-- The audit log is append-only.
 
 CREATE FUNCTION refuse_audit_log_change() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -42,13 +14,18 @@ $$;
 
 CREATE TRIGGER audit_log_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON audit_log
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_audit_log_change();
+-- As with the ledger, nothing comes through a parent table, for which triggers of statements would not fire.
+CREATE TRIGGER audit_log_has_no_parent AFTER DELETE ON audit_log
+    REFERENCING OLD TABLE AS old_rows
+    FOR EACH ROW WHEN (false) EXECUTE FUNCTION refuse_audit_log_change();
 
 
 -- Organizations, teams and assignments: row by row, what it was and what it is. The arguments are the noun and the
--- column by which a row is found again after an update; what has no such column has left and come.
+-- column by which a row is found again after an update; what has no such column has left and come. What a purge removes
+-- is told by its one record.
 
 CREATE FUNCTION audit_rows() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
 DECLARE
     key constant text := TG_ARGV[1];
 BEGIN
@@ -79,7 +56,23 @@ BEGIN
                 )
             ),
             o.record ->> 'team_id', o.record ->> 'group_name', o.record
-        FROM (SELECT to_jsonb(old_rows) AS record FROM old_rows) o;
+        FROM (SELECT to_jsonb(old_rows) AS record FROM old_rows) o
+        WHERE NOT EXISTS (
+            SELECT
+            FROM public.audit_log p
+            WHERE p.action = 'purge'
+              AND p.purged_by = pg_current_xact_id()
+              AND (
+                  p.team_id = o.record ->> 'team_id'
+                  OR (p.team_id IS NULL AND p.organization_id = o.record ->> 'organization_id')
+                  -- An assignment does not know its organization: it is gone with its team.
+                  OR (
+                      p.team_id IS NULL
+                      AND TG_ARGV[0] = 'assignment'
+                      AND NOT EXISTS (SELECT FROM public.teams t WHERE t.team_id = o.record ->> 'team_id')
+                  )
+              )
+        );
     ELSE
         INSERT INTO public.audit_log (noun, action, organization_id, team_id, group_name, before, after)
         SELECT
@@ -134,7 +127,7 @@ CREATE TRIGGER team_model_groups_audit_delete AFTER DELETE ON team_model_groups
 -- the last record says, so that one statement that changes both, or replaces the models, writes one record.
 
 CREATE FUNCTION audit_groups() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
 DECLARE
     changed text[];
 BEGIN
@@ -183,3 +176,37 @@ CREATE TRIGGER model_group_models_audit_update AFTER UPDATE ON model_group_model
     REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION audit_groups();
 CREATE TRIGGER model_group_models_audit_delete AFTER DELETE ON model_group_models
     REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION audit_groups();
+
+
+-- What a schedule is, is audited; that it has moved on to its next period, the ledger tells.
+
+CREATE FUNCTION audit_schedule() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
+BEGIN
+    -- With its whole team it is told by the record of the purge, or by that of the team.
+    IF TG_OP = 'DELETE' AND NOT EXISTS (SELECT FROM ONLY public.teams WHERE team_id = OLD.team_id) THEN
+        RETURN NULL;
+    END IF;
+    INSERT INTO public.audit_log (noun, action, organization_id, team_id, before, after)
+    SELECT
+        'schedule',
+        CASE TG_OP WHEN 'INSERT' THEN 'create' WHEN 'UPDATE' THEN 'update' ELSE 'delete' END,
+        t.organization_id,
+        t.team_id,
+        CASE WHEN TG_OP <> 'INSERT' THEN to_jsonb(OLD) END,
+        CASE WHEN TG_OP <> 'DELETE' THEN to_jsonb(NEW) END
+    FROM public.teams t
+    WHERE t.team_id = coalesce(NEW.team_id, OLD.team_id);
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER credit_schedules_audit AFTER INSERT OR DELETE ON credit_schedules
+    FOR EACH ROW EXECUTE FUNCTION audit_schedule();
+CREATE TRIGGER credit_schedules_audit_update AFTER UPDATE ON credit_schedules
+    FOR EACH ROW
+    WHEN (
+        (OLD.team_id, OLD.credits_amount, OLD.every, OLD.mode, OLD.credits_max)
+        IS DISTINCT FROM (NEW.team_id, NEW.credits_amount, NEW.every, NEW.mode, NEW.credits_max)
+    )
+    EXECUTE FUNCTION audit_schedule();

@@ -1,68 +1,48 @@
--- Jobs are begun and settled faster; what is enforced stays the same.
-
--- The same rule: a bounded repetition takes a regular expression ten times as long.
-ALTER DOMAIN identifier DROP CONSTRAINT identifier_form;
-ALTER DOMAIN identifier ADD CONSTRAINT identifier_form
-    CHECK (VALUE ~ '^[A-Za-z0-9][A-Za-z0-9._-]*$' AND length(VALUE) <= 128);
-
--- A call is found by its job: one index for both.
-ALTER TABLE llm_calls DROP CONSTRAINT llm_calls_pkey;
-ALTER TABLE llm_calls ADD CONSTRAINT llm_calls_pkey PRIMARY KEY (job_id, call_id);
-DROP INDEX llm_calls_by_job;
-
--- What a statement does not set it does not change: then the condition is not even read, which takes longer than to
--- evaluate it.
-DROP TRIGGER jobs_finish_once ON jobs;
-DROP TRIGGER jobs_stay_with_team ON jobs;
-CREATE TRIGGER jobs_finish_once BEFORE UPDATE ON jobs
-    FOR EACH ROW WHEN (OLD.completed_at IS NOT NULL AND NEW.status <> OLD.status)
-    EXECUTE FUNCTION refuse_job_change();
-CREATE TRIGGER jobs_keep_id BEFORE UPDATE OF job_id ON jobs
-    FOR EACH ROW WHEN (NEW.job_id <> OLD.job_id)
-    EXECUTE FUNCTION refuse_job_change();
-CREATE TRIGGER jobs_stay_with_team BEFORE UPDATE OF team_id, organization_id ON jobs
-    FOR EACH ROW
-    WHEN ((OLD.team_id, OLD.organization_id) IS DISTINCT FROM (NEW.team_id, NEW.organization_id))
-    EXECUTE FUNCTION refuse_other_team();
+-- Credits: a ledger that only grows, and the balances that follow from it.
+--
+-- Statements insert ledger rows and nothing else. One trigger moves the balances by what was inserted, and a guard
+-- on the balances asks the ledger whether a movement is explained by its rows. It asks the data, not who is asking:
+-- a setting or a trigger depth could be faked by any client. The functions see pg_catalog alone and name their tables
+-- in full, with ONLY: a temporary table, a function of somebody's or a child table cannot stand in for the real one.
+--
+-- No function acts with its owner's rights: whoever may call one could hang it on a table of his own and have it
+-- evaluate what he likes. So who runs jobs may move balances, and the ledger decides by how much; what teams are given
+-- is for those who may change teams.
+--
+-- Their plans last as long as their session: one that reads a whole table, because that was empty or because one team
+-- has most of its rows, would become slower and slower. Hence enable_seqscan = off, and enable_mergejoin = off where a
+-- merge is thought to end early.
 
 
--- Checks look up each row by the one index that names it alone. Of two that the planner thinks to be as good, because
--- each team had one entry when it last looked, it may take the one by team, and read all that a busy team has by now.
+-- The ledger is append-only. (What leaves it, leaves with its whole team: purge.sql.)
 
--- That a completed job was charged holds before its update as well as after it.
-DROP TRIGGER jobs_complete_with_charge ON jobs;
-
-CREATE OR REPLACE FUNCTION require_charge() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
-DECLARE
-    uncharged text;
+CREATE FUNCTION refuse_ledger_change() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    SELECT min(job.job_id::text) INTO uncharged
-    FROM new_rows job
-    WHERE job.status = 'completed'
-      AND job.team_id IS DISTINCT FROM (
-          SELECT c.team_id
-          FROM ONLY public.credit_transactions c
-          WHERE c.job_id = job.job_id AND c.transaction_type = 'deduction'
-      );
-
-    IF uncharged IS NOT NULL THEN
-        RAISE EXCEPTION 'job % completes only together with its deduction', uncharged
-            USING ERRCODE = 'SL003', HINT = 'Complete the job and charge its team in one statement.';
-    END IF;
-    RETURN NULL;
+    RAISE EXCEPTION 'credit_transactions is append-only: % is refused', TG_OP
+        USING ERRCODE = 'SL004', HINT = 'A balance is corrected by a further entry.';
 END
 $$;
 
-CREATE TRIGGER jobs_complete_with_charge AFTER UPDATE ON jobs
-    REFERENCING NEW TABLE AS new_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION require_charge();
+CREATE TRIGGER credit_transactions_append_only BEFORE UPDATE OR TRUNCATE ON credit_transactions
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_ledger_change();
 
-CREATE OR REPLACE FUNCTION move_balances() RETURNS trigger
+-- Triggers of statements do not fire for what comes through a parent table. This one can have none: PostgreSQL gives no
+-- parent to a table with such a trigger of rows, which itself never fires.
+CREATE TRIGGER credit_transactions_has_no_parent AFTER UPDATE ON credit_transactions
+    REFERENCING OLD TABLE AS old_rows
+    FOR EACH ROW WHEN (false) EXECUTE FUNCTION refuse_ledger_change();
+
+
+-- Ledger rows move the balances: deductions and refunds credits_used, the others credits_allocated. The rows of a team
+-- must continue its chain, and what a job costs must be charged for a completed job of that team.
+
+CREATE FUNCTION move_balances() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_mergejoin = off AS $$
 DECLARE
     refused_team text;
     refused_job  text;
+    is_given     boolean; -- something else than what jobs cost
 BEGIN
     WITH linked AS (
         SELECT
@@ -86,11 +66,13 @@ BEGIN
             max(entry_no) AS last_no,
             min(credits_before) FILTER (WHERE previous_no IS NULL) AS opening,
             bool_and(previous_no IS NULL OR (entry_no, credits_before) = (previous_no + 1, previous_after)) AS unbroken,
-            coalesce(sum(credits_amount) FILTER (WHERE transaction_type NOT IN ('deduction', 'refund')), 0) AS allocated,
+            coalesce(sum(credits_amount) FILTER (WHERE transaction_type NOT IN ('deduction', 'refund')), 0)
+                AS allocated,
             coalesce(-sum(credits_amount) FILTER (WHERE transaction_type IN ('deduction', 'refund')), 0) AS used,
             -- Each job that is charged has reserved its credit: the charge takes the place of the reservation.
             count(*) FILTER (WHERE transaction_type = 'deduction') AS released,
-            min(wrong_job_id::text) AS wrong_job_id
+            min(wrong_job_id::text) AS wrong_job_id,
+            bool_or(transaction_type <> 'deduction') AS is_given
         FROM linked
         GROUP BY team_id
     ),
@@ -107,15 +89,21 @@ BEGIN
           AND movement.opening = c.credits_remaining
         RETURNING c.team_id
     )
-    SELECT min(team_id::text) FILTER (WHERE team_id NOT IN (SELECT team_id FROM moved)), min(wrong_job_id)
-    INTO refused_team, refused_job
+    SELECT
+        min(team_id::text) FILTER (WHERE team_id NOT IN (SELECT team_id FROM moved)),
+        min(wrong_job_id),
+        bool_or(movement.is_given)
+    INTO refused_team, refused_job, is_given
     FROM movement;
 
-    IF refused_team IS NOT NULL THEN
+    IF is_given AND NOT has_table_privilege('public.teams', 'UPDATE') THEN
+        RAISE EXCEPTION 'who may not change teams enters what jobs cost, and nothing else'
+            USING ERRCODE = 'insufficient_privilege';
+    ELSIF refused_team IS NOT NULL THEN
         RAISE EXCEPTION 'the new entries of team % do not continue its ledger', refused_team
             USING ERRCODE = 'SL005',
                   DETAIL = 'Each entry_no is the last one plus 1, each credits_before the last credits_after.',
-                  HINT = 'Lock the row of team_credits first and continue from its last_entry_no and credits_remaining.';
+                  HINT = 'Lock the row of team_credits, and continue from its last_entry_no and credits_remaining.';
     ELSIF refused_job IS NOT NULL THEN
         RAISE EXCEPTION 'job % is not a completed job of the team that is to be charged for it', refused_job
             USING ERRCODE = 'SL005', HINT = 'Complete the job and charge its team in one statement.';
@@ -124,7 +112,20 @@ BEGIN
 END
 $$;
 
-CREATE OR REPLACE FUNCTION guard_balance() RETURNS trigger
+CREATE TRIGGER credit_transactions_move_balances AFTER INSERT ON credit_transactions
+    REFERENCING NEW TABLE AS new_entries
+    FOR EACH STATEMENT EXECUTE FUNCTION move_balances();
+
+
+-- No balance moves without its ledger rows.
+--
+-- A balance can be wrong only where somebody has changed it with the triggers off. Then it does not move any more, for
+-- that would carry the fault into the ledger, until it is repaired: the guard also lets a balance become what the whole
+-- ledger of its team says. Nobody gains a credit by that which the ledger does not have.
+--
+-- plan_cache_mode: else it is planned anew for each row, as the entries behind a number are thought to be many.
+
+CREATE FUNCTION guard_balance() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off
 SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
 DECLARE
@@ -181,6 +182,50 @@ BEGIN
 END
 $$;
 
+CREATE TRIGGER team_credits_guard BEFORE UPDATE ON team_credits
+    FOR EACH ROW
+    WHEN (
+        (OLD.team_id, OLD.credits_allocated, OLD.credits_used, OLD.last_entry_no)
+        IS DISTINCT FROM (NEW.team_id, NEW.credits_allocated, NEW.credits_used, NEW.last_entry_no)
+    )
+    EXECUTE FUNCTION guard_balance();
+
+
+-- A balance begins empty with its team and goes with it, never on its own.
+
+CREATE FUNCTION open_balances() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO public.team_credits (team_id) SELECT team_id FROM new_teams;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER teams_open_balances AFTER INSERT ON teams
+    REFERENCING NEW TABLE AS new_teams
+    FOR EACH STATEMENT EXECUTE FUNCTION open_balances();
+
+CREATE FUNCTION refuse_balance_without_team() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    -- When a team is deleted, its row here follows: by then the team is gone.
+    IF TG_OP = 'DELETE' AND NOT EXISTS (SELECT FROM public.teams WHERE team_id = OLD.team_id) THEN
+        RETURN OLD;
+    END IF;
+    RAISE EXCEPTION 'the balance of a team begins empty and goes with its team: % is refused', TG_OP
+        USING ERRCODE = 'SL006', HINT = 'A team that is created has its balance; saasllm credits add moves it.';
+END
+$$;
+
+CREATE TRIGGER team_credits_begin_empty BEFORE INSERT ON team_credits
+    FOR EACH ROW
+    WHEN ((NEW.credits_allocated, NEW.credits_used, NEW.credits_reserved, NEW.last_entry_no) <> (0, 0, 0, 0))
+    EXECUTE FUNCTION refuse_balance_without_team();
+CREATE TRIGGER team_credits_stay BEFORE DELETE ON team_credits
+    FOR EACH ROW EXECUTE FUNCTION refuse_balance_without_team();
+CREATE TRIGGER team_credits_no_truncate BEFORE TRUNCATE ON team_credits
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_balance_without_team();
+
 
 -- Who waits for a balance does so in a statement of its own, which sees then what is there by now. A larger one would
 -- have to begin a part of its plan anew for the row that has changed meanwhile, while the others wait.
@@ -217,4 +262,10 @@ BEGIN
     UPDATE public.team_credits SET credits_reserved = credits_reserved + free WHERE team_id = of_team AND free > 0;
     RETURN free;
 END
+$$;
+
+-- What remained after an entry. Volatile, so it sees also what was committed while its statement waited for a lock.
+CREATE FUNCTION credits_after_entry(of_team text, no bigint) RETURNS bigint
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT credits_after FROM ONLY public.credit_transactions WHERE team_id = of_team AND entry_no = no
 $$;

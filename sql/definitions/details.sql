@@ -25,6 +25,8 @@ CROSS JOIN LATERAL (
     WHERE group_name = g.group_name
 ) m;
 
+-- A team is shown with its schedule. Its balance is looked up team by team (the OFFSET says so): joined by merging, a
+-- page in the middle of a list would read all balances before it.
 CREATE VIEW team_details AS
 SELECT
     t.team_id,
@@ -40,9 +42,22 @@ SELECT
     c.credits_remaining,
     t.metadata,
     t.created_at,
-    t.updated_at
+    t.updated_at,
+    (
+        SELECT json_build_object(
+            'credits_amount', s.credits_amount, 'every', s.every, 'mode', s.mode, 'credits_max', s.credits_max,
+            'next_on', s.next_on
+        )
+        FROM credit_schedules s
+        WHERE s.team_id = t.team_id
+    ) AS schedule
 FROM teams t
-JOIN team_credits c USING (team_id);
+CROSS JOIN LATERAL (
+    SELECT credits_allocated, credits_used, credits_reserved, credits_remaining
+    FROM team_credits
+    WHERE team_id = t.team_id
+    OFFSET 0
+) c;
 
 -- Free to start jobs are also the credits of expired leases, which the next job that needs them takes back.
 CREATE VIEW credit_details AS
@@ -96,5 +111,7 @@ SELECT
     latency_ms,
     purpose,
     error,
-    created_at
+    created_at,
+    prompt,
+    answer
 FROM llm_calls;

@@ -1,0 +1,226 @@
+"""Make the database as the files of `sql/definitions` say: its functions, triggers, views and rights.
+
+A file is CREATE FUNCTION, CREATE VIEW and CREATE TRIGGER, each of a name of its own, and GRANT and REVOKE. It is
+recorded with its checksum and with those of what it defines, so that what is applied is only what has changed, and
+what is gone from the files can be dropped.
+"""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import psycopg
+from psycopg import sql
+from psycopg.types.json import Jsonb
+
+from saasllm_cli.database import Connection, Row, definition_files
+from saasllm_cli.errors import Conflict, InvalidInput, SaasllmError
+from saasllm_cli.queries import checksum, query, text_of
+from saasllm_cli.statements import Statement, execute, split
+
+# In the order in which they can be made: views and triggers need functions.
+KINDS = ("function", "view", "trigger")
+HINT = "The database is as it was before. Correct the definition, and run it again."
+
+_DEFINITION = re.compile(
+    r"CREATE (?:(?P<kind>FUNCTION|VIEW) (?P<name>\w+)\b|TRIGGER (?P<trigger>\w+)\b.*?\bON (?P<table>\w+)\b)", re.DOTALL
+)
+_RIGHT = re.compile(r"(GRANT|REVOKE)\b")
+# A replacement that PostgreSQL makes only by dropping first: other columns of a view, another result of a function.
+_CANNOT_REPLACE = (psycopg.errors.InvalidTableDefinition, psycopg.errors.InvalidFunctionDefinition)
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A function, a view or a trigger; its `key` is its kind and name, as in `trigger jobs.jobs_stay`."""
+
+    kind: str
+    name: str
+    statement: Statement
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind} {self.name}"
+
+    @property
+    def checksum(self) -> str:
+        return checksum(self.statement.text)
+
+    @property
+    def replacement(self) -> Statement:
+        text = self.statement.text.replace("CREATE", "CREATE OR REPLACE", 1)
+        return Statement(self.statement.file, self.statement.line, text)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of definitions; its name is what it is recorded under, as in `definitions/ledger.sql`."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return f"definitions/{self.path.name}"
+
+    @cached_property
+    def text(self) -> str:
+        return text_of(self.path)
+
+    @property
+    def checksum(self) -> str:
+        return checksum(self.text)
+
+    @cached_property
+    def statements(self) -> list[Statement]:
+        return list(split(self.text, self.name))
+
+    def definitions(self) -> list[Definition]:
+        """What it defines; `InvalidInput` where something else stands in it."""
+        found = []
+        for statement in self.statements:
+            if match := _DEFINITION.match(statement.text):
+                name = match["name"] or f"{match['table']}.{match['trigger']}"
+                found.append(Definition((match["kind"] or "trigger").lower(), name, statement))
+            elif not _RIGHT.match(statement.text):
+                raise InvalidInput(
+                    "no_definition",
+                    f"{statement.place}: a file of definitions holds only CREATE FUNCTION, VIEW and TRIGGER, GRANT and "
+                    "REVOKE.",
+                    "What has state, such as a table or an index, is a migration.",
+                )
+        return found
+
+    def rights(self) -> list[Statement]:
+        return [statement for statement in self.statements if _RIGHT.match(statement.text)]
+
+
+def files() -> list[File]:
+    return [File(path) for path in definition_files()]
+
+
+def wanted() -> list[Definition]:
+    """What all files define, in the order in which it can be made; `InvalidInput` where something is defined twice."""
+    found: dict[str, Definition] = {}
+    for definition in (definition for file in files() for definition in file.definitions()):
+        if twin := found.get(definition.key):
+            raise InvalidInput(
+                "defined_twice",
+                f"{definition.statement.place}: {definition.key} is defined in {twin.statement.place} already.",
+                "Each definition stands once.",
+            )
+        found[definition.key] = definition
+    return sorted(found.values(), key=lambda definition: KINDS.index(definition.kind))
+
+
+def states(recorded: list[Row], existing: set[str]) -> list[Row]:
+    """Each file as `migrate status` lists it: `applied`, or `pending` where it was changed, is gone, or something that
+    it defines is not in the database."""
+    checksums = {file.name: file.checksum for file in files()}
+    rows = {row["definition"]: row for row in recorded}
+
+    def is_applied(name: str) -> bool:
+        return (
+            name in rows and rows[name]["checksum"] == checksums.get(name) and rows[name]["objects"].keys() <= existing
+        )
+
+    return [
+        {
+            "migration": name,
+            "status": "applied" if is_applied(name) else "pending",
+            "applied_at": rows[name]["applied_at"] if name in rows else None,
+        }
+        for name in sorted(checksums.keys() | rows.keys())
+    ]
+
+
+def recorded(connection: Connection) -> list[Row]:
+    return connection.execute(query("migrate.recorded_definitions").sql).fetchall()
+
+
+def existing(connection: Connection) -> dict[str, set[str]]:
+    """The functions, views and triggers of the schema by their keys, with what DROP calls each: of a function, its
+    signatures."""
+    found = defaultdict(set)
+    for row in connection.execute(query("migrate.existing").sql):
+        found[row["object"]].add(row["dropped_as"])
+    return found
+
+
+def apply(connection: Connection) -> list[str]:
+    """Brings the database to what the files say, within the caller's transaction; the names of the files that had
+    changed. Raises `statements.BLOCKED` where somebody holds what it needs for longer than the lock timeout."""
+    definitions, rows, there = wanted(), recorded(connection), existing(connection)
+    pending = [row["migration"] for row in states(rows, set(there)) if row["status"] == "pending"]
+    was = {key: checksum for row in rows for key, checksum in row["objects"].items()}
+    changed = [each for each in definitions if was.get(each.key) != each.checksum or each.key not in there]
+    gone = sorted(was.keys() & there.keys() - {definition.key for definition in definitions}, reverse=True)
+    _lock_tables(connection, {*(definition.key for definition in changed), *gone})
+    for definition in changed:
+        _make(connection, definition, there[definition.key])
+    # What a function was called before, where it takes other arguments now.
+    now = existing(connection)
+    obsolete = {
+        definition.key: there[definition.key] & now[definition.key]
+        for definition in changed
+        if now[definition.key] - there[definition.key]
+    }
+    for kind in reversed(KINDS):
+        for key in (*gone, *obsolete):
+            if key.startswith(f"{kind} "):
+                _drop(connection, kind, obsolete.get(key, there[key]))
+    record(connection)
+    grant(connection)
+    return pending
+
+
+def record(connection: Connection) -> None:
+    """Records the files as applied."""
+    for file in files():
+        objects = {definition.key: definition.checksum for definition in file.definitions()}
+        row = {"definition": file.name, "checksum": file.checksum, "objects": Jsonb(objects)}
+        connection.execute(query("migrate.record_definitions").sql, row)
+    connection.execute(query("migrate.forget_definitions").sql, {"definitions": [file.name for file in files()]})
+
+
+def grant(connection: Connection) -> None:
+    """Gives the roles what they may do, where they are there or may be made, and this one owns the tables."""
+    connection.execute(query("migrate.create_roles").sql)
+    row = connection.execute(query("migrate.may_grant").sql).fetchone()
+    if row and row["may_grant"]:
+        for right in (right for file in files() for right in file.rights()):
+            execute(connection, right, HINT)
+
+
+def _lock_tables(connection: Connection, keys: set[str]) -> None:
+    """Takes the locks of all triggers that change at once, so that nobody who has one of the tables waits for another.
+    Readers go on."""
+    tables = {key.removeprefix("trigger ").partition(".")[0] for key in keys if key.startswith("trigger ")}
+    if tables:
+        names = sql.SQL(", ").join(map(sql.Identifier, sorted(tables)))
+        connection.execute(sql.SQL("LOCK TABLE ONLY {} IN SHARE ROW EXCLUSIVE MODE").format(names))
+
+
+def _make(connection: Connection, definition: Definition, names: set[str]) -> None:
+    """Replaces the definition that has these names so far, or makes it anew."""
+    try:
+        with connection.transaction():
+            execute(connection, definition.replacement, HINT)
+    except SaasllmError as error:
+        if not isinstance(error.__cause__, _CANNOT_REPLACE):
+            raise
+        _drop(connection, definition.kind, names)
+        execute(connection, definition.statement, HINT)
+
+
+def _drop(connection: Connection, kind: str, names: set[str]) -> None:
+    for name in sorted(names):
+        try:
+            connection.execute(f"DROP {kind.upper()} {name}")
+        except psycopg.errors.DependentObjectsStillExist as error:
+            raise Conflict(
+                "definition_in_use",
+                f"The {kind} {name} cannot be dropped: {error.diag.message_detail}",
+                "It is not ours. Drop it, run this again, and make it anew.",
+            ) from error

@@ -1,0 +1,30 @@
+-- The check that travels with the first query of every command: is the database as the program says?
+
+-- Raises SL001 with what is pending, or SL002 with a migration that the program does not know. The program names its
+-- migrations, and each file of definitions with its checksum.
+CREATE FUNCTION require_migrations(known text[], definitions text[]) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    unknown text;
+    pending text;
+BEGIN
+    SELECT min(migration) INTO unknown FROM public.saasllm_migrations WHERE migration <> ALL (known);
+    IF unknown IS NOT NULL THEN
+        RAISE EXCEPTION '%', unknown USING ERRCODE = 'SL002';
+    END IF;
+
+    SELECT min(name) INTO pending
+    FROM unnest(known) AS name
+    WHERE name NOT IN (SELECT migration FROM public.saasllm_migrations);
+    IF pending IS NULL THEN
+        -- Changed or new in the files, or gone from them.
+        SELECT min(split_part(file, ' ', 1)) INTO pending
+        FROM unnest(definitions) AS wanted (file)
+        FULL JOIN (SELECT definition || ' ' || checksum AS file FROM public.saasllm_definitions) recorded USING (file)
+        WHERE num_nulls(wanted.file, recorded.file) > 0;
+    END IF;
+    IF pending IS NOT NULL THEN
+        RAISE EXCEPTION '%', pending USING ERRCODE = 'SL001';
+    END IF;
+END
+$$;

@@ -1,0 +1,100 @@
+-- A purge removes a team, or an organization with all its teams, together with its history: jobs, calls and ledger.
+--
+-- It is one statement that deletes all of that and leaves one record in the audit log. The database admits no other
+-- DELETE of jobs and ledger rows: their team must be gone when the statement ends, so that no part of a ledger can be
+-- taken out of it, and the record must name it.
+
+
+-- The record is signed with its transaction.
+
+CREATE FUNCTION sign_purge() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    NEW.purged_by := pg_current_xact_id(); -- whatever a client has put there
+    RETURN NEW;
+END
+$$;
+
+CREATE TRIGGER audit_log_sign_purge BEFORE INSERT ON audit_log
+    FOR EACH ROW WHEN (NEW.action = 'purge') EXECUTE FUNCTION sign_purge();
+
+
+-- What is history leaves only in a purge.
+
+CREATE FUNCTION require_purge() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    kept text;
+BEGIN
+    SELECT min(gone.team_id::text) INTO kept
+    FROM (SELECT DISTINCT team_id, organization_id FROM old_rows) gone
+    WHERE EXISTS (SELECT FROM ONLY public.teams t WHERE t.team_id = gone.team_id)
+       OR NOT EXISTS (
+           SELECT
+           FROM ONLY public.audit_log p
+           WHERE p.action = 'purge'
+             AND p.purged_by = pg_current_xact_id()
+             AND p.organization_id = gone.organization_id
+             AND (
+                 p.team_id = gone.team_id
+                 OR (
+                     p.team_id IS NULL
+                     AND NOT EXISTS (
+                         SELECT FROM ONLY public.organizations o WHERE o.organization_id = gone.organization_id
+                     )
+                 )
+             )
+       );
+
+    IF kept IS NOT NULL THEN
+        RAISE EXCEPTION '% is the history of team %: DELETE is refused', TG_TABLE_NAME, kept
+            USING ERRCODE = TG_ARGV[0], HINT = 'It leaves only with its whole team: saasllm team delete --purge.';
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER credit_transactions_stay AFTER DELETE ON credit_transactions
+    REFERENCING OLD TABLE AS old_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION require_purge('SL004');
+CREATE TRIGGER jobs_stay AFTER DELETE ON jobs
+    REFERENCING OLD TABLE AS old_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION require_purge('SL003');
+
+
+-- A team keeps its ids, and its history does not pass to another of the same id: else a statement could take the team
+-- away, have a function remove a part of the history, and put the team back before anybody has looked.
+
+CREATE FUNCTION refuse_other_id() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION 'team % keeps its id and its organization', OLD.team_id
+        USING ERRCODE = 'SL008', HINT = 'Create another team.';
+END
+$$;
+
+CREATE TRIGGER teams_keep_id BEFORE UPDATE ON teams
+    FOR EACH ROW
+    WHEN ((OLD.team_id, OLD.organization_id) IS DISTINCT FROM (NEW.team_id, NEW.organization_id))
+    EXECUTE FUNCTION refuse_other_id();
+
+CREATE FUNCTION require_no_history() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+BEGIN
+    IF (
+        EXISTS (SELECT FROM ONLY public.credit_transactions WHERE team_id = NEW.team_id)
+        OR EXISTS (SELECT FROM ONLY public.jobs WHERE team_id = NEW.team_id)
+    )
+        -- That there is such a team is for the primary key to say.
+        AND NOT EXISTS (SELECT FROM ONLY public.teams WHERE team_id = NEW.team_id)
+    THEN
+        RAISE EXCEPTION 'there is history of another team %', NEW.team_id
+            USING ERRCODE = 'SL008', HINT = 'Purge that team as a whole, or choose another id.';
+    END IF;
+    RETURN NEW;
+END
+$$;
+
+-- Before each row: at the end of the statement a new team may have its opening credits already.
+CREATE TRIGGER teams_begin_without_history BEFORE INSERT ON teams
+    FOR EACH ROW EXECUTE FUNCTION require_no_history();

@@ -1,0 +1,334 @@
+"""What `sql/definitions` says is what the database has: each thing once, changed in one place, while jobs go on."""
+
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from conftest import Result, assert_sound, charged_job, start_process
+
+from saasllm_cli import database
+from saasllm_cli.jobs import runner
+from saasllm_cli.queries import SQL
+
+Run = Callable[..., Result]
+Sql = psycopg.Connection[dict[str, Any]]
+
+OBJECTS = """
+SELECT 'FUNCTION ' || proname AS name, xmin::text AS version FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+UNION ALL
+SELECT 'VIEW ' || viewname, definition FROM pg_views WHERE schemaname = 'public'
+UNION ALL
+SELECT 'TRIGGER ' || tgname, xmin::text FROM pg_trigger WHERE NOT tgisinternal
+"""
+
+
+@pytest.fixture
+def definitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the definitions to play with."""
+    shutil.copytree(SQL, tmp_path / "sql")
+    for module in ("database", "migrations"):
+        monkeypatch.setattr(f"saasllm_cli.{module}.SQL", tmp_path / "sql")
+    return tmp_path / "sql" / "definitions"
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
+def objects(sql: Sql) -> dict[str, str]:
+    return {row["name"]: row["version"] for row in sql.execute(OBJECTS)}
+
+
+def pending(run: Run) -> list[str]:
+    return [row["migration"] for row in run("migrate", "status", "-o", "json").data if row["status"] == "pending"]
+
+
+def test_each_thing_of_the_schema_is_defined_once(migrated_database: str, sql: Sql) -> None:
+    text = "\n".join(path.read_text() for path in SQL.rglob("*.sql"))
+    defined = re.findall(r"^CREATE (?:OR REPLACE )?((?:FUNCTION|VIEW|TRIGGER) \w+)", text, re.MULTILINE)
+    assert sorted(defined) == sorted(objects(sql))
+
+
+def test_a_change_is_pending_until_it_is_applied_and_nothing_else_is_touched(
+    tenant: Run, sql: Sql, definitions: Path
+) -> None:
+    before = objects(sql)
+    edit(definitions / "ledger.sql", "'A balance is corrected by a further entry.'", "'Enter another one.'")
+    assert pending(tenant) == ["definitions/ledger.sql"]
+    verify = tenant("migrate", "verify", "-o", "json")
+    assert (verify.status, verify.error["code"]) == (7, "migrations_pending")
+    for command in ("team list", "credits add hr 1", "job run --team hr --group Echo --prompt x"):
+        result = tenant(*command.split(), "-o", "json")
+        assert (result.status, result.error["code"]) == (7, "migrations_pending")
+        assert "definitions/ledger.sql" in result.error["message"]
+    assert tenant("migrate", "up", "--dry-run").out == "Migration pending: definitions/ledger.sql\n"
+    assert objects(sql) == before
+
+    assert [row["migration"] for row in tenant("migrate", "up", "-o", "json").data] == ["definitions/ledger.sql"]
+    changed = {name for name, version in objects(sql).items() if before[name] != version}
+    assert changed == {"FUNCTION refuse_ledger_change"}
+    with pytest.raises(psycopg.Error) as refused:
+        sql.execute("UPDATE credit_transactions SET reason = ''")
+    assert refused.value.diag.message_hint == "Enter another one."
+    assert tenant("migrate", "verify").status == 0
+    assert tenant("team", "list").status == 0
+    assert tenant("migrate", "up").out == "No pending migrations.\n"
+
+
+def test_what_is_gone_from_the_files_is_gone_from_the_database(tenant: Run, sql: Sql, definitions: Path) -> None:
+    """A function and its trigger renamed, a view removed, a file renamed."""
+    before = objects(sql)
+    for old, new in (
+        ("FUNCTION refuse_other_team", "FUNCTION refuse_team"),
+        ("TRIGGER jobs_keep_id", "TRIGGER jobs_id"),
+    ):
+        path = definitions / "jobs.sql"
+        path.write_text(path.read_text().replace(old, new))
+    manifests = (definitions / "manifests.sql").read_text()
+    (definitions / "manifests.sql").unlink()
+    (definitions / "records.sql").write_text(manifests.replace("VIEW team_records", "VIEW team_record"))
+    rights = definitions / "rights.sql"
+    rights.write_text(rights.read_text().replace("team_records", "team_record"))
+    names = ["definitions/jobs.sql", "definitions/manifests.sql", "definitions/records.sql", "definitions/rights.sql"]
+    assert pending(tenant) == names
+
+    assert tenant("migrate", "up").status == 0
+    after = objects(sql)
+    assert before.keys() - after.keys() == {"FUNCTION refuse_other_team", "TRIGGER jobs_keep_id", "VIEW team_records"}
+    assert after.keys() - before.keys() == {"FUNCTION refuse_team", "TRIGGER jobs_id", "VIEW team_record"}
+    assert after["VIEW organization_records"] == before["VIEW organization_records"]  # it has moved, and not changed
+    assert tenant("migrate", "verify").status == 0
+    sql.execute("INSERT INTO teams (team_id, organization_id, team_alias) VALUES ('it', 'acme', 'IT')")
+    charged_job()
+    with pytest.raises(psycopg.Error, match="stays with team"):
+        sql.execute("UPDATE jobs SET team_id = 'it'")
+
+
+def test_rights_that_are_gone_are_taken_away(migrated_database: str, run: Run, sql: Sql, definitions: Path) -> None:
+    may = "SELECT has_table_privilege('saasllm_readonly', 'audit_log', 'SELECT') AS may_read"
+    assert sql.execute(may).fetchone() == {"may_read": True}
+    path = definitions / "rights.sql"
+    first, *rest = path.read_text().split("GRANT SELECT ON", 1)
+    path.write_text(first + "GRANT SELECT ON" + rest[0].replace("audit_log,", "", 1))
+    assert run("migrate", "up").status == 0
+    assert sql.execute(may).fetchone() == {"may_read": False}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        # Other arguments, another result, other columns, another event.
+        ("search.sql", "FUNCTION search_query(words text)", "FUNCTION search_query(words text, language text)"),
+        ("schedules.sql", "FUNCTION period_name(every text,", "FUNCTION period_name(each text,"),
+        (
+            "ledger.sql",
+            "credits_after_entry(of_team text, no bigint) RETURNS bigint",
+            "credits_after_entry(of_team text, no bigint) RETURNS numeric",
+        ),
+        ("details.sql", "SELECT organization_id, name, status,", "SELECT name, organization_id, status,"),
+        ("jobs.sql", "jobs_keep_id BEFORE UPDATE OF job_id ON jobs", "jobs_keep_id BEFORE UPDATE ON jobs"),
+    ],
+)
+def test_a_definition_takes_another_form(
+    tenant: Run, sql: Sql, definitions: Path, file: str, old: str, new: str
+) -> None:
+    before = objects(sql)
+    path = definitions / file
+    edit(path, old, new)
+    if "period_name" in old:
+        path.write_text(re.sub(r"(period_name\(each.*)CASE every", r"\1CASE each", path.read_text(), flags=re.DOTALL))
+    assert tenant("migrate", "up").status == 0
+    after = objects(sql)
+    assert after.keys() == before.keys()
+    assert sum(after[name] != before[name] for name in after) == 1
+    assert (
+        sql.execute(
+            "SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace GROUP BY 1 HAVING count(*) > 1"
+        ).fetchall()
+        == []
+    )
+    edit(path, new, old)
+    path.write_text((SQL / "definitions" / file).read_text())
+    assert tenant("migrate", "up").status == 0
+    assert tenant("migrate", "verify").status == 0
+
+
+@pytest.mark.parametrize(
+    ("statement", "status", "told"),
+    [
+        ("CREATE TABLE extra (a int);", 2, "definitions/jobs.sql, line 106: a file of definitions holds only"),
+        ("CREATE VIEW team_details AS SELECT 1 AS a;", 2, "view team_details is defined in definitions/details.sql"),
+        ("CREATE VIEW wrong AS\nSELECT nothing FROM jobs;", 1, 'line 106: column "nothing" does not exist'),
+        (
+            "CREATE TRIGGER t BEFORE UPDATE ON jobs EXECUTE FUNCTION not_there();",
+            1,
+            "function not_there() does not exist",
+        ),
+    ],
+)
+def test_a_mistake_changes_nothing(
+    tenant: Run, sql: Sql, definitions: Path, statement: str, status: int, told: str
+) -> None:
+    """Neither another definition nor the last migration, which is applied together with them."""
+    before = objects(sql)
+    edit(definitions / "details.sql", "SELECT organization_id, name, status,", "SELECT name, organization_id, status,")
+    with (definitions / "jobs.sql").open("a") as file:
+        file.write(statement)
+    (definitions.parent / "migrations" / "999_more.sql").write_text("CREATE TABLE more (a int);")
+    result = tenant("migrate", "up")
+    assert result.status == status
+    assert told in result.err
+    assert objects(sql) == before
+    assert sql.execute("SELECT to_regclass('more') AS more").fetchone() == {"more": None}
+    assert "999_more.sql" in pending(tenant) or status == 2
+
+
+def test_the_last_migration_and_the_definitions_are_one(tenant: Run, sql: Sql, definitions: Path) -> None:
+    """A view in the way of a change is dropped by the migration, and is there again for whoever looks."""
+    edit(
+        definitions / "details.sql",
+        "SELECT organization_id, name, status,",
+        "SELECT organization_id, name, region, status,",
+    )
+    (definitions.parent / "migrations" / "999_region.sql").write_text(
+        "DROP VIEW organization_details;\nALTER TABLE organizations ADD COLUMN region text;"
+    )
+    stop, failures = threading.Event(), []
+
+    def look() -> None:
+        with psycopg.connect(sql.info.dsn, autocommit=True) as session:
+            while not stop.is_set():
+                try:
+                    session.execute("SELECT FROM organization_details")
+                except psycopg.Error as error:
+                    failures.append(error)
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    try:
+        assert tenant("migrate", "up").status == 0
+    finally:
+        stop.set()
+        looker.join()
+    assert failures == []
+    assert tenant("org", "get", "acme", "-o", "json").data["region"] is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "ALTER TABLE team_credits DISABLE TRIGGER team_credits_guard",
+        "DROP TRIGGER team_credits_guard ON team_credits",
+        "DROP FUNCTION guard_balance CASCADE",
+        "DROP VIEW team_details",
+    ],
+)
+def test_what_somebody_has_removed_is_made_again(tenant: Run, sql: Sql, damage: str) -> None:
+    sql.execute(damage)
+    file = "details" if "VIEW" in damage else "ledger"
+    assert pending(tenant) == [f"definitions/{file}.sql"]
+    assert tenant("migrate", "verify").status == 7
+    assert tenant("migrate", "up").status == 0
+    assert tenant("migrate", "verify").status == 0
+    with pytest.raises(psycopg.Error, match="move only with their ledger rows"):
+        sql.execute("UPDATE team_credits SET credits_used = 1")
+
+
+def test_what_is_built_on_a_definition_by_others_stays(tenant: Run, sql: Sql, definitions: Path) -> None:
+    sql.execute("CREATE VIEW of_somebody_else AS SELECT name FROM organization_details")
+    edit(definitions / "details.sql", "SELECT organization_id, name, status,", "SELECT name, organization_id, status,")
+    result = tenant("migrate", "up", "-o", "json")
+    assert (result.status, result.error["code"]) == (4, "definition_in_use")
+    assert "of_somebody_else" in result.error["message"]
+    sql.execute("DROP VIEW of_somebody_else")
+    assert tenant("migrate", "up").status == 0
+
+
+def test_two_at_once(tenant: Run, sql: Sql) -> None:
+    sql.execute("DELETE FROM saasllm_definitions WHERE definition = 'definitions/ledger.sql'")
+    processes = [start_process("migrate", "up") for _ in range(2)]
+    outputs = sorted(process.communicate()[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
+    assert outputs == [
+        "Migration completed: definitions/ledger.sql\nAll migrations completed.\n",
+        "No pending migrations.\n",
+    ]
+
+
+def test_a_lock_that_is_held_ends_in_an_error(
+    tenant: Run, sql: Sql, definitions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saasllm_cli.migrations.LOCK_SECONDS", 0.3)
+    edit(definitions / "jobs.sql", "jobs_keep_id BEFORE UPDATE OF job_id ON jobs", "jobs_keep_id BEFORE UPDATE ON jobs")
+    with sql.transaction():
+        sql.execute("UPDATE jobs SET metadata = metadata")
+        result = tenant("migrate", "up", "-o", "json")
+        assert (result.status, result.error["code"]) == (7, "migration_blocked")
+    assert tenant("migrate", "up").status == 0
+
+
+def test_a_rule_of_the_ledger_changes_while_jobs_run(tenant: Run, sql: Sql, definitions: Path) -> None:
+    """Eight clients begin and settle jobs, while functions, triggers and views change to and fro."""
+    tenant("credits", "add", "hr", 9_990)
+    changes = (
+        ("ledger.sql", "HINT = 'A balance is corrected by a further entry.'", "HINT = 'Enter another one.'"),
+        ("ledger.sql", "movement.opening = c.credits_remaining", "c.credits_remaining = movement.opening"),
+        (
+            "ledger.sql",
+            "FUNCTION reserve_credits(of_team text, wanted bigint)",
+            "FUNCTION reserve_credits(of_team text, wanted bigint, why text DEFAULT NULL)",
+        ),
+        ("jobs.sql", "jobs_keep_id BEFORE UPDATE OF job_id ON jobs", "jobs_keep_id BEFORE UPDATE ON jobs"),
+        ("details.sql", "SELECT organization_id, name, status,", "SELECT name, organization_id, status,"),
+    )
+    stop = threading.Event()
+    begun_once = threading.Barrier(9)
+    charged: list[int] = []
+    failures: list[Exception] = []
+
+    def client() -> None:
+        count = 0
+        try:
+            with database.connect(stays=True) as db:
+                db.get("team", "hr")
+                begun_once.wait()  # the clients are of the program as it is; what is changed is a copy
+                while not stop.is_set():
+                    job_id = runner.new_job_id()
+                    given = {"job_id": job_id, "team_id": "hr", "group_name": "Echo", "job_type": "completion"}
+                    given |= dict.fromkeys(("external_task_id", "idempotency_key", "request_hash"))
+                    begun = db.one("job.begin", **given, metadata={}, lease_seconds=60)
+                    assert begun["outcome"] == "begun"
+                    settled = db.one("job.settle", job_id=job_id, status="completed", error_message=None, calls="[]")
+                    assert settled["settled"]
+                    count += 1
+        except Exception as error:
+            failures.append(error)
+        charged.append(count)
+
+    clients = [threading.Thread(target=client) for _ in range(8)]
+    for thread in clients:
+        thread.start()
+    begun_once.wait()
+    try:
+        for _ in range(2):
+            for file, old, new in changes:
+                edit(definitions / file, old, new)
+                assert tenant("migrate", "up").status == 0
+            for file, old, new in changes:
+                edit(definitions / file, new, old)
+            assert tenant("migrate", "up").status == 0
+    finally:
+        stop.set()
+        for thread in clients:
+            thread.join()
+    assert failures == []
+    assert min(charged) > 0
+    assert tenant("migrate", "verify").status == 0
+    assert_sound(tenant, 10_000 - sum(charged))
