@@ -129,8 +129,9 @@ def test_a_plain_verb_makes_one_connection_and_two_round_trips_at_most(
 
 
 def test_a_refused_job_does_not_load_litellm(tenant: Run) -> None:
-    command = ["job", "run", "--team", "hr", "--group", "Nothing", "--prompt", "x"]
-    script = f"import sys; sys.stdin = open('/dev/null'); from saasllm_cli import cli; assert cli.run({command}) == 3"
+    tenant("group", "create", "Real", "--model", "gpt-4o")
+    command = ["job", "run", "--team", "hr", "--group", "Real", "--prompt", "x"]
+    script = f"import sys; sys.stdin = open('/dev/null'); from saasllm_cli import cli; assert cli.run({command}) == 6"
     assert "litellm" not in loaded_by(script)
 
 

@@ -30,15 +30,9 @@ from saasllm_cli import database
 from saasllm_cli.context import profile_flag
 from saasllm_cli.errors import Conflict, DatabaseUnavailable, Interrupted, InvalidInput, SaasllmError, refused
 from saasllm_cli.jobs import chat
-from saasllm_cli.jobs.calls import Call, CallRequest, Traffic, ask_models
-from saasllm_cli.jobs.runner import (
-    SETTLE_SECONDS,
-    SWEEP_CHUNK,
-    UNINTERRUPTED,
-    JobRequest,
-    new_job_id,
-    signals,
-)
+from saasllm_cli.jobs.calls import Call, CallRequest, Traffic, ask_models, run_calls
+from saasllm_cli.jobs.runner import SETTLE_SECONDS, SWEEP_CHUNK, JobRequest, new_job_id
+from saasllm_cli.jobs.signals import UNINTERRUPTED, signals
 
 T = TypeVar("T")
 
@@ -746,8 +740,6 @@ def _worker_died() -> SaasllmError:
 
 def _work(pipe: Connection, concurrency: int, profile: str | None) -> None:
     """A worker: calls the models for what comes in, until the pipe is closed."""
-    from saasllm_cli.jobs import llm
-
     profile_flag.set(profile)
     messages: SimpleQueue[Any] = SimpleQueue()
 
@@ -795,4 +787,4 @@ def _work(pipe: Connection, concurrency: int, profile: str | None) -> None:
         await closed.wait()
 
     Thread(target=write, daemon=True).start()
-    llm.run(serve())
+    run_calls(serve())

@@ -2,21 +2,26 @@
 
 import asyncio
 import json
+import signal
+import sys
 import time
 from bisect import insort
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import Any, TypeVar
 
-from saasllm_cli.jobs import chat
+from saasllm_cli.jobs import chat, offline
+from saasllm_cli.jobs.answers import Answer, Complete, ModelFailed
+from saasllm_cli.jobs.signals import signals
 from saasllm_cli.settings import settings
 
-if TYPE_CHECKING:
-    from saasllm_cli.jobs.llm import Answer
+T = TypeVar("T")
 
+LLM = "saasllm_cli.jobs.llm"
 TRIES = 4  # of a model whose rate limit says when to come back
 SHORTEST_PAUSE = 1.0
 FAILURES = 5  # in a row, after which a model is passed over
@@ -68,16 +73,33 @@ def ask(
     calls: list[Call],
     on_progress: Callable[[str], None],
     on_text: Callable[[str], None] | None = None,
-) -> "Answer | None":
+) -> Answer | None:
     """The first answer of the models, or None; each attempt is added to `calls` as it is made.
 
     With `on_text` the answer is streamed to it; what has been shown of it is not followed by another model's.
     """
-    started = time.monotonic()
-    on_progress("Loading litellm …")
-    from saasllm_cli.jobs import llm  # takes seconds
+    return run_calls(ask_models(models, request, calls, time.monotonic(), on_progress, on_text))
 
-    return llm.run(ask_models(models, request, calls, started, on_progress, on_text))
+
+def run_calls(calls: Coroutine[Any, Any, T]) -> T:
+    """Runs calls to their end. Around them all, for stdout cannot be given back by calls that overlap."""
+    with redirect_stdout(sys.stderr):
+        return asyncio.run(calls)
+
+
+def provider(model: str, on_progress: Callable[[str], None] = lambda _: None) -> Complete:
+    """What answers for the model. To load litellm takes seconds, so that is left until a model needs it."""
+    if model.startswith(offline.PREFIX):
+        return offline.complete
+    if LLM not in sys.modules:
+        on_progress("Loading litellm …")
+        # asyncio would heed Ctrl-C only behind the import; where Ctrl-C is ignored, it stays so.
+        is_heeded = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+        with signals({signal.SIGINT: signal.default_int_handler} if is_heeded else {}):
+            import_module(LLM)
+    from saasllm_cli.jobs import llm
+
+    return llm.complete
 
 
 async def ask_models(
@@ -88,10 +110,8 @@ async def ask_models(
     on_progress: Callable[[str], None] = lambda _: None,
     on_text: Callable[[str], None] | None = None,
     traffic: "Traffic | None" = None,
-) -> "Answer | None":
+) -> Answer | None:
     """As `ask`; `started` is by the monotonic clock. Of many requests at once, `traffic` keeps them off busy models."""
-    from saasllm_cli.jobs import llm
-
     deadline = time.monotonic() + request.timeout
     tries: Counter[str] = Counter()
     # When each is to be tried; those whose rate limit says when to come back come after the others.
@@ -101,7 +121,10 @@ async def ask_models(
         if (pause := ready_at - time.monotonic()) > 0:
             on_progress(f"Waiting {pause:.0f} s for the rate limit of {model} …")
             await asyncio.sleep(pause)
+        asked_at = time.monotonic()
+        complete = provider(model, on_progress)
         began = time.monotonic()
+        deadline += began - asked_at  # what was loaded for it does not take the models' time
         # What is left is shared by the models that are left, so that a silent one does not take it all.
         seconds = (deadline - began) / (len(todo) + 1)
         call = Call(request.group_name, model, len(calls) + 1, began - started, purpose=request.purpose)
@@ -110,9 +133,9 @@ async def ask_models(
         tries[model] += 1
         on_progress(f"Waiting for {model} …")
         try:
-            if answer := await _attempt(call, request, seconds, on_text, traffic):
+            if answer := await _attempt(call, request, complete, seconds, on_text, traffic):
                 return answer
-        except llm.ModelFailed as failure:
+        except ModelFailed as failure:
             if failure.is_final:
                 return None
             pause_asked = failure.retry_after
@@ -128,13 +151,12 @@ async def ask_models(
 async def _attempt(
     call: Call,
     request: CallRequest,
+    complete: Complete,
     seconds: float,
     on_text: Callable[[str], None] | None,
     traffic: "Traffic | None",
-) -> "Answer | None":
+) -> Answer | None:
     """The answer, or None where it does not match its schema; raises ModelFailed. The call gets its error."""
-    from saasllm_cli.jobs import llm
-
     model = call.resolved_model
     began = time.monotonic()
     is_shown = False
@@ -149,18 +171,18 @@ async def _attempt(
         async with asyncio.timeout(seconds), traffic.turn(model) if traffic else nullcontext():
             # The timeout of the whole, for that is the same for many calls, and litellm keeps a client with its
             # connections for each timeout.
-            answer = await llm.complete(
+            answer = await complete(
                 model, request.messages, request.timeout, request.parameters, show if on_text else None
             )
     except TimeoutError:
         call.error = f"no answer within {seconds:.0f} s"
         if traffic:
             traffic.failed(model)
-        raise llm.ModelFailed(call.error, is_final=is_shown) from None
-    except asyncio.CancelledError:
+        raise ModelFailed(call.error, is_final=is_shown) from None
+    except (asyncio.CancelledError, KeyboardInterrupt):
         call.error = "interrupted"
         raise
-    except llm.ModelFailed as failure:
+    except ModelFailed as failure:
         call.error = str(failure)
         if traffic and not failure.is_final:
             traffic.failed(model, failure.is_rate_limit, failure.retry_after)

@@ -1,23 +1,21 @@
 """One call of one model through litellm: the only module that imports it.
 
-The import takes seconds, so this module is imported when a model is about to be called and not before.
+The import takes seconds, so this module is imported when one of its models is about to be called, and not before.
 """
 
-import asyncio
 import os
 import re
 import sys
 import warnings
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 from dotenv import load_dotenv
 
-from saasllm_cli.jobs import offline
+from saasllm_cli.jobs.answers import Answer, ModelFailed
 
 load_dotenv(".env")  # the providers' keys; the environment wins
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or the import fetches the prices over the network
@@ -29,16 +27,12 @@ with redirect_stdout(sys.stderr):
 
     import litellm
     from litellm import exceptions
-    from litellm.llms.custom_llm import CustomLLM
 
 litellm.suppress_debug_info = True
 litellm.telemetry = False
 for logger in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy", "httpx", "asyncio"):
     logging.getLogger(logger).setLevel(logging.CRITICAL)
 
-T = TypeVar("T")
-
-NOTHING: Mapping[str, Any] = {}
 LONGEST_ERROR = 500
 COST_UNIT = Decimal("1e-12")  # litellm computes costs in floats: beyond this is their noise
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
@@ -51,50 +45,12 @@ NO_SUCH_MODEL = re.compile(
 LOOKS_LIKE_A_KEY = re.compile(r"\b(sk|pk|gsk|AIza|xai|hf)[-_][\w*.-]{6,}")
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a model said, or which tools it wants called (in OpenAI's form).
-
-    Tokens are the provider's own count; `cost_usd` is None where no price is known.
-    """
-
-    content: str | None
-    tool_calls: list[dict[str, Any]] | None
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    total_tokens: int | None
-    cost_usd: Decimal | None
-
-
-class ModelFailed(Exception):
-    """The model gave no answer; its text is fit to be stored and shown.
-
-    `is_final` where another model would be refused alike (the request itself is at fault), or must not follow (a part
-    of the answer was shown). `is_rate_limit` where it is asked too much, `retry_after` (seconds) where it says when to
-    come back.
-    """
-
-    def __init__(
-        self, reason: str, is_final: bool = False, is_rate_limit: bool = False, retry_after: float | None = None
-    ) -> None:
-        super().__init__(reason)
-        self.is_final = is_final
-        self.is_rate_limit = is_rate_limit
-        self.retry_after = retry_after
-
-
-def run(calls: Coroutine[Any, Any, T]) -> T:
-    """Runs calls to their end. Around them all, for stdout cannot be given back by calls that overlap."""
-    with redirect_stdout(sys.stderr):
-        return asyncio.run(calls)
-
-
 async def complete(
     model: str,
     messages: Sequence[dict[str, Any]],
     timeout: float,
-    parameters: Mapping[str, Any] = NOTHING,
-    on_text: Callable[[str], None] | None = None,
+    parameters: Mapping[str, Any],
+    on_text: Callable[[str], None] | None,
 ) -> Answer:
     """Calls the model once, without a retry. `timeout` is in seconds, and per read: a deadline is the caller's.
 
@@ -219,8 +175,6 @@ def _count(usage: Any, name: str) -> int | None:
 
 def _cost(model: str, response: Any) -> Decimal | None:
     """The price of the answer in US dollars. A missing price is no reason for a good call to fail."""
-    if model.startswith(offline.PREFIX):
-        return Decimal(0)
     try:
         known = response._hidden_params  # litellm has computed it already, unless the answer was streamed
         cost = known["response_cost"] if "response_cost" in known else litellm.completion_cost(response, model=model)
@@ -257,44 +211,3 @@ def _reason(error: Exception) -> str:
     status = getattr(error, "status_code", None)
     name = type(error).__name__
     return f"{status or ''} {name}: {text or 'no message'}".strip()[:LONGEST_ERROR]
-
-
-class _Offline(CustomLLM):
-    """The provider `offline`, with tokens counted as for a GPT model."""
-
-    async def astreaming(self, *arguments: Any, **options: Any) -> AsyncIterator[Any]:  # type: ignore[override]
-        """Word by word."""
-        response = await self.acompletion(*arguments, **options)
-        usage = response.usage.model_dump()
-        words = re.findall(r"\S*\s*", response.choices[0].message.content)
-        for number, word in enumerate(words, start=1):
-            is_last = number == len(words)
-            yield {
-                "text": word,
-                "index": 0,
-                "is_finished": is_last,
-                "finish_reason": "stop" if is_last else "",
-                "tool_use": None,
-                "usage": usage if is_last else None,
-            }
-
-    async def acompletion(self, model: str, messages: list[dict[str, Any]], **_: Any) -> Any:  # type: ignore[override]
-        try:
-            content = offline.answer(model, messages)
-        except offline.OfflineFailure as failure:
-            kind = exceptions.NotFoundError if failure.status == 404 else exceptions.ServiceUnavailableError
-            raise kind(str(failure), model=model, llm_provider="offline") from failure
-        prompt_tokens = litellm.token_counter(model="gpt-4", messages=messages)
-        completion_tokens = litellm.token_counter(model="gpt-4", text=content)
-        return litellm.ModelResponse(
-            model=model,
-            choices=[{"message": {"role": "assistant", "content": content}, "finish_reason": "stop"}],
-            usage=litellm.Usage(
-                prompt_tokens=prompt_tokens,
-                completion_tokens=completion_tokens,
-                total_tokens=prompt_tokens + completion_tokens,
-            ),
-        )
-
-
-litellm.custom_provider_map = [{"provider": "offline", "custom_handler": _Offline()}]

@@ -5,22 +5,25 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from saasllm_cli.jobs.answers import ModelFailed
+from saasllm_cli.jobs.calls import provider, run_calls
+
 PROBE = [{"role": "user", "content": "Reply with the word OK."}]
 
 
 def probe(models: Sequence[str], seconds: float) -> list[dict[str, Any]]:
     """Asks all at once, each for at most `seconds`: `model_name`, `answered`, `latency_ms`, `error`."""
-    from saasllm_cli.jobs import llm  # takes seconds
 
     async def ask(model: str) -> dict[str, Any]:
+        complete = provider(model)  # before the time runs: it may have to load litellm
         began = time.monotonic()
         error = None
         try:
             async with asyncio.timeout(seconds):
-                await llm.complete(model, PROBE, seconds)
+                await complete(model, PROBE, seconds, {}, None)
         except TimeoutError:
             error = f"no answer within {seconds:.0f} s"
-        except llm.ModelFailed as failure:
+        except ModelFailed as failure:
             error = str(failure)
         latency_ms = round((time.monotonic() - began) * 1000)
         return {"model_name": model, "answered": error is None, "latency_ms": latency_ms, "error": error}
@@ -28,4 +31,4 @@ def probe(models: Sequence[str], seconds: float) -> list[dict[str, Any]]:
     async def ask_all() -> list[dict[str, Any]]:
         return list(await asyncio.gather(*map(ask, models)))
 
-    return llm.run(ask_all())
+    return run_calls(ask_all())

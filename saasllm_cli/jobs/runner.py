@@ -12,11 +12,11 @@ import json
 import secrets
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
 from saasllm_cli import database
@@ -29,10 +29,9 @@ from saasllm_cli.errors import (
     not_found,
     refused,
 )
+from saasllm_cli.jobs.answers import Answer
 from saasllm_cli.jobs.calls import Call, CallRequest, ask
-
-if TYPE_CHECKING:
-    from saasllm_cli.jobs.llm import Answer
+from saasllm_cli.jobs.signals import UNINTERRUPTED, interrupt, signals
 
 T = TypeVar("T")
 
@@ -42,8 +41,6 @@ CANCEL_SECONDS = 5.0
 # The lease outlives the deadline by the time to load litellm and to settle.
 LEASE_MARGIN_SECONDS = 120.0
 SWEEP_CHUNK = 1000  # jobs that are locked at a time
-# While a job is settled no signal interrupts it: its credit would stay reserved until the lease runs out.
-UNINTERRUPTED = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +76,7 @@ class JobResult:
 
     job_id: UUID
     status: str
-    answer: "Answer | None"
+    answer: Answer | None
     calls: list[Call]
     credits_remaining: int | None = None
     lease_expires_at: datetime | None = None
@@ -357,7 +354,7 @@ def _cancelled(job_id: UUID, calls: list[Call], is_begun: bool) -> Interrupted:
             return Interrupted("interrupted", "Interrupted, and nothing was charged.")
 
 
-def _settled(job_id: UUID, team_id: str, answer: "Answer | None", calls: list[Call]) -> JobResult:
+def _settled(job_id: UUID, team_id: str, answer: Answer | None, calls: list[Call]) -> JobResult:
     status = "failed" if answer is None else "completed"
     error_message = None
     if answer is None:
@@ -409,19 +406,3 @@ def _until_it_answers(seconds: float, work: Callable[[database.Database], T]) ->
             return work(db)
 
     return database.until_it_answers(seconds, attempt)
-
-
-@contextmanager
-def signals(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
-    """Sets handlers of signals for a while."""
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def interrupt(*_: object) -> None:
-    # Not by way of SIGINT: a shell lets its background jobs ignore that.
-    raise KeyboardInterrupt
