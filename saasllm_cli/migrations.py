@@ -268,14 +268,21 @@ def _require_public(connection: Connection) -> None:
 
 
 def _states(connection: Connection) -> list[Row]:
-    is_recorded = _is_recorded(connection)
-    recorded = definitions.recorded(connection) if is_recorded else []
-    existing = set(definitions.existing(connection))
-    return _migration_states(connection) + definitions.states(recorded, existing)
+    applied: list[Row] = []
+    recorded: list[Row] = []
+    existing: list[Row] = []
+    if _is_recorded(connection):
+        with connection.pipeline():
+            cursors = [
+                connection.execute(query(name).sql)
+                for name in ("migrate.applied", "migrate.recorded_definitions", "migrate.existing")
+            ]
+        applied, recorded, existing = (cursor.fetchall() for cursor in cursors)
+    return _migration_states(applied) + definitions.states(recorded, {row["object"] for row in existing})
 
 
-def _migration_states(connection: Connection) -> list[Row]:
-    applied = {row["migration"]: row for row in _applied(connection)}
+def _migration_states(rows: list[Row]) -> list[Row]:
+    applied = {row["migration"]: row for row in rows}
     files = {migration.name: migration for migration in _files()}
     numbers = [migration.number for migration in files.values()]
     last_applied = max(applied, default="")

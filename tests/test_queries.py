@@ -15,18 +15,22 @@ from saasllm_cli.queries import SQL, load, query
 ALL = [name for path in sorted((SQL / "queries").glob("*.sql")) for name in load(path.stem)]
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if not name.startswith("db.")])
-def test_each_query_can_be_prepared(sql: psycopg.Connection, name: str) -> None:
+def test_each_query_can_be_prepared(sql: psycopg.Connection) -> None:
     """So that no wrong column lands. DDL has nothing to prepare, and is run by the migrations' tests."""
-    statement = query(name)
-    if re.search(r"^(CREATE|COPY|TRUNCATE|ANALYZE|DO) ", statement.sql, re.MULTILINE):
-        return
-    if name.startswith("apply."):
-        for staging in ("apply.create_staged", "apply.create_change"):
-            sql.execute(query(staging).sql)  # type: ignore[arg-type]
-    places = {parameter: f"${place}" for place, parameter in enumerate(sorted(statement.parameters), start=1)}
-    text = re.sub(r"%\((\w+)\)s", lambda match: places[match[1]], statement.sql).replace("%%", "%")
-    sql.execute(f"PREPARE statement AS {text}")  # type: ignore[arg-type]
+    for staging in ("apply.create_staged", "apply.create_change"):
+        sql.execute(query(staging).sql)  # type: ignore[arg-type]
+    wrong = {}
+    for name in ALL:
+        statement = query(name)
+        if name.startswith("db.") or re.search(r"^(CREATE|COPY|TRUNCATE|ANALYZE|DO) ", statement.sql, re.MULTILINE):
+            continue
+        places = {parameter: f"${place}" for place, parameter in enumerate(sorted(statement.parameters), start=1)}
+        text = re.sub(r"%\((\w+)\)s", lambda match: places[match[1]], statement.sql).replace("%%", "%")  # noqa: B023
+        try:
+            sql.execute(f"PREPARE statement AS {text}; DEALLOCATE statement")  # type: ignore[arg-type]
+        except psycopg.Error as error:
+            wrong[name] = str(error)
+    assert wrong == {}
 
 
 def test_what_changes_something_is_known_as_such() -> None:
