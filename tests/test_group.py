@@ -106,7 +106,7 @@ def test_a_reader_of_set_models_never_sees_half(saasllm: Run, monkeypatch: pytes
 def test_delete_refuses_a_group_in_use_unless_forced(tenant: Run) -> None:
     refused = tenant("group", "delete", "Echo", "--yes")
     assert refused.status == 4
-    assert "1 team(s): hr" in refused.err
+    assert "1 team: hr" in refused.err
     assert tenant("group", "delete", "Echo").status == 2
     assert tenant("group", "delete", "Echo", "--yes", "--force").status == 0
     assert tenant("team", "get", "hr", "-o", "json").data["model_groups"] == ["Down"]
