@@ -251,7 +251,7 @@ def test_files_folders_and_forms(tenant: Run, home: Path) -> None:
     assert tenant(
         "apply", "-f", "-", "-o", "csv", stdin='{"teams": [\n{"team_id": "d",\t"organization_id": "acme"}]}'
     ).out == ('noun,id,action,before,after\nteam,d,create,,"{""team_id"": ""d"", ""organization_id"": ""acme""}"\n')
-    for name, told in (("none.yaml", "No such file"), (home / "empty", "has no file")):
+    for name, told in (("none.yaml", "No such file"), (home / "empty", "contains no .yaml")):
         (home / "empty").mkdir(exist_ok=True)
         refused = tenant("apply", "-f", name)
         assert (refused.status, told in refused.err) == (2, True)
@@ -315,8 +315,8 @@ BROKEN = {
     "a model": (
         "model_groups:\n- group_name: G\n  models: [a, b c, {model: d}, 5]\n",
         [
-            "3:15: model_groups[0].models[1].model_name: 'b c' is not a model name: write it as litellm does, "
-            "PROVIDER/MODEL or MODEL",
+            "3:15: model_groups[0].models[1].model_name: 'b c' is not a model name: use PROVIDER/MODEL or MODEL, as in "
+            "litellm",
             "3:20: model_groups[0].models[2].model_name: it is missing",
             "3:21: model_groups[0].models[2].model: unknown field: did you mean model_name?",
             "3:32: model_groups[0].models[3]: it must be a mapping",
@@ -389,8 +389,8 @@ BROKEN = {
         [
             "2:24: organizations[0].metadata[1]: the key 1 must be text: put it in quotes",
             "3:24: organizations[1].metadata: it must be a mapping",
-            "4:24: organizations[2].metadata: it contains a character that cannot be stored: NUL, or half of a surrogate "
-            "pair",
+            "4:24: organizations[2].metadata: it contains a character that cannot be stored: NUL, or half of a "
+            "surrogate pair",
         ],
     ),
     "metadata that grows": (
@@ -497,7 +497,7 @@ BROKEN = {
         '{"organizations": [], "teams": [], "teams": [NaN]}\n{"organizations": [{"organization_id": "o"}]}\n',
         ["1: it is not valid JSON: NaN is not a number"],
     ),
-    "no UTF-8": (b"teams: []\n# caf\xe9\n", ["2: it is not text in UTF-8"]),
+    "no UTF-8": (b"teams: []\n# caf\xe9\n", ["2: it is not UTF-8 text"]),
 }
 
 

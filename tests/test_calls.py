@@ -129,7 +129,7 @@ BAD_CHATS = {
     '[{"role": "user", "content": []}]': "messages[0].content",
     '[{"role": "user", "content": ["x"]}]': "messages[0].content[0]",
     '[{"role": "user", "content": [{"type": "text"}]}]': "messages[0].content[0]",
-    '[{"role": "user", "content": [{"type": "image_url", "image_url": "cv.txt"}]}]': "no ending of an image",
+    '[{"role": "user", "content": [{"type": "image_url", "image_url": "cv.txt"}]}]': "neither a URL nor an image file",
     '[{"role": "user", "content": [{"type": "image_url", "image_url": "no.png"}]}]': "cannot be read",
     '[{"role": "user", "content": "a\\u001bb"}]': "terminal escape",
 }

@@ -144,7 +144,7 @@ def test_a_model_that_litellm_does_not_list_is_a_warning(saasllm: Run) -> None:
     assert (known.status, known.err) == (0, "")
     misspelt = saasllm("group", "set-models", "G", "gpt-4o", "gpt-4oh", "-o", "json")
     assert misspelt.status == 0
-    assert "does not list gpt-4oh;" in misspelt.err
+    assert "does not know gpt-4oh." in misspelt.err
 
 
 def test_one_model_is_passed_over_and_tried_again(saasllm: Run) -> None:

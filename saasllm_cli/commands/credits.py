@@ -410,7 +410,7 @@ def verify(
         if left := len(db.many("credits.verify", team_id=team_id)):
             raise CheckFailed(
                 "credits_differ",
-                f"No adjustment can repair {counted(left, 'remaining difference')}.",
+                f"{counted(left, 'difference')} cannot be repaired by an adjustment.",
                 "See: saasllm credits verify",
             )
 

@@ -2,9 +2,11 @@
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from tempfile import TemporaryFile
 
 import typer
@@ -78,7 +80,7 @@ STORY = [
 NEXT = """
 The demo ran in a database of its own, {database}. To look around in it:
 
-  export SAASLLM_DATABASE_URL={url}
+{path}  export SAASLLM_DATABASE_URL={url}
   saasllm db shell
 
 To start your own, with a real model:
@@ -129,7 +131,10 @@ def demo(context: typer.Context) -> None:
                     print_line(f"(exit status {status})")
         finally:
             sys.stdin = stdin
-    print_line(NEXT.format(database=DATABASE, url=shlex.quote(database.url(embedded.conninfo(DATABASE)))))
+    url = shlex.quote(database.url(embedded.conninfo(DATABASE)))
+    programs = shlex.quote(str(Path(sys.executable).parent))
+    path = "" if shutil.which("saasllm") else f"  export PATH={programs}:$PATH\n"
+    print_line(NEXT.format(database=DATABASE, url=url, path=path))
 
 
 @contextmanager
