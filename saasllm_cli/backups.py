@@ -26,14 +26,14 @@ def backup(path: Path) -> None:
     if path.exists():
         raise _exists(path)
     if not path.parent.is_dir():
-        raise InvalidInput("no_such_folder", f"There is no folder {path.parent}.", "Make it, or name another file.")
+        raise InvalidInput("no_such_folder", f"Folder {path.parent} not found.", "Create it, or choose another file.")
     embedded.start()
     handle, name = mkstemp(dir=path.parent, prefix=f".{path.name}.")  # which is its owner's alone
     os.close(handle)
     unfinished = Path(name)
     try:
         if mistake := _run("pg_dump", "--format=custom", f"--file={name}", "--dbname", _url(embedded.DATABASE)):
-            raise SaasllmError("backup_failed", f"The backup could not be made: {mistake}.")
+            raise SaasllmError("backup_failed", f"The backup failed: {mistake}.")
         try:
             os.link(unfinished, path)
         except FileExistsError:
@@ -43,7 +43,7 @@ def backup(path: Path) -> None:
 
 
 def _exists(path: Path) -> Conflict:
-    return Conflict("file_exists", f"{path} exists already.", "Name another file.")
+    return Conflict("file_exists", f"{path} already exists.", "Choose another file.")
 
 
 def restore(path: Path) -> None:
@@ -75,20 +75,22 @@ def _lock(server: psycopg.Connection[database.Row]) -> None:
         if row and row["is_locked"]:
             return
         time.sleep(0.1)
-    raise Conflict("restore_running", "Another restore is running.", "Wait for it.")
+    raise Conflict("restore_running", "Another restore is running.", "Wait until it has finished.")
 
 
 def require_file(path: Path) -> None:
     if not path.is_file():
-        raise InvalidInput("no_such_file", f"There is no file {path}.", "Name one that `saasllm db backup` has made.")
+        raise InvalidInput("no_such_file", f"File {path} not found.", "Choose a file written by `saasllm db backup`.")
 
 
 def _restore(path: Path) -> None:
     mistake = _run("pg_restore", "--exit-on-error", "--no-owner", "--no-privileges", "--dbname", _url(RESTORED), path)
     if mistake and "No space left" in mistake:
-        raise SaasllmError("restore_failed", f"The disk is full: {mistake}.", "The database is as it was. Make room.")
+        raise SaasllmError(
+            "restore_failed", f"The disk is full: {mistake}.", "The database is unchanged. Free some space."
+        )
     if mistake := mistake or _is_none_of_ours():
-        raise InvalidInput("no_backup", f"{path} cannot be restored: {mistake}", "The database is as it was.")
+        raise InvalidInput("no_backup", f"Cannot restore {path}: {mistake}", "The database is unchanged.")
 
 
 def _is_none_of_ours() -> str | None:

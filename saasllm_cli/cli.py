@@ -19,20 +19,25 @@ from saasllm_cli.errors import InvalidInput, NotFound, SaasllmError
 
 # The nouns, in the order of a first day. Each is a module of commands/, loaded when it is typed.
 NOUNS = {
-    "demo": "Play the whole story once: tenants, credits, jobs that succeed, fall back and fail.",
-    "migrate": "Bring the database to this program's shape, and check that it is.",
-    "org": "Organizations: the customers.",
-    "group": "Model groups: a name for an ordered list of models.",
-    "team": "Teams of an organization: which groups they use, what credits they have.",
-    "credits": "The prepaid credits of teams, and the ledger of all their movements.",
-    "job": "Jobs: call a model for a team, and charge one credit when it succeeds.",
-    "apply": "Create and change tenants as files say: organizations, model groups, teams.",
-    "export": "Write what is there as a file that `apply` takes.",
-    "audit": "Who changed what.",
-    "doctor": "Look at everything that jobs and cron depend on, and say what to do.",
-    "db": "The database: the embedded PostgreSQL, or the one that SAASLLM_DATABASE_URL or a profile names.",
-    "profile": "Profiles: names for databases, such as staging and production.",
+    "demo": "Run a short demo in a database of its own.",
+    "migrate": "Set up and upgrade the database schema.",
+    "org": "Manage organizations: your customers.",
+    "group": "Manage model groups: a primary model and its fallbacks.",
+    "team": "Manage the teams of an organization.",
+    "credits": "Manage teams' credits and the ledger behind them.",
+    "job": "Run jobs: call a model for a team, charge a credit on success.",
+    "apply": "Create and update organizations, groups and teams from files.",
+    "export": "Write organizations, groups and teams to a file for `apply`.",
+    "audit": "Show who changed what.",
+    "doctor": "Check everything that jobs and cron depend on.",
+    "db": "Manage the embedded PostgreSQL, or connect to your own.",
+    "profile": "Manage profiles: names for databases, such as production.",
 }
+EXAMPLES = """\
+  saasllm demo
+  saasllm migrate up
+  saasllm job run --help
+"""
 # The options before the noun, and what holds them for the command.
 FLAGS: dict[ContextVar[Any], str] = {
     profile_flag: "profile",
@@ -41,7 +46,7 @@ FLAGS: dict[ContextVar[Any], str] = {
     debug_flag: "debug",
 }
 SETTING_FLAGS = (profile_flag, log_format_flag)  # which the settings read
-UNEXPECTED = "This is a fault in saasllm; `saasllm --debug …` shows where."
+UNEXPECTED = "This is a bug in saasllm. To see a traceback, run: saasllm --debug …"
 
 
 class Root(TyperGroup):
@@ -71,7 +76,8 @@ class Root(TyperGroup):
         command = typer.main.get_command(importlib.import_module(f"saasllm_cli.commands.{cmd_name}").app)
         gc.enable()
         command.name = cmd_name
-        command.help = NOUNS[cmd_name]
+        if isinstance(command, TyperGroup):  # a noun that is its own verb has a help of its own
+            command.help = NOUNS[cmd_name]
         return command
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
@@ -85,12 +91,15 @@ class Root(TyperGroup):
         with formatter.section("Commands"):
             formatter.write_dl(list(NOUNS.items()))
 
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
+        with formatter.section("Examples"):
+            formatter.write(EXAMPLES)
+
 
 app = typer.Typer(
     cls=Root,
     name="saasllm",
     help="Run a multi-tenant LLM product on nothing but PostgreSQL.",
-    epilog="A first look, without a key or a database: saasllm demo",
     no_args_is_help=True,
     rich_markup_mode=None,  # plain help: rich would take as long to import as all the rest
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -119,26 +128,24 @@ def root(
             "--profile",
             metavar="NAME",
             autocompletion=_complete_profile,
-            help="The database: a profile of `saasllm profile add`.",
+            help="Use the database of this profile.",
         ),
     ] = None,
     confirm: Annotated[
         str | None,
-        typer.Option(
-            "--confirm", metavar="PROFILE", help="A protected profile once more, before a command that destroys."
-        ),
+        typer.Option("--confirm", metavar="PROFILE", help="Confirm a destructive command on this protected profile."),
     ] = None,
     log_format: Annotated[
         Literal["text", "json"] | None,
-        typer.Option("--log-format", show_default="text", help="The form of what goes to stderr: json for logs."),
+        typer.Option("--log-format", help="Format of messages on stderr (default: $SAASLLM_LOG_FORMAT, else text)."),
     ] = None,
     debug: Annotated[
         bool,
-        typer.Option("--debug", envvar="SAASLLM_DEBUG", help="Show the traceback of an error."),
+        typer.Option("--debug", envvar="SAASLLM_DEBUG", help="Show a traceback on errors."),
     ] = False,
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
     pass  # what they mean is seen to before the command is looked for

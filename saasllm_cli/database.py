@@ -377,7 +377,7 @@ def _password() -> dict[str, str]:
     except (OSError, ValueError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InvalidInput(
-            "invalid_password_file", f"The password_file {path} cannot be read: {reason}.", "Name a file that holds it."
+            "invalid_password_file", f"Cannot read the password file {path}: {reason}.", "Check password_file."
         ) from error
 
 
@@ -391,7 +391,7 @@ def _invalid_url(name: str) -> InvalidInput:
     return InvalidInput(
         "invalid_database_url",
         f"{name} is not a PostgreSQL URL.",
-        "Write it as postgresql://USER:PASSWORD@HOST:5432/DATABASE, with %40 for @ and %2F for / in the password.",
+        "Use postgresql://USER:PASSWORD@HOST:5432/DATABASE, with %40 for @ and %2F for / in the password.",
     )
 
 
@@ -448,49 +448,49 @@ def _translated(error: psycopg.Error) -> SaasllmError:
     state = error.sqlstate or ""
     message = error.diag.message_primary or ""
     if state == "SL001" or (state in ("42883", "42P01") and re.search(NOT_MIGRATED, message)):
-        first = f", from {message} on" if state == "SL001" else ""
+        first = f", starting with {message}" if state == "SL001" else ""
         return DatabaseUnavailable(
             "migrations_pending", f"The database has pending migrations{first}.", "Run: saasllm migrate up"
         )
     if state == "SL002":
         return DatabaseUnavailable(
             "database_newer",
-            f"The database is newer than this program, which does not know the migration {message}.",
-            "Install a newer saasllm.",
+            f"The database is newer than this program: it has the migration {message}.",
+            "Upgrade saasllm.",
         )
     match state[:2], state:
         case "SL", _:
-            return Conflict("refused_by_database", f"The database refuses it: {message}.", error.diag.message_hint)
+            return Conflict("refused_by_database", f"The database refused this: {message}.", error.diag.message_hint)
         case _, "22003":
             return InvalidInput("out_of_range", "A number is out of range.", "Whole numbers go up to 2^63 - 1.")
         case _, "23514" if error.diag.constraint_name in ("team_credits_free", "credit_transactions_not_negative"):
-            return InsufficientCredits("insufficient_credits", "The team has not so many credits free.")
+            return InsufficientCredits("insufficient_credits", "The team does not have that many free credits.")
         case _, ("23503" | "23505"):  # only where another client was quicker: the statements look before they write
-            return Conflict("refused_by_database", f"The database refuses it: {message}.", "Try again.")
+            return Conflict("refused_by_database", f"The database refused this: {message}.", "Try again.")
         case "23", _:
-            return InvalidInput("refused_by_database", f"The database refuses it: {message}.")
+            return InvalidInput("refused_by_database", f"The database refused this: {message}.")
         case _, "25006":
             return DatabaseUnavailable(
                 "read_only",
-                "The database takes no changes: it is a replica.",
-                f"Name the primary in {url_name()}.",
+                "The database is a read-only replica.",
+                f"Use the primary in {url_name()}.",
             )
         case _, "42501":
             return DatabaseUnavailable(
                 "permission_denied",
                 f"The database role may not do this: {message}.",
-                "Take one that may, or grant it: sql/definitions/rights.sql says what saasllm_admin, saasllm_runner "
-                "and saasllm_readonly may do.",
+                "Use a role that may. sql/definitions/rights.sql lists what saasllm_admin, saasllm_runner and "
+                "saasllm_readonly may do.",
             )
         case _, ("40001" | "40P01" | "55006" | "55P03" | "57014"):
             return DatabaseUnavailable("database_busy", f"The database gave up: {message}.", "Try again.")
         case (("" | "08" | "28" | "3D" | "53" | "57"), _) if isinstance(error, psycopg.OperationalError):
             return DatabaseUnavailable(
                 "database_unreachable",
-                f"The database cannot be reached: {_reason(error)}",
-                f"Check the server, and {url_name()}. See: saasllm db status",
+                f"Cannot connect to the database: {_reason(error)}",
+                f"Check that the server is running, and check {url_name()}. See: saasllm db status",
             )
-    return SaasllmError("database_error", f"The database reports an error: {message or _reason(error)}")
+    return SaasllmError("database_error", f"The database reported an error: {message or _reason(error)}")
 
 
 def _reason(error: psycopg.Error) -> str:
@@ -539,6 +539,6 @@ def _check_text(name: str, value: Any) -> None:
     elif isinstance(value, str) and not is_storable(value):
         raise InvalidInput(
             "invalid_text",
-            f"The {name} holds a character that cannot be stored: NUL, or a byte that is not UTF-8.",
+            f"{name} contains a character that cannot be stored: NUL, or a byte that is not UTF-8.",
             "Remove that character.",
         )

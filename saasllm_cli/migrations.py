@@ -72,8 +72,8 @@ class Migration:
             if _TRANSACTION_CONTROL.match(statement.text):
                 raise InvalidInput(
                     "transaction_in_migration",
-                    f"{statement.place}: a migration may not begin or end a transaction.",
-                    f"Each file is one; a file that cannot be begins with {NO_TRANSACTION!r}.",
+                    f"{statement.place}: a migration must not begin or end a transaction.",
+                    f"Each file runs in one of its own; one that cannot must start with {NO_TRANSACTION!r}.",
                 )
         return statements
 
@@ -93,7 +93,9 @@ def check(states: list[Row]) -> None:
     """Raises `CheckFailed` where files and record disagree, else `DatabaseUnavailable` where a migration is pending."""
     _refuse_unsound(states)
     if pending := [row["migration"] for row in states if row["status"] == "pending"]:
-        raise DatabaseUnavailable("migrations_pending", f"Pending: {', '.join(pending)}.", "Run: saasllm migrate up")
+        raise DatabaseUnavailable(
+            "migrations_pending", f"Pending migrations: {', '.join(pending)}.", "Run: saasllm migrate up"
+        )
 
 
 def up(
@@ -165,19 +167,21 @@ def adopt(to: str | None = None, on_wait: Callable[[], None] = lambda: None) -> 
         if _applied(connection):
             raise Conflict(
                 "already_recorded",
-                "This database has its record of migrations already.",
-                "Run: saasllm migrate status",
+                "This database already has a record of migrations.",
+                "See: saasllm migrate status",
             )
         expected, actual = _built_by(connection, adopted, defined), _objects(connection)
         if not expected.keys() & actual.keys():
-            raise CheckFailed("schema_differs", "The database has none of our tables.", "Run: saasllm migrate up")
+            raise CheckFailed(
+                "schema_differs", "The database has none of the tables of saasllm.", "Run: saasllm migrate up"
+            )
         differences = _differences(expected, actual)
         if differences:
             raise CheckFailed(
                 "schema_differs",
-                f"The database is not what the files up to {adopted[-1].name} build:"
+                f"The database differs from what the files up to {adopted[-1].name} build:"
                 + "".join(f"\n  {d}" for d in differences),
-                "Nothing was recorded. Name the last file that it was built from, or correct the database.",
+                "Nothing was recorded. Give the last file that it was built from with --to, or correct the database.",
             )
         database.before_change()
         with connection.transaction():
@@ -205,15 +209,15 @@ def reset(
             raise InvalidInput(
                 "not_confirmed",
                 f"--confirm names {database_name!r}, but this is the database {actual_name!r}.",
-                f"To drop all its data: saasllm migrate reset --confirm {actual_name}",
+                f"To drop all its data, run: saasllm migrate reset --confirm {actual_name}",
             )
         _require_public(connection)
         with _locked(connection, on_wait), connection.transaction():
             if not _applied(connection):
                 raise Conflict(
                     "not_migrated",
-                    f"The database {actual_name} has no record of migrations: what is in it is not ours to drop.",
-                    "An empty one needs only: saasllm migrate up",
+                    f"Database {actual_name} has no record of migrations, so its tables may not be those of saasllm.",
+                    "To set up an empty database, run: saasllm migrate up",
                 )
             built = _built_by(connection, _files(), definitions.wanted()).keys()
             views = [name for kind, _, name in map(_parts, built) if kind == "view"]
@@ -244,7 +248,7 @@ def _find(number: str) -> Migration:
     for migration in _files():
         if migration.name == number or (number.isdecimal() and migration.number == number.zfill(3)):
             return migration
-    raise InvalidInput("no_such_migration", f"There is no migration {number}.", "See: saasllm migrate status")
+    raise InvalidInput("no_such_migration", f"Migration {number} not found.", "See: saasllm migrate status")
 
 
 def _is_recorded(connection: Connection) -> bool:
@@ -262,8 +266,8 @@ def _require_public(connection: Connection) -> None:
     if row is None or row["schema"] != "public":
         raise InvalidInput(
             "other_schema",
-            f"The tables of saasllm lie in the schema public, but here tables are made in {row and row['schema']}.",
-            "Remove search_path from the database's URL or from the settings of its role.",
+            f"saasllm uses the schema public, but this connection creates tables in {row and row['schema']}.",
+            "Remove search_path from the database URL or from the settings of its role.",
         )
 
 
@@ -310,9 +314,9 @@ def _refuse_unsound(states: list[Row]) -> None:
     if unsound := [row for row in states if row["status"] not in ("applied", "pending")]:
         raise CheckFailed(
             "migrations_differ",
-            "The migrations and this database disagree:"
+            "The migration files and the database disagree:"
             + "".join(f"\n  {row['migration']}: {row['status']}" for row in unsound),
-            "Use the files that the database was migrated with; correct a mistake in a further migration.",
+            "Use the files that the database was migrated with. To correct a mistake, add another migration.",
         )
 
 
@@ -369,11 +373,11 @@ def _apply(connection: Connection, migration: Migration) -> None:
 def _execute(connection: Connection, migration: Migration) -> None:
     """Runs a migration's statements and records it."""
     began = time.monotonic()
-    hint = "Nothing of this file was applied; those before it were."
+    hint = "Nothing of this file was applied. The files before it were."
     if migration.in_transaction:
         _limit_waits(connection, LOCK_SECONDS)
     else:
-        hint = "This file is no transaction: what ran before this line stays. Fix it and run it again."
+        hint = "This file runs without a transaction: what comes before this line is applied. Fix it and try again."
     for statement in migration.statements():
         try:
             execute(connection, statement, hint)
@@ -411,8 +415,8 @@ def _limit_waits(connection: Connection, seconds: float) -> None:
 def _blocked(what: str) -> DatabaseUnavailable:
     return DatabaseUnavailable(
         "migration_blocked",
-        f"{what}: another transaction holds a lock that this needs, for more than {LOCK_SECONDS:g} seconds.",
-        "Nothing of it was applied. Run it again when long queries are over (see pg_stat_activity).",
+        f"{what}: waited more than {LOCK_SECONDS:g} seconds for a lock that another transaction holds.",
+        "Nothing of this was applied. Try again when long queries are done (see pg_stat_activity).",
     )
 
 

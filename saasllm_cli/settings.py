@@ -86,7 +86,7 @@ def _profile(layers: list[dict[str, Any]]) -> dict[str, Any]:
         if name is not None and has_url and layer is not layers[-1]:
             raise InvalidInput(
                 "ambiguous_database",
-                f"The profile {name} is named, and a database's URL beside it: which of them is meant?",
+                f"Both the profile {name} and a database URL are set in the same place, so it is unclear which to use.",
                 "Unset SAASLLM_PROFILE, or SAASLLM_DATABASE_URL and DATABASE_URL; or choose with --profile.",
             )
         if name is not None:
@@ -98,7 +98,7 @@ def _profile(layers: list[dict[str, Any]]) -> dict[str, Any]:
             return {"profile": None, "protected": False, "password_file": password_file}
     if "protected" in layers[-1]:
         raise InvalidInput(
-            "invalid_setting", f"protected stands beside the profiles in {CONFIG_FILE}.", "Write it into one of them."
+            "invalid_setting", f"`protected` is outside of a profile in {CONFIG_FILE}.", "Move it into [profiles.NAME]."
         )
     return {"profile": None, "protected": False}
 
@@ -110,22 +110,22 @@ def as_settings(name: str) -> dict[str, Any]:
         raise no_such_profile(name, known)
     profile, problem = known[name], None
     if unknown := sorted(profile.keys() - PROFILE_FIELDS):  # a protection that is misspelt would be none
-        problem = f"has {unknown[0]!r}, which is none of {', '.join(sorted(PROFILE_FIELDS))}"
+        problem = f"has the unknown setting {unknown[0]!r}; known are {', '.join(sorted(PROFILE_FIELDS))}"
     elif "" in profile.values():
-        problem = f"has nothing in {next(key for key, value in profile.items() if value == '')}"
+        problem = f"has an empty {next(key for key, value in profile.items() if value == '')}"
     elif len(profile.keys() & {"database_url", "data_dir"}) != 1:
         problem = "must have either a database_url or a data_dir"
     elif not isinstance(profile.get("protected", False), bool):
-        problem = "must have true or false as protected, without quotes"
+        problem = "must set protected to true or false, without quotes"
     if problem:
-        raise InvalidInput("invalid_profile", f"The profile {name} {problem}.", f"Correct it in {CONFIG_FILE}.")
+        raise InvalidInput("invalid_profile", f"Profile {name} {problem}.", f"Correct it in {CONFIG_FILE}.")
     return {"SAASLLM_DATABASE_URL" if key == "database_url" else key: value for key, value in profile.items()}
 
 
 def no_such_profile(name: str, profiles: Iterable[str]) -> NotFound:
-    known = f" There are: {', '.join(profiles)}." if profiles else ""
-    shown = name or "with an empty name"
-    return NotFound("profile_not_found", f"There is no profile {shown}.{known}", "Add it: saasllm profile add --help")
+    known = f" Known profiles: {', '.join(profiles)}." if profiles else ""
+    message = f"Profile {name or repr(name)} not found.{known}"
+    return NotFound("profile_not_found", message, "To add it, see: saasllm profile add --help")
 
 
 PROFILE_FIELDS = Settings.model_fields.keys() - {"profile"}
@@ -142,7 +142,7 @@ def config_file() -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # a file that is not readable, not UTF-8 or not TOML
         raise InvalidInput(
-            "invalid_config_file", f"{CONFIG_FILE} cannot be read: {error}.", "Correct it, or put it aside."
+            "invalid_config_file", f"Cannot read {CONFIG_FILE}: {error}.", "Correct it, or move it away."
         ) from error
 
 
@@ -151,7 +151,7 @@ def profiles() -> dict[str, Any]:
     found = config_file().get("profiles", {})
     if not isinstance(found, dict) or not all(isinstance(profile, dict) for profile in found.values()):
         raise InvalidInput(
-            "invalid_profile", f"profiles in {CONFIG_FILE} is no table of tables.", "Write each as [profiles.NAME]."
+            "invalid_profile", f"`profiles` in {CONFIG_FILE} must contain tables.", "Write each as [profiles.NAME]."
         )
     return found
 
@@ -203,8 +203,8 @@ def settings() -> Settings:
         name = "SAASLLM_" + str(first["loc"][0]).upper().removeprefix("SAASLLM_")
         raise InvalidInput(
             "invalid_setting",
-            f"The setting {name} is invalid: {first['msg']}.",
+            f"Setting {name} is invalid: {first['msg']}.",
             f"Correct it in the environment, in .env or in {CONFIG_FILE}.",
         ) from error
     except (OSError, ValueError) as error:  # .env is not readable, or not UTF-8
-        raise InvalidInput("invalid_setting", f"The settings cannot be read: {error}.", "Correct .env.") from error
+        raise InvalidInput("invalid_setting", f"Cannot read the settings: {error}.", "Correct .env.") from error

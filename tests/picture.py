@@ -27,7 +27,7 @@ teams:
 QUIET = ("migrate up",)
 SHOWN = (
     "apply -f tenants.yaml",
-    "job run --team team_hr --group ResumeAgent --prompt 'Summarise: Ada wrote the first program.'",
+    "job run --team team_hr --group ResumeAgent --prompt 'Summarize: Ada wrote the first program.'",
     "credits transactions team_hr",
     "doctor",
 )

@@ -247,43 +247,43 @@ def test_files_folders_and_forms(tenant: Run, home: Path) -> None:
         *(("group", "New"), ("team", "a"), ("team", "b"), ("team", "c")),
     ]
     assert tenant("team", "get", "c", "-o", "json").data["metadata"] == {"when": "2026-12-01", "no": "no"}
-    assert tenant("apply", "-f", folder, "-f", other).err == "Nothing had to be changed.\n"
+    assert tenant("apply", "-f", folder, "-f", other).err == "Nothing to change.\n"
     assert tenant(
         "apply", "-f", "-", "-o", "csv", stdin='{"teams": [\n{"team_id": "d",\t"organization_id": "acme"}]}'
     ).out == ('noun,id,action,before,after\nteam,d,create,,"{""team_id"": ""d"", ""organization_id"": ""acme""}"\n')
-    for name, told in (("none.yaml", "No such file"), (home / "empty", "has no file")):
+    for name, told in (("none.yaml", "No such file"), (home / "empty", "contains no .yaml")):
         (home / "empty").mkdir(exist_ok=True)
         refused = tenant("apply", "-f", name)
         assert (refused.status, told in refused.err) == (2, True)
     assert tenant("apply").status == 2
 
 
-NO_ID = "is not an id: letters, digits, '.', '_' and '-', the first a letter or digit, at most 128"
-NOWHERE = "neither in the files nor in the database: did you mean"
-NO_FIELD = "there is no such field: it may be organizations, model_groups, teams"
+NO_ID = "is not a valid ID: use up to 128 letters, digits, '.', '_' and '-', starting with a letter or digit"
+NOWHERE = "not found in the files or in the database: did you mean"
+NO_FIELD = "unknown field: use one of organizations, model_groups, teams"
 ORG = "organizations: [{organization_id: o}]\n"
 # What is in the file, and what is told of it, without the name of the file.
 BROKEN = {
-    "no YAML": ("teams: [a", ["2:1: it is not YAML: did not find expected ',' or ']'"]),
-    "a tab": ("teams:\n\t- a", ["2:1: it is not YAML: found character that cannot start any token"]),
-    "no mapping": ("- a\n- b\n", ["1:1: it must be a mapping of organizations, model_groups, teams"]),
-    "a text": ("tenants", ["1:1: it must be a mapping of organizations, model_groups, teams"]),
+    "no YAML": ("teams: [a", ["2:1: it is not valid YAML: did not find expected ',' or ']'"]),
+    "a tab": ("teams:\n\t- a", ["2:1: it is not valid YAML: found character that cannot start any token"]),
+    "no mapping": ("- a\n- b\n", ["1:1: it must be a mapping with organizations, model_groups and teams"]),
+    "a text": ("tenants", ["1:1: it must be a mapping with organizations, model_groups and teams"]),
     "an unknown section": (
         "tems: []\ngroups: []\n",
         [
-            "1:1: tems: there is no such field: did you mean teams?",
-            "2:1: groups: there is no such field: did you mean model_groups?",
+            "1:1: tems: unknown field: did you mean teams?",
+            "2:1: groups: unknown field: did you mean model_groups?",
         ],
     ),
     "no list": ("teams:\n  team_id: a\n", ["1:1: teams: it must be a list"]),
     "no record": ("organizations:\n- o\n", ["2:3: organizations[0]: it must be a mapping"]),
     "an unknown field": (
         ORG + "teams:\n- team_id: a\n  organization_id: o\n  alias: x\n",
-        ["5:3: teams[0].alias: there is no such field: did you mean team_alias?"],
+        ["5:3: teams[0].alias: unknown field: did you mean team_alias?"],
     ),
     "a field of nothing": (
         "organizations:\n- organization_id: o\n  zzz: 1\n",
-        ["3:3: organizations[0].zzz: there is no such field: it may be organization_id, name, status, metadata, count"],
+        ["3:3: organizations[0].zzz: unknown field: use one of organization_id, name, status, metadata, count"],
     ),
     "a missing id": ("model_groups:\n- models: [a]\n", ["2:3: model_groups[0].group_name: it is missing"]),
     "a missing organization": ("teams:\n- {team_id: a}\n", ["2:3: teams[0].organization_id: it is missing"]),
@@ -315,16 +315,16 @@ BROKEN = {
     "a model": (
         "model_groups:\n- group_name: G\n  models: [a, b c, {model: d}, 5]\n",
         [
-            "3:15: model_groups[0].models[1].model_name: 'b c' is not a model name: write it as litellm does, "
-            "PROVIDER/MODEL or MODEL",
+            "3:15: model_groups[0].models[1].model_name: 'b c' is not a model name: use PROVIDER/MODEL or MODEL, as in "
+            "litellm",
             "3:20: model_groups[0].models[2].model_name: it is missing",
-            "3:21: model_groups[0].models[2].model: there is no such field: did you mean model_name?",
+            "3:21: model_groups[0].models[2].model: unknown field: did you mean model_name?",
             "3:32: model_groups[0].models[3]: it must be a mapping",
         ],
     ),
     "a model twice": (
         "model_groups:\n- group_name: G\n  models: [a, b, a]\n",
-        ["3:3: model_groups[0].models: a is given twice: name it once"],
+        ["3:3: model_groups[0].models: a is listed twice"],
     ),
     "a flag": (
         "model_groups:\n- group_name: G\n  models: [{model_name: a, is_active: no}]\n",
@@ -355,34 +355,33 @@ BROKEN = {
     "a day": (
         ORG + "teams:\n- team_id: a\n  organization_id: o\n"
         "  schedule: {credits_amount: 1, every: daily, mode: add, next_on: 2026-02-30}\n",
-        ["5:58: teams[0].schedule.next_on: it must be a day such as 2026-12-01"],
+        ["5:58: teams[0].schedule.next_on: it must be a date such as 2026-12-01"],
     ),
     "a week": (
         ORG + "teams:\n- team_id: a\n  organization_id: o\n"
         "  schedule: {credits_amount: 1, every: daily, mode: add, next_on: 2026-W01-1}\n",
-        ["5:58: teams[0].schedule.next_on: it must be a day such as 2026-12-01"],
+        ["5:58: teams[0].schedule.next_on: it must be a date such as 2026-12-01"],
     ),
     "a field of another noun": (
         "organizations: [{organization_id: o, schedule: null}]\nteams:\n"
         "- {team_id: hr, organization_id: acme, models: []}\n",
         [
-            "1:38: organizations[0].schedule: there is no such field: it may be organization_id, name, status, "
-            "metadata, count",
-            "3:40: teams[0].models: there is no such field: did you mean model_groups?",
+            "1:38: organizations[0].schedule: unknown field: use one of organization_id, name, status, metadata, count",
+            "3:40: teams[0].models: unknown field: did you mean model_groups?",
         ],
     ),
     "large metadata": (
         "organizations:\n- {organization_id: o, metadata: {a: " + "é" * 40000 + "}}\n",
-        ["2:24: organizations[0].metadata: it is larger than 64 KiB: keep large data elsewhere and name it here"],
+        ["2:24: organizations[0].metadata: it is larger than 64 KiB: store large data elsewhere and refer to it"],
     ),
     "a template of nowhere": (
         "teams:\n- {team_id: 'a{n}', organization_id: acm, count: 500}\n",
-        [f"2:21: teams[0].organization_id: there is no organization acm, {NOWHERE} acme?"],
+        [f"2:21: teams[0].organization_id: organization acm {NOWHERE} acme?"],
     ),
     "a most": (
         ORG + "teams:\n- team_id: a\n  organization_id: o\n"
         "  schedule: {credits_amount: 9, every: daily, mode: add, credits_max: 5}\n",
-        ["5:3: teams[0].schedule: credits_max goes with the mode add, and is not less than credits_amount"],
+        ["5:3: teams[0].schedule: credits_max requires mode add, and must not be less than credits_amount"],
     ),
     "metadata": (
         "organizations:\n- {organization_id: o, metadata: {1: a}}\n- {organization_id: p, metadata: [a]}\n"
@@ -390,8 +389,8 @@ BROKEN = {
         [
             "2:24: organizations[0].metadata[1]: the key 1 must be text: put it in quotes",
             "3:24: organizations[1].metadata: it must be a mapping",
-            "4:24: organizations[2].metadata: it holds a character that cannot be stored: NUL, or half of a surrogate "
-            "pair",
+            "4:24: organizations[2].metadata: it contains a character that cannot be stored: NUL, or half of a "
+            "surrogate pair",
         ],
     ),
     "metadata that grows": (
@@ -399,32 +398,32 @@ BROKEN = {
         + "".join(
             f"    {new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcd", "bcde", strict=True)
         ),
-        ["3:3: organizations[0].metadata: it is larger than 64 KiB: keep large data elsewhere and name it here"],
+        ["3:3: organizations[0].metadata: it is larger than 64 KiB: store large data elsewhere and refer to it"],
     ),
     "what aliases stand for": (
         "teams:\n- &a [x, x, x, x, x, x, x, x, x, x]\n"
         + "".join(f"- &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdef", "bcdefg", strict=True)),
-        ["7:7: it is not YAML: *e stands for more than 65536 values"],
+        ["7:7: it is not valid YAML: *e stands for more than 65536 values"],
     ),
-    "an alias of nothing": ("teams: [*a]", ["1:9: it is not YAML: there is no &a before it"]),
+    "an alias of nothing": ("teams: [*a]", ["1:9: it is not valid YAML: no &a is defined before it"]),
     "a tag": (
         "teams: !list []\nmodel_groups: []\n",
-        ["1:8: it is not YAML: the tag !list is not known"],
+        ["1:8: it is not valid YAML: unknown tag !list"],
     ),
     "a number that is none": (
         "organizations:\n- {organization_id: o, metadata: {a: !!int b, c: 1e99999}}\n",
-        ["2:38: it is not YAML: b is no number, or out of range"],
+        ["2:38: it is not valid YAML: b is not a number, or out of range"],
     ),
     "deep metadata": (
         "organizations:\n- {organization_id: o, metadata: {a: " + "[" * 40 + "]" * 40 + "}}\n",
-        ["2:24: organizations[0].metadata: it is nested more than 32 deep"],
+        ["2:24: organizations[0].metadata: it is nested more than 32 levels deep"],
     ),
-    "too deep": ("teams: " + "[" * 200, ["1:107: it is not YAML: it is nested more than 100 deep"]),
+    "too deep": ("teams: " + "[" * 200, ["1:107: it is not valid YAML: it is nested more than 100 levels deep"]),
     "a key twice": (
         "organizations:\n- organization_id: o\n  name: a\n  name: b\nteams: []\nteams: []\n",
         [
-            "4:3: the key name is defined here more than once",
-            "6:1: the key teams is defined here more than once",
+            "4:3: the key name is defined more than once",
+            "6:1: the key teams is defined more than once",
         ],
     ),
     "a count": (
@@ -438,37 +437,37 @@ BROKEN = {
     ),
     "a template without its number": (
         "organizations:\n- {organization_id: o, count: 3}\n",
-        ["2:3: organizations[0]: o is defined more than once: name it once"],
+        ["2:3: organizations[0]: o is defined more than once"],
     ),
     "an id twice": (
         ORG + "teams:\n- {team_id: a, organization_id: o}\n- {team_id: b, organization_id: o}\n"
         "- {team_id: a, organization_id: o}\n",
-        ["5:3: teams[2]: a is defined more than once: name it once"],
+        ["5:3: teams[2]: a is defined more than once"],
     ),
     "unknown references": (
         "model_groups: [{group_name: ResumeAgent, models: [a]}]\nteams:\n- team_id: a\n  organization_id: acm\n"
         "  model_groups: [ResumeAgent, ResumeAgnt]\n- {team_id: hr, organization_id: acme, model_groups: [Ecko]}\n",
         [
-            f"4:3: teams[0].organization_id: there is no organization acm, {NOWHERE} acme?",
-            f"5:31: teams[0].model_groups[1]: there is no group ResumeAgnt, {NOWHERE} ResumeAgent?",
-            f"6:55: teams[1].model_groups[0]: there is no group Ecko, {NOWHERE} Echo?",
+            f"4:3: teams[0].organization_id: organization acm {NOWHERE} acme?",
+            f"5:31: teams[0].model_groups[1]: group ResumeAgnt {NOWHERE} ResumeAgent?",
+            f"6:55: teams[1].model_groups[0]: group Ecko {NOWHERE} Echo?",
         ],
     ),
     "a team of another": (
         "organizations: [{organization_id: other}]\nteams:\n- {team_id: hr, organization_id: other}\n",
-        ["3:17: teams[0].organization_id: the team is of the organization acme, and stays with it"],
+        ["3:17: teams[0].organization_id: the team belongs to organization acme, which cannot be changed"],
     ),
     "a group twice": (
         "teams:\n- {team_id: hr, organization_id: acme, model_groups: [Echo, Down, Echo]}\n",
-        ["2:40: teams[0].model_groups: Echo is given twice: name it once"],
+        ["2:40: teams[0].model_groups: Echo is listed twice"],
     ),
     "JSON": (
         '{"teams": [\n  {"team_id": "a" "x": 1}\n]}',
-        ["2:19: it is not JSON: Expecting ',' delimiter"],
+        ["2:19: it is not valid JSON: Expecting ',' delimiter"],
     ),
     "a key twice in JSON": (
         '{"organizations": [\n\t{"organization_id": "a", "organization_id": "b"}\n]}',
-        ["2:27: the key organization_id is defined here more than once"],
+        ["2:27: the key organization_id is defined more than once"],
     ),
     "JSON lines": (
         '{"organizations": [{"organization_id": "o"}]}\n{"teams": [{"team_id": "a"}]}\n{"teams"\n\n'
@@ -476,10 +475,10 @@ BROKEN = {
         '{"teams": [{"team_id": "c", "x": 1}]}\n',
         [
             "2:12: teams[0].organization_id: it is missing",
-            "3:9: it is not JSON: Expecting ':' delimiter",
-            "5: it is not JSON: there is no number NaN",
+            "3:9: it is not valid JSON: Expecting ':' delimiter",
+            "5: it is not valid JSON: NaN is not a number",
             "6:12: teams[0].organization_id: it is missing",
-            "6:29: teams[0].x: there is no such field: it may be team_id, organization_id, team_alias, status, "
+            "6:29: teams[0].x: unknown field: use one of team_id, organization_id, team_alias, status, "
             "model_groups, credits, schedule, metadata, count",
         ],
     ),
@@ -488,17 +487,17 @@ BROKEN = {
         + "[" * 900
         + "]" * 900
         + "}}]}",
-        ["1: it is nested more than 100 deep"],
+        ["1: it is nested more than 100 levels deep"],
     ),
     "a key twice beside a surrogate pair": (
         '{"organizations": [{"organization_id": "a", "name": "\\ud83d\\ude00", "name": "b"}], "x": 1}',
-        ["1:69: the key name is defined here more than once", "1:84: x: " + NO_FIELD],
+        ["1:69: the key name is defined more than once", "1:84: x: " + NO_FIELD],
     ),
     "a key twice in a broken line": (
         '{"organizations": [], "teams": [], "teams": [NaN]}\n{"organizations": [{"organization_id": "o"}]}\n',
-        ["1: it is not JSON: there is no number NaN"],
+        ["1: it is not valid JSON: NaN is not a number"],
     ),
-    "no UTF-8": (b"teams: []\n# caf\xe9\n", ["2: it is not text in UTF-8"]),
+    "no UTF-8": (b"teams: []\n# caf\xe9\n", ["2: it is not UTF-8 text"]),
 }
 
 
@@ -569,7 +568,10 @@ def test_prune_asks_and_keeps_what_has_history(tenant: Run) -> None:
     text = "organizations: [{organization_id: acme}]\nteams: [{team_id: new, organization_id: acme}]\n"
     refused = tenant("apply", "-f", "-", "--prune", stdin=text)
     assert (refused.status, "--yes" in refused.err) == (2, True)
-    assert "The files do not name these teams. Delete Empty. Suspend hr? There is no terminal to ask at." in refused.err
+    assert (
+        "The files do not name these teams. Delete Empty. Suspend hr? Cannot ask: stdin is not a terminal."
+        in refused.err
+    )
     report = applied(tenant, text, "--prune", "--yes")
     assert totals(report)["team"] == {"unchanged": 1, "suspended": 1, "deleted": 1}
     teams = {row["team_id"]: row["status"] for row in tenant("team", "list", "-o", "json").data}

@@ -99,7 +99,7 @@ def asked_for(schema: str) -> str:
 
 
 WRONG = {
-    "nonsense": "not JSON",
+    "nonsense": "not valid JSON",
     "[1]": "a JSON object",
     '{"prompt": "x"}': "The id",
     '{"id": 7, "prompt": "x"}': "The id",

@@ -119,17 +119,17 @@ def test_a_model_that_wants_a_tool_called(tenant: Run, provider: Provider, home:
 
 
 BAD_CHATS = {
-    "[": "not JSON",
-    "[]": "messages must be a list",
-    '{"tools": []}': "messages must be a list",
-    '{"messages": [{"role": "user", "content": "x"}], "model": "gpt-4"}': "'model' is no parameter",
+    "[": "not valid JSON",
+    "[]": "messages must be a non-empty list",
+    '{"tools": []}': "messages must be a non-empty list",
+    '{"messages": [{"role": "user", "content": "x"}], "model": "gpt-4"}': "'model' cannot be set",
     '["x"]': "messages[0] must be an object",
     '[{"role": "boss", "content": "x"}]': "messages[0].role",
     '[{"role": "user"}]': "messages[0].content",
     '[{"role": "user", "content": []}]': "messages[0].content",
     '[{"role": "user", "content": ["x"]}]': "messages[0].content[0]",
     '[{"role": "user", "content": [{"type": "text"}]}]': "messages[0].content[0]",
-    '[{"role": "user", "content": [{"type": "image_url", "image_url": "cv.txt"}]}]': "no ending of an image",
+    '[{"role": "user", "content": [{"type": "image_url", "image_url": "cv.txt"}]}]': "neither a URL nor an image file",
     '[{"role": "user", "content": [{"type": "image_url", "image_url": "no.png"}]}]': "cannot be read",
     '[{"role": "user", "content": "a\\u001bb"}]': "terminal escape",
 }
@@ -394,7 +394,7 @@ def test_a_lost_lease(tenant: Run, sql: psycopg.Connection) -> None:
         assert (result.status, result.error["code"]) == (4, "lease_lost")
     assert tenant("job", "sweep", "--team", "no").status == 3
     assert tenant("job", "sweep", "-o", "json").data == {"swept": 1}
-    assert tenant("job", "sweep").out == "0 job(s) swept\n"
+    assert tenant("job", "sweep").out == "Swept 0 jobs.\n"
     assert credits_of(tenant) == (10, 0)
     assert tenant("job", "get", job_id, "-o", "json").data["status"] == "failed"
 

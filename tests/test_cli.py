@@ -1,8 +1,11 @@
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from contextvars import copy_context
 from pathlib import Path
+from uuid import UUID
 from xml.etree import ElementTree
 
 import pytest
@@ -11,6 +14,7 @@ import typer
 import yaml
 from conftest import Result, start_process
 from proxy import Proxy
+from typer.core import TyperGroup
 
 from saasllm_cli import cli, database
 from saasllm_cli.settings import settings
@@ -32,15 +36,58 @@ def loaded_by(code: str) -> set[str]:
     return {name for name in loaded - sys.stdlib_module_names if not name.startswith(("_", "sitecustomize"))}
 
 
+def typed_in(example: str) -> list[str]:
+    """The words of the saasllm command in a line for a shell, without what is piped, redirected or substituted."""
+    match = re.search(r"\bsaasllm (.*?)(?= [|<>]|\)\"?$|$)", example)
+    assert match, example
+    words = match[1].replace("$JOB", str(UUID(int=0))).replace("$(date +%F)", "2026-11-22")
+    assert "$" not in words, example
+    return shlex.split(words)
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
 @pytest.mark.parametrize("command", [words.split() for words, _ in reference.commands()], ids=" ".join)
-def test_help_has_an_example(run: Run, command: list[str]) -> None:
+def test_help_ends_with_examples_that_can_be_copied(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: list[str], width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
     result = run(*command, "--help")
+    assert (result.status, result.err) == (0, "")
+    before, _, examples = result.out.partition("\nExamples:\n")
+    if width >= 80:
+        assert all(len(line) <= 80 for line in before.splitlines())
+    root = typer.main.get_command(cli.app)
+    for example in examples.splitlines():
+        assert example.startswith("  ")
+        words = typed_in(example)
+        assert words[: len(command)] == command
+        assert shlex.split(example)  # its quotes are closed: it is whole
+
+        def parse(words: list[str] = words) -> None:
+            with root.make_context("saasllm", words) as context:
+                noun, verb, rest = root.resolve_command(context, [*context._protected_args, *context.args])  # type: ignore[attr-defined]
+                with verb.make_context(noun, rest, parent=context) as inner:
+                    if isinstance(verb, TyperGroup):
+                        name, leaf, rest = verb.resolve_command(inner, [*inner._protected_args, *inner.args])
+                        leaf.make_context(name, rest, parent=inner)
+
+        copy_context().run(parse)
+
+
+@pytest.mark.parametrize("noun", ["", *cli.NOUNS])
+def test_each_command_has_one_line_in_the_list(run: Run, monkeypatch: pytest.MonkeyPatch, noun: str) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result = run(*noun.split(), "--help")
     assert result.status == 0
-    assert "Example: " in result.out
-    assert f"saasllm {' '.join(command)}" in result.out.split("Example: ")[1].replace("\n", " ") or command == [
-        "db",
-        "url",
-    ]
+    listed = result.out.partition("\nCommands:\n")[2].partition("\n\n")[0].splitlines()
+    names = (
+        [*cli.NOUNS]
+        if not noun
+        else [words.split()[1] for words, _ in reference.commands() if words.startswith(f"{noun} ")]
+    )
+    assert [line.split()[0] for line in listed] == names
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed)
+    assert all(len(line) <= 80 for line in result.out.splitlines() if not line.startswith("  saasllm "))
 
 
 def test_the_readme_lists_the_commands_as_they_are() -> None:
@@ -52,8 +99,9 @@ def test_the_list_of_nouns_is_that_of_their_modules(run: Run) -> None:
     root = typer.main.get_command(cli.app)
     for noun, description in cli.NOUNS.items():
         assert f"{noun} {description}" in listed
-        if noun != "demo":
-            assert root.get_command(None, noun).help == description  # type: ignore[attr-defined]
+        command = root.get_command(None, noun)  # type: ignore[attr-defined]
+        if isinstance(command, TyperGroup):
+            assert command.help == description
     modules = {path.stem for path in (Path(cli.__file__).parent / "commands").glob("*.py")}
     assert modules - {"__init__", "calls", "inputs", "purge", "usage"} == set(cli.NOUNS)
 

@@ -126,7 +126,7 @@ def test_check_whether_a_team_has_enough(tenant: Run, sql: psycopg.Connection) -
     sql.execute("UPDATE team_credits SET credits_reserved = 1")
     short = tenant("credits", "check", "hr", "--need", 10)
     assert short.status == 5
-    assert "9 credit(s) free, not 10" in short.err
+    assert "9 free credits, but 10 are needed" in short.err
     assert tenant("credits", "check", "nobody", "--need", 1).status == 3
 
 
@@ -231,7 +231,7 @@ def test_adjust_never_below_what_is_used_and_reserved(tenant: Run, sql: psycopg.
     for amount in (-6, -9, -10, -1000):
         refused = tenant("credits", "adjust", "hr", amount, "--reason", "x", "-o", "json")
         assert (refused.status, refused.error["code"]) == (5, "insufficient_credits"), amount
-        assert f"hr has 5 credit(s) free: {-amount} cannot" in refused.error["message"]
+        assert f"hr has 5 free credits: {-amount} cannot" in refused.error["message"]
     assert tenant("credits", "adjust", "hr", -5, "--reason", "x", "-o", "json").data["credits_after"] == 4
 
 

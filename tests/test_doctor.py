@@ -49,8 +49,8 @@ def test_all_that_is_wrong(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-ant-secret")
     checks = found(tenant, 9)
     assert checks["ledger"] == ("failed", "See: saasllm credits verify")
-    assert checks["leases"] == ("warning", "Run by cron: saasllm job sweep")
-    assert checks["allocations"] == ("warning", "Run by cron: saasllm credits allocate")
+    assert checks["leases"] == ("warning", "Run from cron: saasllm job sweep")
+    assert checks["allocations"] == ("warning", "Run from cron: saasllm credits allocate")
     assert checks["role"][0] == "warning"  # a superuser
     assert checks["providers"][0] == "warning"
     told = tenant("doctor")
@@ -76,7 +76,7 @@ def test_a_role_that_may_not_read(tenant: Run, sql: Sql, monkeypatch: pytest.Mon
         sql.execute("REVOKE SELECT ON teams FROM doctor_reader")
         refused = tenant("doctor", "-o", "json")
         assert refused.status == 7
-        assert "may not read teams" in refused.out
+        assert "cannot read teams" in refused.out
     finally:
         sql.execute("DROP OWNED BY doctor_reader; DROP ROLE doctor_reader")
 

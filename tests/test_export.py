@@ -142,7 +142,7 @@ def test_what_was_exported_is_there_again(
     exported = {form: run("export", "-o", form).out for form in forms}
     for form in forms:
         same = run("apply", "-f", "-", "--diff", "--prune", stdin=exported[form])
-        assert (same.status, same.err) == (0, "Nothing differs.\n")
+        assert (same.status, same.err) == (0, "No differences.\n")
     for form in forms:
         make_database(template)
         applied = run("apply", "-f", "-", stdin=exported[form])

@@ -450,7 +450,7 @@ def test_an_expired_lease_is_lost_and_swept_by_the_next_begin(tenant: Run, sql: 
     for job_id in jobs:
         runner._begin(job_id, request())
     sql.execute("UPDATE jobs SET lease_expires_at = now() WHERE job_id = ANY (%s)", [jobs[:4]])
-    with pytest.raises(Conflict, match=r"lease of job .* ran out"):
+    with pytest.raises(Conflict, match=r"Job .* expired"):
         runner._settled(jobs[0], "hr", "late", [])
     assert credits_of(tenant) == (10, 10)
     assert job_run(tenant, "Echo", "--prompt", "x").status == 0

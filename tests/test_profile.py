@@ -142,11 +142,11 @@ def test_which_database_is_meant(
 @pytest.mark.parametrize(
     ("text", "status", "told"),
     [
-        ("[profiles.b]\n", 3, "There is no profile a. There are: b."),
-        ("", 3, "There is no profile a."),
-        ("profiles = 3\n", 2, "no table of tables"),
-        ('[profiles]\na = "x"\n', 2, "no table of tables"),
-        ('[profiles.a]\ndatabase_url = ""\n', 2, "nothing in database_url"),
+        ("[profiles.b]\n", 3, "Profile a not found. Known profiles: b."),
+        ("", 3, "Profile a not found."),
+        ("profiles = 3\n", 2, "must contain tables"),
+        ('[profiles]\na = "x"\n', 2, "must contain tables"),
+        ('[profiles.a]\ndatabase_url = ""\n', 2, "empty database_url"),
         ('[profiles.a]\ndatabase_url = "postgresql:///a"\ndata_dir = "x"\n', 2, "either a database_url or a data_dir"),
         ('[profiles.a]\ndatabase_url = "postgresql:///a"\nprotcted = true\n', 2, "'protcted'"),
         ("[profiles.a]\nprotected = true\n", 2, "must have either"),

@@ -53,7 +53,7 @@ def test_a_team_goes_with_all_its_history_and_leaves_one_record(used: Run, sql: 
     others = state(sql, "hr")
     purged = used("team", "delete", "hr", "--purge", "--confirm", "hr")
     assert (purged.status, purged.out) == (0, "")
-    assert "3 job(s), 3 call(s), 2 ledger entries, 9 credit(s) that were left" in purged.err
+    assert "3 jobs, 3 calls, 2 ledger entries, 9 unused credits" in purged.err
     assert state(sql, "hr") == others == state(sql)
     record, *before = used("audit", "list", "--team", "hr", "-o", "json").data
     assert record["action"] == "purge"
@@ -81,7 +81,7 @@ def test_an_organization_goes_with_all_its_teams(used: Run, sql: psycopg.Connect
     others = state(sql, "acme", "hr", "it")
     purged = used("org", "delete", "acme", "--purge", "--confirm", "acme")
     assert purged.status == 0
-    assert "2 team(s), 4 job(s), 4 call(s), 4 ledger entries, 13 credit(s) that were left" in purged.err
+    assert "2 teams, 4 jobs, 4 calls, 4 ledger entries, 13 unused credits" in purged.err
     assert used("org", "get", "acme").status == 3
     assert state(sql, "acme", "hr", "it") == others
     assert [row["team_id"] for row in used("team", "list", "-o", "json").data] == ["theirs"]

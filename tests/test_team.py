@@ -127,5 +127,5 @@ def test_delete_only_without_history(tenant: Run) -> None:
     assert tenant("team", "delete", "new", "--yes").status == 3
     used = tenant("team", "delete", "hr", "--yes")
     assert used.status == 4
-    assert "0 job(s) and 1 ledger entries" in used.err
+    assert "0 jobs and 1 ledger entry." in used.err
     assert tenant("team", "get", "hr").status == 0

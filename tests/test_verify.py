@@ -9,6 +9,7 @@ import psycopg
 import pytest
 from conftest import Result
 
+from saasllm_cli.commands.inputs import counted
 from saasllm_cli.errors import Conflict
 from saasllm_cli.jobs import runner
 from saasllm_cli.jobs.calls import CallRequest
@@ -149,7 +150,7 @@ def test_what_no_adjustment_repairs_is_left_alone(used: Run, sql: psycopg.Connec
     found, before = used("credits", "verify", "-o", "json").data, history(used)
     result = used("credits", "verify", "--repair", "--yes", "-o", "json")
     assert (result.status, result.data) == (9, found)
-    assert f"{len(found)} row(s) are left" in result.err
+    assert f"{counted(len(found), 'difference')} cannot be repaired" in result.err
     assert (used("credits", "verify", "-o", "json").data, history(used)) == (found, before)
 
 

@@ -18,7 +18,7 @@ app = noun()
 MOST_SHOWN = 60  # changes in a table
 
 
-@app.command(epilog="Example: saasllm apply -f tenants.yaml --diff")
+@app.command(epilog="saasllm apply -f tenants.yaml --diff")
 def apply(
     file: Annotated[
         list[str],
@@ -26,28 +26,27 @@ def apply(
             "--file",
             "-f",
             metavar="FILE",
-            help="YAML, JSON or JSON lines, a folder of them, or - for stdin; repeatable.",
+            help="YAML, JSON or JSON Lines file, folder of such files, or - for stdin; repeatable.",
         ),
     ] = [],
     diff: Annotated[
-        bool, typer.Option("--diff", help="Only show what would change; exit 9 where there is a difference.")
+        bool, typer.Option("--diff", help="Only show what would change; exit 9 if anything would.")
     ] = False,
     prune: Annotated[
         bool,
         typer.Option(
             "--prune",
-            help="Also delete the teams of the files' organizations that the files do not name; suspend those that "
-            "have history.",
+            help="Delete teams missing from the files, within the files' organizations; suspend those with history.",
         ),
     ] = False,
     yes: Yes = False,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a file, for editors.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of the files, for editors.")] = False,
     output: Output = None,
 ) -> None:
-    """Create and change organizations, model groups and teams as files say: all of it, or nothing.
+    """Create and update organizations, model groups and teams from files.
 
-    What a file does not name is left as it is. Run again, nothing changes. A team's `credits` are those that it is
-    opened with; if they are others later, that is shown, and nothing is done about it.
+    Either all changes are made or none. What the files do not name is left alone, and applying them again changes
+    nothing. A team's `credits` are granted when it is created; a different number later is shown but not applied.
     """
     if schema:
         from saasllm_cli.manifests.definitions import schema as schema_
@@ -56,7 +55,7 @@ def apply(
         return
     sources = [Source(path) for name in file for path in _files(name)]
     if not sources:
-        raise InvalidInput("no_file", "There is no file to apply.", "Give one with -f; see --help.")
+        raise InvalidInput("no_file", "No file to apply.", "Give one with -f FILE; see --help.")
     with waiting("Reading …"), database.connect() as db:
         stage(db, sources, progress)
         to_prune = None
@@ -77,14 +76,14 @@ def apply(
     changed = sum(row[name] for row in totals for name in ("created", "changed", "suspended", "deleted"))
     differing = sum(row["differing"] for row in totals)
     if not changed and not (diff and differing):
-        note("Nothing differs." if diff else "Nothing had to be changed.")
+        note("No differences." if diff else "Nothing to change.")
     elif diff:
         raise CheckFailed(
             "differs",
             "The database differs from the files.",
-            "To change it, run the same without --diff."
+            "To apply the changes, run the same command without --diff."
             if changed
-            else "Opening credits are granted once; what is to be added: saasllm credits add",
+            else "Opening credits are granted only once. To add more, run: saasllm credits add TEAM AMOUNT",
         )
 
 
@@ -100,12 +99,14 @@ def _files(name: str) -> list[str]:
     except OSError as error:
         raise unreadable(name, error) from error
     if not found:
-        raise InvalidInput("no_file", f"The folder {name} has no file *{', *'.join(SUFFIXES)}.", "Name another.")
+        raise InvalidInput(
+            "no_file", f"Folder {name} contains no {', '.join(SUFFIXES)} file.", "Choose another folder."
+        )
     return found
 
 
 def _tell_wait() -> None:
-    note("Another `apply` is running; waiting for it …")
+    note("Waiting for another `saasllm apply` to finish …")
 
 
 def _question(to_prune: database.Row) -> str:

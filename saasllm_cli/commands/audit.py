@@ -23,7 +23,7 @@ def audit() -> None:
     """So that `list` stays a verb, also as long as it is the only one."""
 
 
-@app.command("list", epilog="Example: saasllm audit list --team team_engineering --since 7d")
+@app.command("list", epilog="saasllm audit list --team team_engineering --since 7d")
 def list_(
     team: TeamFilter = None,
     org: OrgFilter = None,
@@ -35,7 +35,7 @@ def list_(
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
-    """List the changes of organizations, teams, groups and assignments, the newest first."""
+    """List changes to organizations, groups, teams and schedules."""
     columns = (
         "audit_id",
         "created_at",

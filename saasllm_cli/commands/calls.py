@@ -33,40 +33,44 @@ def parameter(value: str) -> dict[str, Any]:
         return {key: text}
 
 
-Group = Annotated[str, typer.Option(**A_GROUP, show_default=False, help="Whose models are tried, in order.")]
+Group = Annotated[str, typer.Option(**A_GROUP, show_default=False, help="Model group to ask.")]
 Prompt = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="What is asked; a document from stdin is joined after it.")
+    str | None, typer.Option(metavar="TEXT", help="Prompt; text from a file or stdin is appended to it.")
 ]
-PromptFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A file instead of stdin; '-' is stdin.")]
-System = Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")]
+PromptFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Read text from this file instead of stdin.")]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")]
 Messages = Annotated[
     Path | None,
     typer.Option(
         "--messages",
         metavar="FILE",
-        help="A whole chat in OpenAI's JSON: its messages, or an object with messages, tools and so on. Images are "
-        "named by URL, or by their path from the file. --prompt, if given, comes last.",
+        help="Chat in OpenAI's JSON format: a list of messages, or an object with messages, tools and so on. Give "
+        "images by URL, or by path relative to the file. --prompt, if given, is the last message.",
     ),
 ]
 JsonSchema = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Ask for JSON of this schema; an answer that does not match counts as failed."),
+    typer.Option(metavar="FILE", help="Require a JSON answer that matches this schema; if not, try the next model."),
 ]
-Temperature = Annotated[float | None, typer.Option(min=0, metavar="X", help="How free the answer is.")]
-MaxTokens = Annotated[int | None, typer.Option(min=1, metavar="N", help="At most so many tokens of answer.")]
-TopP = Annotated[float | None, typer.Option(min=0, max=1, metavar="X", help="Another way of --temperature.")]
-Seed = Annotated[int | None, typer.Option(metavar="N", help="Ask for the same answer each time.")]
-Stop = Annotated[list[str], typer.Option(metavar="TEXT", help="End the answer before this; repeatable.")]
+Temperature = Annotated[
+    float | None, typer.Option(min=0, metavar="X", help="Sampling temperature; higher is more random.")
+]
+MaxTokens = Annotated[int | None, typer.Option(min=1, metavar="N", help="Maximum number of tokens in the answer.")]
+TopP = Annotated[
+    float | None, typer.Option(min=0, max=1, metavar="X", help="Nucleus sampling, an alternative to --temperature.")
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed for reproducible answers, if the model supports it.")]
+Stop = Annotated[list[str], typer.Option(metavar="TEXT", help="Stop the answer at this text; repeatable.")]
 Parameters = Annotated[
     list[dict],  # type: ignore[type-arg] # typer takes no further type inside
     typer.Option(
-        "--param", parser=parameter, metavar="KEY=VALUE", help="Any other parameter of the provider; repeatable."
+        "--param", parser=parameter, metavar="KEY=VALUE", help="Any other parameter for the provider; repeatable."
     ),
 ]
-Purpose = Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="What the call is for; it is kept.")]
+Purpose = Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="Purpose of the call, kept with it.")]
 Stream = Annotated[
     bool | None,
-    typer.Option("--stream/--no-stream", help="Show the answer as it comes; by default at a terminal."),
+    typer.Option("--stream/--no-stream", help="Print the answer as it arrives (default: at a terminal)."),
 ]
 Timeout = Annotated[
     int,
@@ -74,7 +78,7 @@ Timeout = Annotated[
         min=1,
         max=86400,
         metavar="SECONDS",
-        help="Total for all attempts; what remains is divided among the models not yet tried.",
+        help="Time limit for all models together.",
     ),
 ]
 
@@ -121,7 +125,7 @@ def shown_as_it_comes(stream: bool | None, request: "CallRequest", output: Forma
     """Where the answer goes piece by piece, if it does: what is checked or is no text is shown as a whole."""
     is_whole = request.json_schema is not None or "tools" in request.parameters
     if stream and (output is not Format.TABLE or is_whole):
-        raise InvalidInput("usage", "--stream goes with neither -o, --json-schema nor tools.", "Leave out --stream.")
+        raise InvalidInput("usage", "--stream cannot be combined with -o, --json-schema or tools.", "Remove --stream.")
     if not (sys.stdout.isatty() if stream is None else stream) or output is not Format.TABLE or is_whole:
         return None
 
@@ -157,7 +161,9 @@ def _json(path: Path, option: str) -> Any:
     try:
         return json.loads(_decoded(_content(path, option), str(path)))
     except (ValueError, RecursionError) as error:
-        raise InvalidInput("invalid_json", f"{path} is not JSON: {error}.", f"Correct the file of {option}.") from None
+        raise InvalidInput(
+            "invalid_json", f"{path} is not valid JSON: {error}.", f"Correct the file given with {option}."
+        ) from None
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None, may_read_stdin: bool) -> str:
@@ -172,7 +178,7 @@ def _prompt(prompt: str | None, prompt_file: Path | None, may_read_stdin: bool) 
         raise InvalidInput(
             "empty_prompt",
             "The prompt is empty.",
-            "Give --prompt, --prompt-file or a text on stdin.",
+            "Give --prompt, --prompt-file, or text on stdin.",
         )
     return text
 
@@ -181,9 +187,7 @@ def opened(path: Path, option: str) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
-        raise InvalidInput(
-            "unreadable_file", f"The file {path} cannot be read: {error.strerror}.", f"Check {option}."
-        ) from error
+        raise InvalidInput("unreadable_file", f"Cannot read {path}: {error.strerror}.", f"Check {option}.") from error
 
 
 def _content(path: Path, option: str) -> bytes:
@@ -194,7 +198,7 @@ def _content(path: Path, option: str) -> bytes:
 def _stdin() -> bytes:
     is_ready, _, _ = select.select([sys.stdin], [], [], SILENT_STDIN_SECONDS)
     if not is_ready:
-        note("Waiting for the rest of the prompt on stdin; where there is none, add: < /dev/null")
+        note("Reading the rest of the prompt from stdin. If there is none, add: < /dev/null")
     return sys.stdin.buffer.read()
 
 
@@ -205,5 +209,5 @@ def _decoded(content: bytes, source: str) -> str:
         raise InvalidInput(
             "invalid_prompt",
             f"The prompt in {source} is not UTF-8 text (byte {error.start + 1}).",
-            "Convert it first, a PDF for example with: pdftotext FILE -",
+            "Convert it first; for a PDF, run: pdftotext FILE -",
         ) from error

@@ -22,6 +22,7 @@ from saasllm_cli.commands.inputs import (
     Until,
     Yes,
     confirm,
+    counted,
     credits_from,
     day,
     label,
@@ -49,28 +50,29 @@ app = noun()
 MOST_NAMED = 20
 REPAIRABLE = ("credits_allocated differs", "credits_used differs", "last_entry_no differs", "credits_reserved differs")
 
-Reason = Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="Why; it is kept in the ledger.")]
+Reason = Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="Reason, kept in the ledger.")]
 Source = Annotated[
     str | None,
-    typer.Option(
-        parser=label, metavar="TEXT", help="Where it comes from, such as an invoice's number; it is kept, too."
-    ),
+    typer.Option(parser=label, metavar="TEXT", help="Source, such as an invoice number, kept in the ledger."),
 ]
 TransactionType = Literal["allocation", "deduction", "refund", "adjustment", "expiry"]
 
 
-@app.command(epilog="Example: saasllm credits balance team_engineering -o json | jq .credits_remaining")
+@app.command(epilog="saasllm credits balance team_engineering -o json | jq .credits_remaining")
 def balance(
     team_id: TeamId,
     as_of: Annotated[
         datetime | None,
         typer.Option(
-            parser=moment, metavar="WHEN", help="What it was then, from the ledger: 7d, 2026-11-01 or RFC 3339."
+            parser=moment, metavar="WHEN", help="Show the balance at this time: 7d, 2026-11-01 or an RFC 3339 time."
         ),
     ] = None,
     output: Output = None,
 ) -> None:
-    """Show what a team was given, has used, has reserved for running jobs, and has left."""
+    """Show a team's credit balance.
+
+    Shows what the team was granted, has used, has reserved for running jobs and has left.
+    """
     with database.connect() as db:
         if as_of is None:
             credits_ = db.found("credits.balance", "team", team_id, team_id=team_id)
@@ -79,32 +81,33 @@ def balance(
     show(credits_, output)
 
 
-@app.command(epilog='Example: saasllm credits add team_engineering 100 --reason "Monthly allocation"')
+@app.command(epilog='saasllm credits add team_engineering 100 --reason "Monthly allocation"')
 def add(
     team_id: TeamId,
     amount: Annotated[
-        int, typer.Argument(parser=credits_from(1), metavar="AMOUNT", show_default=False, help="How many.")
+        int, typer.Argument(parser=credits_from(1), metavar="AMOUNT", show_default=False, help="Number of credits.")
     ],
     reason: Reason = None,
     source: Source = None,
     idempotency_key: IdempotencyKey = None,
     output: Output = None,
 ) -> None:
-    """Add credits to a team, and show the ledger entry."""
+    """Add credits to a team."""
     _enter(team_id, "allocation", amount, reason, source, idempotency_key, output)
 
 
-@app.command(
-    epilog='Example: saasllm credits refund --job 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d --reason "Wrong answer"'
-)
+@app.command(epilog='saasllm credits refund --job 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d --reason "Wrong answer"')
 def refund(
-    job: Annotated[UUID, typer.Option(metavar="JOB", show_default=False, help="The job that was charged.")],
+    job: Annotated[UUID, typer.Option(metavar="JOB", show_default=False, help="Job to refund.")],
     reason: Reason = None,
     source: Source = None,
     idempotency_key: IdempotencyKey = None,
     output: Output = None,
 ) -> None:
-    """Give back what a job was charged, once, and show the ledger entry. The job stays completed."""
+    """Refund the credit that a job was charged.
+
+    A job can be refunded once. It stays completed.
+    """
     given = {"transaction_type": "refund", "job_id": job, "reason": reason, "source": source}
     with database.connect() as db:
         result = db.one("credits.refund", job_id=job, reason=reason, source=source, idempotency_key=idempotency_key)
@@ -115,7 +118,7 @@ def refund(
 
 
 @app.command(
-    epilog='Example: saasllm credits adjust team_engineering -5 --reason "Counted twice in October"',
+    epilog='saasllm credits adjust team_engineering -5 --reason "Counted twice in October"',
     context_settings={"ignore_unknown_options": True},  # -5 is an amount
 )
 def adjust(
@@ -126,51 +129,55 @@ def adjust(
             parser=credits_from(-MOST_CREDITS),
             metavar="AMOUNT",
             show_default=False,
-            help="How many; fewer with a minus.",
+            help="Credits to add, or to take away with a minus.",
         ),
     ],
     reason: Annotated[
-        str, typer.Option(parser=label, metavar="TEXT", show_default=False, help="Why; it is kept in the ledger.")
+        str, typer.Option(parser=label, metavar="TEXT", show_default=False, help="Reason, kept in the ledger.")
     ],
     source: Source = None,
     idempotency_key: IdempotencyKey = None,
     output: Output = None,
 ) -> None:
-    """Correct a team's credits, up or down, and show the ledger entry. Not below what is reserved for running jobs."""
+    """Correct a team's credits, up or down.
+
+    Credits that are reserved for running jobs cannot be taken away.
+    """
     if amount == 0:
         raise InvalidInput(
-            "usage", "The AMOUNT of an adjustment is not 0.", "Give how many more, or fewer with a minus."
+            "usage", "AMOUNT must not be 0.", "Give the number of credits to add, or to take away with a minus."
         )
     _enter(team_id, "adjustment", amount, reason, source, idempotency_key, output)
 
 
-@app.command(epilog="Example: saasllm credits check team_engineering --need 10 || echo too few")
+@app.command(epilog="saasllm credits check team_engineering --need 10\nsaasllm credits check --below 20")
 def check(
     team_id: Annotated[
-        str | None, typer.Argument(**A_TEAM | {"metavar": "[TEAM]"}, show_default=False, help="With --need.")
+        str | None, typer.Argument(**A_TEAM | {"metavar": "[TEAM]"}, show_default=False, help="Team ID, with --need.")
     ] = None,
     need: Annotated[
-        int | None, typer.Option(parser=credits_from(1), metavar="N", help="Exit 5 unless the team has N free.")
+        int | None,
+        typer.Option(parser=credits_from(1), metavar="N", help="Exit 5 if the team has fewer than N free credits."),
     ] = None,
     below: Annotated[
         int | None,
         typer.Option(
             parser=credits_from(1),
             metavar="N",
-            help="List the active teams with fewer than N free; exit 9 if there are any.",
+            help="List active teams with fewer than N free credits; exit 9 if there are any.",
         ),
     ] = None,
     org: OrgFilter = None,
     output: Output = None,
 ) -> None:
-    """Check that a team has credits free (--need), or list the teams that run low (--below, for cron).
+    """Check for enough credits, or list teams that run low.
 
-    A credit that only an expired lease holds counts as free, as it does for a job.
+    Credits that are reserved only by expired jobs count as free, as they do when a job starts.
     """
     if (team_id is None) != (need is None) or (need is None) == (below is None) or (org and below is None):
         raise InvalidInput(
             "usage",
-            "Give TEAM and --need N, or --below N (with --org, if you like).",
+            "Give either TEAM and --need N, or --below N and optionally --org.",
             "See: saasllm credits check --help",
         )
     with database.connect() as db:
@@ -178,7 +185,7 @@ def check(
             teams = db.stream("credits.below", {"organization": org}, credits=below, organization_id=org)
             show(teams, output)
             if not teams.is_empty:
-                raise CheckFailed("credits_low", f"There are teams with fewer than {below} credits free.")
+                raise CheckFailed("credits_low", f"Some teams have fewer than {below} free credits.")
             return
         balance = db.found("credits.free", "team", str(team_id), team_id=team_id)
     show(balance, output)
@@ -186,15 +193,15 @@ def check(
     if need is not None and free < need:
         raise InsufficientCredits(
             "insufficient_credits",
-            f"The team {team_id} has {free} credit(s) free, not {need}.",
+            f"Team {team_id} has {counted(free, 'free credit')}, but {need} are needed.",
             f"Run: saasllm credits add {team_id} AMOUNT",
         )
 
 
-@app.command(epilog="Example: saasllm credits transactions team_engineering --type deduction -o csv")
+@app.command(epilog="saasllm credits transactions team_engineering --type deduction -o csv")
 def transactions(
     team_id: TeamId,
-    type_: Annotated[TransactionType | None, typer.Option("--type", help="Only those of this type.")] = None,
+    type_: Annotated[TransactionType | None, typer.Option("--type", help="Filter by type.")] = None,
     since: Since = None,
     until: Until = None,
     sort: TimeOrder = "newest",
@@ -202,7 +209,7 @@ def transactions(
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
-    """List the movements of a team's credits, the newest first."""
+    """List the entries of a team's ledger."""
     columns = (
         "transaction_id",
         "created_at",
@@ -229,43 +236,50 @@ def transactions(
         show(entries, output, columns=columns)
 
 
-@app.command(epilog="Example: saasllm credits schedule team_engineering --amount 500 --every monthly --mode reset")
+@app.command(epilog="saasllm credits schedule team_engineering --amount 500 --every monthly --mode reset")
 def schedule(
     team_id: TeamId,
     amount: Annotated[
-        int | None, typer.Option(parser=credits_from(1), metavar="N", help="How many credits for each period.")
+        int | None, typer.Option(parser=credits_from(1), metavar="N", help="Credits to grant each period.")
     ] = None,
     every: Annotated[
         Literal["daily", "weekly", "monthly"] | None,
-        typer.Option(help="The period: a day, an ISO week or a month, in UTC."),
+        typer.Option(help="Length of a period (days, ISO weeks and months in UTC)."),
     ] = None,
     mode: Annotated[
         Literal["add", "reset", "top-up"] | None,
-        typer.Option(help="What is left is kept, expires, or is only filled up to --amount."),
+        typer.Option(help="Add to what is left, expire it first (reset), or only fill up to --amount (top-up)."),
     ] = None,
     max_: Annotated[
         int | None,
-        typer.Option("--max", parser=credits_from(1), metavar="N", help="With --mode add: grant no more than up to N."),
+        typer.Option(
+            "--max", parser=credits_from(1), metavar="N", help="With --mode add, never grant beyond a balance of N."
+        ),
     ] = None,
     starts: Annotated[
         date | None,
-        typer.Option(parser=day, metavar="DATE", help="A day of the first period; by default the next one."),
+        typer.Option(parser=day, metavar="DATE", help="Any day in the first period (default: the next period)."),
     ] = None,
     off: Annotated[bool, typer.Option("--off", help="Remove the schedule.")] = False,
     output: Output = None,
 ) -> None:
-    """Set what credits a team is granted by itself; `credits allocate` grants them."""
+    """Set the credits that a team is granted each period.
+
+    They are granted by `saasllm credits allocate`, which cron should run.
+    """
     if off:
         if any(value is not None for value in (amount, every, mode, max_, starts)):
-            raise InvalidInput("usage", "--off goes with no other option.", "Give --off alone.")
+            raise InvalidInput("usage", "--off cannot be combined with other options.", "Give --off alone.")
         _unschedule(team_id)
         return
     if amount is None or every is None or mode is None:
         raise InvalidInput(
-            "usage", "Give --amount, --every and --mode; or --off.", "See: saasllm credits schedule --help"
+            "usage", "Give either --amount, --every and --mode, or --off.", "See: saasllm credits schedule --help"
         )
     if max_ is not None and (mode != "add" or max_ < amount):
-        raise InvalidInput("usage", "--max goes with --mode add, and is not less than --amount.", "Correct --max.")
+        raise InvalidInput(
+            "usage", "--max requires --mode add, and must not be less than --amount.", "Correct or omit --max."
+        )
     with database.connect() as db:
         db.found(
             "credits.schedule",
@@ -282,32 +296,32 @@ def schedule(
     show({"team_id": team_id, "organization_id": team["organization_id"], **team["schedule"]}, output)
 
 
-@app.command(epilog="Example: saasllm credits allocate --dry-run")
+@app.command(epilog="saasllm credits allocate --dry-run")
 def allocate(
     as_of: Annotated[
-        date | None, typer.Option(parser=day, metavar="DATE", help="As if it were this day; by default today, in UTC.")
+        date | None, typer.Option(parser=day, metavar="DATE", help="Allocate as of this day (default: today, in UTC).")
     ] = None,
     period_: Annotated[
         str | None,
         typer.Option(
-            "--period", metavar="PERIOD", help="As if it were in this period, and only for schedules of its length."
+            "--period",
+            metavar="PERIOD",
+            help="Allocate for this month, week or day, and only schedules of that length.",
         ),
     ] = None,
-    catch_up: Annotated[
-        int, typer.Option(min=0, max=1000, metavar="N", help="Also up to N periods that were missed.")
-    ] = 1,
+    catch_up: Annotated[int, typer.Option(min=0, max=1000, metavar="N", help="Also grant up to N missed periods.")] = 1,
     team: TeamFilter = None,
     org: OrgFilter = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be granted.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be granted.")] = False,
     output: Output = None,
 ) -> None:
-    """Grant every due team its scheduled credits: what cron runs, as often as it likes.
+    """Grant scheduled credits to all teams that are due.
 
-    A period is granted once. Suspended teams are skipped (exit 0), and get what they missed when they are resumed, as
-    far as --catch-up goes; exit 9 where a team could not be granted its credits.
+    Run it from cron, as often as you like: each period is granted once. Suspended teams are skipped; once resumed, they
+    get the periods they missed, as far as --catch-up goes. Exit 9 if the credits of a team could not be granted.
     """
     if as_of and period_:
-        raise InvalidInput("usage", "Give --as-of or --period, not both.", "See: saasllm credits allocate --help")
+        raise InvalidInput("usage", "--as-of and --period cannot be combined.", "Give only one of them.")
     day_, every = _last_day(period_) if period_ else (as_of or datetime.now(UTC).date(), None)
 
     from saasllm_cli import allocation
@@ -316,30 +330,31 @@ def allocate(
         result = allocation.allocate(
             *(day_, catch_up, every, org, team),
             is_rehearsal=dry_run,
-            on_wait=lambda: note("Another allocation is running; waiting for it."),
+            on_wait=lambda: note("Waiting for another allocation to finish …"),
             on_progress=progress,
         )
     _show_allocation(result, dry_run, output)
     if result.failed:
-        raise CheckFailed("some_failed", f"{len(result.failed)} team(s) could not be granted their credits.")
+        raise CheckFailed("some_failed", f"The credits of {counted(len(result.failed), 'team')} could not be granted.")
 
 
-@app.command(epilog="Example: saasllm credits forecast --org org_acme_corp")
+@app.command(epilog="saasllm credits forecast --org org_acme_corp")
 def forecast(
     team_id: Annotated[
-        str | None, typer.Argument(**A_TEAM | {"metavar": "[TEAM]"}, show_default=False, help="By default all teams.")
+        str | None,
+        typer.Argument(**A_TEAM | {"metavar": "[TEAM]"}, show_default=False, help="Team ID (default: all teams)."),
     ] = None,
     org: OrgFilter = None,
     days: Annotated[
-        int, typer.Option(min=1, max=366, metavar="N", help="How many of the last days tell what they use.")
+        int, typer.Option(min=1, max=366, metavar="N", help="Number of past days to base the forecast on.")
     ] = 30,
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
-    """Forecast when the active teams run out of credits, the first of them first.
+    """Forecast when teams run out of credits.
 
-    They are taken to go on as in the last days, less what was refunded, and to be granted what is scheduled. A team
-    without a day does not run out within a year.
+    Lists active teams, soonest first. Assumes that each team keeps using credits as in the past days, less refunds, and
+    gets its scheduled credits. A team without a date does not run out within a year.
     """
     columns = ("team_id", "credits_remaining", "credits_per_day", "runs_out_on", "next_on", "next_amount", "days_left")
     with database.connect() as db:
@@ -354,45 +369,49 @@ def forecast(
         show(teams, output, columns, bar="days_left", more="more with --limit")
 
 
-@app.command(epilog="Example: saasllm credits verify || echo 'the ledger is broken'")
+@app.command(epilog="saasllm credits verify || echo 'the ledger is broken'")
 def verify(
     team_id: Annotated[
-        str | None, typer.Argument(**A_TEAM | {"metavar": "[TEAM]"}, show_default=False, help="By default all teams.")
+        str | None,
+        typer.Argument(**A_TEAM | {"metavar": "[TEAM]"}, show_default=False, help="Team ID (default: all teams)."),
     ] = None,
     repair: Annotated[
         bool,
-        typer.Option("--repair", help="Where a balance differs, enter the difference in the ledger as an adjustment."),
+        typer.Option("--repair", help="Enter the differences of balances in the ledger, as adjustments."),
     ] = False,
     yes: Yes = False,
     output: Output = None,
 ) -> None:
-    """Replay the ledger and compare balances, reservations and jobs with it; exit 9 where anything differs.
+    """Check balances, reservations and jobs against the ledger.
 
-    A repair changes no entry and leaves each team what it has; where that is wrong, `credits adjust` corrects it.
+    Replays the whole ledger. Exit 9 if anything differs. --repair changes no existing entry and leaves each team's
+    balance as it is; if that is wrong, correct it with `saasllm credits adjust`.
     """
     with database.connect() as db:
         with waiting("Replaying the ledger …"):
             problems = db.stream("credits.verify", {"team": team_id}, team_id=team_id)
         if problems.is_empty and (output or settings().output) is Format.TABLE:
-            note("The ledger, the balances and the jobs agree.")
+            note("Ledger, balances and jobs agree.")
             return
         if not repair:
             show(problems, output)
             if not problems.is_empty:
                 raise CheckFailed(
                     "credits_differ",
-                    "The ledger, the balances and the jobs do not agree; see the rows above.",
-                    "Balances and reservations are mended by: saasllm credits verify --repair",
+                    "Ledger, balances and jobs do not agree; see the rows above.",
+                    "To repair balances and reservations, run: saasllm credits verify --repair",
                 )
             return
         found = list(problems)
         show(found, output)
         if teams := sorted({row["team_id"] for row in found if row["problem"] in REPAIRABLE}):
-            confirm(f"Repair the credits of {len(teams)} team(s)?", yes)
+            confirm(f"Repair the credits of {counted(len(teams), 'team')}?", yes)
             _repair(db, teams, output)
         if left := len(db.many("credits.verify", team_id=team_id)):
             raise CheckFailed(
-                "credits_differ", f"{left} row(s) are left that no adjustment mends.", "See: saasllm credits verify"
+                "credits_differ",
+                f"{counted(left, 'difference')} cannot be repaired by an adjustment.",
+                "See: saasllm credits verify",
             )
 
 
@@ -406,9 +425,9 @@ def _repair(db: database.Database, team_ids: list[str], output: Format | None) -
     repaired = db.transaction(work)
     if (output or settings().output) is Format.TABLE:
         for row in repaired[:MOST_NAMED]:
-            entry = f"transaction {row['transaction_id']}" if row["transaction_id"] else "counted anew"
-            note(f"{row['team_id']}: an adjustment of {row['credits_amount']:+} ({entry}).")
-        note(f"{len(repaired)} team(s) repaired.")
+            entry = f"transaction {row['transaction_id']}" if row["transaction_id"] else "recounted"
+            note(f"{row['team_id']}: adjusted by {row['credits_amount']:+} ({entry})")
+        note(f"Repaired {counted(len(repaired), 'team')}.")
 
 
 def _enter(
@@ -434,7 +453,7 @@ def _enter(
     except InsufficientCredits as error:
         with database.connect() as db:
             free = db.found("credits.free", "team", team_id, team_id=team_id)["credits_free"]
-        error.message = f"The team {team_id} has {free} credit(s) free: {-amount} cannot be taken away."
+        error.message = f"Team {team_id} has {counted(free, 'free credit')}: {-amount} cannot be taken away."
         raise
     show(entry, output)
 
@@ -445,8 +464,8 @@ def _entry(db: database.Database, transaction_id: int, given: dict[str, Any]) ->
     if different := [field for field, value in given.items() if entry[field] != value]:
         raise Conflict(
             "idempotency_key_reused",
-            f"The idempotency key was used before, with a different {' and a different '.join(different)}.",
-            "Take a new key for a new entry.",
+            f"The idempotency key was used before with different values for: {', '.join(different)}.",
+            "Use a new key for a new entry.",
         )
     return entry
 
@@ -454,13 +473,13 @@ def _entry(db: database.Database, transaction_id: int, given: dict[str, Any]) ->
 def _require_entry_of(db: database.Database, team_id: str, transaction_id: int) -> None:
     entry = db.maybe("credits.transaction", transaction_id=transaction_id)
     if entry is None or entry["team_id"] != team_id:
-        raise not_found("transaction", f"{transaction_id} of the team {team_id}")
+        raise not_found("transaction", f"{transaction_id} of team {team_id}")
 
 
 def _not_refunded(refusal: str, job_id: UUID) -> SaasllmError:
     if refusal == "job_not_found":
         return not_found("job", str(job_id))
-    what = "has given its credit back before" if refusal == "job_refunded_before" else "was not charged"
+    what = "was refunded before" if refusal == "job_refunded_before" else "was not charged"
     return Conflict(refusal, f"Job {job_id} {what}.", f"See: saasllm job get {job_id}")
 
 
@@ -469,7 +488,7 @@ def _unschedule(team_id: str) -> None:
         removed = db.maybe("credits.unschedule", team_id=team_id)
         if removed is None:
             db.get("team", team_id)
-    note(f"The team {team_id} has no schedule{' any more' if removed else ''}.")
+    note(f"Removed the schedule of team {team_id}." if removed else f"Team {team_id} has no schedule.")
 
 
 def _last_day(period_: str) -> tuple[date, str]:
@@ -477,7 +496,7 @@ def _last_day(period_: str) -> tuple[date, str]:
     every = {(1, True): "weekly", (1, False): "monthly", (2, False): "daily"}.get((period_.count("-"), "W" in period_))
     try:
         if every is None:
-            raise typer.BadParameter(f"{period_!r} is not a month 2026-11, a week 2026-W47 or a day 2026-11-22.")
+            raise typer.BadParameter(f"{period_!r} is not a month (2026-11), week (2026-W47) or day (2026-11-22).")
         return (period(period_).until - timedelta(days=1)).date(), every
     except typer.BadParameter as error:
         error.param_hint = "--period"
@@ -488,13 +507,13 @@ def _show_allocation(result: "Allocation", dry_run: bool, output: Format | None)
     if (output or settings().output) is not Format.TABLE:
         show(asdict(result), output)
         return
-    told = "would be granted" if dry_run else "granted"
+    told = "would grant" if dry_run else "granted"
     print_line(
-        f"{result.as_of}: {result.credits_granted} credits {told} for {result.granted} period(s), "
+        f"{result.as_of}: {told} {counted(result.credits_granted, 'credit')} for {counted(result.granted, 'period')}, "
         f"{result.credits_expired} expired, {result.full} had enough, {len(result.skipped)} skipped, "
         f"{len(result.failed)} failed"
     )
     for row in (result.skipped + result.failed)[:MOST_NAMED]:
         note(f"{row['team_id']} {row['period']}: {row['reason']}")
     if (more := len(result.skipped) + len(result.failed) - MOST_NAMED) > 0:
-        note(f"and {more} more: see -o json")
+        note(f"and {more} more; to see all, use -o json")

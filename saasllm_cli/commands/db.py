@@ -15,23 +15,32 @@ from saasllm_cli.settings import settings
 app = noun()
 
 
-@app.command(epilog="Example: saasllm db start")
+@app.command(epilog="saasllm db start")
 def start() -> None:
-    """Start the embedded PostgreSQL. Every command does, where it is needed."""
+    """Start the embedded PostgreSQL.
+
+    Other commands start it when they need it.
+    """
     _require_embedded()
-    note("The embedded PostgreSQL was started." if embedded.start() else "The embedded PostgreSQL was running.")
+    note("Started the embedded PostgreSQL." if embedded.start() else "The embedded PostgreSQL is already running.")
 
 
-@app.command(epilog="Example: saasllm db stop")
+@app.command(epilog="saasllm db stop")
 def stop() -> None:
-    """Stop the embedded PostgreSQL; what is under way is rolled back."""
+    """Stop the embedded PostgreSQL.
+
+    Open transactions are rolled back.
+    """
     _require_embedded()
-    note("The embedded PostgreSQL was stopped." if embedded.stop() else "The embedded PostgreSQL was not running.")
+    note("Stopped the embedded PostgreSQL." if embedded.stop() else "The embedded PostgreSQL is not running.")
 
 
-@app.command(epilog="Example: saasllm db status -o json | jq .is_running")
+@app.command(epilog="saasllm db status -o json | jq .is_running")
 def status(output: Output = None) -> None:
-    """Show which database serves, whether it answers (else exit 7), and its version."""
+    """Show which database is used and whether it is running.
+
+    Exit 7 if it is not.
+    """
     is_embedded = settings().database_url is None
     state: dict[str, Any] = {
         "server": "embedded" if is_embedded else "configured",
@@ -50,18 +59,21 @@ def status(output: Output = None) -> None:
     show(state, output)
 
 
-@app.command(epilog='Example: psql "$(saasllm db url)"')
+@app.command(epilog='psql "$(saasllm db url)"')
 def url() -> None:
-    """Print the URL of the database, without its password."""
+    """Print the database URL, without the password."""
     print_line(database.url(database.conninfo()))
 
 
 @app.command(
-    epilog="Example: saasllm db shell -- -c 'SELECT * FROM team_details'",
+    epilog="saasllm db shell -- -c 'SELECT * FROM team_details'",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def shell(context: typer.Context) -> None:
-    """Open psql on the database; what follows is for psql."""
+    """Open psql on the database.
+
+    Arguments after -- are passed on to psql.
+    """
     import shutil
 
     database.before_change()  # for what may be typed there
@@ -71,67 +83,78 @@ def shell(context: typer.Context) -> None:
         embedded.start()
         program = str(embedded.program("psql"))
     if program is None:
-        raise DatabaseUnavailable("no_psql", "psql is not installed.", "Install PostgreSQL's client programs.")
+        raise DatabaseUnavailable("no_psql", "psql is not installed.", "Install the PostgreSQL client programs.")
     environment = dict(os.environ)
     if "password" in keywords:  # in the environment, for the words of a command show in a list of processes
         environment["PGPASSWORD"] = str(keywords["password"])
     os.execve(program, ["psql", "--dbname", database.url(keywords), *context.args], environment)  # noqa: S606
 
 
-@app.command(epilog="Example: saasllm db backup saasllm-$(date +%F).backup")
-def backup(file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)]) -> None:
-    """Write the embedded database to a file, as it is at one moment; jobs go on meanwhile."""
+@app.command(epilog="saasllm db backup saasllm-$(date +%F).backup")
+def backup(file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help="File to create.")]) -> None:
+    """Back up the embedded database to a file.
+
+    The backup is a consistent snapshot. Jobs can run meanwhile.
+    """
     from saasllm_cli import backups
 
     _require_embedded()
     with waiting("Backing up …"):
         backups.backup(file)
-    note(f"The database is in {file}, {file.stat().st_size / 2**20:.1f} MiB.")
+    note(f"Backed up the database to {file} ({file.stat().st_size / 2**20:.1f} MiB).")
 
 
-@app.command(epilog="Example: saasllm db restore saasllm-2026-11-22.backup --confirm saasllm")
+@app.command(epilog="saasllm db restore saasllm-2026-11-22.backup --confirm saasllm")
 def restore(
-    file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help="Backup to restore.")],
     confirm: Annotated[
-        str | None, typer.Option(metavar="DATABASE_NAME", help="The database's name, to show that it is meant.")
+        str | None, typer.Option(metavar="DATABASE_NAME", help="Confirm with the name of the database.")
     ] = None,
 ) -> None:
-    """Put a backup in the place of the embedded database, WHOSE DATA ARE GONE THEN. Until it is whole, they stay."""
+    """Replace the embedded database and ALL ITS DATA with a backup.
+
+    The current database stays in use until the backup has been restored completely beside it.
+    """
     from saasllm_cli import backups
 
     _require_embedded()
     backups.require_file(file)
     name = embedded.DATABASE
     require_profile("Replace the database")
-    question = f"Replace the database {name} by {file}? To confirm, type its name."
+    question = f"Replace the database {name} with {file}? To confirm, type its name."
     typed_again(name, question, f"--confirm {name}", confirm)
     with waiting("Restoring …"):
         backups.restore(file)
-    note(f"The database is that of {file}. See that all is in order: saasllm doctor")
+    note(f"Restored the database from {file}. To check it, run: saasllm doctor")
 
 
-@app.command(epilog="Example: saasllm db upgrade")
+@app.command(epilog="saasllm db upgrade")
 def upgrade(
     programs: Annotated[
         Path | None,
-        typer.Option("--programs", metavar="FOLDER", help="The older version's programs, where it is not found."),
+        typer.Option(
+            "--programs", metavar="FOLDER", help="Folder of the older version's programs, if they are not found."
+        ),
     ] = None,
 ) -> None:
-    """Bring the embedded server's data from an older major version of PostgreSQL to this one. The old data stay."""
+    """Upgrade the embedded database to a newer PostgreSQL.
+
+    Copies the data of an older major version, using that version's programs. The old data is kept.
+    """
     _require_embedded()
     database.before_change()
     with waiting("Upgrading …"):
         old = embedded.upgrade(programs)
     if old is None:
-        note(f"There is nothing to upgrade: the data are of PostgreSQL {embedded.MAJOR_VERSION}, or there are none.")
+        note(f"Nothing to upgrade: there is no data of an older version than PostgreSQL {embedded.MAJOR_VERSION}.")
     else:
-        note(f"The data are of PostgreSQL {embedded.MAJOR_VERSION} now. Those of before are still in {old}.")
+        note(f"Upgraded the data to PostgreSQL {embedded.MAJOR_VERSION}. The old data is still in {old}.")
 
 
 def _require_embedded() -> None:
     if settings().database_url is not None:
         raise Conflict(
             "not_embedded",
-            f"The server of {database.url_name()} is not the embedded PostgreSQL, which this command is for.",
-            "Without it the embedded one serves. For a server of your own there are pg_ctl, pg_dump and pg_restore.",
+            f"This command is for the embedded PostgreSQL, but {database.url_name()} names another server.",
+            "Unset it to use the embedded one. For your own server, use pg_ctl, pg_dump and pg_restore.",
         )

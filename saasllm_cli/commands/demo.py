@@ -2,9 +2,11 @@
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from tempfile import TemporaryFile
 
 import typer
@@ -13,7 +15,7 @@ from saasllm_cli import database, embedded
 from saasllm_cli.commands.inputs import noun
 from saasllm_cli.context import profile_flag
 from saasllm_cli.errors import CheckFailed, Conflict
-from saasllm_cli.output import print_heading, print_line
+from saasllm_cli.output import note, print_heading, print_line
 from saasllm_cli.queries import query
 from saasllm_cli.settings import settings
 
@@ -27,15 +29,15 @@ organizations:
   name: Test Organization
   metadata: {plan: enterprise}
 
-# The first model of a group is the primary, the next one the fallback. The offline models
-# stand in for those of their names, so that all this runs without a key.
+# The first model of a group is the primary, the second its fallback. The offline models
+# stand in for real ones, so that the demo needs no key.
 model_groups:
 - group_name: ResumeAgent
   display_name: Resume Analysis
   models: [offline/echo/gpt-4-turbo, offline/echo/gpt-3.5-turbo]
-- group_name: ParsingAgent # its primary is down
+- group_name: ParsingAgent # the primary is down
   models: [offline/fail/gpt-4-turbo, offline/echo/gpt-3.5-turbo]
-- group_name: RAGAgent # and here, both are
+- group_name: RAGAgent # both models are down
   models: [offline/fail/gpt-4-turbo, offline/fail/gpt-3.5-turbo]
 
 teams:
@@ -48,40 +50,40 @@ teams:
 
 # What is said, the command, and the exit status that it is to have.
 STORY = [
-    ("The database is brought to the program's shape.", "migrate up", 0),
-    ("A customer, its model groups and a team with 100 credits, from a file: all of it, or nothing.", "apply -f -", 0),
-    ("It buys 50 more.", "credits add team_test_hr 50 --reason 'Top-up'", 0),
+    ("Set up the database.", "migrate up", 0),
+    ("Create a customer, model groups and a team with 100 credits from a file.", "apply -f -", 0),
+    ("The team buys 50 more credits.", "credits add team_test_hr 50 --reason 'Top-up'", 0),
     (
-        "A job that succeeds. The answer goes to stdout, the rest to stderr.",
-        "job run --team team_test_hr --group ResumeAgent --prompt 'Summarise: Ada wrote the first program.'",
+        "Run a job. The answer goes to stdout, everything else to stderr.",
+        "job run --team team_test_hr --group ResumeAgent --prompt 'Summarize: Ada wrote the first program.'",
         0,
     ),
     (
-        "A job whose primary model fails: the fallback answers, and it is still one credit.",
+        "The primary model fails, the fallback answers: still one credit.",
         "job run --team team_test_hr --group ParsingAgent --prompt 'Parse: Ada Lovelace, London.'",
         0,
     ),
     (
-        "A job whose models all fail: nothing is charged.",
+        "All models fail: nothing is charged.",
         "job run --team team_test_hr --group RAGAgent --prompt 'Find: Ada.'",
         8,
     ),
     (
-        "150 credits, two jobs that succeeded: 148 are left, none is reserved.",
+        "150 credits less two successful jobs leaves 148, none of them reserved.",
         "credits balance team_test_hr",
         0,
     ),
-    ("The ledger says why.", "credits transactions team_test_hr", 0),
-    ("And the jobs.", "job list --team team_test_hr", 0),
+    ("The ledger explains the balance.", "credits transactions team_test_hr", 0),
+    ("And these are the jobs.", "job list --team team_test_hr", 0),
 ]
 
 NEXT = """
-This was played in a database of its own ({database}); look around in it:
+The demo ran in a database of its own, {database}. To look around in it:
 
-  export SAASLLM_DATABASE_URL={url}
+{path}  export SAASLLM_DATABASE_URL={url}
   saasllm db shell
 
-Your own, with a real model:
+To start your own, with a real model:
 
   unset SAASLLM_DATABASE_URL
   export OPENAI_API_KEY=...
@@ -93,16 +95,23 @@ Your own, with a real model:
 """
 
 
-@app.command(epilog="Example: saasllm demo")
+@app.command(epilog="saasllm demo")
 def demo(context: typer.Context) -> None:
-    """Play the whole story once: tenants, credits, jobs that succeed, fall back and fail.
+    """Run a short demo: tenants, credits, and jobs that succeed, fall back and fail.
 
-    It runs on the embedded PostgreSQL, in a database of its own that it makes anew each time.
+    It runs on the embedded PostgreSQL, in a database of its own that is created anew each time.
     """
     if profile_flag.get() or settings().protected:
-        raise Conflict("not_embedded", "The demo plays on the embedded PostgreSQL, on no profile's.", "Use no profile.")
+        raise Conflict(
+            "not_embedded",
+            "The demo runs on the embedded PostgreSQL, not on a profile's database.",
+            "Run it without a profile.",
+        )
     run = context.find_root().obj
-    embedded.start()
+    if not embedded.is_running():
+        note(f"Starting PostgreSQL in {embedded.data_dir()} …")
+        embedded.start()
+        note("Started. It keeps running for the next command; to stop it, run: saasllm db stop")
     with _settings_of("postgres"), database.raw_connection() as connection:
         connection.execute(query("db.drop_demo").sql)
         connection.execute(query("db.create_demo").sql)
@@ -117,12 +126,15 @@ def demo(context: typer.Context) -> None:
                     sys.stdin.seek(0)
                     status = run(shlex.split(command))
                 if status != expected:
-                    raise CheckFailed("demo_failed", f"That exited with {status} instead of {expected}.")
+                    raise CheckFailed("demo_failed", f"The last command exited with {status} instead of {expected}.")
                 if status:
                     print_line(f"(exit status {status})")
         finally:
             sys.stdin = stdin
-    print_line(NEXT.format(database=DATABASE, url=shlex.quote(database.url(embedded.conninfo(DATABASE)))))
+    url = shlex.quote(database.url(embedded.conninfo(DATABASE)))
+    programs = shlex.quote(str(Path(sys.executable).parent))
+    path = "" if shutil.which("saasllm") else f"  export PATH={programs}:$PATH\n"
+    print_line(NEXT.format(database=DATABASE, url=url, path=path))
 
 
 @contextmanager

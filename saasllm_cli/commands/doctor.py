@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from saasllm_cli import database, embedded, migrations
-from saasllm_cli.commands.inputs import Output, noun, some
+from saasllm_cli.commands.inputs import Output, counted, noun, some
 from saasllm_cli.errors import CheckFailed, DatabaseUnavailable
 from saasllm_cli.output import progress, show
 from saasllm_cli.settings import settings
@@ -23,13 +23,13 @@ RIGHTS = {"run jobs": "may_run_jobs", "administer": "may_administer", "migrate":
 Check = dict[str, Any]
 
 
-@app.command(epilog="Example: saasllm doctor -o json | jq -r '.[] | select(.status != \"ok\") | .hint'")
+@app.command(epilog="saasllm doctor -o json | jq -r '.[] | select(.status != \"ok\") | .hint'")
 def doctor(output: Output = None) -> None:
-    """Look at everything that jobs and cron depend on, and say what to do: exit 9 where a check failed, 7 where the
-    database cannot be used; a warning alone is 0. Nothing is changed.
+    """Check everything that jobs and cron depend on.
 
-    The database and its role, migrations, ledger, leases, allocations, the providers' keys (never their values) and
-    the disk.
+    Checks the database and its role, migrations, the ledger, leases, allocations, provider keys (never showing their
+    values) and disk space, and says how to fix what is wrong. Changes nothing. Exit 9 if a check fails, 7 if the
+    database cannot be used; warnings alone exit 0.
     """
     checks: list[Check] = []
     unusable: DatabaseUnavailable | None = None
@@ -46,7 +46,7 @@ def doctor(output: Output = None) -> None:
     if unusable is not None:
         raise unusable
     if failed := [check["check"] for check in checks if check["status"] == FAILED]:
-        raise CheckFailed("doctor_failed", f"Failed: {', '.join(failed)}.", "What to do stands beside each.")
+        raise CheckFailed("doctor_failed", f"Failed: {', '.join(failed)}.", "The table says how to fix each.")
 
 
 def _checks() -> Iterator[Check]:
@@ -57,7 +57,7 @@ def _checks() -> Iterator[Check]:
         yield from _server(db)
         states = migrations.status()
         if newer := [row["migration"] for row in states if row["status"] == "missing"]:
-            message, hint = f"The database is newer than this program: {some(newer)}.", "Install a newer saasllm."
+            message, hint = f"The database is newer than this program: {some(newer)}.", "Upgrade saasllm."
             yield _check("migrations", FAILED, message, hint)
             raise DatabaseUnavailable("database_newer", message, hint)
         unsound = [
@@ -66,7 +66,7 @@ def _checks() -> Iterator[Check]:
         if unsound:
             yield _check("migrations", FAILED, f"{some(unsound)}.", "See: saasllm migrate verify")
         elif pending := [row["migration"] for row in states if row["status"] == "pending"]:
-            message = f"{len(pending)} pending, from {pending[0]} on."
+            message = f"{len(pending)} pending, starting with {pending[0]}."
             yield _check("migrations", FAILED, message, "Run: saasllm migrate up")
             migrations.check(states)
         else:
@@ -85,9 +85,9 @@ def _server(db: database.Database) -> Iterator[Check]:
     latency = time.perf_counter() - began
     message = f"PostgreSQL {server['version']}, answers in {latency * 1000:.1f} ms."
     if server["major_version"] < OLDEST_VERSION:
-        yield _check("database", FAILED, message, f"Take PostgreSQL {OLDEST_VERSION} or newer.")
+        yield _check("database", FAILED, message, f"Use PostgreSQL {OLDEST_VERSION} or newer.")
     elif server["is_replica"]:
-        yield _check("database", FAILED, f"{message} It is a replica.", f"Name the primary in {database.url_name()}.")
+        yield _check("database", FAILED, f"{message} It is a replica.", f"Use the primary in {database.url_name()}.")
     else:
         yield _check("database", OK, message)
     offset = (server["clock"] - before).total_seconds() - latency / 2
@@ -98,13 +98,11 @@ def _server(db: database.Database) -> Iterator[Check]:
             "clock",
             WARNING,
             f"It differs from the database's by {abs(offset):.0f} s.",
-            "Set both by NTP: leases go by the database's, periods by this one.",
+            "Synchronize both by NTP: leases use the database's clock, periods this one.",
         )
     )
     if server["replication_role"] != "origin":
-        message = (
-            f"The session's session_replication_role is {server['replication_role']}: no rule of the ledger holds."
-        )
+        message = f"session_replication_role is {server['replication_role']}: the rules of the ledger are not enforced."
         yield _check("enforcement", FAILED, message, "Reset it for the role, the database and the server.")
 
 
@@ -112,13 +110,13 @@ def _rights(db: database.Database, server: database.Row) -> Check:
     rights = db.one("doctor.rights")
     name = f"{server['role']}, a superuser" if server["is_superuser"] else server["role"]
     if rights["unreadable"]:
-        message = f"{name}, may not read {some(rights['unreadable'])}."
-        return _check("role", FAILED, message, "Grant it, or take the role that has migrated the database.")
+        message = f"{name}, cannot read {some(rights['unreadable'])}."
+        return _check("role", FAILED, message, "Grant it, or use the role that migrated the database.")
     if server["is_superuser"] and settings().database_url is not None:
-        message = f"{name}, who can switch off the rules of the ledger."
-        return _check("role", WARNING, message, "Take a role of its own for saasllm, which owns its tables.")
+        message = f"{name}, which can switch off the rules of the ledger."
+        return _check("role", WARNING, message, "Use a separate role that owns the tables of saasllm.")
     if rights["anybody_may_create"]:
-        message = f"{name}. Anybody may create objects in the schema public, which could stand in for others."
+        message = f"{name}. Anybody can create objects in the schema public, which could replace others."
         return _check("role", WARNING, message, "Run as its owner: REVOKE CREATE ON SCHEMA public FROM PUBLIC")
     may = [what for what, right in RIGHTS.items() if rights[right]]
     return _check("role", OK, f"{name}; it may {', '.join(['look', *may])}.")
@@ -128,7 +126,7 @@ def _ledger(db: database.Database) -> Check:
     progress("Verifying the ledger …")
     if wrong := db.many("credits.verify", team_id=None):
         teams = sorted({row["team_id"] for row in wrong})
-        message = f"{len(wrong)} difference(s), of {some(teams)}."
+        message = f"{counted(len(wrong), 'difference')} in {some(teams)}."
         return _check("ledger", FAILED, message, "See: saasllm credits verify")
     return _check("ledger", OK, "Ledger, balances and jobs agree.")
 
@@ -139,28 +137,28 @@ def _overdue(db: database.Database) -> Iterator[Check]:
         _check(
             "leases",
             WARNING,
-            f"{overdue['expired_jobs']} job(s) whose lease ran out.",
-            "Run by cron: saasllm job sweep",
+            f"{counted(overdue['expired_jobs'], 'expired job')}.",
+            "Run from cron: saasllm job sweep",
         )
         if overdue["expired_jobs"]
-        else _check("leases", OK, "No job whose lease ran out.")
+        else _check("leases", OK, "No expired jobs.")
     )
     yield (
         _check(
             "allocations",
             WARNING,
-            f"{overdue['due_teams']} team(s) are due, the first since {overdue['due_since']}.",
-            "Run by cron: saasllm credits allocate",
+            f"{counted(overdue['due_teams'], 'team')} due, the first since {overdue['due_since']}.",
+            "Run from cron: saasllm credits allocate",
         )
         if overdue["due_teams"]
-        else _check("allocations", OK, "No team is due.")
+        else _check("allocations", OK, "No teams are due.")
     )
 
 
 def _keys(models: list[str]) -> Check:
     called = [model for model in models if not model.startswith("offline/")]
     if not called:
-        return _check("providers", OK, "No group calls a model that needs a key.")
+        return _check("providers", OK, "No group uses a model that needs a key.")
 
     progress("Loading litellm …")
     from saasllm_cli.jobs import llm
@@ -172,7 +170,9 @@ def _keys(models: list[str]) -> Check:
     if missing:
         message = "; ".join(f"{reason} (for {some(names, 3)})" for reason, names in missing.items())
         return _check("providers", WARNING, f"{message}.", "Set it where jobs run, or in .env.")
-    return _check("providers", OK, f"The keys of {len(called)} model(s) are set. Whether they work: saasllm group test")
+    return _check(
+        "providers", OK, f"The keys for {counted(len(called), 'model')} are set; `saasllm group test` tries them."
+    )
 
 
 def _disk() -> Check:
@@ -182,7 +182,7 @@ def _disk() -> Check:
     free = shutil.disk_usage(folder).free
     message = f"{free / 2**30:.1f} GiB free for the embedded PostgreSQL in {embedded.data_dir()}."
     if free < FREE_BYTES:
-        return _check("disk", WARNING, message, "Make room: without it no job can be settled.")
+        return _check("disk", WARNING, message, "Free some space: without it, no job can be settled.")
     return _check("disk", OK, message)
 
 

@@ -16,23 +16,25 @@ from saasllm_cli.settings import Format, settings
 app = noun()
 
 
-@app.command(epilog="Example: saasllm export --org org_acme_corp > tenants.yaml")
+@app.command(epilog="saasllm export --org org_acme_corp > tenants.yaml")
 def export(
     org: Annotated[
-        str | None, typer.Option(**AN_ORGANIZATION, help="Only this one, with its teams and their groups.")
+        str | None, typer.Option(**AN_ORGANIZATION, help="Only export this organization, its teams and their groups.")
     ] = None,
-    team: Annotated[str | None, typer.Option(**A_TEAM, help="Only this one, with its organization and groups.")] = None,
+    team: Annotated[
+        str | None, typer.Option(**A_TEAM, help="Only export this team, its organization and groups.")
+    ] = None,
     output: Annotated[
         Literal["yaml", "json", "jsonl"] | None,
-        typer.Option("--output", "-o", show_default="yaml", help="The form; jsonl is a stream of any length."),
+        typer.Option("--output", "-o", help="Output format (default: $SAASLLM_OUTPUT if json or jsonl, else yaml)."),
     ] = None,
 ) -> None:
-    """Write organizations, model groups and teams as a file that `apply` takes.
+    """Write organizations, model groups and teams to stdout, in the form that `saasllm apply` takes.
 
-    With the teams' groups, schedules, metadata and opening credits; not what they have bought and used since.
+    Includes the teams' groups, schedules, metadata and opening credits, but no credits bought or used since.
     """
     if org and team:
-        raise InvalidInput("usage", "--org and --team exclude one another.", "Give one of them.")
+        raise InvalidInput("usage", "--org and --team cannot be combined.", "Give only one of them.")
     form = output or settings().output
     with database.connect() as db:
         db.read_one_state()

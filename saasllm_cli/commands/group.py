@@ -18,6 +18,7 @@ from saasllm_cli.commands.inputs import (
     Yes,
     confirm,
     confirm_delete,
+    counted,
     label,
     model_name,
     noun,
@@ -35,8 +36,7 @@ Status = Literal["active", "inactive"]
 
 
 @app.command(
-    epilog='Example: saasllm group create ResumeAgent --display-name "Resume Analysis" '
-    "--model gpt-4-turbo --model gpt-3.5-turbo"
+    epilog='saasllm group create ResumeAgent --display-name "Resume Analysis" --model gpt-4-turbo --model gpt-3.5-turbo'
 )
 def create(
     group_name: GroupName,
@@ -46,17 +46,22 @@ def create(
             parser=model_name,
             metavar="MODEL",
             show_default=False,
-            help="A model as litellm names it; the first is the primary, each further one a fallback.",
+            help="Model, as litellm names it; repeatable, the primary first.",
         ),
     ],
     display_name: Annotated[
-        str | None, typer.Option(parser=label, metavar="TEXT", help="Its name for people; by default GROUP.")
+        str | None, typer.Option(parser=label, metavar="TEXT", help="Display name (default: GROUP).")
     ] = None,
-    description: Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="What it is for.")] = None,
+    description: Annotated[
+        str | None, typer.Option(parser=label, metavar="TEXT", help="What the group is for.")
+    ] = None,
     if_not_exists: IfNotExists = False,
     output: Output = None,
 ) -> None:
-    """Create a model group with its models."""
+    """Create a model group.
+
+    The first --model is the primary, the others are its fallbacks, in this order.
+    """
     model_names = unique(model, "--model")
     with database.connect() as db:
         created = db.one(
@@ -75,17 +80,17 @@ def create(
     _warn_of_unknown(model_names)
 
 
-@app.command(epilog="Example: saasllm group get ResumeAgent -o json | jq -r '.models[].model_name'")
+@app.command(epilog="saasllm group get ResumeAgent -o json | jq -r '.models[].model_name'")
 def get(group_name: GroupName, output: Output = None) -> None:
-    """Show a model group and its models in the order in which they are tried."""
+    """Show a model group and its models, in order."""
     with database.connect() as db:
         group = db.get("group", group_name)
     show(group, output)
 
 
-@app.command("list", epilog="Example: saasllm group list -o json")
+@app.command("list", epilog="saasllm group list -o json")
 def list_(
-    status: Annotated[Status | None, typer.Option(help="Only those in this status.")] = None,
+    status: Annotated[Status | None, typer.Option(help="Filter by status.")] = None,
     search: Search = None,
     sort: Order = "id",
     after: After = None,
@@ -106,26 +111,29 @@ def list_(
         show(groups, output, columns=("group_name", "display_name", "status", "models"))
 
 
-@app.command(epilog="Example: saasllm group update ResumeAgent --status inactive")
+@app.command(epilog="saasllm group update ResumeAgent --status inactive")
 def update(
     group_name: GroupName,
-    display_name: Annotated[
-        str | None, typer.Option(parser=label, metavar="TEXT", help="Its new name for people.")
+    display_name: Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="New display name.")] = None,
+    description: Annotated[
+        str | None, typer.Option(parser=label, metavar="TEXT", help="What the group is for.")
     ] = None,
-    description: Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="What it is for.")] = None,
-    status: Annotated[Status | None, typer.Option(help="An inactive group accepts no new jobs.")] = None,
+    status: Annotated[Status | None, typer.Option(help="New status; an inactive group accepts no jobs.")] = None,
     deactivate: Annotated[
         list[str],
         typer.Option(
-            parser=model_name, metavar="MODEL", help="Pass over this model until it is activated; repeatable."
+            parser=model_name, metavar="MODEL", help="Skip this model until it is activated again; repeatable."
         ),
     ] = [],
     activate: Annotated[
-        list[str], typer.Option(parser=model_name, metavar="MODEL", help="Try this model again; repeatable.")
+        list[str], typer.Option(parser=model_name, metavar="MODEL", help="Use this model again; repeatable.")
     ] = [],
     output: Output = None,
 ) -> None:
-    """Change a model group. Its models and their order: `set-models`."""
+    """Update a model group.
+
+    To replace or reorder its models, use `saasllm group set-models`.
+    """
     given = {"display_name": display_name, "description": description, "status": status}
     require_some({**given, "activate": activate, "deactivate": deactivate})
     unique(activate + deactivate, "The model")
@@ -135,22 +143,28 @@ def update(
         if missing := result["missing_models"]:
             raise NotFound(
                 "model_not_in_group",
-                f"The group {group_name} has no model {', '.join(missing)}.",
-                f"Its models: saasllm group get {group_name}",
+                f"Group {group_name} has no model {', '.join(missing)}.",
+                f"See: saasllm group get {group_name}",
             )
         group = db.get("group", group_name)
     show(group, output)
     if not any(model["is_active"] for model in group["models"]):
-        note(f"No model of {group_name} is active: it accepts no jobs until one is activated.")
+        note(f"Group {group_name} has no active model: it accepts no jobs until you activate one.")
 
 
-@app.command("set-models", epilog="Example: saasllm group set-models ResumeAgent gpt-4o gpt-4o-mini")
+@app.command("set-models", epilog="saasllm group set-models ResumeAgent gpt-4o gpt-4o-mini")
 def set_models(
     group_name: GroupName,
-    models: Annotated[list[str], typer.Argument(parser=model_name, metavar="MODEL...", show_default=False)],
+    models: Annotated[
+        list[str], typer.Argument(parser=model_name, metavar="MODEL...", show_default=False, help="Models.")
+    ],
     output: Output = None,
 ) -> None:
-    """Replace the group's models by these, in this order. One that stays keeps whether it is active."""
+    """Replace a group's models.
+
+    The first MODEL is the primary, the others are its fallbacks, in this order. A model that was inactive stays
+    inactive.
+    """
     model_names = unique(models, "MODEL")
     with database.connect() as db:
         db.transaction(lambda: _models_set(db, group_name, model_names))
@@ -159,33 +173,36 @@ def set_models(
     _warn_of_unknown(model_names)
 
 
-@app.command(epilog="Example: saasllm group delete ResumeAgent --yes")
+@app.command(epilog="saasllm group delete ResumeAgent --yes")
 def delete(
     group_name: GroupName,
-    force: Annotated[bool, typer.Option("--force", help="Delete it even if teams use it; they lose it.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Delete it even if teams use it.")] = False,
     yes: Yes = False,
 ) -> None:
-    """Delete a model group that no team uses. The calls that were made through it keep its name."""
-    confirm_delete(f"the group {group_name}", yes)
+    """Delete a model group.
+
+    A group that teams use is only deleted with --force. Past calls keep its name.
+    """
+    confirm_delete(f"group {group_name}", yes)
     with database.connect() as db:
         result = db.one("group.delete", group_name=group_name, unassign=force)
         if not result["deleted"]:
             db.get("group", group_name)
             raise Conflict(
                 "group_in_use",
-                f"The group {group_name} is assigned to {len(result['teams'])} team(s): {some(result['teams'])}.",
-                "Unassign it, or add --force.",
+                f"Group {group_name} is assigned to {counted(len(result['teams']), 'team')}: {some(result['teams'])}.",
+                f"Run: saasllm team unassign TEAM {group_name}; or add --force",
             )
-    note(f"The group {group_name} was deleted.")
+    note(f"Deleted group {group_name}.")
 
 
-@app.command(epilog="Example: saasllm group resolve ResumeAgent --team team_engineering")
+@app.command(epilog="saasllm group resolve ResumeAgent --team team_engineering")
 def resolve(
     group_name: GroupName,
-    team: Annotated[str | None, typer.Option(**A_TEAM, help="Ask for this team, as its job would.")] = None,
+    team: Annotated[str | None, typer.Option(**A_TEAM, help="Check that this team could run the job.")] = None,
     output: Output = None,
 ) -> None:
-    """Show which models a job of the group would try, in order."""
+    """Show which models a job would try, in order."""
     with database.connect() as db:
         resolved = db.one("group.resolve", group_name=group_name, team_id=team)
     if resolved["refusal"]:
@@ -193,22 +210,22 @@ def resolve(
     show(resolved["models"], output)
 
 
-@app.command("test", epilog="Example: saasllm group test ResumeAgent --yes -o json")
+@app.command("test", epilog="saasllm group test ResumeAgent --yes -o json")
 def test_(
     group_name: GroupName,
-    timeout: Annotated[int, typer.Option(min=1, max=600, metavar="SECONDS", help="For each model.")] = 30,
+    timeout: Annotated[int, typer.Option(min=1, max=600, metavar="SECONDS", help="Time limit for each model.")] = 30,
     yes: Yes = False,
     output: Output = None,
 ) -> None:
-    """Send one tiny request to each model of a group: which answer, how fast, and why not.
+    """Send a test request to each model of a group.
 
-    No team is charged, but the providers may bill it: so it asks first. Exit 9 when some do not answer, 8 when none
-    does.
+    Shows which models answer, how fast, and what is wrong with the others. No team is charged, but providers may bill
+    you, so it asks first. Exit 8 if no model answers, 9 if only some do.
     """
     with database.connect() as db:
         models = [model["model_name"] for model in db.get("group", group_name)["models"]]
     if any(not model.startswith("offline/") for model in models):
-        confirm(f"Send a request to {some(models)}, which the providers may bill?", yes)
+        confirm(f"Send a request to {some(models)}? The providers may bill it.", yes)
 
     from saasllm_cli.jobs.probe import probe
 
@@ -217,7 +234,7 @@ def test_(
     show(results, output)
     failed = [result["model_name"] for result in results if not result["answered"]]
     if len(failed) == len(models):
-        raise NoAnswer("no_answer", f"No model of {group_name} answered.")
+        raise NoAnswer("no_answer", f"No model of group {group_name} answered.")
     if failed:
         raise CheckFailed("some_failed", f"{len(failed)} of {len(models)} models did not answer: {some(failed)}.")
 
@@ -237,4 +254,4 @@ def _warn_of_unknown(models: list[str]) -> None:
     from saasllm_cli.jobs.known_models import unknown
 
     if names := unknown(models):
-        note(f"Warning: litellm does not list {some(names)}; check the name, or try: saasllm group test")
+        note(f"Warning: litellm does not know {some(names)}. Check the name, or run: saasllm group test GROUP")

@@ -11,6 +11,7 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from saasllm_cli import database
 from saasllm_cli.context import confirm_flag
@@ -34,10 +35,27 @@ RESERVED_KEYS = "opening:"
 AGES = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
+class Verb(TyperCommand):
+    """A command whose epilog is its examples, one a line: they are never wrapped, so that they can be copied."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
+        with formatter.section("Examples"):
+            for example in (self.epilog or "").splitlines():
+                formatter.write(f"{'':{formatter.current_indent}}{example}\n")
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+
+class _Noun(typer.Typer):
+    def command(self, name: str | None = None, *, cls: type[TyperCommand] | None = Verb, **options: Any) -> Any:
+        return super().command(name, cls=cls, **options)
+
+
 def noun() -> typer.Typer:
     """The app of one noun; its help is in the list of nouns."""
     # Plain help: rich would take as long to import as all the rest.
-    return typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+    return _Noun(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 
 def completed_by(name: str) -> Callable[[str], list[str]]:
@@ -55,21 +73,22 @@ def identifier(value: str) -> str:
     """An id: the same rule as in the database, for a better message."""
     if not IDENTIFIER.fullmatch(value):
         raise typer.BadParameter(
-            f"{value!r} is not an id: letters, digits, '.', '_' and '-', the first a letter or digit, at most 128."
+            f"{value!r} is not a valid ID: use up to 128 letters, digits, '.', '_' and '-', starting with a letter or "
+            "digit."
         )
     return value
 
 
 def model_name(value: str) -> str:
     if not MODEL_NAME.fullmatch(value):
-        raise typer.BadParameter(f"{value!r} is not a model name: write it as litellm does, PROVIDER/MODEL or MODEL.")
+        raise typer.BadParameter(f"{value!r} is not a model name: use PROVIDER/MODEL or MODEL, as in litellm.")
     return value
 
 
 def label(value: str) -> str:
     """A name for people: one line, not empty."""
     if not value.strip() or len(value) > LONGEST_NAME or any(unicodedata.category(char) == "Cc" for char in value):
-        raise typer.BadParameter("It must be one line of 1 to 255 characters, without control characters.")
+        raise typer.BadParameter("It must be a single line of 1 to 255 characters, without control characters.")
     return value
 
 
@@ -80,9 +99,7 @@ def moment(value: str) -> datetime:
             return datetime.now(UTC) - timedelta(**{AGES[match[2]]: int(match[1])})
         parsed = datetime.fromisoformat(value)
     except (ValueError, OverflowError):
-        raise typer.BadParameter(
-            f"{value!r} is not a time: write 7d, 12h, 2026-11-01 or 2026-11-01T08:00:00Z."
-        ) from None
+        raise typer.BadParameter(f"{value!r} is not a time: use 7d, 12h, 2026-11-01 or 2026-11-01T08:00:00Z.") from None
     return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
 
 
@@ -121,8 +138,8 @@ def period(value: str) -> Period:
         return Period(_midnight(first), _midnight(following))
     except (ValueError, OverflowError):
         raise typer.BadParameter(
-            f"{value!r} is not a period: write a month 2026-11, a year 2026, a week 2026-W47 or a day 2026-11-22, "
-            "from the year 2000 on."
+            f"{value!r} is not a period: use a month (2026-11), year (2026), week (2026-W47) or day (2026-11-22), no "
+            "earlier than 2000."
         ) from None
 
 
@@ -133,7 +150,7 @@ def day(value: str) -> date:
             raise ValueError
         return date.fromisoformat(value)
     except ValueError:
-        raise typer.BadParameter(f"{value!r} is not a day: write 2026-11-22.") from None
+        raise typer.BadParameter(f"{value!r} is not a date: use YYYY-MM-DD.") from None
 
 
 def _midnight(day: date) -> datetime:
@@ -145,19 +162,19 @@ def row_limit(value: str | int) -> int:
     if value == "all":
         return EVERY_ROW
     if not re.fullmatch(r"[1-9][0-9]{0,17}", str(value)):
-        raise typer.BadParameter(f"{value!r} is neither a number from 1 on nor 'all'.")
+        raise typer.BadParameter(f"{value!r} is neither a number of 1 or more nor 'all'.")
     return int(value)
 
 
 def search(value: str) -> str:
     if not any(char.isalnum() for char in value) or len(value) > 255:
-        raise typer.BadParameter("It must hold a word to search for, and at most 255 characters.")
+        raise typer.BadParameter("It must contain a word and be at most 255 characters long.")
     return value
 
 
 def idempotency_key(value: str) -> str:
     if value.startswith(RESERVED_KEYS):
-        raise typer.BadParameter(f"Keys that begin with {RESERVED_KEYS!r} are for the opening credits of teams.")
+        raise typer.BadParameter(f"Keys that start with {RESERVED_KEYS!r} are reserved for teams' opening credits.")
     return label(value)
 
 
@@ -170,16 +187,16 @@ def metadata_item(value: str) -> dict[str, Any]:
                 value, parse_float=exact, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates
             )
         except RecursionError:
-            raise typer.BadParameter(f"It is nested more than {METADATA_DEPTH} deep.") from None
+            raise typer.BadParameter(f"It is nested more than {METADATA_DEPTH} levels deep.") from None
         except ValueError as error:
             raise typer.BadParameter(f"It is not a valid JSON object: {error}.") from None
         assert isinstance(parsed, dict)
         if depth(parsed) > METADATA_DEPTH:
-            raise typer.BadParameter(f"It is nested more than {METADATA_DEPTH} deep.")
+            raise typer.BadParameter(f"It is nested more than {METADATA_DEPTH} levels deep.")
         return parsed
     key, equals, text = value.partition("=")
     if not key or not equals:
-        raise typer.BadParameter(f"{value!r} is not KEY=VALUE, nor a JSON object.")
+        raise typer.BadParameter(f"{value!r} is neither KEY=VALUE nor a JSON object.")
     return {key: text}
 
 
@@ -189,7 +206,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("a key stands in it twice")
+        raise ValueError("it has a duplicate key")
     return found
 
 
@@ -198,13 +215,13 @@ def merged(items: list[dict[str, Any]] | None) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     for item in items or []:
         if twice := metadata.keys() & item.keys():
-            raise InvalidInput("invalid_metadata", f"--metadata names {min(twice)!r} twice.", "Give each key once.")
+            raise InvalidInput("invalid_metadata", f"--metadata sets {min(twice)!r} twice.", "Give each key once.")
         metadata |= item
     if len(json.dumps(metadata, ensure_ascii=False, default=str).encode("utf-8", "replace")) > METADATA_BYTES:
         raise InvalidInput(
             "invalid_metadata",
             "The metadata is larger than 64 KiB.",
-            "Keep large data elsewhere and name it here.",
+            "Store large data elsewhere and refer to it.",
         )
     return metadata
 
@@ -212,7 +229,7 @@ def merged(items: list[dict[str, Any]] | None) -> dict[str, Any]:
 def unique(values: list[str], option: str) -> list[str]:
     """The values of an option that may be given several times, each of them once."""
     if twice := next((value for index, value in enumerate(values) if value in values[:index]), None):
-        raise InvalidInput("given_twice", f"{option} {twice} is given twice.", "Give each once.")
+        raise InvalidInput("given_twice", f"{option} {twice} is given twice.", "Give each one once.")
     return values
 
 
@@ -223,16 +240,21 @@ def same_or_conflict(
     if not if_not_exists:
         raise Conflict(
             f"{kind}_exists",
-            f"The {kind} {name} exists already.",
-            "Choose another id, or add --if-not-exists.",
+            f"{kind.capitalize()} {name} already exists.",
+            "Choose another ID, or add --if-not-exists.",
         )
     different = [field for field, value in given.items() if value is not None and existing[field] != value]
     if different:
         raise Conflict(
             f"{kind}_differs",
-            f"The {kind} {name} exists already, with a different {' and a different '.join(different)}.",
-            "Look at it with `get`; give the same fields, or another id.",
+            f"{kind.capitalize()} {name} already exists with different values for: {', '.join(different)}.",
+            "Give the same values (`get` shows them), or choose another ID.",
         )
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """`1 team`, `2 teams`."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def some(names: list[str], most: int = 5) -> str:
@@ -243,7 +265,7 @@ def some(names: list[str], most: int = 5) -> str:
 def require_some(given: dict[str, Any]) -> None:
     """Refuses a change of nothing."""
     if not any(value is not None and value != [] for value in given.values()):
-        raise InvalidInput("nothing_given", "There is nothing to change.", "Give at least one option; see --help.")
+        raise InvalidInput("nothing_given", "Nothing to change.", "Give at least one option; see --help.")
 
 
 def require_profile(what: str) -> None:
@@ -252,14 +274,14 @@ def require_profile(what: str) -> None:
     if given not in (None, profile):
         raise InvalidInput(
             "not_confirmed",
-            f"--confirm names {given!r}; the profile that is used is {profile or 'none'}. Nothing was changed.",
-            "Name it with --profile, too.",
+            f"--confirm names {given!r}, but the current profile is {profile or 'none'}. Nothing was changed.",
+            f"To use that profile, add: --profile {given}",
         )
     _announce()
     if not settings().protected or given:
         return
-    question = f"{what} in {profile}? It is protected. To confirm, type its name."
-    typed_again(str(profile), question, f"it before the noun: saasllm --confirm {profile} …")
+    question = f"{what} in {profile}? This profile is protected. To confirm, type its name."
+    typed_again(str(profile), question, f"--confirm {profile} before the noun: saasllm --confirm {profile} …")
 
 
 def typed_again(name: str, question: str, flag: str, given: str | None = None) -> None:
@@ -267,7 +289,7 @@ def typed_again(name: str, question: str, flag: str, given: str | None = None) -
     if given is None:
         given = asked(question, flag, typer.prompt)
     if given != name:
-        raise InvalidInput("not_confirmed", f"{given!r} is not {name}: nothing was changed.", f"Add {flag}.")
+        raise InvalidInput("not_confirmed", f"{given!r} is not {name}. Nothing was changed.", f"Add {flag}")
 
 
 _is_announced: ContextVar[bool] = ContextVar("is_announced", default=False)
@@ -298,24 +320,22 @@ def confirm(question: str, yes: bool) -> None:
 def asked(question: str, flag: str, ask: Callable[..., Any]) -> Any:
     """The answer at the terminal; where there is none, the flag must have given it."""
     if not sys.stdin.isatty():
-        raise InvalidInput("not_confirmed", f"{question} There is no terminal to ask at.", f"Add {flag}.")
+        raise InvalidInput("not_confirmed", f"{question} Cannot ask: stdin is not a terminal.", f"Add {flag}")
     try:
         return ask(question, err=True)
     except typer.Abort:  # Ctrl-C, or the end of the input
         note("")  # the question's line is not ended yet
-        raise Interrupted("interrupted", "Interrupted; nothing was changed.") from None
+        raise Interrupted("interrupted", "Interrupted. Nothing was changed.") from None
 
 
 Activity = Literal["active", "suspended"]
 
 Output = Annotated[
     Format | None,
-    typer.Option(
-        "--output", "-o", show_default="table", help="The form of the result. SAASLLM_OUTPUT sets it for all."
-    ),
+    typer.Option("--output", "-o", help="Output format (default: $SAASLLM_OUTPUT, else table)."),
 ]
 IfNotExists = Annotated[
-    bool, typer.Option("--if-not-exists", help="Succeed where it exists already with the same fields.")
+    bool, typer.Option("--if-not-exists", help="Succeed if it already exists with the same values.")
 ]
 Metadata = Annotated[
     list[dict],  # type: ignore[type-arg] # typer takes no further type inside
@@ -323,30 +343,26 @@ Metadata = Annotated[
         "--metadata",
         metavar="KEY=VALUE",
         parser=metadata_item,
-        help="Metadata to attach; repeatable, or one JSON object. It is merged, key by key.",
+        help="Set a metadata key; repeatable. Also accepts a JSON object.",
     ),
 ]
 MetadataFilter = Annotated[
     list[dict],  # type: ignore[type-arg]
-    typer.Option(
-        "--metadata", metavar="KEY=VALUE", parser=metadata_item, help="Only those that have this; repeatable."
-    ),
+    typer.Option("--metadata", metavar="KEY=VALUE", parser=metadata_item, help="Filter by metadata; repeatable."),
 ]
 UnsetMetadata = Annotated[
-    list[str], typer.Option("--unset-metadata", metavar="KEY", help="Metadata to remove; repeatable.")
+    list[str], typer.Option("--unset-metadata", metavar="KEY", help="Remove a metadata key; repeatable.")
 ]
-Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Skip the confirmation prompt.")]
 Limit = Annotated[
     int,
-    typer.Option(
-        "--limit", parser=row_limit, metavar="N|all", help="At most so many; all is a stream, but for a table."
-    ),
+    typer.Option("--limit", parser=row_limit, metavar="N|all", help="Maximum number of rows to show, or all."),
 ]
-TimeOrder = Annotated[Literal["newest", "oldest"], typer.Option("--sort", help="Which come first.")]
-Order = Annotated[Literal["id", "newest", "oldest"], typer.Option("--sort", help="Which come first.")]
+TimeOrder = Annotated[Literal["newest", "oldest"], typer.Option("--sort", help="Sort order.")]
+Order = Annotated[Literal["id", "newest", "oldest"], typer.Option("--sort", help="Sort order.")]
 Search = Annotated[
     str | None,
-    typer.Option("--search", parser=search, metavar="TEXT", help="Only those with words in id or name that begin so."),
+    typer.Option("--search", parser=search, metavar="TEXT", help="Filter by the beginnings of words in ID or name."),
 ]
 IdempotencyKey = Annotated[
     str | None,
@@ -354,7 +370,7 @@ IdempotencyKey = Annotated[
         "--idempotency-key",
         metavar="KEY",
         parser=idempotency_key,
-        help="Repeating the command with this key has no further effect.",
+        help="Make it safe to retry: a repeated key has no further effect.",
     ),
 ]
 # What the ids of each noun have in common, as arguments and as options.
@@ -365,27 +381,25 @@ AN_ORGANIZATION: dict[str, Any] = {
 }
 A_TEAM: dict[str, Any] = {"metavar": "TEAM", "parser": identifier, "autocompletion": completed_by("team.complete")}
 A_GROUP: dict[str, Any] = {"metavar": "GROUP", "parser": identifier, "autocompletion": completed_by("group.complete")}
-OrganizationId = Annotated[str, typer.Argument(**AN_ORGANIZATION, show_default=False)]
-TeamId = Annotated[str, typer.Argument(**A_TEAM, show_default=False)]
-GroupName = Annotated[str, typer.Argument(**A_GROUP, show_default=False)]
-OrgFilter = Annotated[str | None, typer.Option("--org", **AN_ORGANIZATION, help="Only those of this organization.")]
-TeamFilter = Annotated[str | None, typer.Option("--team", **A_TEAM, help="Only those of this team.")]
-GroupFilter = Annotated[str | None, typer.Option("--group", **A_GROUP, help="Only those of this group.")]
-StatusFilter = Annotated[Activity | None, typer.Option("--status", help="Only those in this status.")]
+OrganizationId = Annotated[str, typer.Argument(**AN_ORGANIZATION, show_default=False, help="Organization ID.")]
+TeamId = Annotated[str, typer.Argument(**A_TEAM, show_default=False, help="Team ID.")]
+GroupName = Annotated[str, typer.Argument(**A_GROUP, show_default=False, help="Group name.")]
+OrgFilter = Annotated[str | None, typer.Option("--org", **AN_ORGANIZATION, help="Filter by organization.")]
+TeamFilter = Annotated[str | None, typer.Option("--team", **A_TEAM, help="Filter by team.")]
+GroupFilter = Annotated[str | None, typer.Option("--group", **A_GROUP, help="Filter by model group.")]
+StatusFilter = Annotated[Activity | None, typer.Option("--status", help="Filter by status.")]
 Since = Annotated[
     datetime | None,
-    typer.Option("--since", parser=moment, metavar="WHEN", help="Only those since then: 7d, 2026-11-01 or RFC 3339."),
+    typer.Option(
+        "--since", parser=moment, metavar="WHEN", help="Only show newer ones: 7d, 2026-11-01 or an RFC 3339 time."
+    ),
 ]
-Until = Annotated[
-    datetime | None, typer.Option("--until", parser=moment, metavar="WHEN", help="Only those before then.")
-]
+Until = Annotated[datetime | None, typer.Option("--until", parser=moment, metavar="WHEN", help="Only show older ones.")]
 AfterNumber = Annotated[
     int | None,
-    typer.Option(
-        "--after", min=1, max=2**63 - 1, metavar="ID", help="The next page: behind this id, the last one shown."
-    ),
+    typer.Option("--after", min=1, max=2**63 - 1, metavar="ID", help="Show the page after this ID."),
 ]
 After = Annotated[
     str | None,
-    typer.Option("--after", metavar="ID", parser=identifier, help="The next page: behind this id, the last one shown."),
+    typer.Option("--after", metavar="ID", parser=identifier, help="Show the page after this ID."),
 ]

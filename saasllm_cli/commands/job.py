@@ -48,6 +48,7 @@ from saasllm_cli.commands.inputs import (
     TimeOrder,
     UnsetMetadata,
     Until,
+    counted,
     identifier,
     label,
     merged,
@@ -68,20 +69,20 @@ app = noun()
 
 Status = Literal["pending", "in_progress", "completed", "failed", "cancelled"]
 
-JobId = Annotated[UUID, typer.Argument(metavar="JOB", show_default=False)]
-Team = Annotated[str, typer.Option(**A_TEAM, show_default=False, help="Whose credit it costs.")]
-JobType = Annotated[str, typer.Option(parser=label, metavar="TYPE", help="What kind of work it is, for lists.")]
-ExternalTaskId = Annotated[str | None, typer.Option(parser=label, metavar="ID", help="Your own id for it, for lists.")]
-Reason = Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="Why; it is kept with the job.")]
+JobId = Annotated[UUID, typer.Argument(metavar="JOB", show_default=False, help="Job ID.")]
+Team = Annotated[str, typer.Option(**A_TEAM, show_default=False, help="Team to charge.")]
+JobType = Annotated[str, typer.Option(parser=label, metavar="TYPE", help="Type of the job, for lists and usage.")]
+ExternalTaskId = Annotated[
+    str | None, typer.Option(parser=label, metavar="ID", help="Your own ID of the job, for lists.")
+]
+Reason = Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="Reason, kept with the job.")]
 Lease = Annotated[
     int,
-    typer.Option(min=1, max=604800, metavar="SECONDS", help="The next call or the end is to come within this time."),
+    typer.Option(min=1, max=604800, metavar="SECONDS", help="Let the job expire if it is left alone for this long."),
 ]
 
 
-@app.command(
-    epilog='Example: saasllm job run --team team_engineering --group ResumeAgent --prompt "Summarise this CV" < cv.txt'
-)
+@app.command(epilog='saasllm job run --team team_engineering --group ResumeAgent --prompt "Summarize this CV" < cv.txt')
 def run(
     team: Team,
     group: Group,
@@ -105,11 +106,12 @@ def run(
     idempotency_key: IdempotencyKey = None,
     output: Output = None,
 ) -> None:
-    """Ask a group's models, and charge the team one credit when one of them answers.
+    """Run a job: ask a group's models and charge one credit.
 
-    The prompt is --prompt followed by the text of --prompt-file, or of stdin where no file is given. The answer goes
-    to stdout, all else to stderr; with
-    -o json the answer is the field `content`. When no model answers nothing is charged and the exit status is 8.
+    Tries the models in order until one answers. If none does, nothing is charged and the exit status is 8.
+
+    The prompt is --prompt followed by the text of --prompt-file, or of stdin. The answer goes to stdout and everything
+    else to stderr; with -o json, the answer is the field `content`.
     """
     output = output or settings().output
     parameters = given(param, temperature=temperature, max_tokens=max_tokens, top_p=top_p, seed=seed, stop=stop or None)
@@ -129,7 +131,7 @@ def run(
     with waiting(""):
         result = runner.run(request, on_progress=progress, on_text=on_text)
     if result.is_repeated and output is Format.TABLE:
-        note(f"Job {result.job_id} was completed and charged before, under this key. Its answer was not kept.")
+        note(f"Job {result.job_id} was already completed and charged under this key. Its answer was not kept.")
         return
     charged = {"credits_remaining": result.credits_remaining}
     _show_result(result, group, charged, output, is_shown=on_text is not None)
@@ -137,7 +139,7 @@ def run(
         note(f"One credit charged, {result.credits_remaining} left.")
 
 
-@app.command(epilog="Example: JOB=$(saasllm job create --team team_engineering)")
+@app.command(epilog="JOB=$(saasllm job create --team team_engineering)")
 def create(
     team: Team,
     job_type: JobType = "completion",
@@ -147,10 +149,11 @@ def create(
     idempotency_key: IdempotencyKey = None,
     output: Output = None,
 ) -> None:
-    """Begin a job of several calls, which reserves its credit, and print its id.
+    """Start a job of several calls and print its ID.
 
-    Then `job call`, as often as you like, and at the end `job complete`, which charges the one credit, `job fail` or
-    `job cancel`, which charge nothing. A job that is left alone ends with its lease.
+    The job reserves one credit. Use `saasllm job call` as often as you like, then end the job with `complete`, which
+    charges the credit, or with `fail` or `cancel`, which charge nothing. A job left alone expires after --lease
+    seconds.
     """
     from saasllm_cli.jobs import runner
 
@@ -167,7 +170,7 @@ def create(
     runner.create(request, lambda job_id: print_line(str(job_id)) if is_plain else _show_job(job_id, output))
 
 
-@app.command(epilog='Example: saasllm job call $JOB --group ResumeAgent --prompt "Summarise this CV" < cv.txt')
+@app.command(epilog='saasllm job call $JOB --group ResumeAgent --prompt "Summarize this CV" < cv.txt')
 def call(
     job_id: JobId,
     group: Group,
@@ -188,7 +191,10 @@ def call(
     lease: Lease = 900,
     output: Output = None,
 ) -> None:
-    """Ask a group's models for a job that `job create` has begun. The prompt and the answer are as in `job run`."""
+    """Ask a group's models as part of a job.
+
+    The job is one started by `saasllm job create`. Prompt and answer are as in `saasllm job run`.
+    """
     output = output or settings().output
     parameters = given(param, temperature=temperature, max_tokens=max_tokens, top_p=top_p, seed=seed, stop=stop or None)
     request = call_request(group, prompt, prompt_file, system, messages, json_schema, parameters, purpose, timeout)
@@ -201,58 +207,65 @@ def call(
     _show_result(result, group, {"lease_expires_at": result.lease_expires_at}, output, is_shown=on_text is not None)
 
 
-@app.command(epilog="Example: saasllm job complete $JOB")
+@app.command(epilog="saasllm job complete $JOB")
 def complete(job_id: JobId, output: Output = None) -> None:
-    """End a job of which at least one call succeeded, and charge its team the one credit."""
+    """Complete a job and charge its team one credit.
+
+    At least one call of the job must have succeeded.
+    """
     _finish(job_id, "completed", None, output)
 
 
-@app.command(epilog='Example: saasllm job fail $JOB --reason "The CV is empty"')
+@app.command(epilog='saasllm job fail $JOB --reason "The CV is empty"')
 def fail(job_id: JobId, reason: Reason = None, output: Output = None) -> None:
-    """End a job that did not succeed; nothing is charged."""
+    """Mark a job as failed; nothing is charged."""
     _finish(job_id, "failed", reason, output)
 
 
-@app.command(epilog="Example: saasllm job cancel $JOB")
+@app.command(epilog="saasllm job cancel $JOB")
 def cancel(job_id: JobId, reason: Reason = None, output: Output = None) -> None:
-    """End a job that is not wanted any more; nothing is charged."""
+    """Cancel a job; nothing is charged."""
     _finish(job_id, "cancelled", reason, output)
 
 
-@app.command(
-    epilog="Example: saasllm job batch cvs.jsonl --out answers.jsonl --team team_engineering --group ResumeAgent"
-)
+@app.command(epilog="saasllm job batch cvs.jsonl --out answers.jsonl --team team_engineering --group ResumeAgent")
 def batch(
-    file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help="A job a line; '-' is stdin.")],
-    out: Annotated[Path, typer.Option(metavar="OUT", show_default=False, help="Where the results go, a line each.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", show_default=False, help="File with one job per line, or - for stdin.")
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="OUT", show_default=False, help="File to write the results to, one per line.")
+    ],
     team: Team,
     group: Group,
     name: Annotated[
         str | None,
         typer.Option(
-            parser=identifier, metavar="NAME", help="The batch's name; by default one that is kept beside OUT."
+            parser=identifier, metavar="NAME", help="Name of the batch (default: random, kept in OUT.journal)."
         ),
     ] = None,
     concurrency: Annotated[
-        int, typer.Option(min=1, max=1000, metavar="N", help="How many calls at once in each process.")
+        int, typer.Option(min=1, max=1000, metavar="N", help="Number of calls at once, in each process.")
     ] = 32,
-    processes: Annotated[int, typer.Option(min=1, max=64, metavar="P", help="How many processes call.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, max=64, metavar="P", help="Number of processes.")] = 1,
     json_schema: JsonSchema = None,
     timeout: Timeout = 300,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try the lines that failed in an earlier run again.")
+        bool, typer.Option("--retry-failed", help="Retry lines that failed in an earlier run.")
     ] = False,
     output: Output = None,
 ) -> None:
-    """Run a job for each line of a file, and write the results as they come.
+    """Run a job for each line of a file.
 
-    A line is {"id": …, "prompt": … or "messages": …}, also with system, temperature, tools, metadata and so on; or one
-    of OpenAI's batch format. Run again, it goes on where it stopped, and pays for no line twice: OUT.journal, beside
-    OUT, knows what is done. Exit 9 where lines failed, 5 where the credits ran out.
+    A line is {"id": …, "prompt": …} or {"id": …, "messages": […]}, optionally with system, temperature, tools, metadata
+    and so on, or a line in OpenAI's batch format. Results are written to OUT as they come.
+
+    Run the same command again to continue where it stopped; no line is paid for twice. OUT.journal keeps track of what
+    is done. Exit 9 if lines failed, 5 if the credits ran out.
     """
     if str(file) == "-":
         if name is None:
-            raise InvalidInput("usage", "Lines from stdin need the name of their batch.", "Add --name.")
+            raise InvalidInput("usage", "--name is required when lines are read from stdin.", "Add --name NAME")
         # Not sys.stdin's own buffer: a thread may still be waiting in it when the program ends.
         source: BinaryIO = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
     else:
@@ -283,60 +296,64 @@ def batch(
     else:
         show(asdict(summary), output)
     for model, times in summary.passed_over.items():
-        note(f"{model} kept failing or was busy: it was passed over {times} time(s).")
+        note(f"{model} kept failing or was busy; skipped it {counted(times, 'time')}.")
     if summary.is_out_of_credits:
         raise InsufficientCredits(
             "insufficient_credits",
-            f"The team {team} has no credit free for the rest of the lines.",
-            f"Run: saasllm credits add {team} AMOUNT; then the same command again.",
+            f"Team {team} has no free credits for the remaining lines.",
+            f"Run: saasllm credits add {team} AMOUNT; then run the same command again.",
         )
     if summary.failed:
         raise CheckFailed(
-            "some_failed", f"{summary.failed} line(s) failed; see {out}.", "Try them again: --retry-failed"
+            "some_failed", f"{counted(summary.failed, 'line')} failed; see {out}.", "To retry them, add: --retry-failed"
         )
 
 
-@app.command(epilog="Example: saasllm job sweep")
+@app.command(epilog="saasllm job sweep")
 def sweep(team: TeamFilter = None, output: Output = None) -> None:
-    """Fail the jobs whose lease ran out, and free their credits: what cron runs, as often as it likes."""
+    """Fail expired jobs and free their credits.
+
+    Run it from cron, as often as you like. A job expires when its lease runs out, because its process was killed or
+    because it was left alone.
+    """
     from saasllm_cli.jobs import runner
 
     with waiting("Sweeping …"):
         swept = runner.sweep(team)
     if (output or settings().output) is Format.TABLE:
-        print_line(f"{swept} job(s) swept")
+        print_line(f"Swept {counted(swept, 'job')}.")
     else:
         show({"swept": swept}, output)
 
 
-@app.command(epilog="Example: saasllm job get 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d -o json | jq '.calls[].error'")
+@app.command(epilog="saasllm job get 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d -o json | jq '.calls[].error'")
 def get(job_id: JobId, output: Output = None) -> None:
-    """Show a job and each of its calls: which model, why it failed, how long it took, what it cost."""
+    """Show a job and its calls."""
     with database.connect() as db:
         job = db.get("job", job_id)
         calls = db.many("job.calls", job_id=job_id)
     show(job | {"calls": calls}, output)
 
 
-@app.command("list", epilog="Example: saasllm job list --team team_engineering --status failed --since 7d -o json")
+@app.command("list", epilog="saasllm job list --team team_engineering --status failed --since 7d -o json")
 def list_(
     team: TeamFilter = None,
     org: OrgFilter = None,
-    status: Annotated[Status | None, typer.Option(help="Only those in this status.")] = None,
+    status: Annotated[Status | None, typer.Option(help="Filter by status.")] = None,
     group: GroupFilter = None,
-    job_type: Annotated[str | None, typer.Option(parser=label, metavar="TYPE", help="Only those of this type.")] = None,
+    job_type: Annotated[str | None, typer.Option(parser=label, metavar="TYPE", help="Filter by type.")] = None,
     external_task_id: Annotated[
-        str | None, typer.Option(parser=label, metavar="ID", help="Only those with this id of yours.")
+        str | None, typer.Option(parser=label, metavar="ID", help="Filter by your own ID.")
     ] = None,
     metadata: MetadataFilter = [],
     since: Since = None,
     until: Until = None,
     sort: TimeOrder = "newest",
-    after: Annotated[UUID | None, typer.Option(metavar="JOB", help="The next page: behind this job.")] = None,
+    after: Annotated[UUID | None, typer.Option(metavar="JOB", help="Show the page after this job.")] = None,
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
-    """List jobs, the newest first."""
+    """List jobs."""
     columns = ("job_id", "team_id", "job_type", "status", "model_groups_used", "credit_applied", "created_at")
     with database.connect() as db:
         jobs = db.stream(
@@ -358,16 +375,19 @@ def list_(
         show(jobs, output, columns=columns)
 
 
-@app.command(epilog="Example: saasllm job costs 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d -o csv")
+@app.command(epilog="saasllm job costs 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d -o csv")
 def costs(job_id: JobId, output: Output = None) -> None:
-    """Show what a job cost with the providers, per model."""
+    """Show what a job cost at the providers, by model."""
     with database.connect() as db:
         show(db.stream("job.costs", {"job": job_id}, job_id=job_id), output)
 
 
-@app.command(epilog="Example: saasllm job annotate 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d --metadata reviewed=yes")
+@app.command(epilog="saasllm job annotate 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d --metadata reviewed=yes")
 def annotate(job_id: JobId, metadata: Metadata = [], unset_metadata: UnsetMetadata = [], output: Output = None) -> None:
-    """Change a job's metadata; it is merged."""
+    """Change a job's metadata.
+
+    Metadata is merged: keys that you do not name keep their values.
+    """
     require_some({"metadata": metadata, "unset_metadata": unset_metadata})
     with database.connect() as db:
         db.found(
@@ -392,7 +412,7 @@ def _batch_progress(source: BinaryIO) -> "Callable[[Summary], None]":
     def tell(summary: "Summary") -> None:
         done = summary.completed + summary.failed
         rate = done / (time.monotonic() - began)
-        text = f"{done} done, {summary.failed} failed · {rate:.1f} a second · ${summary.cost_usd.normalize():f}"
+        text = f"{done} done, {summary.failed} failed · {rate:.1f}/s · ${summary.cost_usd.normalize():f}"
         if total and rate:
             left = max(total - done - summary.skipped, 0)
             filled = 20 * (total - left) // total
@@ -424,7 +444,7 @@ def _show_result(result: "JobResult", group: str, further: dict[str, Any], outpu
         attempts = "".join(f"\n  {call.resolved_model}: {call.error}" for call in result.calls)
         raise NoAnswer(
             "no_answer",
-            f"No model of {group} answered, nothing was charged (job {result.job_id}).{attempts}",
+            f"No model of group {group} answered; nothing was charged (job {result.job_id}).{attempts}",
             f"See: saasllm job get {result.job_id}",
         )
     if output is not Format.TABLE:
@@ -451,5 +471,5 @@ def _show_result(result: "JobResult", group: str, further: dict[str, Any], outpu
         tokens = f"{last.prompt_tokens} + {last.completion_tokens} tokens"
         note(f"{last.resolved_model} · {tokens} · {cost} · {last.latency_ms / 1000:.2f} s · job {result.job_id}")
     if result.unsettled is not None:
-        result.unsettled.message += f" The answer is above; job {result.job_id} could not be settled and is still open."
+        result.unsettled.message += f" The answer is above, but job {result.job_id} could not be settled: it is open."
         raise result.unsettled

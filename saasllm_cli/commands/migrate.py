@@ -11,16 +11,19 @@ from saasllm_cli.settings import Format, settings
 
 app = noun()
 
-To = Annotated[str | None, typer.Option(metavar="NUMBER", help="Stop after this migration (by default the latest).")]
+To = Annotated[str | None, typer.Option(metavar="NUMBER", help="Stop after this migration (default: the latest).")]
 
 
-@app.command(epilog="Example: saasllm migrate up --dry-run")
+@app.command(epilog="saasllm migrate up --dry-run")
 def up(
     to: To = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be applied.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be applied.")] = False,
     output: Output = None,
 ) -> None:
-    """Apply the pending migrations. Always safe to run again; it drops nothing."""
+    """Apply pending migrations.
+
+    Safe to run again, and on several machines at once. Never deletes data.
+    """
     done = "Migration pending" if dry_run else "Migration completed"
     as_text = (output or settings().output) is Format.TABLE
 
@@ -44,48 +47,51 @@ def up(
         print_line("All migrations completed." if to is None else f"Migrations completed up to {names[-1]}.")
 
 
-@app.command(
-    epilog="Example: saasllm migrate status -o json | jq -r '.[] | select(.status == \"pending\") | .migration'"
-)
+@app.command(epilog="saasllm migrate status -o json | jq -r '.[] | select(.status == \"pending\") | .migration'")
 def status(output: Output = None) -> None:
-    """List the migrations: applied (when), pending, changed since, missing, duplicate, out of order."""
+    """List migrations and whether they are applied.
+
+    Besides applied and pending, a migration can be changed (since it was applied), missing (its file is gone),
+    duplicate (two files have its number) or out_of_order (older than one that is applied).
+    """
     show(migrations.status(), output)
 
 
-@app.command(epilog="Example: saasllm migrate verify && echo in order")
+@app.command(epilog="saasllm migrate verify")
 def verify(output: Output = None) -> None:
-    """Check that files and record agree (else exit 9) and nothing is pending (else exit 7)."""
+    """Check that all migrations are applied and unchanged.
+
+    Exit 7 if migrations are pending, 9 if the files and the database disagree.
+    """
     states = migrations.status()
     show(states, output)
     migrations.check(states)
 
 
-@app.command(epilog="Example: saasllm migrate adopt --to 006")
+@app.command(epilog="saasllm migrate adopt --to 006")
 def adopt(to: To = None, output: Output = None) -> None:
-    """Record a database as migrated that was built from the same files by other means.
+    """Mark migrations as applied in a database built by other means.
 
-    Its tables are compared with what the files build; where they differ, it lists how and records nothing.
+    Compares the database with what the files build. If they differ, lists the differences and records nothing.
     """
     names = migrations.adopt(to, on_wait=_tell_wait)
     show([{"migration": name, "status": "applied"} for name in names], output)
 
 
-@app.command(epilog="Example: saasllm migrate reset --confirm saasllm_test")
+@app.command(epilog="saasllm migrate reset --confirm saasllm_test")
 def reset(
     confirm: Annotated[
         str,
-        typer.Option(
-            metavar="DATABASE_NAME", show_default=False, help="The database's name, to show that it is meant."
-        ),
+        typer.Option(metavar="DATABASE_NAME", show_default=False, help="Confirm with the name of the database."),
     ],
     output: Output = None,
 ) -> None:
-    """Drop the tables of saasllm WITH ALL THEIR DATA, and build them anew."""
+    """Drop saasllm's tables and ALL THEIR DATA, then migrate again."""
     require_profile("Drop all tables")
     names = migrations.reset(confirm, on_wait=_tell_wait)
     show([{"migration": name, "status": "applied"} for name in names], output)
-    note(f"The database {confirm} is empty and migrated.")
+    note(f"Database {confirm} was reset: it is migrated and empty.")
 
 
 def _tell_wait() -> None:
-    note("Another migration is running; waiting for it.")
+    note("Waiting for another migration to finish …")

@@ -19,6 +19,7 @@ from saasllm_cli.commands.inputs import (
     UnsetMetadata,
     Yes,
     confirm_delete,
+    counted,
     label,
     merged,
     noun,
@@ -35,11 +36,11 @@ from saasllm_cli.settings import Format
 app = noun()
 
 
-@app.command(epilog='Example: saasllm org create org_acme_corp --name "ACME Corporation" --metadata plan=enterprise')
+@app.command(epilog='saasllm org create org_acme_corp --name "ACME Corporation" --metadata plan=enterprise')
 def create(
     organization_id: OrganizationId,
     name: Annotated[
-        str | None, typer.Option(parser=label, metavar="TEXT", help="Its name for people; by default its id.")
+        str | None, typer.Option(parser=label, metavar="TEXT", help="Display name (default: the ID).")
     ] = None,
     metadata: Metadata = [],
     if_not_exists: IfNotExists = False,
@@ -60,7 +61,7 @@ def create(
     show(organization, output)
 
 
-@app.command(epilog="Example: saasllm org get org_acme_corp -o json | jq -r .status")
+@app.command(epilog="saasllm org get org_acme_corp -o json | jq -r .status")
 def get(organization_id: OrganizationId, output: Output = None) -> None:
     """Show an organization."""
     with database.connect() as db:
@@ -68,7 +69,7 @@ def get(organization_id: OrganizationId, output: Output = None) -> None:
     show(organization, output)
 
 
-@app.command("list", epilog="Example: saasllm org list --status suspended")
+@app.command("list", epilog="saasllm org list --status suspended")
 def list_(
     status: StatusFilter = None,
     metadata: MetadataFilter = [],
@@ -93,15 +94,18 @@ def list_(
         show(organizations, output, columns=("organization_id", "name", "status", "created_at"))
 
 
-@app.command(epilog="Example: saasllm org update org_acme_corp --metadata plan=pro --unset-metadata trial")
+@app.command(epilog="saasllm org update org_acme_corp --metadata plan=pro --unset-metadata trial")
 def update(
     organization_id: OrganizationId,
-    name: Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="Its new name for people.")] = None,
+    name: Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="New display name.")] = None,
     metadata: Metadata = [],
     unset_metadata: UnsetMetadata = [],
     output: Output = None,
 ) -> None:
-    """Change an organization; metadata is merged."""
+    """Update an organization.
+
+    Metadata is merged: keys that you do not name keep their values.
+    """
     require_some({"name": name, "metadata": metadata, "unset_metadata": unset_metadata})
     with database.connect() as db:
         db.found(
@@ -116,42 +120,49 @@ def update(
     show(organization, output)
 
 
-@app.command(epilog="Example: saasllm org suspend org_acme_corp")
+@app.command(epilog="saasllm org suspend org_acme_corp")
 def suspend(organization_id: OrganizationId, output: Output = None) -> None:
-    """Stop its teams from starting jobs; running jobs finish."""
+    """Suspend an organization.
+
+    Its teams cannot start jobs until it is resumed. Running jobs finish.
+    """
     _set_status(organization_id, "suspended", output)
 
 
-@app.command(epilog="Example: saasllm org resume org_acme_corp")
+@app.command(epilog="saasllm org resume org_acme_corp")
 def resume(organization_id: OrganizationId, output: Output = None) -> None:
-    """Let its teams start jobs again."""
+    """Resume a suspended organization.
+
+    Its teams can start jobs again.
+    """
     _set_status(organization_id, "active", output)
 
 
-@app.command(epilog="Example: saasllm org delete org_test --purge --confirm org_test")
+@app.command(epilog="saasllm org delete org_test --purge --confirm org_test")
 def delete(organization_id: OrganizationId, purge: Purge = False, confirm_: Confirm = None, yes: Yes = False) -> None:
-    """Delete an organization that has no teams, or with --purge one with its teams and all their history.
+    """Delete an organization.
 
-    A purge is one transaction. It leaves one record of what was removed; see it with `audit list --org ORG`.
+    One that has teams is only deleted with --purge, which also deletes its teams and all their history, in one
+    transaction. A record of the purge stays in the audit log: see `saasllm audit list --org ORG`.
     """
     if is_purge("organization", organization_id, purge, confirm_):
         purge_all(organization_id=organization_id)
         return
-    confirm_delete(f"the organization {organization_id}", yes)
+    confirm_delete(f"organization {organization_id}", yes)
     with database.connect() as db:
         result = db.one("org.delete", organization_id=organization_id)
         if not result["deleted"]:
             db.get("organization", organization_id)
             raise Conflict(
                 "organization_in_use",
-                f"The organization {organization_id} has {result['teams']} team(s).",
-                f"Delete them first, or suspend it: saasllm org suspend {organization_id}; "
-                "or remove it with them and their history: --purge",
+                f"Organization {organization_id} has {counted(result['teams'], 'team')}.",
+                f"To stop its jobs, run: saasllm org suspend {organization_id}\n"
+                "To delete it with its teams and their history, add: --purge",
             )
-    note(f"The organization {organization_id} was deleted.")
+    note(f"Deleted organization {organization_id}.")
 
 
-@app.command(epilog="Example: saasllm org usage org_acme_corp --period 2026-11")
+@app.command(epilog="saasllm org usage org_acme_corp --period 2026-11")
 def usage(
     organization_id: OrganizationId,
     period: InPeriod = None,
@@ -160,10 +171,10 @@ def usage(
     by: ByTeam = None,
     output: Output = None,
 ) -> None:
-    """Show what an organization's teams used in a period: jobs, credits, calls, tokens, cost; by day, type and model.
+    """Show an organization's usage in a period.
 
-    Everything counts by its own time, in UTC: a job when it was created, a call when it was made, a credit when it
-    moved. An invoice counts credits_deducted.
+    Shows jobs, credits, calls, tokens and cost by day, job type, model and team. Each counts at its own time in UTC: a
+    job when it was created, a call when it was made, a credit when it moved. For an invoice, use credits_deducted.
     """
     asked = span(period, from_, to)
     with database.connect() as db:

@@ -33,30 +33,37 @@ A_PROFILE: dict[str, Any] = {"metavar": "PROFILE", "parser": identifier, "autoco
 
 
 @app.command(
-    epilog="Example: saasllm profile add production --database-url postgresql://app@db.example.com/saasllm "
+    epilog="saasllm profile add production --database-url postgresql://app@db.example.com/saasllm "
     "--password-file ~/.secrets/saasllm --protected"
 )
 def add(
-    profile: Annotated[str, typer.Argument(metavar="PROFILE", parser=identifier, show_default=False)],
+    profile: Annotated[
+        str, typer.Argument(metavar="PROFILE", parser=identifier, show_default=False, help="Name of the profile.")
+    ],
     database_url: Annotated[
-        str, typer.Option("--database-url", metavar="URL", show_default=False, help="Without a password.")
+        str, typer.Option("--database-url", metavar="URL", show_default=False, help="Database URL, without a password.")
     ],
     password_file: Annotated[
         Path | None,
-        typer.Option("--password-file", metavar="FILE", help="What holds the password; else libpq's own ~/.pgpass."),
+        typer.Option(
+            "--password-file", metavar="FILE", help="File with the password (default: ~/.pgpass, as for psql)."
+        ),
     ] = None,
     protected: Annotated[
         bool,
-        typer.Option("--protected", help="Say its name before a change, and have it confirmed before what destroys."),
+        typer.Option("--protected", help="Warn before changes, and have destructive commands confirmed."),
     ] = False,
     output: Output = None,
 ) -> None:
-    """Give a database a name. It is not connected to yet."""
+    """Add a profile: a name for a database.
+
+    It does not connect to the database yet.
+    """
     if database.parsed(database_url, "The --database-url").keys() & set(database.SECRET_KEYWORDS):
         raise InvalidInput(
             "password_in_url",
-            "The --database-url holds a password, which would show in the list of processes and stay in the history.",
-            "Leave it out, and write it into a file for --password-file, or into ~/.pgpass.",
+            "--database-url contains a password, which would be visible in the process list and the shell history.",
+            "Put the password in a file for --password-file, or in ~/.pgpass.",
         )
     table: dict[str, Any] = {"database_url": database_url}
     if password_file is not None:
@@ -65,40 +72,45 @@ def add(
         table["protected"] = True
     with edited_config_file() as config:
         if profile in profiles():
-            raise Conflict("profile_exists", f"The profile {profile} exists already.", f"Change it in {CONFIG_FILE}.")
+            raise Conflict("profile_exists", f"Profile {profile} already exists.", f"To change it, edit {CONFIG_FILE}.")
         config.setdefault("profiles", {})[profile] = table
     _show(_shown(profile, table), output)
     note(f"Try it: saasllm --profile {profile} doctor")
 
 
-@app.command("list", epilog="Example: saasllm profile list -o json | jq -r '.[].profile'")
+@app.command("list", epilog="saasllm profile list -o json | jq -r '.[].profile'")
 def list_(output: Output = None) -> None:
-    """List the profiles, and which one is used."""
+    """List profiles."""
     _show([_shown(name, table) for name, table in profiles().items()], output)
 
 
-@app.command(epilog="Example: saasllm profile use staging")
-def use(profile: Annotated[str, typer.Argument(**A_PROFILE, show_default=False)]) -> None:
-    """Take a profile from now on, where neither --profile nor the environment says otherwise."""
+@app.command(epilog="saasllm profile use staging")
+def use(profile: Annotated[str, typer.Argument(**A_PROFILE, show_default=False, help="Name of the profile.")]) -> None:
+    """Set the default profile.
+
+    --profile, and a profile or database URL in the environment or in .env, take precedence.
+    """
     as_settings(profile)
     with edited_config_file() as config:
         config["profile"] = profile
     settings.cache_clear()
     if _used() == profile:
-        note(f"From now on the database is that of {profile}.")
+        note(f"The default profile is now {profile}.")
     else:
-        note(f"{profile} is the profile of {CONFIG_FILE}, but here --profile, the environment or .env says otherwise.")
+        note(f"The default profile is now {profile}, but here --profile, the environment or .env overrides it.")
 
 
-@app.command("show", epilog="Example: saasllm profile show production")
+@app.command("show", epilog="saasllm profile show production")
 def show_one(
-    profile: Annotated[str | None, typer.Argument(**A_PROFILE, help="By default the one that is used.")] = None,
+    profile: Annotated[
+        str | None, typer.Argument(**A_PROFILE, help="Name of the profile (default: the current one).")
+    ] = None,
     output: Output = None,
 ) -> None:
-    """Show a profile. Passwords are never shown."""
+    """Show a profile, without its password."""
     profile = profile or settings().profile
     if profile is None:
-        raise NotFound("no_profile", "No profile is used.", "See: saasllm profile list, and saasllm db status")
+        raise NotFound("no_profile", "No profile is in use.", "See: saasllm profile list, and saasllm db status")
     if profile not in profiles():
         raise no_such_profile(profile, profiles())
     _show(_shown(profile, profiles()[profile]), output)

@@ -5,14 +5,14 @@ from typing import Annotated
 import typer
 
 from saasllm_cli import database
-from saasllm_cli.commands.inputs import require_profile, typed_again
+from saasllm_cli.commands.inputs import counted, require_profile, typed_again
 from saasllm_cli.errors import InvalidInput, not_found
 from saasllm_cli.output import note, waiting
 
-Purge = Annotated[bool, typer.Option("--purge", help="Also all its history: jobs, calls and ledger.")]
+Purge = Annotated[bool, typer.Option("--purge", help="Delete it with all its history: jobs, calls and ledger.")]
 Confirm = Annotated[
     str | None,
-    typer.Option("--confirm", metavar="ID", help="With --purge: the id once more, to show that it is meant."),
+    typer.Option("--confirm", metavar="ID", help="With --purge, confirm by repeating the ID."),
 ]
 
 
@@ -20,10 +20,12 @@ def is_purge(noun: str, key: str, purge: bool, confirm: str | None) -> bool:
     """Whether a purge is asked for; then its id must have been typed once more, or is asked for."""
     if not purge:
         if confirm is not None:
-            raise InvalidInput("usage", "--confirm is for --purge.", "Add --purge, or --yes instead of --confirm.")
+            raise InvalidInput(
+                "usage", "--confirm requires --purge.", "Add --purge, or use --yes instead of --confirm."
+            )
         return False
-    require_profile(f"Purge the {noun} {key}")
-    question = f"Purge the {noun} {key} with all its history? To confirm, type its id."
+    require_profile(f"Purge {noun} {key}")
+    question = f"Purge {noun} {key} with all its history? To confirm, type its ID."
     typed_again(key, question, f"--confirm {key}", confirm)
     return True
 
@@ -42,11 +44,9 @@ def purge(organization_id: str | None = None, team_id: str | None = None) -> Non
 
     with waiting("Purging …"), database.connect() as db:
         removed = db.transaction(work)["removed"]
-    counts = {
-        "team(s)": len(removed["teams"]),
-        "job(s)": removed["jobs"],
-        "call(s)": removed["llm_calls"],
-        "ledger entries": removed["credit_transactions"],
-        "credit(s) that were left": removed["credits_remaining"],
-    }
-    note(f"The {noun} {key} was purged: " + ", ".join(f"{count} {what}" for what, count in counts.items()) + ".")
+    entries = counted(removed["credit_transactions"], "ledger entry", "ledger entries")
+    note(
+        f"Purged {noun} {key}: {counted(len(removed['teams']), 'team')}, {counted(removed['jobs'], 'job')}, "
+        f"{counted(removed['llm_calls'], 'call')}, {entries}, "
+        f"{counted(removed['credits_remaining'], 'unused credit')}."
+    )

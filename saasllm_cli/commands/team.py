@@ -23,6 +23,7 @@ from saasllm_cli.commands.inputs import (
     UnsetMetadata,
     Yes,
     confirm_delete,
+    counted,
     credits_from,
     label,
     merged,
@@ -40,35 +41,37 @@ from saasllm_cli.settings import Format
 
 app = noun()
 
-Groups = Annotated[list[str], typer.Argument(**A_GROUP | {"metavar": "GROUP..."}, show_default=False)]
+Groups = Annotated[
+    list[str], typer.Argument(**A_GROUP | {"metavar": "GROUP..."}, show_default=False, help="Group names.")
+]
 
 
 @app.command(
-    epilog='Example: saasllm team create team_engineering --org org_acme_corp --alias "Engineering Team" '
+    epilog='saasllm team create team_engineering --org org_acme_corp --alias "Engineering Team" '
     "--group ResumeAgent --group ParsingAgent --credits 500"
 )
 def create(
     team_id: TeamId,
     org: Annotated[
         str,
-        typer.Option(**AN_ORGANIZATION, show_default=False, help="Whose team it is."),
+        typer.Option(**AN_ORGANIZATION, show_default=False, help="Organization of the team."),
     ],
     alias: Annotated[
-        str | None, typer.Option(parser=label, metavar="TEXT", help="Its name for people; by default its id.")
+        str | None, typer.Option(parser=label, metavar="TEXT", help="Display name (default: the ID).")
     ] = None,
     group: Annotated[
         list[str],
-        typer.Option(**A_GROUP, help="A group it may use; repeatable."),
+        typer.Option(**A_GROUP, help="Group that the team may use; repeatable."),
     ] = [],
     credits_: Annotated[
         int | None,
-        typer.Option("--credits", parser=credits_from(0), metavar="N", help="What it starts with; 0 by default."),
+        typer.Option("--credits", parser=credits_from(0), metavar="N", help="Credits to start with (default: 0)."),
     ] = None,
     metadata: Metadata = [],
     if_not_exists: IfNotExists = False,
     output: Output = None,
 ) -> None:
-    """Create a team, with its groups and its opening credits."""
+    """Create a team."""
     given = {
         "organization_id": org,
         "team_alias": alias,
@@ -97,7 +100,7 @@ def create(
     show(team, output)
 
 
-@app.command(epilog="Example: saasllm team get team_engineering -o json | jq .credits_remaining")
+@app.command(epilog="saasllm team get team_engineering -o json | jq .credits_remaining")
 def get(team_id: TeamId, output: Output = None) -> None:
     """Show a team, its groups and its credits."""
     with database.connect() as db:
@@ -105,7 +108,7 @@ def get(team_id: TeamId, output: Output = None) -> None:
     show(team, output)
 
 
-@app.command("list", epilog="Example: saasllm team list --org org_acme_corp")
+@app.command("list", epilog="saasllm team list --org org_acme_corp")
 def list_(
     org: OrgFilter = None,
     status: StatusFilter = None,
@@ -135,15 +138,19 @@ def list_(
         show(teams, output, columns=columns)
 
 
-@app.command(epilog='Example: saasllm team update team_engineering --alias "Platform Team"')
+@app.command(epilog='saasllm team update team_engineering --alias "Platform Team"')
 def update(
     team_id: TeamId,
-    alias: Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="Its new name for people.")] = None,
+    alias: Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="New display name.")] = None,
     metadata: Metadata = [],
     unset_metadata: UnsetMetadata = [],
     output: Output = None,
 ) -> None:
-    """Change a team; metadata is merged. Its groups: `assign`; its credits: `saasllm credits`."""
+    """Update a team.
+
+    Metadata is merged: keys that you do not name keep their values. To change the team's groups, use `saasllm team
+    assign`; to change its credits, `saasllm credits`.
+    """
     require_some({"alias": alias, "metadata": metadata, "unset_metadata": unset_metadata})
     with database.connect() as db:
         db.found(
@@ -158,14 +165,14 @@ def update(
     show(team, output)
 
 
-@app.command(epilog="Example: saasllm team assign team_engineering RAGAgent")
+@app.command(epilog="saasllm team assign team_engineering RAGAgent")
 def assign(
     team_id: TeamId,
     groups: Groups,
-    replace: Annotated[bool, typer.Option("--replace", help="Also remove every group not named here.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Unassign all other groups.")] = False,
     output: Output = None,
 ) -> None:
-    """Let a team use further groups."""
+    """Let a team use more groups."""
     group_names = unique(groups, "GROUP")
     with database.connect() as db:
         result = db.transaction(lambda: _assigned(db, team_id, group_names, replace))
@@ -175,52 +182,63 @@ def assign(
     show(team, output)
 
 
-@app.command(epilog="Example: saasllm team unassign team_engineering RAGAgent")
+@app.command(epilog="saasllm team unassign team_engineering RAGAgent")
 def unassign(team_id: TeamId, groups: Groups, output: Output = None) -> None:
-    """Take groups from a team; its running jobs finish."""
+    """Stop a team from using groups.
+
+    Running jobs finish.
+    """
     with database.connect() as db:
         result = db.one("team.unassign", team_id=team_id, group_names=groups)
         team = db.get("team", team_id)
     if result["not_assigned"]:
-        note(f"Was not assigned: {', '.join(result['not_assigned'])}.")
+        note(f"Not assigned before: {', '.join(result['not_assigned'])}.")
     show(team, output)
 
 
-@app.command(epilog="Example: saasllm team suspend team_engineering")
+@app.command(epilog="saasllm team suspend team_engineering")
 def suspend(team_id: TeamId, output: Output = None) -> None:
-    """Stop it from starting jobs; running jobs finish."""
+    """Suspend a team.
+
+    It cannot start jobs until it is resumed. Running jobs finish.
+    """
     _set_status(team_id, "suspended", output)
 
 
-@app.command(epilog="Example: saasllm team resume team_engineering")
+@app.command(epilog="saasllm team resume team_engineering")
 def resume(team_id: TeamId, output: Output = None) -> None:
-    """Let it start jobs again."""
+    """Resume a suspended team.
+
+    It can start jobs again.
+    """
     _set_status(team_id, "active", output)
 
 
-@app.command(epilog="Example: saasllm team delete team_test --purge --confirm team_test")
+@app.command(epilog="saasllm team delete team_test --purge --confirm team_test")
 def delete(team_id: TeamId, purge: Purge = False, confirm_: Confirm = None, yes: Yes = False) -> None:
-    """Delete a team without history, or with --purge a team and all its history.
+    """Delete a team.
 
-    A purge is one transaction. It leaves one record of what was removed; see it with `audit list --team TEAM`.
+    One that has history is only deleted with --purge, which also deletes its jobs, calls and ledger, in one
+    transaction. A record of the purge stays in the audit log: see `saasllm audit list --team TEAM`.
     """
     if is_purge("team", team_id, purge, confirm_):
         purge_all(team_id=team_id)
         return
-    confirm_delete(f"the team {team_id}", yes)
+    confirm_delete(f"team {team_id}", yes)
     with database.connect() as db:
         result = db.one("team.delete", team_id=team_id)
         if not result["deleted"]:
             db.get("team", team_id)
+            entries = counted(result["transactions"], "ledger entry", "ledger entries")
             raise Conflict(
                 "team_has_history",
-                f"The team {team_id} has {result['jobs']} job(s) and {result['transactions']} ledger entries.",
-                f"Suspend it instead: saasllm team suspend {team_id}; or remove it with its history: --purge",
+                f"Team {team_id} has {counted(result['jobs'], 'job')} and {entries}.",
+                f"To stop its jobs, run: saasllm team suspend {team_id}\nTo delete it with its history, add: --purge",
             )
-    note(f"The team {team_id} was deleted.")
+    note(f"Deleted team {team_id}.")
 
 
-@app.command(epilog="Example: saasllm team usage team_engineering --from 2026-01 --to 2026-06 -o csv")
+@app.command(epilog="saasllm team usage team_engineering --from 2026-01 --to 2026-06 -o csv")
 def usage(
     team_id: TeamId,
     period: InPeriod = None,
@@ -229,10 +247,10 @@ def usage(
     by: By = None,
     output: Output = None,
 ) -> None:
-    """Show what a team used in a period: jobs, credits, calls, tokens, cost; by day, type and model.
+    """Show a team's usage in a period.
 
-    Everything counts by its own time, in UTC: a job when it was created, a call when it was made, a credit when it
-    moved. An invoice counts credits_deducted.
+    Shows jobs, credits, calls, tokens and cost by day, job type and model. Each counts at its own time in UTC: a job
+    when it was created, a call when it was made, a credit when it moved. For an invoice, use credits_deducted.
     """
     asked = span(period, from_, to)
     with database.connect() as db:

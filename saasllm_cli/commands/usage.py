@@ -18,17 +18,18 @@ InPeriod = Annotated[
         "--period",
         parser=period,
         metavar="PERIOD",
-        help="2026-11, 2026, 2026-W47 or 2026-11-22; by default this month.",
+        help="Period: 2026-11, 2026, 2026-W47 or 2026-11-22 (default: this month).",
     ),
 ]
 From = Annotated[
     Period | None,
-    typer.Option("--from", parser=period, metavar="PERIOD", help="The first period of several, instead of --period."),
+    typer.Option("--from", parser=period, metavar="PERIOD", help="First period of a range, instead of --period."),
 ]
 To = Annotated[
-    Period | None, typer.Option("--to", parser=period, metavar="PERIOD", help="The last of them; by default today.")
+    Period | None,
+    typer.Option("--to", parser=period, metavar="PERIOD", help="Last period of the range (default: today)."),
 ]
-BY_HELP = "Only a row for each; with -o csv it is by month, where nothing else is said."
+BY_HELP = "Only show one row for each (default with -o csv: month)."
 By = Annotated[Literal["month", "day", "job_type", "model"] | None, typer.Option("--by", help=BY_HELP)]
 ByTeam = Annotated[Literal["month", "day", "job_type", "model", "team"] | None, typer.Option("--by", help=BY_HELP)]
 
@@ -69,10 +70,14 @@ def show_usage(
 def span(within: Period | None, first: Period | None, last: Period | None) -> Period:
     """From when until when --period, or --from and --to, ask."""
     if (within and (first or last)) or (last and not first):
-        raise InvalidInput("usage", "Give --period, or --from and --to.", "By default it is this month.")
+        raise InvalidInput(
+            "usage", "Give either --period, or --from and optionally --to.", "The default is this month."
+        )
     if first is None:
         return within or period(f"{datetime.now(UTC):%Y-%m}")
     last = last or period(f"{datetime.now(UTC):%Y-%m-%d}")
     if last.until <= first.since:
-        raise InvalidInput("usage", "--from is later than --to, or than today.", "Give the earlier one first.")
+        raise InvalidInput(
+            "usage", "--from is later than --to, or than today.", "Swap them, or choose an earlier --from."
+        )
     return Period(first.since, last.until)

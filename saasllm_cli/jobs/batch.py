@@ -53,8 +53,8 @@ READ_AHEAD = 200  # lines
 MOST_BEGUN = 500  # in one statement
 MOST_SETTLED = 100  # in one statement: with all that may be kept of them they are some 200 MB
 LONGEST_ID = 200
-MAKE_ROOM = "Make room on the disk; then the same command goes on."
-CONFLICT = "conflict: the id stands for another request in this batch"
+MAKE_ROOM = "Free some disk space, then run the same command again to continue."
+CONFLICT = "conflict: another request in this batch has the same id"
 # What a line may hold beside its id, its messages and the parameters of the call.
 FIELDS = ("metadata", "job_type", "external_task_id", "purpose")
 METADATA_BYTES = 65536
@@ -126,7 +126,9 @@ def run(request: BatchRequest, on_progress: Callable[[Summary], None] = lambda _
                 raise
             return batch.summary
     except sqlite3.Error as error:
-        raise SaasllmError("journal_failed", f"The journal of {request.out} fails: {error}.", MAKE_ROOM) from error
+        raise SaasllmError(
+            "journal_failed", f"Cannot write the journal of {request.out}: {error}.", MAKE_ROOM
+        ) from error
 
 
 class _Batch:
@@ -173,7 +175,7 @@ class _Batch:
             self.summary.passed_over = self._workers.passed_over
             self._on_progress(self.summary)
             if self._is_interrupted:
-                raise Interrupted("interrupted", "Interrupted; the same command goes on with the rest.")
+                raise Interrupted("interrupted", "Interrupted. Run the same command again to continue.")
         if self._refusal is not None:
             raise self._refusal
 
@@ -343,8 +345,8 @@ class _Batch:
 def _running_elsewhere() -> Conflict:
     return Conflict(
         "batch_running",
-        "The batch is being run by another process.",
-        "Wait for it; or give another --out, and with --name another name.",
+        "Another process is running this batch.",
+        "Wait for it to finish, or choose another --out (and another --name, if you give one).",
     )
 
 
@@ -426,7 +428,7 @@ class _Journal:
         path = out.with_name(out.name + ".journal")
         if not path.exists() and out.exists() and out.stat().st_size:
             raise InvalidInput(
-                "out_exists", f"The file {out} holds something that no batch has written.", "Give another --out."
+                "out_exists", f"{out} already exists and was not written by a batch.", "Choose another --out."
             )
         try:
             self._out = out.open("r+b" if out.exists() else "w+b")
@@ -440,13 +442,13 @@ class _Journal:
                 self._db.execute("INSERT INTO batch VALUES (?, ?, 0, 0, NULL)", batch)
             self._db.execute("COMMIT")
         except (OSError, sqlite3.Error) as error:
-            raise InvalidInput("unwritable_out", f"{out} cannot be written: {error}.", "Check --out.") from error
+            raise InvalidInput("unwritable_out", f"Cannot write {out}: {error}.", "Check --out.") from error
         self.name, its_scope = batch
         if its_scope != scope or self._request.name not in (None, self.name):
             raise Conflict(
                 "another_batch",
-                f"{out} is of the batch {self.name}, for team and group {its_scope}.",
-                "Give the same --team, --group and --name, or another --out.",
+                f"{out} belongs to the batch {self.name}, for team and group {its_scope}.",
+                "Give the same --team, --group and --name, or choose another --out.",
             )
         return self
 
@@ -475,8 +477,8 @@ class _Journal:
         if self._out.seek(0, os.SEEK_END) < size:
             raise Conflict(
                 "output_changed",
-                f"{self._request.out} is shorter than the batch has written it.",
-                "Restore it; or give another --out and another --name, to pay for all lines again.",
+                f"{self._request.out} has been cut off since the batch wrote it.",
+                "Restore it, or choose another --out and --name to run (and pay for) all lines again.",
             )
         self._out.truncate(size)
         self._out.seek(size)
@@ -540,7 +542,7 @@ class _Journal:
         try:
             yield
         except OSError as error:
-            message = f"The output {self._request.out} cannot be written: {error.strerror}."
+            message = f"Cannot write {self._request.out}: {error.strerror}."
             raise SaasllmError("output_failed", message, MAKE_ROOM) from error
 
     @contextmanager
@@ -600,12 +602,12 @@ def _task(line: bytes, number: int, batch: BatchRequest) -> Task:
             raise InvalidInput("invalid_line", "The line must be a JSON object.")
         id_ = content.pop("custom_id", None) or content.pop("id", None)
         if not isinstance(id_, str) or len(id_) > LONGEST_ID:
-            raise InvalidInput("invalid_line", f"The id (or custom_id) must be a text of 1 to {LONGEST_ID} characters.")
+            raise InvalidInput("invalid_line", f"The id (or custom_id) must be text of 1 to {LONGEST_ID} characters.")
         task.id = chat.text(id_, "the id")
         request = _job_request(content, batch)
         request_hash = request.hash()
     except (ValueError, RecursionError) as error:
-        task.result = _result(task, "failed", error=f"The line is not JSON as it should be: {error}.")
+        task.result = _result(task, "failed", error=f"The line is not valid JSON: {error}.")
     except InvalidInput as error:
         task.result = _result(task, "failed", error=error.message)
     else:
@@ -636,7 +638,7 @@ def _job_request(content: dict[str, Any], batch: BatchRequest) -> JobRequest:
         if "prompt" in content:
             prompt = content.pop("prompt")
             if not isinstance(prompt, str) or not prompt.strip():
-                raise InvalidInput("invalid_line", "The prompt must be a text that is not empty.")
+                raise InvalidInput("invalid_line", "The prompt must be non-empty text.")
             messages = [*messages, {"role": "user", "content": prompt}]
         if "system" in content:
             messages = [{"role": "system", "content": content.pop("system")}, *messages]
@@ -645,15 +647,15 @@ def _job_request(content: dict[str, Any], batch: BatchRequest) -> JobRequest:
     elif (schema := chat.json_schema(parameters)) is not None:
         chat.check_schema(schema, "response_format")
     if unknown := [name for name in content if name not in FIELDS]:
-        raise InvalidInput("invalid_line", f"The field {unknown[0]!r} is not known.")
+        raise InvalidInput("invalid_line", f"Unknown field {unknown[0]!r}.")
     metadata = content.pop("metadata", None) or {}
     text = json.dumps(metadata, allow_nan=False, ensure_ascii=False)
     text.encode()  # half of a surrogate pair is no text
     if not isinstance(metadata, dict) or "\\u0000" in text or len(text) > METADATA_BYTES:
-        raise InvalidInput("invalid_line", "The metadata must be an object without NUL, of at most 64 KiB.")
+        raise InvalidInput("invalid_line", "The metadata must be an object of at most 64 KiB, without NUL characters.")
     for name, value in content.items():
         if not isinstance(value, str) or not value.strip() or len(value) > LONGEST_ID:
-            raise InvalidInput("invalid_line", f"{name} must be a text of 1 to {LONGEST_ID} characters.")
+            raise InvalidInput("invalid_line", f"{name} must be text of 1 to {LONGEST_ID} characters.")
         chat.text(value, name)
     call = CallRequest(
         batch.group_name,
@@ -735,7 +737,7 @@ class _Workers:
 
 
 def _worker_died() -> SaasllmError:
-    return SaasllmError("worker_died", "A process that calls the models has died.", "Run the same command again.")
+    return SaasllmError("worker_died", "A worker process died.", "Run the same command again.")
 
 
 def _work(pipe: Connection, concurrency: int, profile: str | None) -> None:

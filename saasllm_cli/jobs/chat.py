@@ -31,7 +31,7 @@ def text(value: str, source: str) -> str:
         name = {"\0": "a NUL character", "\x1b": "a terminal escape"}.get(match[0], "a control character")
         raise InvalidInput(
             "invalid_prompt",
-            f"The prompt in {source} holds {name} (U+{ord(match[0]):04X}) in line {line}.",
+            f"The prompt in {source} contains {name} (U+{ord(match[0]):04X}) in line {line}.",
             "Remove it.",
         )
     return value
@@ -42,8 +42,8 @@ def parameter(name: str) -> str:
     if NOT_PARAMETERS.fullmatch(name) and name not in PARAMETERS:
         raise InvalidInput(
             "invalid_parameter",
-            f"{name!r} is no parameter of a call: the group, the other options or the environment decide on it.",
-            "Leave it out.",
+            f"{name!r} cannot be set for a call: it comes from the group, another option or the environment.",
+            "Remove it.",
         )
     return name
 
@@ -64,7 +64,7 @@ def response_format(schema: dict[str, Any]) -> dict[str, Any]:
 def check_schema(schema: Any, source: str) -> None:
     """Raises `InvalidInput`, which names the source, where it is no JSON schema."""
     if mistake := _mistake(json.dumps(schema)):
-        raise InvalidInput("invalid_json_schema", f"{source} is no JSON schema: {mistake}.", "Correct it.")
+        raise InvalidInput("invalid_json_schema", f"{source} is not a valid JSON schema: {mistake}.", "Correct it.")
 
 
 @lru_cache(100)  # the lines of a batch often have the same
@@ -74,7 +74,7 @@ def _mistake(schema_text: str) -> str | None:
 
     schema = json.loads(schema_text)
     if not isinstance(schema, dict) or not isinstance(schema.get("$schema", ""), str):
-        return "it must be an object, and its $schema a text"
+        return "it must be an object, and its $schema must be text"
     try:
         validator_for(schema).check_schema(schema)
     except SchemaError as error:
@@ -90,7 +90,7 @@ def messages(chat: Any, source: str, folder: Path) -> list[dict[str, Any]]:
     Raises `InvalidInput` that names the source and the place in it.
     """
     if not isinstance(chat, list) or not chat:
-        raise _invalid(source, "messages", "must be a list of messages that is not empty")
+        raise _invalid(source, "messages", "must be a non-empty list of messages")
     for number, message in enumerate(chat):
         where = f"messages[{number}]"
         if not isinstance(message, dict):
@@ -106,7 +106,7 @@ def messages(chat: Any, source: str, folder: Path) -> list[dict[str, Any]]:
                 for index, part in enumerate(parts):
                     _check_part(part, source, f"{where}.content[{index}]", folder)
             case _:
-                raise _invalid(source, f"{where}.content", "must be a text or a list of parts")
+                raise _invalid(source, f"{where}.content", "must be text or a list of parts")
     return chat
 
 
@@ -119,7 +119,7 @@ def _check_part(part: Any, source: str, where: str, folder: Path) -> None:
         case {"type": "image_url", "image_url": str(url)}:
             part["image_url"] = {"url": _image(url, source, where, folder)}
         case {"type": "text" | "image_url"}:
-            raise _invalid(source, where, "must have a text, or an image_url with its url")
+            raise _invalid(source, where, "must have text, or an image_url with a url")
         case {"type": str()}:
             pass  # audio, files: what providers know besides
         case _:
@@ -132,7 +132,7 @@ def _image(url: str, source: str, where: str, folder: Path) -> str:
         return url
     kind, _ = mimetypes.guess_type(url)
     if kind is None or not kind.startswith("image/"):
-        raise _invalid(source, where, f"names {url!r}, which is no URL and has no ending of an image")
+        raise _invalid(source, where, f"names {url!r}, which is neither a URL nor an image file")
     try:
         with (folder / url).open("rb") as file:
             content = file.read(LARGEST_IMAGE + 1)

@@ -171,7 +171,7 @@ def call(
     except KeyboardInterrupt:
         with suppress(SaasllmError), signals(UNINTERRUPTED):
             record()
-        raise Interrupted("interrupted", f"The call was interrupted; job {job_id} is still open.") from None
+        raise Interrupted("interrupted", f"The call was interrupted. Job {job_id} is still open.") from None
     result = JobResult(job_id, "in_progress", answer, calls)
     try:
         with signals(UNINTERRUPTED):
@@ -196,7 +196,7 @@ def finish(job_id: UUID, status: str, error_message: str | None = None) -> None:
     if status == "completed" and job["completed_at"] is None and not is_answered:
         raise Conflict(
             "no_call_succeeded",
-            f"None of the calls of job {job_id} succeeded: it cannot be completed.",
+            f"Job {job_id} cannot be completed: none of its calls succeeded.",
             f"Run: saasllm job fail {job_id}",
         )
     settled = _settle(job_id, status, error_message, [], SETTLE_SECONDS)
@@ -269,7 +269,7 @@ def _raise_refusal(begun: database.Row, request: JobRequest) -> None:
         case "insufficient_credits":
             raise InsufficientCredits(
                 "insufficient_credits",
-                f"The team {request.team_id} has no credit free: {begun['credits_remaining']} remaining, "
+                f"Team {request.team_id} has no free credits: {begun['credits_remaining']} remaining, "
                 f"{begun['credits_reserved']} of them reserved by running jobs.",
                 f"Run: saasllm credits add {request.team_id} AMOUNT"
                 + (" (or wait for its running jobs)" if begun["credits_reserved"] else ""),
@@ -277,13 +277,13 @@ def _raise_refusal(begun: database.Row, request: JobRequest) -> None:
         case "key_in_use" if begun["existing_request_hash"] != request.hash():
             raise Conflict(
                 "idempotency_key_reused",
-                f"The idempotency key was used before, for another request (job {begun['existing_job_id']}).",
-                "Take a new key for a new request.",
+                f"The idempotency key was used before for another request (job {begun['existing_job_id']}).",
+                "Use a new key for a new request.",
             )
         case "key_in_use" if request.call and begun["existing_status"] != "completed":
             raise Conflict(
                 "job_in_progress",
-                f"The job of this idempotency key is still {begun['existing_status']}.",
+                f"The job with this idempotency key is still {begun['existing_status']}.",
                 f"See: saasllm job get {begun['existing_job_id']}",
             )
         case "key_in_use":
@@ -307,12 +307,12 @@ def _no_call(job_id: UUID, outcome: str, team_id: str | None, group_name: str | 
         case "job_not_found":
             return not_found("job", str(job_id))
         case "job_finished":
-            return Conflict(outcome, f"Job {job_id} is finished already.", f"See: saasllm job get {job_id}")
+            return Conflict(outcome, f"Job {job_id} is already finished.", f"See: saasllm job get {job_id}")
         case "lease_lost":
             return Conflict(
                 outcome,
-                f"The lease of job {job_id} ran out or was ended: nothing is charged for it.",
-                "Create a new job; with a longer --lease, if there is more time between its calls.",
+                f"Job {job_id} has expired or was ended; nothing is charged for it.",
+                "Create a new job, with a longer --lease if there is more time between its calls.",
             )
         case _:
             return refused(outcome, team_id, group_name, None)
@@ -347,11 +347,11 @@ def _cancelled(job_id: UUID, calls: list[Call], is_begun: bool) -> Interrupted:
             status = _settle(job_id, "cancelled", "Interrupted.", calls, 0)["status"]
     match status:
         case "cancelled":
-            return Interrupted("interrupted", f"Job {job_id} was cancelled, and nothing was charged.")
+            return Interrupted("interrupted", f"Job {job_id} was cancelled; nothing was charged.")
         case "completed":
             return Interrupted("interrupted", f"Job {job_id} was completed and charged before it could be cancelled.")
         case _:  # there is no such job, or no database to ask
-            return Interrupted("interrupted", "Interrupted, and nothing was charged.")
+            return Interrupted("interrupted", "Interrupted; nothing was charged.")
 
 
 def _settled(job_id: UUID, team_id: str, answer: Answer | None, calls: list[Call]) -> JobResult:
@@ -368,15 +368,15 @@ def _settled(job_id: UUID, team_id: str, answer: Answer | None, calls: list[Call
     if settled["status"] is None:
         raise Conflict(
             "job_purged",
-            f"Job {job_id} is gone: its team was purged meanwhile. Nothing was charged.",
+            f"Job {job_id} is gone: its team was purged in the meantime. Nothing was charged.",
             f"See: saasllm audit list --team {team_id}",
         )
     # Settled before, with an answer that was lost on the way: the same status tells.
     if not settled["settled"] and settled["status"] != status:
         raise Conflict(
             "lease_lost",
-            f"The lease of job {job_id} ran out or was ended before it could be settled: it is {settled['status']}, "
-            "and nothing was charged.",
+            f"Job {job_id} expired or was ended before it could be settled: it is {settled['status']}, and nothing was "
+            "charged.",
             "This machine may have been asleep. Run the job again.",
         )
     result.credits_remaining = settled["credits_remaining"]

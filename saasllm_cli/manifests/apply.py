@@ -76,14 +76,14 @@ def _compare_references(db: Database, sources: list[Source]) -> bool:
 def _message(db: Database, error: str, value: str) -> str:
     match error:
         case "repeated":
-            return f"{value} is defined more than once: name it once"
+            return f"{value} is defined more than once"
         case "organization_differs":
-            return f"the team is of the organization {value}, and stays with it"
+            return f"the team belongs to organization {value}, which cannot be changed"
         case "metadata_too_large":
             return TOO_LARGE
     noun = error.removesuffix("_not_found")
     known = [row["id"] for row in (*db.many("apply.staged_ids", noun=noun), *db.many(NEAR[noun], name=value))]
-    return f"there is no {noun} {value}, neither in the files nor in the database" + did_you_mean(value, known)
+    return f"{noun} {value} not found in the files or in the database" + did_you_mean(value, known)
 
 
 def write(
@@ -101,7 +101,7 @@ def write(
 
     def work() -> list[Row]:
         if not db.wait_for("apply.lock", WAIT_SECONDS, on_wait):
-            raise Conflict("apply_running", "Another `apply` has been running for an hour.", "Try again later.")
+            raise Conflict("apply_running", "Another `saasllm apply` has been running for an hour.", "Try again later.")
         compare(db, sources, is_pruning=to_prune is not None)
         if to_prune is not None and db.one("apply.pruned") != to_prune:
             raise _changed_meanwhile()
@@ -119,8 +119,8 @@ def write(
 def _changed_meanwhile() -> Conflict:
     return Conflict(
         "changed_meanwhile",
-        "The teams that the files do not name have changed meanwhile; nothing was done.",
-        "Look at them once more with --diff --prune.",
+        "The teams to be pruned have changed in the meantime; nothing was changed.",
+        "Check them again with --diff --prune.",
     )
 
 

@@ -23,7 +23,7 @@ from saasllm_cli.rules import (
     is_storable,
 )
 
-TOO_LARGE = "it is larger than 64 KiB: keep large data elsewhere and name it here"
+TOO_LARGE = "it is larger than 64 KiB: store large data elsewhere and refer to it"
 MOST_COPIES = 1_000_000
 NUMBER = "{n}"  # in the strings of a record with a count: which of them it is
 # In an editor the id of a template is none yet.
@@ -32,13 +32,13 @@ IDENTIFIER_OR_TEMPLATE = r"^([A-Za-z0-9]|\{n\})([A-Za-z0-9._-]|\{n\}){0,127}$"
 
 def _storable(text: str) -> str:
     if not is_storable(text):
-        raise _refused("it holds a character that cannot be stored: NUL, or half of a surrogate pair")
+        raise _refused("it contains a character that cannot be stored: NUL, or half of a surrogate pair")
     return text
 
 
 def _once(values: list[str]) -> list[str]:
     if twice := next((value for index, value in enumerate(values) if value in values[:index]), None):
-        raise _refused(f"{twice} is given twice: name it once")
+        raise _refused(f"{twice} is listed twice")
     return values
 
 
@@ -51,7 +51,7 @@ def _checked_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
         if size > METADATA_BYTES:
             raise _refused(TOO_LARGE)
         if depth > METADATA_DEPTH:
-            raise _refused(f"it is nested more than {METADATA_DEPTH} deep")
+            raise _refused(f"it is nested more than {METADATA_DEPTH} levels deep")
         _storable(text)
     return metadata
 
@@ -71,7 +71,7 @@ def _texts(value: Any, depth: int) -> Iterator[tuple[str, int]]:
     elif value is None or isinstance(value, str | int | Decimal):
         yield str(value), depth - 1
     else:
-        raise _refused(f"it holds a {type(value).__name__}, which JSON does not have")
+        raise _refused(f"it contains a {type(value).__name__}, which JSON does not have")
 
 
 def _refused(message: str) -> PydanticCustomError:
@@ -95,13 +95,11 @@ Identifier = Annotated[
 Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME), AfterValidator(_storable)]
 Activity = Literal["active", "suspended"]
 Metadata = Annotated[
-    dict[str, Any], AfterValidator(_checked_metadata), Field(description="What is kept beside it; as a whole.")
+    dict[str, Any], AfterValidator(_checked_metadata), Field(description="Data of your own; replaced as a whole.")
 ]
 Count = Annotated[
     int,
-    Field(
-        ge=1, le=MOST_COPIES, description="So many of it: each with its number, from 1 on, for {n} in all its strings."
-    ),
+    Field(ge=1, le=MOST_COPIES, description="Number of copies; {n} in any string is the number of the copy, from 1."),
 ]
 
 
@@ -113,7 +111,7 @@ class Organization(_Object):
     """A customer."""
 
     organization_id: Identifier
-    name: Name = Field(None, description="Its name for people; by default its id.")  # type: ignore[assignment]
+    name: Name = Field(None, description="Display name (default: the ID).")  # type: ignore[assignment]
     status: Activity = "active"
     metadata: Metadata = {}
     count: Count = None  # type: ignore[assignment]
@@ -122,8 +120,8 @@ class Organization(_Object):
 class Model(_Object):
     """A model of a group."""
 
-    model_name: str = Field(pattern=f"^{MODEL_NAME.pattern}$", description="As litellm names it.")
-    is_active: bool = Field(True, description="An inactive one is passed over.")
+    model_name: str = Field(pattern=f"^{MODEL_NAME.pattern}$", description="Model, as litellm names it.")
+    is_active: bool = Field(True, description="Inactive models are skipped.")
 
 
 def _models_once(models: list[Model]) -> list[Model]:
@@ -135,14 +133,14 @@ NamedModel = Annotated[Model, _with(is_active=True), BeforeValidator(_named, jso
 
 
 class ModelGroup(_Object):
-    """A name for an ordered list of models: the primary, then its fallbacks."""
+    """An ordered list of models: the primary, then its fallbacks."""
 
     group_name: Identifier
-    display_name: Name = Field(None, description="Its name for people; by default group_name.")  # type: ignore[assignment]
-    description: Annotated[str, AfterValidator(_storable)] | None = Field(None, description="What it is for.")
+    display_name: Name = Field(None, description="Display name (default: group_name).")  # type: ignore[assignment]
+    description: Annotated[str, AfterValidator(_storable)] | None = Field(None, description="What the group is for.")
     status: Literal["active", "inactive"] = "active"
     models: Annotated[list[NamedModel], AfterValidator(_models_once)] = Field(
-        [], description="In the order in which they are tried."
+        [], description="Models in order: the primary, then its fallbacks."
     )
 
 
@@ -152,26 +150,28 @@ def _day(value: str) -> str:
             raise ValueError
         date.fromisoformat(value)
     except ValueError:
-        raise _refused("it must be a day such as 2026-12-01") from None
+        raise _refused("it must be a date such as 2026-12-01") from None
     return value
 
 
 class Schedule(_Object):
-    """Credits that are granted by themselves, by `credits allocate`."""
+    """Credits that `saasllm credits allocate` grants each period."""
 
     credits_amount: int = Field(ge=1, le=MOST_CREDITS)
     every: Literal["daily", "weekly", "monthly"]
     mode: Literal["add", "reset", "top-up"]
-    credits_max: int | None = Field(None, ge=1, le=MOST_CREDITS, description="With the mode add: no more than that.")
+    credits_max: int | None = Field(
+        None, ge=1, le=MOST_CREDITS, description="With mode add, never grant beyond this balance."
+    )
     next_on: Annotated[str, AfterValidator(_day), WithJsonSchema({"type": "string", "format": "date"})] = Field(
         None,  # type: ignore[assignment]
-        description="Where the schedule is new: a day of the first period that it grants; by default of the next one.",
+        description="For a new schedule, any day in its first period (default: the next period).",
     )
 
     @model_validator(mode="after")
     def _has_a_fitting_max(self) -> "Schedule":
         if self.credits_max is not None and (self.mode != "add" or self.credits_max < self.credits_amount):
-            raise _refused("credits_max goes with the mode add, and is not less than credits_amount")
+            raise _refused("credits_max requires mode add, and must not be less than credits_amount")
         return self
 
 
@@ -179,15 +179,17 @@ class Team(_Object):
     """A team of an organization."""
 
     team_id: Identifier
-    organization_id: Identifier = Field(description="Whose team it is; it stays with it.")
-    team_alias: Name = Field(None, description="Its name for people; by default its id.")  # type: ignore[assignment]
+    organization_id: Identifier = Field(description="Organization of the team; it cannot be changed.")
+    team_alias: Name = Field(None, description="Display name (default: the ID).")  # type: ignore[assignment]
     status: Activity = "active"
-    model_groups: Annotated[list[Identifier], AfterValidator(_once)] = Field([], description="What it may use.")
+    model_groups: Annotated[list[Identifier], AfterValidator(_once)] = Field(
+        [], description="Groups that the team may use."
+    )
     credits: int = Field(
-        0, ge=0, le=MOST_CREDITS, description="What it starts with. Later changes are for `saasllm credits add`."
+        0, ge=0, le=MOST_CREDITS, description="Credits to start with. To add more later, use `saasllm credits add`."
     )
     schedule: Annotated[Schedule, _with(credits_max=None)] | None = Field(
-        None, description="What it is granted by itself; null for nothing."
+        None, description="Credits to grant each period; null for none."
     )
     metadata: Metadata = {}
     count: Count = None  # type: ignore[assignment]

@@ -89,9 +89,9 @@ class Reader:
 
     def _begin(self, value: Any, event: Any) -> None:
         if event.tag not in (None, "!", f"{TAG}map", f"{TAG}seq"):
-            raise _error(event, f"the tag {event.tag} is not known")
+            raise _error(event, f"unknown tag {event.tag}")
         if len(self._open) == MOST_NESTED:
-            raise _error(event, f"it is nested more than {MOST_NESTED} deep")
+            raise _error(event, f"it is nested more than {MOST_NESTED} levels deep")
         self._mark(event)
         self._open.append(_Collection(value, event.anchor, self._steps()))
 
@@ -106,7 +106,7 @@ class Reader:
 
     def _anchored(self, event: Any) -> tuple[Any, int]:
         if event.anchor not in self._anchors:
-            raise _error(event, f"there is no &{event.anchor} before it")
+            raise _error(event, f"no &{event.anchor} is defined before it")
         value, size = self._anchors[event.anchor]
         if size > MOST_REPEATED:
             raise _error(event, f"*{event.anchor} stands for more than {MOST_REPEATED} values")
@@ -125,13 +125,13 @@ class Reader:
             if not isinstance(event, yaml.ScalarEvent):
                 raise _error(event, "a key must be text")
             if value in into.value:
-                self._on_error(event.start_mark, f"the key {value} is defined here more than once")
+                self._on_error(event.start_mark, f"the key {value} is defined more than once")
             is_merge = value == "<<" and event.implicit[0]  # and not in quotes
             into.key = _MERGE if is_merge else value
         elif into.key is _MERGE:
             bases = value if isinstance(value, list) else [value]
             if not all(isinstance(base, dict) for base in bases):
-                raise _error(event, "<< takes a mapping, or a list of them")
+                raise _error(event, "<< must be a mapping or a list of mappings")
             into.bases += bases
             into.key = _NO_KEY
         else:
@@ -169,9 +169,9 @@ def _scalar(event: Any) -> Any:
     try:
         return _READ[kind](text)
     except KeyError:
-        raise _error(event, f"the tag {event.tag} is not known") from None
+        raise _error(event, f"unknown tag {event.tag}") from None
     except (ValueError, ArithmeticError):
-        raise _error(event, f"{text[:40]} is no number, or out of range") from None
+        raise _error(event, f"{text[:40]} is not a number, or out of range") from None
 
 
 def _error(event: Any, message: str) -> yaml.MarkedYAMLError:

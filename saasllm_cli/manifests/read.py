@@ -26,7 +26,7 @@ from saasllm_cli.rules import IDENTIFIER, LONGEST_NAME, depth, exact
 SUFFIXES = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".jsonl": "lines", ".ndjson": "lines"}
 STDIN = "stdin"
 MOST_ERRORS = 100
-TOO_DEEP = f"it is nested more than {MOST_NESTED} deep"
+TOO_DEEP = f"it is nested more than {MOST_NESTED} levels deep"
 REFERENCES = ("organization_id", "group_name", "team_id", "model_groups")
 PARTS: dict[str | int, type[BaseModel]] = {"models": Model, "schedule": Schedule}  # by the field of a record
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -40,7 +40,7 @@ def invalid(errors: list[FileError]) -> InvalidFiles:
     return InvalidFiles(
         "invalid_manifest",
         f"The files have {more}{count}; nothing was changed.",
-        "What a file may hold: saasllm apply --schema",
+        "To see what a file may contain, run: saasllm apply --schema",
         told,
     )
 
@@ -83,7 +83,7 @@ def _sections(source: "Source") -> Iterator[tuple[int, str, list[Any]]]:
         if content is None:
             continue
         if not isinstance(content, dict):
-            source.refuse(document, (), "it must be a mapping of organizations, model_groups, teams")
+            source.refuse(document, (), "it must be a mapping with organizations, model_groups and teams")
             continue
         for section, items in content.items():
             if section in SECTIONS and isinstance(items, list):
@@ -142,7 +142,7 @@ class Source:
             try:
                 self._text = content.removeprefix(BYTE_ORDER_MARK if self._line == 0 else b"").decode()
             except UnicodeDecodeError as error:
-                self._cannot_read("it is not text in UTF-8", content[: error.start].count(b"\n") + 1)
+                self._cannot_read("it is not UTF-8 text", content[: error.start].count(b"\n") + 1)
                 continue
             self._marks = None
             yield from self._of_yaml() if self._kind == "yaml" else self._of_json()
@@ -155,9 +155,9 @@ class Source:
             content = self._json.decode(self._text.rstrip())
             is_too_deep = depth(content) > MOST_NESTED
         except json.JSONDecodeError as error:
-            self._cannot_read(f"it is not JSON: {error.msg}", error.lineno, error.colno)
+            self._cannot_read(f"it is not valid JSON: {error.msg}", error.lineno, error.colno)
         except ValueError as error:
-            self._cannot_read(f"it is not JSON: {error}")
+            self._cannot_read(f"it is not valid JSON: {error}")
         except RecursionError:
             self._cannot_read(TOO_DEEP)
         else:
@@ -173,9 +173,9 @@ class Source:
             yield from enumerate(Reader(self._refuse_at).read(self._text))
         except yaml.MarkedYAMLError as error:
             mark, message = error.problem_mark or error.context_mark, error.problem or error.context
-            self._cannot_read(f"it is not YAML: {message}", mark.line + 1, mark.column + 1)
+            self._cannot_read(f"it is not valid YAML: {message}", mark.line + 1, mark.column + 1)
         except yaml.YAMLError as error:  # of a character that YAML does not have
-            self._cannot_read(f"it is not YAML: {str(error).splitlines()[0]}")
+            self._cannot_read(f"it is not valid YAML: {str(error).splitlines()[0]}")
 
     def _cannot_read(self, message: str, line: int = 1, column: int | None = None) -> None:
         self.is_whole = False
@@ -236,7 +236,7 @@ class Source:
 
 
 def unreadable(name: str, error: OSError) -> InvalidInput:
-    return InvalidInput("unreadable_file", f"{name} cannot be read: {error.strerror}.", "Name a file that can.")
+    return InvalidInput("unreadable_file", f"Cannot read {name}: {error.strerror}.", "Check -f.")
 
 
 def _up_to_content(lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -259,7 +259,7 @@ def _kind_of(first: list[bytes]) -> str:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"there is no number {name}")
+    raise ValueError(f"{name} is not a number")
 
 
 def _message(error: ErrorDetails, definition: type[BaseModel]) -> str:
@@ -281,10 +281,10 @@ def _message(error: ErrorDetails, definition: type[BaseModel]) -> str:
         case "string_type":
             return "it must be text"
         case "string_pattern_mismatch" if IDENTIFIER.pattern in context["pattern"]:
-            rule = "letters, digits, '.', '_' and '-', the first a letter or digit, at most 128"
-            return f"{given!r} is not an id: {rule}"
+            rule = "use up to 128 letters, digits, '.', '_' and '-', starting with a letter or digit"
+            return f"{given!r} is not a valid ID: {rule}"
         case "string_pattern_mismatch":
-            return f"{given!r} is not a model name: write it as litellm does, PROVIDER/MODEL or MODEL"
+            return f"{given!r} is not a model name: use PROVIDER/MODEL or MODEL, as in litellm"
         case "string_too_short" | "string_too_long":
             return f"it must have 1 to {LONGEST_NAME} characters"
         case "int_type":
@@ -305,7 +305,7 @@ def _message(error: ErrorDetails, definition: type[BaseModel]) -> str:
 
 
 def _unknown(field: str, known: Iterable[str]) -> str:
-    return "there is no such field" + (did_you_mean(field, known) or f": it may be {', '.join(known)}")
+    return "unknown field" + (did_you_mean(field, known) or f": use one of {', '.join(known)}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
