@@ -23,7 +23,10 @@ from provider import ANSWER, Provider
 from test_job import credits_of, with_models
 
 from saasllm_cli.errors import DatabaseUnavailable
-from saasllm_cli.jobs import batch
+from saasllm_cli.jobs.batch import journal
+from saasllm_cli.jobs.batch.journal import Journal
+from saasllm_cli.jobs.batch.session import Session
+from saasllm_cli.jobs.batch.tasks import CONFLICT
 from saasllm_cli.jobs.calls import CLOSED_SECONDS, FAILURES
 
 Run = Callable[..., Result]
@@ -162,7 +165,7 @@ def test_another_model_answers_by_the_schema(tenant: Run, provider: Provider, ho
     assert provider.requests[0]["response_format"]["json_schema"]["schema"] == SCHEMA
     (home / "schema.json").write_text(json.dumps(SCHEMA | {"title": "another"}))
     assert tenant(*command).status == 9, "it is another request"
-    assert [row["error"] for row in map(json.loads, (home / "out.jsonl").open())] == [None, batch.CONFLICT]
+    assert [row["error"] for row in map(json.loads, (home / "out.jsonl").open())] == [None, CONFLICT]
     assert credits_of(tenant) == (9, 0)
     (home / "schema.json").write_text("[]")
     assert tenant(*command).status == 2
@@ -182,7 +185,7 @@ def test_run_again_it_does_what_is_new(tenant: Run, home: Path, sql: psycopg.Con
 
 def results_with_conflict(home: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (home / "out.jsonl").read_text().splitlines()]
-    assert [row["error"] for row in rows if row["status"] == "failed"] == [batch.CONFLICT]
+    assert [row["error"] for row in rows if row["status"] == "failed"] == [CONFLICT]
     return rows
 
 
@@ -224,7 +227,7 @@ def test_an_answer_that_was_not_settled_is_not_asked_for_again(
     with_models(tenant, "openai/ok")
     lines(home, {"id": "a", "prompt": "x", "metadata": {"score": 0.5}})
     with monkeypatch.context() as patch:
-        patch.setattr(batch._Journal, "add", crashing_after(batch._Journal.add))
+        patch.setattr(Journal, "add", crashing_after(Journal.add))
         assert tenant(*words("G")).status == 1
     assert (len(provider.requests), credits_of(tenant)[0], results(home)) == (1, 10, {})
     if is_late:
@@ -244,7 +247,7 @@ def crashing_after(function: Callable[..., None]) -> Callable[..., None]:
 
 def test_each_answer_of_the_database_is_lost_once(tenant: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines(home, *prompts(8))
-    ask = batch._Session._try
+    ask = Session._try
     turns = count()
 
     def lose_each_second(*arguments: Any) -> Any:
@@ -253,7 +256,7 @@ def test_each_answer_of_the_database_is_lost_once(tenant: Run, home: Path, monke
             raise DatabaseUnavailable("database_unreachable", "The answer was lost.")
         return answer
 
-    monkeypatch.setattr(batch._Session, "_try", lose_each_second)
+    monkeypatch.setattr(Session, "_try", lose_each_second)
     assert tenant(*words("Echo", "--concurrency", 2)).status == 0
     assert {row["status"] for row in results(home).values()} == {"completed"}
     assert all(row["content"] for row in results(home).values())
@@ -451,7 +454,7 @@ def test_a_disk_that_has_no_room_for_the_output(
     tenant: Run, home: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], turn: int
 ) -> None:
     lines(home, *prompts(8))
-    written = batch._synced
+    written = journal._synced
     turns = count()
 
     def full_once(file: Any) -> int:
@@ -459,7 +462,7 @@ def test_a_disk_that_has_no_room_for_the_output(
             raise OSError(errno.ENOSPC, "No space left on device")
         return written(file)
 
-    monkeypatch.setattr(batch, "_synced", full_once)
+    monkeypatch.setattr(journal, "_synced", full_once)
     command = words("Echo", "--concurrency", 1, *options)
     result = tenant(*command, "-o", "json")
     assert (result.status, result.error["code"]) == (1, "output_failed")

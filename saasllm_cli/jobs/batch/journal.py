@@ -1,0 +1,187 @@
+"""What was answered, on disk before it is settled; and which of it is in the output: SQLite beside the output.
+
+A line is added when a model has answered and written when its job is settled. How long the output is is kept in the
+same transaction: what stands behind that was not written to its end, and is cut off when the batch goes on.
+"""
+
+import json
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from decimal import Decimal
+from typing import IO, NamedTuple
+
+from saasllm_cli import database
+from saasllm_cli.errors import Conflict, InvalidInput, SaasllmError
+from saasllm_cli.jobs.batch.session import running_elsewhere
+from saasllm_cli.jobs.batch.tasks import CONFLICT, BatchRequest, Task
+
+JOURNAL = """
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = FULL;
+CREATE TABLE IF NOT EXISTS batch (name TEXT NOT NULL, scope TEXT NOT NULL, out_size INTEGER, is_replaced INTEGER,
+    owner TEXT);
+CREATE TABLE IF NOT EXISTS line (
+    id TEXT, request_hash TEXT, is_written INTEGER, is_failed INTEGER, task TEXT, PRIMARY KEY (id, request_hash)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS unwritten ON line (id) WHERE NOT is_written;
+"""
+MAKE_ROOM = "Free some disk space, then run the same command again to continue."
+
+
+class Known(NamedTuple):
+    is_failed: bool
+    is_conflict: bool
+
+
+class Journal:
+    """Open while it is entered, and the output with it; written to by one process at a time."""
+
+    def __init__(self, request: BatchRequest) -> None:
+        self._request = request
+        self._rest = request.out.with_name(request.out.name + ".tmp")
+        self._owner = secrets.token_hex(8)
+
+    def __enter__(self) -> "Journal":
+        out = self._request.out
+        path = out.with_name(out.name + ".journal")
+        if not path.exists() and out.exists() and out.stat().st_size:
+            raise InvalidInput(
+                "out_exists", f"{out} already exists and was not written by a batch.", "Choose another --out."
+            )
+        try:
+            self._out = out.open("r+b" if out.exists() else "w+b")
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
+            self._db.executescript(JOURNAL)
+            self._db.execute("BEGIN IMMEDIATE")
+            batch = self._db.execute("SELECT name, scope FROM batch").fetchone()
+            scope = f"{self._request.team_id} {self._request.group_name}"
+            if batch is None:
+                batch = (self._request.name or secrets.token_hex(8), scope)
+                self._db.execute("INSERT INTO batch VALUES (?, ?, 0, 0, NULL)", batch)
+            self._db.execute("COMMIT")
+        except (OSError, sqlite3.Error) as error:
+            raise InvalidInput("unwritable_out", f"Cannot write {out}: {error}.", "Check --out.") from error
+        self.name, its_scope = batch
+        if its_scope != scope or self._request.name not in (None, self.name):
+            raise Conflict(
+                "another_batch",
+                f"{out} belongs to the batch {self.name}, for team and group {its_scope}.",
+                "Give the same --team, --group and --name, or choose another --out.",
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # what could not be written is behind the last whole line
+            self._out.close()
+        self._db.close()
+
+    def take_up(self) -> None:
+        """Goes on behind the last whole line of the output; without its failed ones, where they are tried again."""
+        self._db.execute("UPDATE batch SET owner = ?", (self._owner,))
+        with self._writing():
+            self._replace()
+            if self._request.is_retrying:
+                self._leave_out_failed()
+                self._replace()
+
+    def _replace(self) -> None:
+        ((size, is_replaced),) = self._db.execute("SELECT out_size, is_replaced FROM batch")
+        if is_replaced:
+            with suppress(FileNotFoundError):
+                self._rest.replace(self._request.out)
+            self._out.close()
+            self._out = self._request.out.open("r+b")
+            self._db.execute("UPDATE batch SET is_replaced = 0")
+        if self._out.seek(0, os.SEEK_END) < size:
+            raise Conflict(
+                "output_changed",
+                f"{self._request.out} has been cut off since the batch wrote it.",
+                "Restore it, or choose another --out and --name to run (and pay for) all lines again.",
+            )
+        self._out.truncate(size)
+        self._out.seek(size)
+
+    def _leave_out_failed(self) -> None:
+        ((size,),) = self._db.execute("SELECT out_size FROM batch")
+        with self._rest.open("w+b") as rest:
+            self._out.seek(0)
+            while self._out.tell() < size:
+                line = self._out.readline()
+                if json.loads(line)["status"] != "failed":
+                    rest.write(line)
+            size = _synced(rest)
+        with self._transaction():
+            self._db.execute("DELETE FROM line WHERE is_failed")
+            self._db.execute("UPDATE batch SET out_size = ?, is_replaced = 1", (size,))
+
+    def requests(self, id_: str) -> dict[str, Known]:
+        """What there was under an id, by the hashes of the requests."""
+        rows = self._db.execute("SELECT request_hash, is_failed, task FROM line WHERE id = ? AND is_written", (id_,))
+        return {request_hash: Known(bool(is_failed), task == CONFLICT) for request_hash, is_failed, task in rows}
+
+    def unwritten(self) -> list[Task]:
+        """What an earlier run has left unsettled."""
+        rows = self._db.execute("SELECT id, request_hash, task FROM line WHERE NOT is_written")
+        return [Task(id_, hash_, **json.loads(task, parse_float=Decimal)) for id_, hash_, task in rows]
+
+    def add(self, tasks: list[Task]) -> None:
+        """Keeps what was answered: synced when it returns."""
+        with self._transaction():
+            self._save(tasks, is_written=False)
+
+    def write(self, tasks: list[Task]) -> None:
+        """Writes results into the output, each once."""
+        with self._writing(), self._transaction():
+            self._out.write(b"".join(database.exact_json(task.result).encode() + b"\n" for task in tasks))
+            self._save(tasks, is_written=True)
+            self._db.execute("UPDATE batch SET out_size = ?", (_synced(self._out),))
+
+    def _save(self, tasks: list[Task], is_written: bool) -> None:
+        def kept(task: Task) -> str:
+            if not is_written:
+                return database.exact_json({"job": task.job, "result": task.result, "calls": task.calls})
+            # What is in the output need not be kept twice.
+            return CONFLICT if task.result and task.result["error"] == CONFLICT else ""
+
+        rows = [
+            (
+                task.id,
+                task.request_hash,
+                is_written,
+                bool(task.result and task.result["status"] == "failed"),
+                kept(task),
+            )
+            for task in tasks
+        ]
+        self._db.executemany("INSERT OR REPLACE INTO line VALUES (?, ?, ?, ?, ?)", rows)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            message = f"Cannot write {self._request.out}: {error.strerror}."
+            raise SaasllmError("output_failed", message, MAKE_ROOM) from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            if self._db.execute("SELECT owner FROM batch").fetchone() != (self._owner,):
+                raise running_elsewhere()  # another took it, while this process was asleep or had lost its connection
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):  # it has rolled back itself where the disk is full
+                self._db.execute("ROLLBACK")
+            raise
+
+
+def _synced(file: IO[bytes]) -> int:
+    """The size of the file, when all of it is on disk."""
+    file.flush()
+    os.fsync(file.fileno())
+    return file.tell()

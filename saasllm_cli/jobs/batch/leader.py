@@ -1,0 +1,278 @@
+"""What leads a batch: takes lines as the workers have room, begins and settles their jobs in groups, and goes on
+with what an earlier run has left.
+"""
+
+import json
+import signal
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from decimal import Decimal
+from queue import Empty
+from typing import Any
+from uuid import UUID
+
+from saasllm_cli import database
+from saasllm_cli.errors import Interrupted, SaasllmError, refused
+from saasllm_cli.jobs.batch.journal import MAKE_ROOM, Journal
+from saasllm_cli.jobs.batch.lines import Lines
+from saasllm_cli.jobs.batch.session import Session, running_elsewhere
+from saasllm_cli.jobs.batch.tasks import CONFLICT, BatchRequest, Task
+from saasllm_cli.jobs.batch.workers import GATHER_SECONDS, Workers
+from saasllm_cli.jobs.runner import SWEEP_CHUNK, new_job_id
+from saasllm_cli.jobs.signals import signals
+
+LEASE_SECONDS = 120.0
+MOST_BEGUN = 500  # in one statement
+MOST_SETTLED = 100  # in one statement: with all that may be kept of them they are some 200 MB
+
+
+@dataclass(slots=True)
+class Summary:
+    """What has become of the lines so far; `skipped` were completed before, `failed` counts earlier runs, too."""
+
+    completed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    cost_usd: Decimal = Decimal(0)
+    is_out_of_credits: bool = False
+    passed_over: dict[str, int] = field(default_factory=dict)
+
+
+def run(request: BatchRequest, on_progress: Callable[[Summary], None] = lambda _: None) -> Summary:
+    """Runs the batch to its end, or to that of the credits.
+
+    Raises what refuses it, `Conflict` where another process runs it, and `Interrupted` after Ctrl-C or SIGTERM: what is
+    under way is cancelled then, and the same call goes on with the rest.
+    """
+    try:
+        with ExitStack() as stack:
+            batch = _Batch(request, stack, on_progress)
+            stack.enter_context(signals(dict.fromkeys((signal.SIGINT, signal.SIGTERM), batch.interrupt)))
+            try:
+                batch.run()
+            except BaseException:
+                batch.cancel()
+                raise
+            return batch.summary
+    except sqlite3.Error as error:
+        raise SaasllmError(
+            "journal_failed", f"Cannot write the journal of {request.out}: {error}.", MAKE_ROOM
+        ) from error
+
+
+class _Batch:
+    def __init__(self, request: BatchRequest, stack: ExitStack, on_progress: Callable[[Summary], None]) -> None:
+        self.summary = Summary()
+        self._request = request
+        self._on_progress = on_progress
+        self._journal = stack.enter_context(Journal(request))
+        # No id of a team holds a slash, and no name a colon.
+        self._name = f"{request.team_id}/{self._journal.name}"
+        self._session = stack.enter_context(Session(self._name))
+        self._journal.take_up()  # not before the lock is held
+        self._workers = stack.enter_context(Workers(request.processes, request.concurrency))
+        self._lines = Lines(request)
+        self._running: dict[str, Task] = {}  # by the job's id
+        self._answered: list[Task] = []
+        self._again: list[Task] = []  # to be begun once more
+        self._requests: dict[str, str] = {}  # of what is under way: the lines' ids and their hashes
+        self._refusal: SaasllmError | None = None
+        self._is_ending = False
+        self._is_interrupted = False
+        self._extended_at = time.monotonic()
+
+    def interrupt(self, *_: object) -> None:
+        self._is_interrupted = True  # and no exception: what is being written is written to its end
+
+    def run(self) -> None:
+        self._answered = self._journal.unwritten()
+        self._requests = {task.id: task.request_hash for task in self._answered}
+        self._settle()
+        prefix = {"team_id": self._request.team_id, "key_prefix": self._key("")}
+        self._session.ask(lambda db: db.many("job.end_leases", **prefix))
+        self._sweep()
+        self._lines.start()
+        while True:
+            self._begin()
+            if self._is_ending and not (self._running or self._answered or self._again):
+                break
+            # As many results as are there, or soon more lines.
+            is_hungry = not self._is_ending and len(self._running) < self._workers.capacity
+            self._receive(0.02 if is_hungry else 0.2)
+            self._settle()
+            self._extend_leases()
+            self.summary.passed_over = self._workers.passed_over
+            self._on_progress(self.summary)
+            if self._is_interrupted:
+                raise Interrupted("interrupted", "Interrupted. Run the same command again to continue.")
+        if self._refusal is not None:
+            raise self._refusal
+
+    def cancel(self) -> None:
+        """Ends what is under way, as far as that can be done. What was answered is kept, and settled by a later run."""
+        with suppress(SaasllmError, OSError):
+            self._receive(GATHER_SECONDS)
+        with suppress(SaasllmError, OSError, sqlite3.Error):
+            self._settle()
+        self._workers.stop()
+        job_ids = [*self._running, *(task.job["job_id"] for task in self._answered)]
+        cancelled = [_settlement(job_id, "cancelled", "Interrupted.", []) for job_id in job_ids]
+        with suppress(SaasllmError):
+            self._session.ask(lambda db: db.many("job.settle_many", results=json.dumps(cancelled)))
+
+    def _key(self, id_: str) -> str:
+        return f"batch:{self._name}:{id_}"
+
+    def _receive(self, seconds: float) -> None:
+        for job_id, result, calls in self._workers.results(seconds):
+            task = self._running.pop(job_id)
+            task.calls = calls
+            task.end("failed" if result.get("error") else "completed", **result)
+            self._answered.append(task)
+
+    def _begin(self) -> None:
+        """Begins as many lines as the workers have room for."""
+        tasks, self._again = self._again, []
+        room = min(self._workers.capacity - len(self._running), MOST_BEGUN)
+        while not self._is_ending and not self._is_interrupted and len(tasks) < room:
+            try:
+                task = self._lines.next()
+            except Empty:
+                break
+            if task is None:
+                self._is_ending = True
+            elif self._is_new(task):
+                tasks.append(task)
+                if task.job:
+                    self._requests[task.id] = task.request_hash
+        self._finish([task for task in tasks if not task.job])
+        tasks = [task for task in tasks if task.job]
+        if not tasks:
+            return
+        for task in tasks:
+            task.job |= {"job_id": str(new_job_id()), "idempotency_key": self._key(task.id)}
+            self._running[task.job["job_id"]] = task  # before it is begun: whatever happens then, it is ended
+        parameters = {
+            "team_id": self._request.team_id,
+            "group_name": self._request.group_name,
+            "jobs": database.exact_json([task.job for task in tasks]),
+            "lease_seconds": LEASE_SECONDS,
+        }
+        rows = self._session.ask(lambda db: db.many("job.begin_many", **parameters))
+        begun, repeated, unpaid = [], [], []
+        for task, row in zip(tasks, rows, strict=True):
+            job_id, outcome = task.job["job_id"], row["outcome"]
+            if str(row["existing_job_id"]) == job_id:
+                outcome = "begun"  # when it was asked before, and the answer was lost
+            if outcome == "begun" and not task.result:
+                assert task.request
+                begun.append((job_id, row["model_names"], task.request.call))
+                continue
+            del self._running[job_id]
+            match outcome:
+                case "begun":  # answered before its lease was lost
+                    assert task.result
+                    task.result["job_id"] = job_id
+                    self._answered.append(task)
+                case "insufficient_credits":
+                    unpaid.append(task)
+                case "key_in_use":
+                    repeated.append(self._repeated(task, row))
+                case _:
+                    ids = self._request.team_id, self._request.group_name, row["organization_id"]
+                    self._refusal, self._is_ending = refused(outcome, *ids), True
+        self._workers.send(begun)
+        self._finish(repeated)
+        if unpaid and self._sweep():
+            self._again += unpaid
+        elif unpaid:
+            self.summary.is_out_of_credits = self._is_ending = True
+
+    def _is_new(self, task: Task) -> bool:
+        """Whether something is to be done for the line: not where it was done before, or is under way."""
+        known = self._journal.requests(task.id)
+        if task.request_hash in known:
+            if known[task.request_hash].is_failed:
+                self.summary.failed += 1
+            else:
+                self.summary.skipped += 1
+            return False
+        if self._requests.get(task.id) == task.request_hash:
+            return False
+        if task.job and (task.id in self._requests or not all(request.is_conflict for request in known.values())):
+            task.job = {}
+            task.end("failed", error=CONFLICT)
+        return True
+
+    def _repeated(self, task: Task, row: database.Row) -> Task:
+        """A line whose id is taken: by a job whose answer is elsewhere, or by another request."""
+        if row["existing_request_hash"] != task.request_hash:
+            task.end("failed", error=CONFLICT)
+        elif row["existing_status"] == "completed":
+            error = "completed and charged before; its answer is not in this output"
+            task.end("completed", error=error, job_id=str(row["existing_job_id"]))
+        else:  # somebody has taken the batch while this process had lost its connection
+            raise running_elsewhere()
+        return task
+
+    def _settle(self) -> None:
+        """Settles what was answered, after it is on disk."""
+        if not self._answered:
+            return
+        tasks = self._answered[:MOST_SETTLED]
+        self._journal.add(tasks)
+        results = [
+            _settlement(task.job["job_id"], str(result["status"]), result["error"], task.calls)
+            for task in tasks
+            if (result := task.result)
+        ]
+        rows = self._session.ask(lambda db: db.many("job.settle_many", results=json.dumps(results, default=str)))
+        self._answered = self._answered[MOST_SETTLED:]
+        statuses = {str(row["job_id"]): row["status"] for row in rows}
+        done = []
+        for task in tasks:
+            assert task.result is not None
+            # Of a failed one nothing was to be charged; a completed one is begun once more, and its answer taken.
+            if task.result["status"] == "failed" or statuses[task.job["job_id"]] == "completed":
+                done.append(task)
+            else:
+                self._again.append(task)
+        self._finish(done)
+        if self._again:
+            self._sweep()
+
+    def _finish(self, tasks: list[Task]) -> None:
+        """Writes results whose jobs are settled, or that have none."""
+        if not tasks:
+            return
+        self._journal.write(tasks)
+        for task in tasks:
+            assert task.result is not None
+            if task.result["status"] == "completed":
+                self.summary.completed += 1
+            else:
+                self.summary.failed += 1
+            self.summary.cost_usd += task.result["cost_usd"] or 0
+            if self._requests.get(task.id) == task.request_hash:
+                del self._requests[task.id]
+
+    def _sweep(self) -> bool:
+        """Frees the credits of the team's expired leases; whether there were any."""
+        parameters = {"team_id": self._request.team_id, "row_limit": SWEEP_CHUNK}
+        has_swept = False
+        while self._session.ask(lambda db: db.one("job.sweep", **parameters))["swept"]:
+            has_swept = True
+        return has_swept
+
+    def _extend_leases(self) -> None:
+        if self._running and time.monotonic() - self._extended_at > LEASE_SECONDS / 4:
+            self._extended_at = time.monotonic()
+            job_ids = [UUID(job_id) for job_id in self._running]
+            self._session.ask(lambda db: db.many("job.extend_leases", job_ids=job_ids, lease_seconds=LEASE_SECONDS))
+
+
+def _settlement(job_id: str, status: str, error_message: str | None, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"job_id": job_id, "status": status, "error_message": error_message, "calls": calls}

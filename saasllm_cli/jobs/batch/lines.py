@@ -1,0 +1,125 @@
+"""The lines of the source, read and checked; what is wrong with one is its result."""
+
+import json
+from queue import Queue
+from threading import Thread
+from typing import Any
+
+from saasllm_cli.errors import InvalidInput
+from saasllm_cli.jobs import chat
+from saasllm_cli.jobs.batch.tasks import BatchRequest, Task
+from saasllm_cli.jobs.calls import CallRequest
+from saasllm_cli.jobs.runner import JobRequest
+
+READ_AHEAD = 200  # lines
+LONGEST_ID = 200
+# What a line may hold beside its id, its messages and the parameters of the call.
+FIELDS = ("metadata", "job_type", "external_task_id", "purpose")
+METADATA_BYTES = 65536
+PARAMETERS = (
+    *("temperature", "max_tokens", "max_completion_tokens", "top_p", "seed", "stop"),
+    *("tools", "tool_choice", "response_format", "reasoning_effort", "presence_penalty", "frequency_penalty"),
+)
+
+
+class Lines:
+    """Reads in a thread: a pipe may be slow."""
+
+    def __init__(self, request: BatchRequest) -> None:
+        self._request = request
+        self._queue: Queue[Task | BaseException | None] = Queue(READ_AHEAD)
+
+    def start(self) -> None:
+        Thread(target=self._read, daemon=True).start()
+
+    def next(self) -> Task | None:
+        """The next line, or None behind the last one; raises Empty where none is there yet."""
+        task = self._queue.get_nowait()
+        if isinstance(task, BaseException):
+            raise task
+        return task
+
+    def _read(self) -> None:
+        try:
+            for number, line in enumerate(self._request.source, start=1):
+                if line.strip():
+                    self._queue.put(_task(line, number, self._request))
+            self._queue.put(None)
+        except BaseException as error:
+            self._queue.put(error)
+
+
+def _task(line: bytes, number: int, batch: BatchRequest) -> Task:
+    """The line as a job; or what is wrong with it, under its number where it has no id."""
+    task = Task(f"line {number}", str(number))
+    try:
+        content = json.loads(line)
+        if not isinstance(content, dict):
+            raise InvalidInput("invalid_line", "The line must be a JSON object.")
+        id_ = content.pop("custom_id", None) or content.pop("id", None)
+        if not isinstance(id_, str) or len(id_) > LONGEST_ID:
+            raise InvalidInput("invalid_line", f"The id (or custom_id) must be text of 1 to {LONGEST_ID} characters.")
+        task.id = chat.text(id_, "the id")
+        request = _job_request(content, batch)
+        request_hash = request.hash()
+    except (ValueError, RecursionError) as error:
+        task.end("failed", error=f"The line is not valid JSON: {error}.")
+    except InvalidInput as error:
+        task.end("failed", error=error.message)
+    else:
+        task.request, task.request_hash = request, request_hash
+        task.job = {
+            "job_type": request.job_type,
+            "external_task_id": request.external_task_id,
+            "metadata": request.metadata,
+            "request_hash": request_hash,
+        }
+    return task
+
+
+def _job_request(content: dict[str, Any], batch: BatchRequest) -> JobRequest:
+    """The request of a line: `prompt` or `messages`, or a `body` as in OpenAI's batches; the model is the group's."""
+    if "body" in content:
+        body = content.pop("body")
+        if not isinstance(body, dict):
+            raise InvalidInput("invalid_line", "The body must be a JSON object.")
+        messages = body.pop("messages", None)
+        parameters = {chat.parameter(name): body[name] for name in body if name != "model"}
+        content = {name: content[name] for name in content if name not in ("method", "url")}
+    else:
+        messages = content.pop("messages", None) or []
+        if not isinstance(messages, list):
+            raise InvalidInput("invalid_line", "messages must be a list.")
+        parameters = {name: content.pop(name) for name in PARAMETERS if name in content}
+        if "prompt" in content:
+            prompt = content.pop("prompt")
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise InvalidInput("invalid_line", "The prompt must be non-empty text.")
+            messages = [*messages, {"role": "user", "content": prompt}]
+        if "system" in content:
+            messages = [{"role": "system", "content": content.pop("system")}, *messages]
+    if batch.json_schema is not None:
+        parameters["response_format"] = chat.response_format(batch.json_schema)
+    elif (schema := chat.json_schema(parameters)) is not None:
+        chat.check_schema(schema, "response_format")
+    if unknown := [name for name in content if name not in FIELDS]:
+        raise InvalidInput("invalid_line", f"Unknown field {unknown[0]!r}.")
+    metadata = content.pop("metadata", None) or {}
+    text = json.dumps(metadata, allow_nan=False, ensure_ascii=False)
+    text.encode()  # half of a surrogate pair is no text
+    if not isinstance(metadata, dict) or "\\u0000" in text or len(text) > METADATA_BYTES:
+        raise InvalidInput("invalid_line", "The metadata must be an object of at most 64 KiB, without NUL characters.")
+    for name, value in content.items():
+        if not isinstance(value, str) or not value.strip() or len(value) > LONGEST_ID:
+            raise InvalidInput("invalid_line", f"{name} must be text of 1 to {LONGEST_ID} characters.")
+        chat.text(value, name)
+    call = CallRequest(
+        batch.group_name,
+        chat.messages(messages, "the line", batch.folder),
+        batch.timeout,
+        parameters,
+        purpose=content.get("purpose"),
+    )
+    return JobRequest(
+        batch.team_id, call, content.get("job_type", "completion"), content.get("external_task_id"), metadata
+    )

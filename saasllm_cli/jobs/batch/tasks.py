@@ -1,0 +1,49 @@
+"""What a batch is asked, and a line of it on its way from the file to the output."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from saasllm_cli.jobs.runner import JobRequest
+
+CONFLICT = "conflict: another request in this batch has the same id"
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRequest:
+    """The lines of `source` are asked of a group for a team, each within `timeout` seconds, and come out in `out`.
+
+    `name` is that of the batch; without one it is what the journal beside `out` has kept, or a new one. Where
+    `json_schema` is given all lines ask for JSON of it, else each for what it says itself.
+    """
+
+    source: IO[bytes]
+    folder: Path
+    out: Path
+    team_id: str
+    group_name: str
+    name: str | None
+    timeout: float
+    concurrency: int
+    processes: int
+    json_schema: dict[str, Any] | None
+    is_retrying: bool
+
+
+@dataclass(slots=True)
+class Task:
+    """A line on its way. One that is wrong in itself has a result at once, and no job."""
+
+    id: str
+    request_hash: str
+    request: JobRequest | None = None
+    job: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] | None = None
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def end(self, status: str, **fields: Any) -> None:
+        """Gives it its result: a line of the output."""
+        names = ("content", "tool_calls", "resolved_model", "prompt_tokens", "completion_tokens", "cost_usd", "error")
+        job_id = fields.get("job_id") or self.job.get("job_id")
+        told = {"id": self.id, "job_id": job_id, "status": status}
+        self.result = told | {name: fields.get(name) for name in names}

@@ -1,0 +1,147 @@
+"""The processes that call the models, each so many at once, and what goes through the pipes between them and this one:
+there the jobs' ids, models and requests, back their answers and calls, several in a message.
+"""
+
+import asyncio
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+from saasllm_cli.context import profile_flag
+from saasllm_cli.errors import SaasllmError
+from saasllm_cli.jobs.calls import Call, CallRequest, Traffic, ask_models, run_calls
+from saasllm_cli.jobs.signals import UNINTERRUPTED, signals
+
+GATHER_SECONDS = 0.05  # in which a worker's results become one message
+LINGER_SECONDS = 0.1  # in which the results of all become one group
+
+
+class Workers:
+    """The processes, as the leading one sees them; they run while it is entered."""
+
+    def __init__(self, processes: int, concurrency: int) -> None:
+        # Some more are begun than are called, so that no worker waits for the database.
+        self.capacity = processes * (concurrency + max(concurrency // 2, 1))
+        self.passed_over: dict[str, int] = {}
+        self._count = processes
+        self._concurrency = concurrency
+        self._processes: dict[Connection, BaseProcess] = {}
+        self._load: Counter[Connection] = Counter()
+
+    def __enter__(self) -> "Workers":
+        context = get_context("spawn")
+        with signals(UNINTERRUPTED):  # they inherit it: what becomes of an interrupted batch is for this process to say
+            for _ in range(self._count):
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_work, args=(theirs, self._concurrency, profile_flag.get()), daemon=True
+                )
+                process.start()
+                theirs.close()
+                self._processes[ours] = process
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def send(self, tasks: list[Any]) -> None:
+        """Shares the tasks among the processes: jobs' ids, models and requests."""
+        shares = defaultdict(list)
+        for task in tasks:
+            pipe = min(self._processes, key=self._load.__getitem__)
+            self._load[pipe] += 1
+            shares[pipe].append(task)
+        try:
+            for pipe, share in shares.items():
+                pipe.send(share)
+        except OSError:
+            raise _worker_died() from None
+
+    def results(self, seconds: float) -> Iterator[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
+        """The results that are there, each with its job's id and its calls; waits so long for the first."""
+        if wait(list(self._processes), seconds):
+            time.sleep(LINGER_SECONDS)  # some more may be settled with it
+        has_died = False
+        for pipe in wait(list(self._processes), 0):
+            assert isinstance(pipe, Connection)
+            try:
+                while pipe.poll():
+                    results, passed_over = pipe.recv()
+                    self._load[pipe] -= len(results)
+                    self.passed_over |= passed_over
+                    yield from results
+            except (EOFError, OSError):
+                has_died = True
+        if has_died:
+            raise _worker_died()
+
+    def stop(self) -> None:
+        for pipe, process in self._processes.items():
+            process.kill()
+            process.join()
+            pipe.close()
+        self._processes = {}
+
+
+def _worker_died() -> SaasllmError:
+    return SaasllmError("worker_died", "A worker process died.", "Run the same command again.")
+
+
+def _work(pipe: Connection, concurrency: int, profile: str | None) -> None:
+    """A worker: calls the models for what comes in, until the pipe is closed."""
+    profile_flag.set(profile)
+    messages: SimpleQueue[Any] = SimpleQueue()
+
+    def write() -> None:  # a thread: while the other end is writing itself, this one has to go on reading
+        with suppress(OSError):
+            while True:
+                pipe.send(messages.get())
+
+    async def serve() -> None:
+        limit, traffic, closed = asyncio.Semaphore(concurrency), Traffic(concurrency), asyncio.Event()
+        loop, tasks = asyncio.get_running_loop(), set()
+        results: list[Any] = []
+
+        def tell() -> None:
+            messages.put((results.copy(), dict(traffic.passed_over)))
+            results.clear()
+
+        async def answer(job_id: str, models: list[str], request: CallRequest) -> None:
+            calls: list[Call] = []
+            started = time.monotonic()
+            async with limit:
+                try:
+                    answer = await ask_models(models, request, calls, started, traffic=traffic)
+                    error = None if answer else "; ".join(f"{call.resolved_model}: {call.error}" for call in calls)
+                except Exception as unexpected:
+                    answer, error = None, f"Unexpected {type(unexpected).__name__}."
+            result = (
+                {"error": error} if answer is None else asdict(answer) | {"resolved_model": calls[-1].resolved_model}
+            )
+            results.append((job_id, result, [asdict(call) for call in calls]))
+            if len(results) == 1:
+                loop.call_later(GATHER_SECONDS, tell)
+
+        def receive() -> None:
+            try:
+                while pipe.poll():
+                    for arguments in pipe.recv():
+                        task = asyncio.ensure_future(answer(*arguments))
+                        tasks.add(task)
+                        task.add_done_callback(tasks.discard)
+            except (EOFError, OSError):
+                closed.set()
+
+        loop.add_reader(pipe.fileno(), receive)
+        await closed.wait()
+
+    Thread(target=write, daemon=True).start()
+    run_calls(serve())
