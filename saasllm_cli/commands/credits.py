@@ -9,9 +9,11 @@ import typer
 
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import (
+    A_JOB,
     A_TEAM,
     AfterNumber,
     IdempotencyKey,
+    JobName,
     Limit,
     OrgFilter,
     Output,
@@ -24,6 +26,7 @@ from saasllm_cli.commands.inputs import (
     confirm,
     credits_from,
     day,
+    job_id_of,
     label,
     moment,
     noun,
@@ -98,18 +101,19 @@ def add(
     epilog='Example: saasllm credits refund --job 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d --reason "Wrong answer"'
 )
 def refund(
-    job: Annotated[UUID, typer.Option(metavar="JOB", show_default=False, help="The job that was charged.")],
+    job: Annotated[JobName, typer.Option(**A_JOB, show_default=False, help="The job that was charged.")],
     reason: Reason = None,
     source: Source = None,
     idempotency_key: IdempotencyKey = None,
     output: Output = None,
 ) -> None:
     """Give back what a job was charged, once, and show the ledger entry. The job stays completed."""
-    given = {"transaction_type": "refund", "job_id": job, "reason": reason, "source": source}
+    job_id = job_id_of(job)
+    given = {"transaction_type": "refund", "job_id": job_id, "reason": reason, "source": source}
     with database.connect() as db:
-        result = db.one("credits.refund", job_id=job, reason=reason, source=source, idempotency_key=idempotency_key)
+        result = db.one("credits.refund", job_id=job_id, reason=reason, source=source, idempotency_key=idempotency_key)
         if result["transaction_id"] is None:
-            raise _not_refunded(result["refusal"], job)
+            raise _not_refunded(result["refusal"], job_id)
         entry = _entry(db, result["transaction_id"], given)
     show(entry, output)
 

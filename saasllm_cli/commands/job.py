@@ -35,9 +35,11 @@ from saasllm_cli.commands.calls import (
     shown_as_it_comes,
 )
 from saasllm_cli.commands.inputs import (
+    A_JOB,
     A_TEAM,
     GroupFilter,
     IdempotencyKey,
+    JobName,
     Limit,
     Metadata,
     MetadataFilter,
@@ -49,6 +51,7 @@ from saasllm_cli.commands.inputs import (
     UnsetMetadata,
     Until,
     identifier,
+    job_id_of,
     label,
     merged,
     noun,
@@ -68,7 +71,9 @@ app = noun()
 
 Status = Literal["pending", "in_progress", "completed", "failed", "cancelled"]
 
-JobId = Annotated[UUID, typer.Argument(metavar="JOB", show_default=False)]
+Job = Annotated[
+    JobName, typer.Argument(**A_JOB, show_default=False, help="Its id, or any beginning of it that is unique.")
+]
 Team = Annotated[str, typer.Option(**A_TEAM, show_default=False, help="Whose credit it costs.")]
 JobType = Annotated[str, typer.Option(parser=label, metavar="TYPE", help="What kind of work it is, for lists.")]
 ExternalTaskId = Annotated[str | None, typer.Option(parser=label, metavar="ID", help="Your own id for it, for lists.")]
@@ -169,7 +174,7 @@ def create(
 
 @app.command(epilog='Example: saasllm job call $JOB --group ResumeAgent --prompt "Summarise this CV" < cv.txt')
 def call(
-    job_id: JobId,
+    job: Job,
     group: Group,
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
@@ -196,27 +201,28 @@ def call(
 
     from saasllm_cli.jobs import runner
 
+    job_id = job_id_of(job)
     with waiting(""):
         result = runner.call(job_id, request, lease, on_progress=progress, on_text=on_text)
     _show_result(result, group, {"lease_expires_at": result.lease_expires_at}, output, is_shown=on_text is not None)
 
 
 @app.command(epilog="Example: saasllm job complete $JOB")
-def complete(job_id: JobId, output: Output = None) -> None:
+def complete(job: Job, output: Output = None) -> None:
     """End a job of which at least one call succeeded, and charge its team the one credit."""
-    _finish(job_id, "completed", None, output)
+    _finish(job, "completed", None, output)
 
 
 @app.command(epilog='Example: saasllm job fail $JOB --reason "The CV is empty"')
-def fail(job_id: JobId, reason: Reason = None, output: Output = None) -> None:
+def fail(job: Job, reason: Reason = None, output: Output = None) -> None:
     """End a job that did not succeed; nothing is charged."""
-    _finish(job_id, "failed", reason, output)
+    _finish(job, "failed", reason, output)
 
 
 @app.command(epilog="Example: saasllm job cancel $JOB")
-def cancel(job_id: JobId, reason: Reason = None, output: Output = None) -> None:
+def cancel(job: Job, reason: Reason = None, output: Output = None) -> None:
     """End a job that is not wanted any more; nothing is charged."""
-    _finish(job_id, "cancelled", reason, output)
+    _finish(job, "cancelled", reason, output)
 
 
 @app.command(
@@ -310,12 +316,13 @@ def sweep(team: TeamFilter = None, output: Output = None) -> None:
 
 
 @app.command(epilog="Example: saasllm job get 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d -o json | jq '.calls[].error'")
-def get(job_id: JobId, output: Output = None) -> None:
+def get(job: Job, output: Output = None) -> None:
     """Show a job and each of its calls: which model, why it failed, how long it took, what it cost."""
+    job_id = job_id_of(job)
     with database.connect() as db:
-        job = db.get("job", job_id)
+        details = db.get("job", job_id)
         calls = db.many("job.calls", job_id=job_id)
-    show(job | {"calls": calls}, output)
+    show(details | {"calls": calls}, output)
 
 
 @app.command("list", epilog="Example: saasllm job list --team team_engineering --status failed --since 7d -o json")
@@ -332,16 +339,17 @@ def list_(
     since: Since = None,
     until: Until = None,
     sort: TimeOrder = "newest",
-    after: Annotated[UUID | None, typer.Option(metavar="JOB", help="The next page: behind this job.")] = None,
+    after: Annotated[JobName | None, typer.Option(**A_JOB, help="The next page: behind this job.")] = None,
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
     """List jobs, the newest first."""
     columns = ("job_id", "team_id", "job_type", "status", "model_groups_used", "credit_applied", "created_at")
+    after_id = None if after is None else job_id_of(after)
     with database.connect() as db:
         jobs = db.stream(
             "job.list",
-            {"team": team, "organization": org, "job": after},
+            {"team": team, "organization": org, "job": after_id},
             team_id=team,
             organization_id=org,
             status=status,
@@ -352,23 +360,25 @@ def list_(
             since=since,
             until=until,
             sort=sort,
-            after=after,
+            after=after_id,
             limit=limit,
         )
         show(jobs, output, columns=columns)
 
 
 @app.command(epilog="Example: saasllm job costs 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d -o csv")
-def costs(job_id: JobId, output: Output = None) -> None:
+def costs(job: Job, output: Output = None) -> None:
     """Show what a job cost with the providers, per model."""
+    job_id = job_id_of(job)
     with database.connect() as db:
         show(db.stream("job.costs", {"job": job_id}, job_id=job_id), output)
 
 
 @app.command(epilog="Example: saasllm job annotate 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d --metadata reviewed=yes")
-def annotate(job_id: JobId, metadata: Metadata = [], unset_metadata: UnsetMetadata = [], output: Output = None) -> None:
+def annotate(job: Job, metadata: Metadata = [], unset_metadata: UnsetMetadata = [], output: Output = None) -> None:
     """Change a job's metadata; it is merged."""
     require_some({"metadata": metadata, "unset_metadata": unset_metadata})
+    job_id = job_id_of(job)
     with database.connect() as db:
         db.found(
             "job.annotate",
@@ -377,8 +387,8 @@ def annotate(job_id: JobId, metadata: Metadata = [], unset_metadata: UnsetMetada
             metadata=merged(metadata),
             unset_metadata=unset_metadata,
         )
-        job = db.get("job", job_id)
-    show(job, output)
+        details = db.get("job", job_id)
+    show(details, output)
 
 
 def _batch_progress(source: BinaryIO) -> "Callable[[Summary], None]":
@@ -402,9 +412,10 @@ def _batch_progress(source: BinaryIO) -> "Callable[[Summary], None]":
     return tell
 
 
-def _finish(job_id: UUID, status: str, reason: str | None, output: Format | None) -> None:
+def _finish(job: JobName, status: str, reason: str | None, output: Format | None) -> None:
     from saasllm_cli.jobs import runner
 
+    job_id = job_id_of(job)
     runner.finish(job_id, status, reason)
     _show_job(job_id, output)
 
