@@ -40,7 +40,7 @@ from saasllm_cli.errors import (
     SaasllmError,
     not_found,
 )
-from saasllm_cli.output import note, print_line, progress, show, waiting
+from saasllm_cli.output import note, print_sentence, progress, show, waiting
 from saasllm_cli.rules import MOST_CREDITS
 from saasllm_cli.settings import Format, settings
 
@@ -180,7 +180,7 @@ def check(
     with database.connect() as db:
         if below is not None:
             teams = db.stream("credits.below", {"organization": org}, credits=below, organization_id=org)
-            show(teams, output)
+            show(teams, output, essential=("team_id", "credits_free"))
             if not teams.is_empty:
                 raise CheckFailed("credits_low", f"There are teams with fewer than {below} credits free.")
             return
@@ -216,6 +216,7 @@ def transactions(
         "reason",
         "job_id",
     )
+    essential = ("created_at", "transaction_type", "credits_amount", "credits_after")
     with database.connect() as db:
         entries = db.stream(
             "credits.transactions",
@@ -230,7 +231,7 @@ def transactions(
         )
         if entries.is_empty and after is not None:
             _require_entry_of(db, team_id, after)
-        show(entries, output, columns=columns)
+        show(entries, output, columns, essential)
 
 
 @app.command(epilog="Example: saasllm credits schedule team_engineering --amount 500 --every monthly --mode reset")
@@ -346,6 +347,7 @@ def forecast(
     without a day does not run out within a year.
     """
     columns = ("team_id", "credits_remaining", "credits_per_day", "runs_out_on", "next_on", "next_amount", "days_left")
+    essential = ("team_id", "runs_out_on", "credits_remaining", "days_left")
     with database.connect() as db:
         teams = db.stream(
             "credits.forecast",
@@ -355,7 +357,7 @@ def forecast(
             days=days,
             limit=limit,
         )
-        show(teams, output, columns, bar="days_left", more="more with --limit")
+        show(teams, output, columns, essential, bar="days_left", more="more with --limit")
 
 
 @app.command(epilog="Example: saasllm credits verify || echo 'the ledger is broken'")
@@ -493,7 +495,7 @@ def _show_allocation(result: "Allocation", dry_run: bool, output: Format | None)
         show(asdict(result), output)
         return
     told = "would be granted" if dry_run else "granted"
-    print_line(
+    print_sentence(
         f"{result.as_of}: {result.credits_granted} credits {told} for {result.granted} period(s), "
         f"{result.credits_expired} expired, {result.full} had enough, {len(result.skipped)} skipped, "
         f"{len(result.failed)} failed"

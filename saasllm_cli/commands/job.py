@@ -322,7 +322,8 @@ def get(job: Job, output: Output = None) -> None:
     with database.connect() as db:
         details = db.get("job", job_id)
         calls = db.many("job.calls", job_id=job_id)
-    show(details | {"calls": calls}, output)
+    essential = ("resolved_model", "error", "latency_ms", "total_tokens", "cost_usd")
+    show(details | {"calls": calls}, output, essential=essential)
 
 
 @app.command("list", epilog="Example: saasllm job list --team team_engineering --status failed --since 7d -o json")
@@ -344,7 +345,17 @@ def list_(
     output: Output = None,
 ) -> None:
     """List jobs, the newest first."""
-    columns = ("job_id", "team_id", "job_type", "status", "model_groups_used", "credit_applied", "created_at")
+    columns = (
+        "job_id",
+        "created_at",
+        "status",
+        "team_id",
+        "job_type",
+        "model_groups_used",
+        "credit_applied",
+        "error_message",
+    )
+    essential = ("job_id", "created_at", "status", "error_message")
     after_id = None if after is None else job_id_of(after)
     with database.connect() as db:
         jobs = db.stream(
@@ -363,7 +374,7 @@ def list_(
             after=after_id,
             limit=limit,
         )
-        show(jobs, output, columns=columns)
+        show(jobs, output, columns, essential)
 
 
 @app.command(epilog="Example: saasllm job costs 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d -o csv")
