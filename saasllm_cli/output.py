@@ -10,7 +10,7 @@ from dataclasses import asdict
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 from uuid import UUID
 
 from saasllm_cli.context import log_format_flag
@@ -18,7 +18,6 @@ from saasllm_cli.errors import InvalidFiles, SaasllmError
 from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
     from saasllm_cli.database import Rows
@@ -45,9 +44,69 @@ STYLES = {
     "suspended": "yellow",
     "inactive": "yellow",
 }  # of a status
+# What a table calls a field, where that is shorter. JSON, CSV and a single record keep the field's own name.
+HEADINGS = {
+    "applied_at": "applied",
+    "audit_id": "id",
+    "call_id": "id",
+    "completion_tokens": "out",
+    "created_at": "created",
+    "credit_applied": "charged",
+    "credits_after": "after",
+    "credits_allocated": "allocated",
+    "credits_amount": "amount",
+    "credits_deducted": "deducted",
+    "credits_free": "free",
+    "credits_per_day": "per_day",
+    "credits_remaining": "remaining",
+    "credits_reserved": "reserved",
+    "credits_used": "used",
+    "database_url": "database",
+    "display_name": "name",
+    "error_message": "error",
+    "failed_calls": "failed",
+    "group_name": "group",
+    "is_active": "active",
+    "is_used": "used",
+    "job_id": "job",
+    "job_type": "type",
+    "jobs_completed": "completed",
+    "jobs_failed": "failed",
+    "model_group_used": "group",
+    "model_groups": "groups",
+    "model_groups_used": "groups",
+    "model_name": "model",
+    "next_amount": "amount",
+    "next_on": "next",
+    "organization_id": "org",
+    "prompt_tokens": "in",
+    "resolved_model": "model",
+    "runs_out_on": "runs_out",
+    "team_alias": "alias",
+    "team_id": "team",
+    "total_tokens": "tokens",
+    "transaction_id": "id",
+    "transaction_type": "type",
+    "unpriced_calls": "unpriced",
+}
+# Text that ends with an ellipsis where a terminal is too narrow for it, but keeps so much; ids and numbers are whole.
+CUT = {
+    *("answer", "command", "database_url", "data_dir", "display_name", "error_message", "migration", "model_groups"),
+    *("model_groups_used", "model_name", "models", "name", "password_file", "prompt", "purpose", "reason"),
+    *("resolved_model", "team_alias"),
+}
+LEAST_CUT = 16
+# Text that says what is wrong or what to do is whole, too: it goes on in the next line.
+WRAPPED = {"error", "message", "problem"}
+LEAST_WRAPPED = 30
+# Where a terminal is narrower, and a table does not fit, it shows so much of a job's id: its time and 26 random bits.
+# The commands take that for the id.
+NARROW = 110
+SHORT_ID = 23
+GAP = 2  # between columns
 MOST_REPORTED = 60  # rows of a list in a report
 BAR_WIDTH = 16
-UNLIMITED_WIDTH = 100_000
+LEAST_BAR = 6
 
 _has_progress = False  # whether a line of it stands at the terminal
 
@@ -56,14 +115,18 @@ def show(
     data: "Row | Sequence[Row] | Rows | Iterator[Row]",
     output: Format | None,
     columns: Sequence[str] = (),
+    essential: Sequence[str] = (),
     bar: str | None = None,
+    further: Callable[[Row], Row] = lambda _: {},
     more: str = "the next ones with --after, more at once with --limit",
 ) -> None:
     """Prints one thing (a row) or many (rows) in the format asked for, else in that of the settings.
 
     Rows are printed as they come, but for a table, whose widths need all of them. `columns` names those that a table
-    of many things shows, `bar` the one that it also draws; every other form shows all. Rows beyond the limit of the
-    query are not shown, only told of, with how to see `more`.
+    of many things shows, `bar` the one that it also draws, `further` gives those that are no fields; every other form
+    shows all fields and no more. A terminal that is too narrow keeps the `essential` columns, the first of them
+    longest, then the first of the others, and none in which no row has anything. Rows beyond the limit of the query
+    are not shown, only told of, with how to see `more`.
     """
     is_one = isinstance(data, Mapping)
     limit = getattr(data, "limit", None)
@@ -80,9 +143,9 @@ def show(
         case Format.CSV:
             _show_csv(rows, _fields(data))
         case Format.TABLE if isinstance(data, Mapping):
-            _show_one(data)
+            _show_one(data, essential)
         case Format.TABLE:
-            _show_table(list(rows), columns, bar)
+            _show_table([{**row, **further(row)} for row in rows], columns, essential, bar)
     sys.stdout.flush()
     if limit is not None and next(source, None) is not None:
         note(f"There are more than {limit}: {more}.")
@@ -100,7 +163,7 @@ def show_report(
     for name, columns in tables.items():
         if rows := report.get(name):
             print_line(f"\n{name}")
-            _print_rows(rows[:MOST_REPORTED], columns, bars[name])
+            _print_rows(rows[:MOST_REPORTED], columns, measured=bars[name])
             if len(rows) > MOST_REPORTED:
                 note(f"There are {len(rows)} {name}: all of them with -o json.")
 
@@ -125,6 +188,13 @@ def show_changes(changes: "Rows") -> None:
 def print_line(text: str) -> None:
     """Data that has its form already."""
     print(text, flush=True)
+
+
+def print_sentence(text: str) -> None:
+    """A result in words, broken between them where a terminal is narrower."""
+    from textwrap import fill
+
+    print_line(fill(text, _width(), break_long_words=False, break_on_hyphens=False))
 
 
 def print_heading(text: str) -> None:
@@ -332,20 +402,22 @@ def _cell(value: Any) -> str:
             return _text(value)
 
 
-def _show_one(row: Row) -> None:
+def _show_one(row: Row, essential: Sequence[str] = ()) -> None:
     """The fields below one another; what is a list of things follows as tables of its own."""
     from rich.table import Table
 
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
     lists = {
         name: value for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)
     }
-    for name, value in row.items():
-        if name not in lists:
-            table.add_row(_safe(name), _safe(_cell(value)))
-    _print_table(table)
+    fields = {name: _cell(value) for name, value in row.items() if name not in lists}
+    name_width = max(map(len, fields), default=0)
+    value_width = max(1, min(_width() - name_width - GAP, max(map(_cells, fields.values()), default=1)))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", width=name_width, no_wrap=True)
+    table.add_column(width=value_width, overflow="fold")
+    for name, value in fields.items():
+        table.add_row(_safe(name), _safe(value))
+    _print_table(table, name_width + GAP + value_width)
     for name, items in lists.items():
         print_line(f"\n{name}")
         # Which thing they belong to stands above, and what none of them has is left out.
@@ -354,82 +426,117 @@ def _show_one(row: Row) -> None:
             for name in items[0]
             if not (name.endswith("_id") and name in row) and any(item[name] is not None for item in items)
         ]
-        _print_rows(items, columns)
+        _print_rows(items, columns, essential)
 
 
-def _show_table(rows: Sequence[Row], columns: Sequence[str], bar: str | None) -> None:
+def _show_table(rows: Sequence[Row], columns: Sequence[str], essential: Sequence[str], bar: str | None) -> None:
     if rows:
-        _print_rows(rows, columns or tuple(rows[0]), bar)
+        _print_rows(rows, columns or tuple(rows[0]), essential, bar)
     else:
         note("Nothing found.")
 
 
-def _print_rows(rows: Sequence[Row], columns: Sequence[str], measured: str | None = None) -> None:
-    """Where the terminal is too narrow, the names of the columns are broken, and then the last columns left out."""
-    from rich.measure import Measurement
-
-    console = _console()
-    anything = console.options.update(max_width=UNLIMITED_WIDTH)
-    table = _table_of(rows, columns, measured)
-    for count in range(len(columns), 1, -1):
-        if Measurement.get(console, anything, table).minimum <= console.width:
-            break
-        table = _table_of(rows, columns[:count], measured, has_broken_names=True)
-    _print_table(table)
-    if left_out := columns[len([column for column in table.columns if column.header]) :]:
-        note(f"The terminal is too narrow for {', '.join(left_out)}; -o json has all.")
-
-
-def _table_of(
-    rows: Sequence[Row], columns: Sequence[str], measured: str | None = None, has_broken_names: bool = False
-) -> "Table":
-    """With bars for one number, at a terminal that has their characters."""
+def _print_rows(
+    rows: Sequence[Row], columns: Sequence[str], essential: Sequence[str] = (), measured: str | None = None
+) -> None:
+    """A line for each row, never wider than the terminal: text is cut, and then the columns that matter least are left
+    out. With bars for one number, where there is room and the terminal has their characters."""
     from rich.bar import Bar
     from rich.table import Table
 
+    width = _width()
+    cells = {name: [harmless(_cell(row[name])) for row in rows] for name in columns}
+    filled = [name for name in columns if any(row[name] is not None for row in rows)] or columns
+    by_weight = [name for name in essential if name in filled] + [name for name in filled if name not in essential]
+    widths = _widths(cells, by_weight, width)
+    if width < NARROW and len(widths) < len(columns):
+        for name in columns:
+            short = {row[name]: str(row[name])[:SHORT_ID] for row in rows if isinstance(row[name], UUID)}
+            if short and len(set(short.values())) == len(short):
+                cells[name] = [short.get(row[name], cell) for row, cell in zip(rows, cells[name], strict=True)]
+        widths = _widths(cells, by_weight, width)
+
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in columns:
+    for name, column_width in widths.items():
         values = [row[name] for row in rows if row[name] is not None]
         is_number = bool(values) and all(isinstance(value, int | Decimal) for value in values)
-        header = name.replace("_", "_\n") if has_broken_names else name
         table.add_column(
-            _safe(header, keep="\n"),
-            min_width=max(map(len, header.split("\n"))),
+            _safe(_heading(name)),
+            width=column_width,
             justify="right" if is_number else "left",
-            overflow="fold",
-            no_wrap=name.endswith(("_id", "_at")),
+            overflow="ellipsis" if name in CUT else "fold",
+            no_wrap=name in CUT,
         )
+    used = sum(widths.values()) + GAP * (len(widths) - 1)
+    bar_width = min(BAR_WIDTH, width - used - GAP)
     numbers = [0.0] * len(rows)
-    if measured and sys.stdout.isatty() and sys.stdout.encoding.lower().startswith("utf"):
+    if measured and bar_width >= LEAST_BAR and sys.stdout.isatty() and sys.stdout.encoding.lower().startswith("utf"):
         numbers = [float(row[measured] or 0) for row in rows]
     longest = max(numbers)
-    for row, number in zip(rows, numbers, strict=True):
-        bars = [Bar(longest, 0, number, width=BAR_WIDTH, color="cyan")] if longest else []
-        cells = [_safe(_cell(row[name]), STYLES.get(row[name], "") if name == "status" else "") for name in columns]
-        table.add_row(*cells, *bars)
-    return table
+    for index, (row, number) in enumerate(zip(rows, numbers, strict=True)):
+        bars = [Bar(longest, 0, number, width=bar_width, color="cyan")] if longest else []
+        styles = {name: STYLES.get(row[name], "") for name in widths if name == "status"}
+        table.add_row(*(_safe(cells[name][index], styles.get(name, "")) for name in widths), *bars)
+    _print_table(table, used + GAP + BAR_WIDTH)
+    if left_out := [name for name in columns if name in filled and name not in widths]:
+        note(f"The terminal is too narrow for {', '.join(left_out)}; -o json has all.")
 
 
-def _safe(text: str, style: str = "", keep: str = "") -> Any:
+def _widths(cells: Mapping[str, Sequence[str]], by_weight: Sequence[str], width: int) -> dict[str, int]:
+    """All columns, each with its width; else those that fit of the ones that have something to show, in their order:
+    the weightier ones are taken first, and cut last."""
+    whole = {name: max(map(_cells, (_heading(name), *column))) for name, column in cells.items()}
+    if sum(whole.values()) + GAP * (len(whole) - 1) <= width:
+        return whole
+    # An id wider than the terminal is broken whatever is left out: then there is room for others beside it.
+    least = {name: most if most <= width else (width + 1) // 2 for name, most in whole.items()}
+    least |= {name: min(whole[name], LEAST_CUT, width) for name in whole.keys() & CUT}
+    least |= {name: min(whole[name], LEAST_WRAPPED, (2 * width + 1) // 5) for name in whole.keys() & WRAPPED}
+    kept: list[str] = []
+    left = width + GAP
+    for name in by_weight:
+        if least[name] + GAP <= left or not kept:
+            kept.append(name)
+            left -= least[name] + GAP
+    widths = {name: min(whole[name], width) for name in cells if name in kept}
+    too_wide = sum(widths.values()) + GAP * (len(widths) - 1) - width
+    for name in reversed(kept):
+        cut = min(widths[name] - least[name], max(too_wide, 0))
+        widths[name] -= cut
+        too_wide -= cut
+    return widths
+
+
+def _heading(name: str) -> str:
+    return HEADINGS.get(name, name)
+
+
+def _cells(text: str) -> int:
+    """How many places of a terminal's line it takes."""
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def _width() -> int:
+    """Of a terminal; what goes elsewhere is never cut."""
+    from shutil import get_terminal_size
+
+    return get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+
+
+def _safe(text: str, style: str = "") -> Any:
     """Text in which rich finds no markup and the terminal nothing to act upon."""
     from rich.text import Text
 
-    return Text(harmless(text, keep), style)
+    return Text(harmless(text), style)
 
 
-def _console() -> "Console":
+def _print_table(table: "Table", width: int) -> None:
     from rich.console import Console
 
-    return Console(
-        color_system="auto" if _is_styled(sys.stdout) else None,
-        width=None if sys.stdout.isatty() else UNLIMITED_WIDTH,
-        highlight=False,
-        emoji=False,
-    )
-
-
-def _print_table(table: "Table") -> None:
-    console = _console()
+    color_system: Literal["auto"] | None = "auto" if _is_styled(sys.stdout) else None
+    console = Console(color_system=color_system, width=width, highlight=False, emoji=False)
     with console.capture() as capture:
         console.print(table, crop=False)
     for line in capture.get().splitlines():

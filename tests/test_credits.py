@@ -55,7 +55,7 @@ def test_transactions_newest_first_and_by_type(tenant: Run) -> None:
 def test_a_table_shows_the_id_for_the_next_page(tenant: Run) -> None:
     entry = tenant("credits", "add", "hr", 5, "-o", "json").data
     header, newest, _ = tenant("credits", "transactions", "hr").out.splitlines()
-    assert header.split()[0] == "transaction_id"
+    assert header.split()[0] == "id"
     assert newest.split()[0] == str(entry["transaction_id"])
 
 

@@ -1,18 +1,22 @@
 import json
+import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from uuid import UUID
 
 import psycopg
 import pytest
-from conftest import Result, start_process
+from conftest import Result, charged_job, start_process
 from provider import ANSWER, Provider
 
 from saasllm_cli.errors import Conflict, DatabaseUnavailable, InsufficientCredits
 from saasllm_cli.jobs import runner
 from saasllm_cli.jobs.calls import CallRequest
+from saasllm_cli.queries import query
 
 Run = Callable[..., Result]
 FIELDS = [
@@ -556,3 +560,80 @@ def test_annotate_merges_also_when_the_job_is_finished(tenant: Run) -> None:
     changed = tenant("job", "annotate", job_id, "--metadata", "b=2", "--unset-metadata", "a", "-o", "json")
     assert (changed.status, changed.data["metadata"], changed.data["status"]) == (0, {"b": "2"}, "completed")
     assert tenant("job", "annotate", "0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d", "--metadata", "a=1").status == 3
+
+
+def test_a_job_is_named_by_a_beginning_of_its_id(tenant: Run) -> None:
+    job_id = str(charged_job())
+    digits = job_id.replace("-", "")
+    names = [job_id[:length] for length in (4, 8, 9, 13, 18, 23, 35)] + [digits[:4], digits[:31], digits]
+    for name in (*names, job_id.upper()[:13], job_id.upper(), f"{{{job_id}}}", f" {job_id}"):
+        assert tenant("job", "get", name, "-o", "json").data["job_id"] == job_id, name
+    for name in (
+        digits[:3],
+        f"{digits[:4]}-",
+        f"{digits[:9]}-",
+        f"{{{job_id[:13]}}}",
+        "xyzw",
+        f"{job_id}0",
+        "-",
+        "٠١٢٣",
+    ):
+        refused = tenant("job", "get", "-o", "json", "--", name)
+        assert (refused.status, refused.error["code"]) == (2, "usage"), name
+    for name in ("abcd", "ABCD", "0198c5a2-7e0b-4cc1-9a39-3f1f7c1b2a4d"):
+        absent = tenant("job", "get", name, "-o", "json")
+        assert (absent.status, absent.error["code"]) == (3, "job_not_found")
+        assert name.lower() in absent.error["message"].lower()
+
+
+def test_every_command_that_takes_a_job_takes_a_beginning_of_its_id(tenant: Run) -> None:
+    name = str(charged_job())[:8]
+    for command, key, value in (
+        (f"job annotate {name} --metadata a=b", "metadata", {"a": "b"}),
+        (f"credits refund --job {name}", "transaction_type", "refund"),
+    ):
+        assert tenant(*command.split(), "-o", "json").data[key] == value
+    assert tenant("job", "costs", name, "-o", "json").data == []
+    assert tenant("job", "list", "--after", name, "-o", "json").data == []
+    for verb, status in (("complete", "completed"), ("fail", "failed"), ("cancel", "cancelled")):
+        begun = tenant("job", "create", "--team", "hr", "-o", "json").data["job_id"]
+        unique = begun[:23]
+        if verb == "complete":
+            assert tenant("job", "call", unique, "--group", "Echo", "--prompt", "x").out == "x\n"
+        assert tenant("job", verb, unique, "-o", "json").data["status"] == status
+
+
+def test_a_beginning_of_several_ids_is_told_with_them(tenant: Run, sql: psycopg.Connection[dict[str, Any]]) -> None:
+    for number in range(7):
+        sql.execute(
+            "INSERT INTO jobs (job_id, team_id, organization_id, status, lease_expires_at) "
+            "VALUES (%s, 'hr', 'acme', 'pending', now() + interval '1 hour')",
+            [UUID(f"0198c5a2-7e0b-7000-8000-00000000000{number}")],
+        )
+    for command in (
+        "job get 0198c5a2-7e0b-7000-8000-00000000000",
+        "job fail 0198",
+        "credits refund --job 0198",
+        "job list --after 0198",
+    ):
+        refused = tenant(*command.split(), "-o", "json")
+        assert (refused.status, refused.error["code"]) == (2, "job_ambiguous")
+        first, *candidates, last = refused.error["message"].splitlines()
+        assert "0198" in first
+        assert [line.split()[0][-1] for line in candidates] == ["6", "5", "4", "3", "2"]
+        assert all(line.split()[1].endswith("Z") and line.split()[2] == "pending" for line in candidates)
+        assert last.strip() == "and more"
+
+
+def test_a_job_is_found_by_its_beginning_with_the_index(tenant: Run, sql: psycopg.Connection[dict[str, Any]]) -> None:
+    sql.execute(
+        "INSERT INTO jobs (team_id, organization_id, status, lease_expires_at) "
+        "SELECT 'hr', 'acme', 'pending', now() + interval '1 hour' FROM generate_series(1, 20000)"
+    )
+    sql.execute("ANALYZE jobs")
+    low, high = UUID("0198".ljust(32, "0")), UUID("0198".ljust(32, "f"))
+    explain = "EXPLAIN " + query("job.named").sql
+    plan = sql.execute(explain, {"low": low, "high": high, "row_limit": 6}).fetchall()  # type: ignore[arg-type]
+    text = "\n".join(row["QUERY PLAN"] for row in plan)
+    assert "jobs_pkey" in text
+    assert re.search(r"Index Cond: \(\(job_id >= .* AND \(job_id <= ", text), text

@@ -2,14 +2,18 @@ import io
 import json
 import os
 import pty
+import shlex
 import termios
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
+from pathlib import Path
 from uuid import UUID
 
 import pytest
 from conftest import Result, charged_job, start_process
+from rich.cells import cell_len
+from test_json_keys import BEFORE, COMMANDS
 
 from saasllm_cli import output
 from saasllm_cli.settings import Format
@@ -169,20 +173,170 @@ def test_the_default_form_is_a_setting(tenant: Callable[..., Result], monkeypatc
     assert tenant("org", "list", "-o", "jsonl").out.count("\n") == 1
 
 
-def test_a_table_fits_a_narrow_terminal(tenant: Run) -> None:
+def test_a_real_terminal_is_not_overrun(tenant: Run) -> None:
     charged_job()
-    for width in (200, 80, 40):
+    for width, term in ((200, "xterm"), (80, "xterm"), (40, "xterm"), (40, "dumb")):
         ours, theirs = pty.openpty()
         termios.tcsetwinsize(theirs, (24, width))
         environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
         process = start_process(
-            "credits", "transactions", "hr", stdout=theirs, env=environment | {"TERM": "xterm", "NO_COLOR": "1"}
+            "credits", "transactions", "hr", stdout=theirs, env=environment | {"TERM": term, "NO_COLOR": "1"}
         )
         os.close(theirs)
         _, err = process.communicate(timeout=30)
-        lines = os.read(ours, 65536).decode().splitlines()
+        header, *lines = os.read(ours, 65536).decode().splitlines()
         os.close(ours)
-        assert max(map(len, lines)) <= width
-        assert "transaction" in lines[0]
-        assert ("job_id" in err) == (width < 200)
-        assert all(any(word in line for line in lines) for word in ("deduction", "allocation")) or width == 40
+        assert max(map(len, [header, *lines])) <= width
+        assert len(lines) == 2
+        assert ("job" in header.split(), "job_id" in err) == ((True, False) if width == 200 else (False, True))
+        assert all(any(word in line for line in lines) for word in ("deduction", "allocation"))
+
+
+class Screen(io.TextIOWrapper):
+    """Stands for a terminal in this process."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def at_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """The lines that a command prints at a terminal of a width, and that none is wider."""
+
+    def at_terminal(width: int, command: str, status: int = 0) -> list[str]:
+        with monkeypatch.context() as patch:
+            patch.setenv("COLUMNS", str(width))
+            patch.setenv("NO_COLOR", "1")
+            patch.setattr("sys.stdout", screen := Screen(io.BytesIO(), encoding="utf-8"))
+            result = run(*shlex.split(command))
+        assert result.status == status, (command, result.err)
+        screen.flush()
+        lines: list[str] = screen.buffer.getvalue().decode().splitlines()  # type: ignore[attr-defined]
+        assert all(cell_len(line) <= width for line in lines), (width, command, *lines)
+        return lines
+
+    return at_terminal
+
+
+TEAM, ORG = "team_engineering_platform_emea", "org_acme_corporation"
+GROUPS = ("ResumeAgent", "DeepResearchAgent")
+LONG_NAMES = f"""\
+organizations:
+- {{organization_id: {ORG}, name: ACME Corporation of Köln and 東京 (international division)}}
+model_groups:
+- {{group_name: {GROUPS[0]}, models: [offline/fail/us.anthropic.claude-3-5-sonnet-20241022-v2, offline/echo/gpt-4.1]}}
+- {{group_name: {GROUPS[1]}, models: [offline/fail/azure/gpt-4.1-2025-04-14-global-standard]}}
+teams:
+- {{team_id: {TEAM}, organization_id: {ORG}, model_groups: [{", ".join(GROUPS)}], credits: 1250000,
+   team_alias: The engineering platform of Europe, metadata: {{region: emea, owner: ada@acme.example}}}}
+- {{team_id: hr, organization_id: {ORG}, model_groups: [{GROUPS[0]}], credits: 2}}
+- {{team_id: sales, organization_id: {ORG}, status: suspended}}
+"""
+# Each list and view, and what it shows at 80 columns at least.
+VIEWS = {
+    "org list": "org status created",
+    f"org get {ORG}": "",
+    f"org usage {ORG}": "",
+    f"org usage {ORG} --by team": "team jobs tokens cost_usd deducted",
+    "group list": "group status models",
+    f"group get {GROUPS[0]}": "",
+    f"group resolve {GROUPS[0]}": "model priority",
+    "team list": "team status remaining org",
+    f"team get {TEAM}": "",
+    f"team usage {TEAM} --by model": "model calls failed tokens cost_usd",
+    f"credits transactions {TEAM}": "id created type amount after reason",
+    "credits check --below 2000000": "team free",
+    "credits forecast": "team remaining runs_out",
+    "credits allocate --dry-run": "",
+    "job list": "job created status error",
+    "job get {failed}": "",
+    "job costs {failed}": "model calls failed",
+    "audit list": "actor action record",
+    "doctor": "check status message",
+    "migrate status": "migration status applied",
+    "db status": "",
+    "profile list": "profile used protected database",
+    "profile show production": "",
+}
+IN_SEVERAL_LINES = ("doctor",)  # a row of what is wrong
+
+
+@pytest.fixture
+def filled(saasllm: Run, home: Path) -> dict[str, str]:
+    """A database with long names and long texts, and the id of a job that failed."""
+    (home / "tenants.yaml").write_text(LONG_NAMES)
+    for command in (
+        "apply -f tenants.yaml",
+        f"job run --team {TEAM} --group {GROUPS[0]} --prompt x --job-type summary_of_a_cv",
+        f"job run --team hr --group {GROUPS[0]} --prompt x",
+        f"credits add {TEAM} 500 --reason 'Invoice 2026-4711: additional package for the migration project'",
+        f"credits schedule {TEAM} --amount 100000 --every monthly --mode reset --starts 2026-01-01",
+        f"team unassign {TEAM} {GROUPS[0]}",
+        "profile add production --protected --password-file /etc/saasllm/secrets/password "
+        "--database-url postgresql://saasllm@db-primary.eu-central-1.example.com/saasllm?sslmode=verify-full",
+    ):
+        assert saasllm(*shlex.split(command)).status == 0, command
+    assert saasllm("job", "run", "--team", TEAM, "--group", GROUPS[1], "--prompt", "x").status == 8
+    return {"failed": saasllm("job", "list", "--status", "failed", "-o", "json").data[0]["job_id"]}
+
+
+def test_no_table_is_wider_than_its_terminal(
+    filled: dict[str, str], at_terminal: Callable[..., list[str]], run: Run
+) -> None:
+    for view, shown in VIEWS.items():
+        command = view.format(**filled)
+        status = 9 if "check" in view else 0
+        for width in (*range(40, 131, 15), 80, 120, 200):
+            lines = at_terminal(width, command, status)
+            if shown:
+                header = lines[0].split()
+                assert len(set(header)) == len(header), (width, view, header)
+                assert not set(header) & set(output.HEADINGS), (width, view, header)
+                if width >= 80:
+                    assert set(shown.split()) <= set(header), (width, view, header)
+                if width >= 60 and view not in IN_SEVERAL_LINES:
+                    data = run(*shlex.split(command), "-o", "json").data if width == 80 else lines[1:]
+                    assert len(lines) == 1 + len(data), (width, view, lines)
+        if shown and not status:
+            (piped, *_), at_all_width = run(*shlex.split(command)).out.splitlines(), at_terminal(1000, command)
+            assert piped.split() == at_all_width[0].split(), view
+
+
+def test_an_id_is_whole_at_a_terminal(filled: dict[str, str], at_terminal: Callable[..., list[str]], run: Run) -> None:
+    for width in (40, 60, 80, 200):
+        assert any(line.split()[0] == TEAM for line in at_terminal(width, "team list"))
+        for line in at_terminal(width, "job list")[1:]:
+            found = run("job", "get", line.split()[0], "-o", "json").data
+            assert width < output.NARROW or line.startswith(found["job_id"])
+    assert "…" in at_terminal(80, "group list")[1]
+    assert "…" not in run("group", "list").out
+    assert all("…" not in line for line in at_terminal(200, "doctor"))
+
+
+def test_an_id_that_is_wider_than_the_terminal_leaves_room_for_others(
+    saasllm: Run, at_terminal: Callable[..., list[str]]
+) -> None:
+    name = "t" * 100
+    saasllm("org", "create", "o")
+    saasllm("team", "create", name, "--org", "o", "--credits", 7)
+    header, *lines = at_terminal(60, "team list")
+    assert header.split()[:3] == ["team", "status", "remaining"]
+    assert "".join(line.split()[0] for line in lines) == name
+
+
+def test_each_command_keeps_within_a_narrow_terminal(
+    tenant: Run, at_terminal: Callable[..., list[str]], migrated_database: str, home: Path, sql
+) -> None:
+    (home / "file.yaml").write_text("organizations: [{organization_id: new}]")
+    names = {"DATABASE": migrated_database}
+    for command in COMMANDS:
+        if command in BEFORE:
+            sql.execute(BEFORE[command])
+        words = " ".join(names.get(word, word) for word in command.split())
+        if command in ("export", "migrate up"):  # a file, and no table
+            tenant(*words.split())
+        else:
+            lines = at_terminal(40, words, status=9 if command == "credits verify" else 0)
+            assert lines, command
+        if command.startswith(("job run", "job create")):
+            names["JOB"] = str(sql.execute("SELECT job_id FROM jobs ORDER BY job_id DESC").fetchone()["job_id"])

@@ -191,7 +191,7 @@ def test_a_week_across_a_months_end_has_its_days(used: Run) -> None:
 def test_a_table_has_the_days_of_a_month_or_the_months(used: Run) -> None:
     month = used("team", "usage", "hr", "--period", "2026-03").out
     assert "2026-03-31" in month
-    assert "resolved_model" in month
+    assert "\nmodels\nmodel " in month
     half = used("team", "usage", "hr", "--from", "2026-01", "--to", "2026-06").out
     assert "2026-05" in half
     assert "2026-05-10" not in half

@@ -13,7 +13,7 @@ from saasllm_cli.commands.inputs import (
     Until,
     noun,
 )
-from saasllm_cli.output import show
+from saasllm_cli.output import Row, show
 
 app = noun()
 
@@ -36,17 +36,8 @@ def list_(
     output: Output = None,
 ) -> None:
     """List changes to organizations, groups, teams and schedules."""
-    columns = (
-        "audit_id",
-        "created_at",
-        "actor",
-        "noun",
-        "action",
-        "organization_id",
-        "team_id",
-        "group_name",
-        "command",
-    )
+    columns = ("audit_id", "created_at", "actor", "action", "noun", "record", "command")
+    essential = ("record", "action", "actor", "created_at", "noun")
     with database.connect() as db:
         changes = db.stream(
             "audit.list",
@@ -59,4 +50,10 @@ def list_(
             after=after,
             limit=limit,
         )
-        show(changes, output, columns=columns)
+        show(changes, output, columns, essential, further=_record)
+
+
+def _record(change: Row) -> Row:
+    """The ids of what was changed, as one column: for a table has no room for one of each noun."""
+    ids = [change[name] for name in ("team_id", "group_name") if change[name]]
+    return {"record": " ".join(ids) or change["organization_id"]}

@@ -9,9 +9,11 @@ import typer
 
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import (
+    A_JOB,
     A_TEAM,
     AfterNumber,
     IdempotencyKey,
+    JobName,
     Limit,
     OrgFilter,
     Output,
@@ -25,6 +27,7 @@ from saasllm_cli.commands.inputs import (
     counted,
     credits_from,
     day,
+    job_id_of,
     label,
     moment,
     noun,
@@ -38,7 +41,7 @@ from saasllm_cli.errors import (
     SaasllmError,
     not_found,
 )
-from saasllm_cli.output import note, print_line, progress, show, waiting
+from saasllm_cli.output import note, print_sentence, progress, show, waiting
 from saasllm_cli.rules import MOST_CREDITS
 from saasllm_cli.settings import Format, settings
 
@@ -98,7 +101,7 @@ def add(
 
 @app.command(epilog='saasllm credits refund --job 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d --reason "Wrong answer"')
 def refund(
-    job: Annotated[UUID, typer.Option(metavar="JOB", show_default=False, help="Job to refund.")],
+    job: Annotated[JobName, typer.Option(**A_JOB, show_default=False, help="Job to refund.")],
     reason: Reason = None,
     source: Source = None,
     idempotency_key: IdempotencyKey = None,
@@ -108,11 +111,12 @@ def refund(
 
     A job can be refunded once. It stays completed.
     """
-    given = {"transaction_type": "refund", "job_id": job, "reason": reason, "source": source}
+    job_id = job_id_of(job)
+    given = {"transaction_type": "refund", "job_id": job_id, "reason": reason, "source": source}
     with database.connect() as db:
-        result = db.one("credits.refund", job_id=job, reason=reason, source=source, idempotency_key=idempotency_key)
+        result = db.one("credits.refund", job_id=job_id, reason=reason, source=source, idempotency_key=idempotency_key)
         if result["transaction_id"] is None:
-            raise _not_refunded(result["refusal"], job)
+            raise _not_refunded(result["refusal"], job_id)
         entry = _entry(db, result["transaction_id"], given)
     show(entry, output)
 
@@ -183,7 +187,7 @@ def check(
     with database.connect() as db:
         if below is not None:
             teams = db.stream("credits.below", {"organization": org}, credits=below, organization_id=org)
-            show(teams, output)
+            show(teams, output, essential=("team_id", "credits_free"))
             if not teams.is_empty:
                 raise CheckFailed("credits_low", f"Some teams have fewer than {below} free credits.")
             return
@@ -219,6 +223,7 @@ def transactions(
         "reason",
         "job_id",
     )
+    essential = ("created_at", "transaction_type", "credits_amount", "credits_after")
     with database.connect() as db:
         entries = db.stream(
             "credits.transactions",
@@ -233,7 +238,7 @@ def transactions(
         )
         if entries.is_empty and after is not None:
             _require_entry_of(db, team_id, after)
-        show(entries, output, columns=columns)
+        show(entries, output, columns, essential)
 
 
 @app.command(epilog="saasllm credits schedule team_engineering --amount 500 --every monthly --mode reset")
@@ -357,6 +362,7 @@ def forecast(
     gets its scheduled credits. A team without a date does not run out within a year.
     """
     columns = ("team_id", "credits_remaining", "credits_per_day", "runs_out_on", "next_on", "next_amount", "days_left")
+    essential = ("team_id", "runs_out_on", "credits_remaining", "days_left")
     with database.connect() as db:
         teams = db.stream(
             "credits.forecast",
@@ -366,7 +372,7 @@ def forecast(
             days=days,
             limit=limit,
         )
-        show(teams, output, columns, bar="days_left", more="more with --limit")
+        show(teams, output, columns, essential, bar="days_left", more="more with --limit")
 
 
 @app.command(epilog="saasllm credits verify || echo 'the ledger is broken'")
@@ -508,7 +514,7 @@ def _show_allocation(result: "Allocation", dry_run: bool, output: Format | None)
         show(asdict(result), output)
         return
     told = "would grant" if dry_run else "granted"
-    print_line(
+    print_sentence(
         f"{result.as_of}: {told} {counted(result.credits_granted, 'credit')} for {counted(result.granted, 'period')}, "
         f"{result.credits_expired} expired, {result.full} had enough, {len(result.skipped)} skipped, "
         f"{len(result.failed)} failed"

@@ -9,7 +9,7 @@ from typing import Any
 from saasllm_cli import database, embedded, migrations
 from saasllm_cli.commands.inputs import Output, counted, noun, some
 from saasllm_cli.errors import CheckFailed, DatabaseUnavailable
-from saasllm_cli.output import progress, show
+from saasllm_cli.output import Row, progress, show
 from saasllm_cli.settings import settings
 
 app = noun()
@@ -42,7 +42,7 @@ def doctor(output: Output = None) -> None:
             checks.append(_check("database", FAILED, error.message, error.hint))
     finally:
         progress("")
-    show(checks, output)
+    show(checks, output, columns=("check", "status", "message"), further=_with_hint)
     if unusable is not None:
         raise unusable
     if failed := [check["check"] for check in checks if check["status"] == FAILED]:
@@ -184,6 +184,11 @@ def _disk() -> Check:
     if free < FREE_BYTES:
         return _check("disk", WARNING, message, "Free some space: without it, no job can be settled.")
     return _check("disk", OK, message)
+
+
+def _with_hint(check: Row) -> Row:
+    """In a table one text: most checks have no hint, and a column of it would take the room of what they say."""
+    return {"message": " ".join(filter(None, (check["message"], check["hint"])))}
 
 
 def _check(name: str, status: str, message: str, hint: str | None = None) -> Check:

@@ -108,7 +108,7 @@ def list_(
             after=after,
             limit=limit,
         )
-        show(groups, output, columns=("group_name", "display_name", "status", "models"))
+        show(groups, output, columns=("group_name", "status", "models", "display_name"))
 
 
 @app.command(epilog="saasllm group update ResumeAgent --status inactive")

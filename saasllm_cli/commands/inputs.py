@@ -9,14 +9,15 @@ from contextlib import suppress
 from contextvars import ContextVar
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
+from uuid import UUID
 
 import typer
 from typer.core import TyperCommand
 
 from saasllm_cli import database
 from saasllm_cli.context import confirm_flag
-from saasllm_cli.errors import Conflict, Interrupted, InvalidInput
-from saasllm_cli.output import note, warn
+from saasllm_cli.errors import Conflict, Interrupted, InvalidInput, not_found
+from saasllm_cli.output import note, timestamp, warn
 from saasllm_cli.rules import (
     DAY,
     IDENTIFIER,
@@ -31,6 +32,7 @@ from saasllm_cli.rules import (
 from saasllm_cli.settings import Format, settings
 
 EVERY_ROW = 10**18
+MOST_CANDIDATES = 5
 RESERVED_KEYS = "opening:"
 AGES = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -164,6 +166,44 @@ def row_limit(value: str | int) -> int:
     if not re.fullmatch(r"[1-9][0-9]{0,17}", str(value)):
         raise typer.BadParameter(f"{value!r} is neither a number of 1 or more nor 'all'.")
     return int(value)
+
+
+class JobName(NamedTuple):
+    """A job's id, or a beginning of it: what was typed, and the first and the last id that begin so."""
+
+    text: str
+    low: UUID
+    high: UUID
+
+
+def job_name(value: str) -> JobName:
+    """An id as UUID() takes it, or at least four digits of its beginning, with its dashes or without."""
+    text = value.strip().lower()
+    with suppress(ValueError):
+        return JobName(value, job_id := UUID(text), job_id)
+    digits = text.replace("-", "")
+    if re.fullmatch("[0-9a-f]{4,31}", digits):
+        low, high = UUID(digits.ljust(32, "0")), UUID(digits.ljust(32, "f"))
+        if text == digits or str(low).startswith(text):
+            return JobName(value, low, high)
+    raise typer.BadParameter(f"{value!r} is not a job's id, nor four or more digits of its beginning.")
+
+
+def job_id_of(name: JobName) -> UUID:
+    """The id itself; of a beginning, that of the one job whose id begins so."""
+    if name.low == name.high:
+        return name.low
+    with database.connect() as db:
+        jobs = db.many("job.named", low=name.low, high=name.high, row_limit=MOST_CANDIDATES + 1)
+    if not jobs:
+        raise not_found("job", name.text)
+    if len(jobs) > 1:
+        candidates = [f"{job['job_id']}  {timestamp(job['created_at'])}  {job['status']}" for job in jobs]
+        lines = "\n  ".join(candidates[:MOST_CANDIDATES] + ["and more"] * (len(jobs) > MOST_CANDIDATES))
+        message = f"The ids of several jobs begin with {name.text}:\n  {lines}"
+        raise InvalidInput("job_ambiguous", message, "Give more of the id.")
+    job_id: UUID = jobs[0]["job_id"]
+    return job_id
 
 
 def search(value: str) -> str:
@@ -381,6 +421,7 @@ AN_ORGANIZATION: dict[str, Any] = {
 }
 A_TEAM: dict[str, Any] = {"metavar": "TEAM", "parser": identifier, "autocompletion": completed_by("team.complete")}
 A_GROUP: dict[str, Any] = {"metavar": "GROUP", "parser": identifier, "autocompletion": completed_by("group.complete")}
+A_JOB: dict[str, Any] = {"metavar": "JOB", "parser": job_name}
 OrganizationId = Annotated[str, typer.Argument(**AN_ORGANIZATION, show_default=False, help="Organization ID.")]
 TeamId = Annotated[str, typer.Argument(**A_TEAM, show_default=False, help="Team ID.")]
 GroupName = Annotated[str, typer.Argument(**A_GROUP, show_default=False, help="Group name.")]

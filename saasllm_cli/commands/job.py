@@ -35,9 +35,11 @@ from saasllm_cli.commands.calls import (
     shown_as_it_comes,
 )
 from saasllm_cli.commands.inputs import (
+    A_JOB,
     A_TEAM,
     GroupFilter,
     IdempotencyKey,
+    JobName,
     Limit,
     Metadata,
     MetadataFilter,
@@ -50,6 +52,7 @@ from saasllm_cli.commands.inputs import (
     Until,
     counted,
     identifier,
+    job_id_of,
     label,
     merged,
     noun,
@@ -69,7 +72,9 @@ app = noun()
 
 Status = Literal["pending", "in_progress", "completed", "failed", "cancelled"]
 
-JobId = Annotated[UUID, typer.Argument(metavar="JOB", show_default=False, help="Job ID.")]
+Job = Annotated[
+    JobName, typer.Argument(**A_JOB, show_default=False, help="Job ID, or the beginning of one (at least 4 digits).")
+]
 Team = Annotated[str, typer.Option(**A_TEAM, show_default=False, help="Team to charge.")]
 JobType = Annotated[str, typer.Option(parser=label, metavar="TYPE", help="Type of the job, for lists and usage.")]
 ExternalTaskId = Annotated[
@@ -172,7 +177,7 @@ def create(
 
 @app.command(epilog='saasllm job call $JOB --group ResumeAgent --prompt "Summarize this CV" < cv.txt')
 def call(
-    job_id: JobId,
+    job: Job,
     group: Group,
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
@@ -202,30 +207,31 @@ def call(
 
     from saasllm_cli.jobs import runner
 
+    job_id = job_id_of(job)
     with waiting(""):
         result = runner.call(job_id, request, lease, on_progress=progress, on_text=on_text)
     _show_result(result, group, {"lease_expires_at": result.lease_expires_at}, output, is_shown=on_text is not None)
 
 
 @app.command(epilog="saasllm job complete $JOB")
-def complete(job_id: JobId, output: Output = None) -> None:
+def complete(job: Job, output: Output = None) -> None:
     """Complete a job and charge its team one credit.
 
     At least one call of the job must have succeeded.
     """
-    _finish(job_id, "completed", None, output)
+    _finish(job, "completed", None, output)
 
 
 @app.command(epilog='saasllm job fail $JOB --reason "The CV is empty"')
-def fail(job_id: JobId, reason: Reason = None, output: Output = None) -> None:
+def fail(job: Job, reason: Reason = None, output: Output = None) -> None:
     """Mark a job as failed; nothing is charged."""
-    _finish(job_id, "failed", reason, output)
+    _finish(job, "failed", reason, output)
 
 
 @app.command(epilog="saasllm job cancel $JOB")
-def cancel(job_id: JobId, reason: Reason = None, output: Output = None) -> None:
+def cancel(job: Job, reason: Reason = None, output: Output = None) -> None:
     """Cancel a job; nothing is charged."""
-    _finish(job_id, "cancelled", reason, output)
+    _finish(job, "cancelled", reason, output)
 
 
 @app.command(epilog="saasllm job batch cvs.jsonl --out answers.jsonl --team team_engineering --group ResumeAgent")
@@ -327,12 +333,14 @@ def sweep(team: TeamFilter = None, output: Output = None) -> None:
 
 
 @app.command(epilog="saasllm job get 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d -o json | jq '.calls[].error'")
-def get(job_id: JobId, output: Output = None) -> None:
+def get(job: Job, output: Output = None) -> None:
     """Show a job and its calls."""
+    job_id = job_id_of(job)
     with database.connect() as db:
-        job = db.get("job", job_id)
+        details = db.get("job", job_id)
         calls = db.many("job.calls", job_id=job_id)
-    show(job | {"calls": calls}, output)
+    essential = ("resolved_model", "error", "latency_ms", "total_tokens", "cost_usd")
+    show(details | {"calls": calls}, output, essential=essential)
 
 
 @app.command("list", epilog="saasllm job list --team team_engineering --status failed --since 7d -o json")
@@ -349,16 +357,27 @@ def list_(
     since: Since = None,
     until: Until = None,
     sort: TimeOrder = "newest",
-    after: Annotated[UUID | None, typer.Option(metavar="JOB", help="Show the page after this job.")] = None,
+    after: Annotated[JobName | None, typer.Option(**A_JOB, help="Show the page after this job.")] = None,
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
     """List jobs."""
-    columns = ("job_id", "team_id", "job_type", "status", "model_groups_used", "credit_applied", "created_at")
+    columns = (
+        "job_id",
+        "created_at",
+        "status",
+        "team_id",
+        "job_type",
+        "model_groups_used",
+        "credit_applied",
+        "error_message",
+    )
+    essential = ("job_id", "created_at", "status", "error_message")
+    after_id = None if after is None else job_id_of(after)
     with database.connect() as db:
         jobs = db.stream(
             "job.list",
-            {"team": team, "organization": org, "job": after},
+            {"team": team, "organization": org, "job": after_id},
             team_id=team,
             organization_id=org,
             status=status,
@@ -369,26 +388,28 @@ def list_(
             since=since,
             until=until,
             sort=sort,
-            after=after,
+            after=after_id,
             limit=limit,
         )
-        show(jobs, output, columns=columns)
+        show(jobs, output, columns, essential)
 
 
 @app.command(epilog="saasllm job costs 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d -o csv")
-def costs(job_id: JobId, output: Output = None) -> None:
+def costs(job: Job, output: Output = None) -> None:
     """Show what a job cost at the providers, by model."""
+    job_id = job_id_of(job)
     with database.connect() as db:
         show(db.stream("job.costs", {"job": job_id}, job_id=job_id), output)
 
 
 @app.command(epilog="saasllm job annotate 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d --metadata reviewed=yes")
-def annotate(job_id: JobId, metadata: Metadata = [], unset_metadata: UnsetMetadata = [], output: Output = None) -> None:
+def annotate(job: Job, metadata: Metadata = [], unset_metadata: UnsetMetadata = [], output: Output = None) -> None:
     """Change a job's metadata.
 
     Metadata is merged: keys that you do not name keep their values.
     """
     require_some({"metadata": metadata, "unset_metadata": unset_metadata})
+    job_id = job_id_of(job)
     with database.connect() as db:
         db.found(
             "job.annotate",
@@ -397,8 +418,8 @@ def annotate(job_id: JobId, metadata: Metadata = [], unset_metadata: UnsetMetada
             metadata=merged(metadata),
             unset_metadata=unset_metadata,
         )
-        job = db.get("job", job_id)
-    show(job, output)
+        details = db.get("job", job_id)
+    show(details, output)
 
 
 def _batch_progress(source: BinaryIO) -> "Callable[[Summary], None]":
@@ -422,9 +443,10 @@ def _batch_progress(source: BinaryIO) -> "Callable[[Summary], None]":
     return tell
 
 
-def _finish(job_id: UUID, status: str, reason: str | None, output: Format | None) -> None:
+def _finish(job: JobName, status: str, reason: str | None, output: Format | None) -> None:
     from saasllm_cli.jobs import runner
 
+    job_id = job_id_of(job)
     runner.finish(job_id, status, reason)
     _show_job(job_id, output)
 

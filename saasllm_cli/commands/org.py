@@ -91,7 +91,7 @@ def list_(
             after=after,
             limit=limit,
         )
-        show(organizations, output, columns=("organization_id", "name", "status", "created_at"))
+        show(organizations, output, columns=("organization_id", "status", "created_at", "name"))
 
 
 @app.command(epilog="saasllm org update org_acme_corp --metadata plan=pro --unset-metadata trial")

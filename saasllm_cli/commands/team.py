@@ -121,7 +121,7 @@ def list_(
     output: Output = None,
 ) -> None:
     """List teams."""
-    columns = ("team_id", "organization_id", "team_alias", "status", "model_groups", "credits_remaining")
+    columns = ("team_id", "status", "credits_remaining", "organization_id", "model_groups", "team_alias")
     with database.connect() as db:
         teams = db.stream(
             "team.list",

@@ -443,6 +443,15 @@ SELECT count(*) AS swept FROM swept;
 -- name: get(job_id) :maybe
 SELECT * FROM job_details WHERE job_id = %(job_id)s;
 
+-- name: named(low, high, row_limit) :many
+-- The jobs whose ids lie between two, for one that was named by the beginning of its id; the newest first.
+SELECT job_id, created_at, status
+FROM jobs
+WHERE job_id >= %(low)s
+  AND job_id <= %(high)s
+ORDER BY job_id DESC
+LIMIT %(row_limit)s;
+
 -- name: calls(job_id) :many
 -- The attempts of a job, in the order in which they were made.
 SELECT * FROM llm_call_details WHERE job_id = %(job_id)s ORDER BY call_id;
