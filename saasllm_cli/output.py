@@ -57,7 +57,7 @@ def show(
     output: Format | None,
     columns: Sequence[str] = (),
     bar: str | None = None,
-    more: str = "the next ones with --after, more at once with --limit",
+    more: str = "use --after for the next ones, or --limit for more",
 ) -> None:
     """Prints one thing (a row) or many (rows) in the format asked for, else in that of the settings.
 
@@ -85,7 +85,7 @@ def show(
             _show_table(list(rows), columns, bar)
     sys.stdout.flush()
     if limit is not None and next(source, None) is not None:
-        note(f"There are more than {limit}: {more}.")
+        note(f"Showing the first {limit}; {more}.")
 
 
 def show_report(
@@ -102,7 +102,7 @@ def show_report(
             print_line(f"\n{name}")
             _print_rows(rows[:MOST_REPORTED], columns, bars[name])
             if len(rows) > MOST_REPORTED:
-                note(f"There are {len(rows)} {name}: all of them with -o json.")
+                note(f"Showing the first {MOST_REPORTED} of {len(rows)} {name}; for all of them, use -o json.")
 
 
 def show_changes(changes: "Rows") -> None:
@@ -119,7 +119,7 @@ def show_changes(changes: "Rows") -> None:
         for line in (" ".join(words), *lines):
             print_line(f"\x1b[{colour}m{harmless(line)}{RESET}" if _is_styled(sys.stdout) else harmless(line))
     if next(changes, None) is not None:
-        note(f"There are more than {changes.limit} changes: all of them with -o jsonl.")
+        note(f"Showing the first {changes.limit} changes; for all of them, use -o jsonl.")
 
 
 def print_line(text: str) -> None:
@@ -377,7 +377,7 @@ def _print_rows(rows: Sequence[Row], columns: Sequence[str], measured: str | Non
         table = _table_of(rows, columns[:count], measured, has_broken_names=True)
     _print_table(table)
     if left_out := columns[len([column for column in table.columns if column.header]) :]:
-        note(f"The terminal is too narrow for {', '.join(left_out)}; -o json has all.")
+        note(f"The terminal is too narrow to show {', '.join(left_out)}; to see all fields, use -o json.")
 
 
 def _table_of(

@@ -311,6 +311,6 @@ def test_the_second_of_two_waits(tenant: Run) -> None:
         assert db.one("credits.lock_allocation")["is_locked"]
         process = start_process("credits", "allocate")
         assert process.stderr
-        assert "Another allocation is running" in process.stderr.readline()
+        assert "Waiting for another allocation" in process.stderr.readline()
         assert process.poll() is None
     assert process.wait(20) == 0
