@@ -118,7 +118,7 @@ def show(
     essential: Sequence[str] = (),
     bar: str | None = None,
     further: Callable[[Row], Row] = lambda _: {},
-    more: str = "the next ones with --after, more at once with --limit",
+    more: str = "use --after for the next ones, or --limit for more",
 ) -> None:
     """Prints one thing (a row) or many (rows) in the format asked for, else in that of the settings.
 
@@ -148,7 +148,7 @@ def show(
             _show_table([{**row, **further(row)} for row in rows], columns, essential, bar)
     sys.stdout.flush()
     if limit is not None and next(source, None) is not None:
-        note(f"There are more than {limit}: {more}.")
+        note(f"Showing the first {limit}; {more}.")
 
 
 def show_report(
@@ -165,7 +165,7 @@ def show_report(
             print_line(f"\n{name}")
             _print_rows(rows[:MOST_REPORTED], columns, measured=bars[name])
             if len(rows) > MOST_REPORTED:
-                note(f"There are {len(rows)} {name}: all of them with -o json.")
+                note(f"Showing the first {MOST_REPORTED} of {len(rows)} {name}; for all of them, use -o json.")
 
 
 def show_changes(changes: "Rows") -> None:
@@ -182,7 +182,7 @@ def show_changes(changes: "Rows") -> None:
         for line in (" ".join(words), *lines):
             print_line(f"\x1b[{colour}m{harmless(line)}{RESET}" if _is_styled(sys.stdout) else harmless(line))
     if next(changes, None) is not None:
-        note(f"There are more than {changes.limit} changes: all of them with -o jsonl.")
+        note(f"Showing the first {changes.limit} changes; for all of them, use -o jsonl.")
 
 
 def print_line(text: str) -> None:
@@ -479,7 +479,7 @@ def _print_rows(
         table.add_row(*(_safe(cells[name][index], styles.get(name, "")) for name in widths), *bars)
     _print_table(table, used + GAP + BAR_WIDTH)
     if left_out := [name for name in columns if name in filled and name not in widths]:
-        note(f"The terminal is too narrow for {', '.join(left_out)}; -o json has all.")
+        note(f"The terminal is too narrow to show {', '.join(left_out)}; to see all fields, use -o json.")
 
 
 def _widths(cells: Mapping[str, Sequence[str]], by_weight: Sequence[str], width: int) -> dict[str, int]:

@@ -197,7 +197,7 @@ def test_who_is_skipped_and_who_fails_stops_nobody(tenant: Run, sql: psycopg.Con
     assert result.data["failed"] == [{"team_id": "rich", "period": "2026-03", "reason": "out_of_range"}]
     text = tenant("credits", "allocate", "--as-of", "2026-03-01", "--org", "other")
     assert text.status == 0
-    assert text.out == "2026-03-01: 0 credits granted for 0 period(s), 0 expired, 0 had enough, 1 skipped, 0 failed\n"
+    assert text.out == "2026-03-01: granted 0 credits for 0 periods, 0 expired, 0 had enough, 1 skipped, 0 failed\n"
     assert "theirs 2026-03: organization_suspended" in text.err
     tenant("org", "resume", "other")
     assert allocate(tenant, "--as-of", "2026-04-01", "--team", "theirs")["credits_granted"] == 10
@@ -209,7 +209,7 @@ def test_a_dry_run_tells_what_would_be_and_does_nothing(tenant: Run) -> None:
     schedule(tenant, "--amount", 5, "--every", "monthly", "--mode", "reset", "--starts", "2026-01-01")
     told = allocate(tenant, "--as-of", "2026-04-01", "--dry-run")
     assert (told["granted"], told["credits_granted"], told["credits_expired"], remaining(tenant)) == (2, 10, 15, 10)
-    assert "would be granted" in tenant("credits", "allocate", "--as-of", "2026-04-01", "--dry-run").out
+    assert "would grant" in tenant("credits", "allocate", "--as-of", "2026-04-01", "--dry-run").out
     assert allocate(tenant, "--as-of", "2026-04-01") == told
     assert remaining(tenant) == 5
 
@@ -311,6 +311,6 @@ def test_the_second_of_two_waits(tenant: Run) -> None:
         assert db.one("credits.lock_allocation")["is_locked"]
         process = start_process("credits", "allocate")
         assert process.stderr
-        assert "Another allocation is running" in process.stderr.readline()
+        assert "Waiting for another allocation" in process.stderr.readline()
         assert process.poll() is None
     assert process.wait(20) == 0

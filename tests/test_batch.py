@@ -120,8 +120,8 @@ WRONG = {
     '{"id": "a", "body": 7}': "body",
     '{"id": "a", "body": {"messages": [{"role": "user", "content": "x"}], "api_key": "sk"}}': "'api_key'",
     '{"id": "a", "messages": [{"role": "boss", "content": "x"}]}': "messages[0].role",
-    '{"id": "a", "prompt": "x", "response_format": ' + asked_for('{"type": "objet"}') + "}": "no JSON schema",
-    '{"id": "a", "prompt": "x", "response_format": ' + asked_for("[]") + "}": "no JSON schema",
+    '{"id": "a", "prompt": "x", "response_format": ' + asked_for('{"type": "objet"}') + "}": "not a valid JSON schema",
+    '{"id": "a", "prompt": "x", "response_format": ' + asked_for("[]") + "}": "not a valid JSON schema",
 }
 
 

@@ -57,6 +57,7 @@ def test_help_ends_with_examples_that_can_be_copied(
     if width >= 80:
         assert all(len(line) <= 80 for line in before.splitlines())
     root = typer.main.get_command(cli.app)
+    assert examples
     for example in examples.splitlines():
         assert example.startswith("  ")
         words = typed_in(example)

@@ -37,9 +37,9 @@ def test_first_use_starts_it_and_it_stays(own_data: Path, run: Run) -> None:
     state = run("db", "status", "-o", "json").data
     assert (state["server"], state["is_running"], state["version"][:3]) == ("embedded", True, "18.")
     assert run("org", "create", "acme").status == 0
-    assert "was running" in run("db", "start").err
-    assert "was stopped" in run("db", "stop").err
-    assert "was not running" in run("db", "stop").err
+    assert "already running" in run("db", "start").err
+    assert "Stopped" in run("db", "stop").err
+    assert "is not running" in run("db", "stop").err
     assert run("org", "get", "acme").status == 0
     assert run("db", "status", "-o", "json").data["pid"] != state["pid"]
 
@@ -198,7 +198,7 @@ def test_the_data_of_an_older_version(older: Path, run: Run, is_running: bool) -
         assert connection.execute("SELECT count(*) FROM teams").fetchone() == (1,)
         rights = "SELECT pg_has_role('saasllm_runner', 'USAGE'), count(*) FROM pg_database WHERE datname = 'other'"
         assert connection.execute(rights).fetchone() == (True, 1)
-    assert "nothing to upgrade" in run("db", "upgrade").err
+    assert "Nothing to upgrade" in run("db", "upgrade").err
 
 
 def test_the_data_of_a_newer_version(own_data: Path, run: Run) -> None:
@@ -206,7 +206,7 @@ def test_the_data_of_a_newer_version(own_data: Path, run: Run) -> None:
     (own_data / "postgresql-99/PG_VERSION").write_text("99\n")
     for command in (["team", "list"], ["db", "upgrade"]):
         result = run(*command)
-        assert (result.status, "Install a newer saasllm." in result.err) == (7, True), result
+        assert (result.status, "Upgrade saasllm." in result.err) == (7, True), result
 
 
 def test_an_upgrade_that_is_killed_begins_anew(older: Path, run: Run) -> None:

@@ -90,7 +90,7 @@ def test_who_runs_out_first_comes_first(used: Run) -> None:
     assert [team["team_id"] for team in forecast(used, "it")] == ["it"]
     limited = used("credits", "forecast", "--limit", 1)
     assert limited.out.splitlines()[1].startswith("ops")
-    assert limited.err == "There are more than 1: more with --limit.\n"
+    assert limited.err == "Showing the first 1; use --limit for more.\n"
 
 
 def test_what_comes_out_even(tenant: Run, sql: psycopg.Connection) -> None:

@@ -138,7 +138,7 @@ def test_bad_limits(tenant: Run, limit: str) -> None:
 
 def test_a_list_that_is_cut_says_so(many: Run) -> None:
     for form in ("table", "json", "jsonl", "csv"):
-        assert "There are more than 4" in many("team", "list", "--limit", 4, "-o", form).err
+        assert "Showing the first 4" in many("team", "list", "--limit", 4, "-o", form).err
         assert many("team", "list", "--limit", 5, "-o", form).err == ""
 
 

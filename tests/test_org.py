@@ -53,7 +53,7 @@ def test_list_is_sorted_filtered_and_bounded(saasllm: Run) -> None:
         saasllm("org", "create", name)
     short = saasllm("org", "list", "--limit", 2, "-o", "json")
     assert [organization["organization_id"] for organization in short.data] == ["a", "b"]
-    assert short.err == "There are more than 2: the next ones with --after, more at once with --limit.\n"
+    assert short.err == "Showing the first 2; use --after for the next ones, or --limit for more.\n"
     rest = saasllm("org", "list", "--limit", 2, "--after", "b", "-o", "json")
     assert ([organization["organization_id"] for organization in rest.data], rest.err) == (["c"], "")
     assert saasllm("org", "list", "--limit", 3).err == ""

@@ -372,7 +372,7 @@ def forecast(
             days=days,
             limit=limit,
         )
-        show(teams, output, columns, essential, bar="days_left", more="more with --limit")
+        show(teams, output, columns, essential, bar="days_left", more="use --limit for more")
 
 
 @app.command(epilog="saasllm credits verify || echo 'the ledger is broken'")

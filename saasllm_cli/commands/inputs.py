@@ -206,6 +206,13 @@ def job_id_of(name: JobName) -> UUID:
     return job_id
 
 
+def number(value: str) -> int:
+    """The ID of what the database numbers."""
+    if not re.fullmatch(r"[1-9][0-9]{0,17}", value):
+        raise typer.BadParameter(f"{value!r} is not a number.")
+    return int(value)
+
+
 def search(value: str) -> str:
     if not any(char.isalnum() for char in value) or len(value) > 255:
         raise typer.BadParameter("It must contain a word and be at most 255 characters long.")
@@ -438,7 +445,7 @@ Since = Annotated[
 Until = Annotated[datetime | None, typer.Option("--until", parser=moment, metavar="WHEN", help="Only show older ones.")]
 AfterNumber = Annotated[
     int | None,
-    typer.Option("--after", min=1, max=2**63 - 1, metavar="ID", help="Show the page after this ID."),
+    typer.Option("--after", parser=number, metavar="ID", help="Show the page after this ID."),
 ]
 After = Annotated[
     str | None,

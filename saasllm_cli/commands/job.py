@@ -493,5 +493,7 @@ def _show_result(result: "JobResult", group: str, further: dict[str, Any], outpu
         tokens = f"{last.prompt_tokens} + {last.completion_tokens} tokens"
         note(f"{last.resolved_model} · {tokens} · {cost} · {last.latency_ms / 1000:.2f} s · job {result.job_id}")
     if result.unsettled is not None:
-        result.unsettled.message += f" The answer is above, but job {result.job_id} could not be settled: it is open."
+        result.unsettled.message += (
+            f" The answer is above, but job {result.job_id} is still open: it could not be settled."
+        )
         raise result.unsettled
