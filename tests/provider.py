@@ -105,6 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(200, "text/html", b"<html>a proxy's page</html>")
             case ["slow", *_]:
                 self.provider.closing.wait(60)
+                self.close_connection = True
             case ["drip", *_]:
                 self._drip()
             case ["cut", *_]:

@@ -232,10 +232,12 @@ def test_a_torn_stream_is_no_answer_and_no_other_follows(tenant: Run, provider: 
         assert credits_of(tenant) == (10, 0)
 
 
-def test_a_stream_that_nobody_reads_costs_nothing(tenant: Run, provider: Provider) -> None:
-    with_models(tenant, "openai/ok")
+@pytest.mark.parametrize("model", ["openai/ok", "offline/echo"])
+def test_a_stream_that_nobody_reads_costs_nothing(tenant: Run, provider: Provider, home: Path, model: str) -> None:
+    with_models(tenant, model)
     provider.answer = "word " * 100_000
-    process = start_process("job", "run", "--team", "hr", "--group", "G", "--prompt", "x", "--stream")
+    write(home, "prompt.txt", provider.answer)
+    process = start_process("job", "run", "--team", "hr", "--group", "G", "--prompt-file", "prompt.txt", "--stream")
     assert process.stdout
     process.stdout.read(1)
     process.stdout.close()
@@ -443,9 +445,10 @@ def test_an_interrupted_call_leaves_the_job_open(tenant: Run, provider: Provider
 def test_a_call_that_is_late_is_not_written(tenant: Run, provider: Provider, sql: psycopg.Connection) -> None:
     with_models(tenant, "openai/slow")
     job_id = created(tenant)
-    process = start_process("job", "call", job_id, "--group", "G", "--prompt", "x", "--timeout", "3", "-o", "json")
+    process = start_process("job", "call", job_id, "--group", "G", "--prompt", "x", "-o", "json")
     wait_for_request(provider, process)
     sql.execute("UPDATE jobs SET lease_expires_at = now()")
+    provider.closing.set()
     _, err = process.communicate(timeout=30)
     assert (process.returncode, json.loads(err)["error"]["code"]) == (4, "lease_lost")
     assert calls_of(tenant, job_id) == []
