@@ -220,13 +220,9 @@ class Database:
         for is_last in (*[False] * TRIES, True):
             try:
                 return self._execute(statement, parameters)
-            except DEADLOCKS:
-                if is_last or self._is_in_transaction():  # of several queries the first ones are undone too
-                    raise
-            except psycopg.errors.UniqueViolation as error:
-                # Another process has just done the same: asked again, the statement finds its row.
-                is_once = (error.diag.constraint_name or "").endswith(ONCE)
-                if is_last or not is_once or self._is_in_transaction():
+            except psycopg.Error as error:
+                # Of several queries the first ones are undone too.
+                if is_last or not _passes(error) or self._is_in_transaction():
                     raise
         raise AssertionError
 
@@ -242,6 +238,17 @@ class Database:
                 cursor = self._connection.execute(statement.sql, parameters)
             self._prelude = None
         return cursor.fetchall() if statement.cardinality != "none" else []
+
+
+def _passes(error: psycopg.Error) -> bool:
+    """Whether the statement, which has done nothing, may pass when it is asked again."""
+    return (
+        isinstance(error, DEADLOCKS)
+        # Another process has just done the same: asked again, it finds its row.
+        or (isinstance(error, psycopg.errors.UniqueViolation) and str(error.diag.constraint_name).endswith(ONCE))
+        # A function was taken away by a migration in the moment in which it was to be called.
+        or (isinstance(error, psycopg.errors.InternalError_) and "cache lookup failed" in str(error))
+    )
 
 
 @contextmanager
