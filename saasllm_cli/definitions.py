@@ -7,6 +7,7 @@ what is gone from the files can be dropped.
 
 import re
 from collections import defaultdict
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,11 +115,11 @@ def wanted() -> list[Definition]:
     return sorted(found.values(), key=lambda definition: KINDS.index(definition.kind))
 
 
-def states(recorded: list[Row], existing: set[str]) -> list[Row]:
+def states(recorded: list[Row], existing: Set[str]) -> list[Row]:
     """Each file as `migrate status` lists it: `applied`, or `pending` where it was changed, is gone, or something that
     it defines is not in the database."""
     checksums = {file.name: file.checksum for file in files()}
-    rows = {row["definition"]: row for row in recorded}
+    rows = {row["migration"]: row for row in recorded}
 
     def is_applied(name: str) -> bool:
         return (
@@ -135,24 +136,25 @@ def states(recorded: list[Row], existing: set[str]) -> list[Row]:
     ]
 
 
-def recorded(connection: Connection) -> list[Row]:
-    return connection.execute(query("migrate.recorded_definitions").sql).fetchall()
-
-
 def existing(connection: Connection) -> dict[str, set[str]]:
-    """The functions, views and triggers of the schema by their keys, with what DROP calls each: of a function, its
-    signatures."""
+    """The tables, functions, views and triggers of the schema by their keys, with what DROP calls each: of a function,
+    its signatures."""
     found = defaultdict(set)
     for row in connection.execute(query("migrate.existing").sql):
         found[row["object"]].add(row["dropped_as"])
     return found
 
 
+def recorded(connection: Connection) -> list[Row]:
+    """What the record says of the files: `migration` (the file), `checksum`, `applied_at` and `objects`."""
+    return [row for row in connection.execute(query("migrate.recorded").sql) if row["objects"] is not None]
+
+
 def apply(connection: Connection) -> list[str]:
     """Brings the database to what the files say, within the caller's transaction; the names of the files that had
     changed. Raises `statements.BLOCKED` where somebody holds what it needs for longer than the lock timeout."""
     definitions, rows, there = wanted(), recorded(connection), existing(connection)
-    pending = [row["migration"] for row in states(rows, set(there)) if row["status"] == "pending"]
+    pending = [row["migration"] for row in states(rows, there.keys()) if row["status"] == "pending"]
     was = {key: checksum for row in rows for key, checksum in row["objects"].items()}
     changed = [each for each in definitions if was.get(each.key) != each.checksum or each.key not in there]
     gone = sorted(was.keys() & there.keys() - {definition.key for definition in definitions}, reverse=True)

@@ -9,7 +9,7 @@ EXISTS would keep). Function bodies are quoted: BEGIN ATOMIC is not understood.
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +34,7 @@ LOCK_SECONDS = 10.0  # so that a migration never queues behind a long query, wit
 TRY_SECONDS = 0.5  # for each try at the locks of definitions: less than after which PostgreSQL ends one of a deadlock
 WAIT_SECONDS = 600
 SCRATCH = "saasllm_scratch"
+RECORDS = {"table saasllm_migrations", "table saasllm_definitions"}
 
 _TRANSACTION_CONTROL = re.compile(
     r"(BEGIN|COMMIT|ROLLBACK|END|ABORT|START\s+TRANSACTION|SAVEPOINT|RELEASE|PREPARE\s+TRANSACTION)\b",
@@ -118,7 +119,7 @@ def up(
         with _locked(connection, on_wait):
             pending = _pending(connection, last)
             database.before_change()
-            if pending or not _is_recorded(connection):
+            if pending:
                 connection.execute(query("migrate.create_record").sql)
             todo = [migration for migration in _files() if migration.name in pending]
             with_definitions = todo.pop() if _is_latest(last) and todo and todo[-1].in_transaction else None
@@ -137,14 +138,15 @@ def check_restored(connection: Connection) -> None:
 
     How things are defined is not compared: PostgreSQL words some of it otherwise once it was written and read.
     """
-    applied = {row["migration"] for row in _applied(connection)}
+    existing = definitions.existing(connection)
+    migrations, defined = _recorded(connection, existing.keys())
+    applied = {row["migration"] for row in migrations}
     if not applied:
         raise Conflict("not_migrated", "It has no record of migrations.")
     _refuse_unsound(_states(connection))
     expected = _built_by(connection, [migration for migration in _files() if migration.name in applied], [])
-    defined = {key for row in definitions.recorded(connection) for key in row["objects"]}
-    missing = (expected.keys() - _objects(connection).keys()) | (defined - definitions.existing(connection).keys())
-    if missing:
+    defining = {key for row in defined for key in row["objects"]}
+    if missing := (expected.keys() - _objects(connection).keys()) | (defining - existing.keys()):
         raise CheckFailed("schema_differs", f"It has no {min(missing).rstrip('.')}.")
 
 
@@ -164,7 +166,7 @@ def adopt(to: str | None = None, on_wait: Callable[[], None] = lambda: None) -> 
     defined = definitions.wanted() if _is_latest(last) else []
     with database.raw_connection() as connection, _locked(connection, on_wait):
         _require_public(connection)
-        if _applied(connection):
+        if _is_recorded(connection):
             raise Conflict(
                 "already_recorded",
                 "This database already has a record of migrations.",
@@ -213,7 +215,7 @@ def reset(
             )
         _require_public(connection)
         with _locked(connection, on_wait), connection.transaction():
-            if not _applied(connection):
+            if not _is_recorded(connection):
                 raise Conflict(
                     "not_migrated",
                     f"Database {actual_name} has no record of migrations, so its tables may not be those of saasllm.",
@@ -251,13 +253,17 @@ def _find(number: str) -> Migration:
     raise InvalidInput("no_such_migration", f"Migration {number} not found.", "See: saasllm migrate status")
 
 
+def _recorded(connection: Connection, existing: Set[str]) -> tuple[list[Row], list[Row]]:
+    """The records of migrations and of definitions; none in a database that was never migrated."""
+    if not existing >= RECORDS:
+        return [], []
+    rows = connection.execute(query("migrate.recorded").sql).fetchall()
+    return [row for row in rows if row["objects"] is None], [row for row in rows if row["objects"] is not None]
+
+
 def _is_recorded(connection: Connection) -> bool:
-    row = connection.execute(query("migrate.is_recorded").sql).fetchone()
-    return row is not None and bool(row["is_recorded"])
-
-
-def _applied(connection: Connection) -> list[Row]:
-    return connection.execute(query("migrate.applied").sql).fetchall() if _is_recorded(connection) else []
+    migrations, _ = _recorded(connection, definitions.existing(connection).keys())
+    return bool(migrations)
 
 
 def _require_public(connection: Connection) -> None:
@@ -272,17 +278,9 @@ def _require_public(connection: Connection) -> None:
 
 
 def _states(connection: Connection) -> list[Row]:
-    applied: list[Row] = []
-    recorded: list[Row] = []
-    existing: list[Row] = []
-    if _is_recorded(connection):
-        with connection.pipeline():
-            cursors = [
-                connection.execute(query(name).sql)
-                for name in ("migrate.applied", "migrate.recorded_definitions", "migrate.existing")
-            ]
-        applied, recorded, existing = (cursor.fetchall() for cursor in cursors)
-    return _migration_states(applied) + definitions.states(recorded, {row["object"] for row in existing})
+    existing = definitions.existing(connection)
+    migrations, defined = _recorded(connection, existing.keys())
+    return _migration_states(migrations) + definitions.states(defined, existing.keys())
 
 
 def _migration_states(rows: list[Row]) -> list[Row]:

@@ -26,21 +26,19 @@ SELECT
 -- name: limit_time(milliseconds) :one
 SELECT set_config('statement_timeout', %(milliseconds)s, false) AS milliseconds;
 
--- name: is_recorded() :one
-SELECT to_regclass('saasllm_migrations') IS NOT NULL AS is_recorded;
-
 -- name: schema() :one
 SELECT current_schema() AS schema;
 
--- name: applied() :many
-SELECT migration, checksum, applied_at FROM saasllm_migrations ORDER BY migration;
+-- name: recorded() :many
+-- What is applied: migrations, and files of definitions with what they define.
+SELECT migration, checksum, applied_at, NULL AS objects FROM saasllm_migrations
+UNION ALL
+SELECT definition, checksum, applied_at, objects FROM saasllm_definitions
+ORDER BY migration;
 
 -- name: record(migration, checksum, duration_ms) :none
 INSERT INTO saasllm_migrations (migration, checksum, duration_ms)
 VALUES (%(migration)s, %(checksum)s, %(duration_ms)s);
-
--- name: recorded_definitions() :many
-SELECT definition, checksum, applied_at, objects FROM saasllm_definitions ORDER BY definition;
 
 -- name: record_definitions(definition, checksum, objects) :none
 INSERT INTO saasllm_definitions AS d (definition, checksum, objects)
@@ -54,14 +52,14 @@ WHERE (d.checksum, d.objects) IS DISTINCT FROM (excluded.checksum, excluded.obje
 DELETE FROM saasllm_definitions WHERE definition <> ALL (%(definitions)s);
 
 -- name: existing() :many
--- The functions, views and enabled triggers of the current schema, and what DROP calls each.
+-- The tables, functions, views and enabled triggers of the current schema, and what DROP calls each.
 SELECT 'function ' || proname AS object, oid::regprocedure::text AS dropped_as
 FROM pg_proc
 WHERE pronamespace = current_schema()::regnamespace
 UNION ALL
-SELECT 'view ' || relname, quote_ident(relname)
+SELECT CASE relkind WHEN 'v' THEN 'view ' ELSE 'table ' END || relname, quote_ident(relname)
 FROM pg_class
-WHERE relnamespace = current_schema()::regnamespace AND relkind = 'v'
+WHERE relnamespace = current_schema()::regnamespace AND relkind IN ('v', 'r', 'p')
 UNION ALL
 SELECT 'trigger ' || c.relname || '.' || t.tgname, quote_ident(t.tgname) || ' ON ' || quote_ident(c.relname)
 FROM pg_trigger t
