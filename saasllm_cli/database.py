@@ -11,7 +11,6 @@ from contextlib import closing, contextmanager, suppress
 from decimal import Decimal
 from functools import partial
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlencode
 
@@ -22,7 +21,7 @@ from psycopg.types.json import JsonbDumper
 
 from saasllm_cli.context import command_line
 from saasllm_cli.errors import Conflict, DatabaseUnavailable, InsufficientCredits, InvalidInput, SaasllmError, not_found
-from saasllm_cli.queries import SQL, Query, checksum, query, text_of
+from saasllm_cli.queries import Query, checksum, query, sql_files, text_of
 from saasllm_cli.rules import is_storable
 from saasllm_cli.settings import settings
 
@@ -268,7 +267,7 @@ def connect(stays: bool = False) -> Iterator[Database]:
             connection,
             "migrate.check",
             known=known_migrations(),
-            definitions=known_definitions(),
+            definitions=[" ".join(file) for file in known_definitions().items()],
             actor=actor,
             command=command,
         )
@@ -341,17 +340,13 @@ def raw_connection() -> Iterator[Connection]:
 
 def known_migrations() -> list[str]:
     """The names of the migrations that this program brings, in order."""
-    return sorted(path.name for path in (SQL / "migrations").glob("*.sql"))
+    return [path.name for path in sql_files("migrations")]
 
 
-def definition_files() -> list[Path]:
-    """The files of functions, triggers, views and rights that this program brings, in order."""
-    return sorted((SQL / "definitions").glob("*.sql"))
-
-
-def known_definitions() -> list[str]:
-    """Each file of definitions with its checksum, as it is recorded."""
-    return [f"definitions/{path.name} {checksum(text_of(path))}" for path in definition_files()]
+def known_definitions() -> dict[str, str]:
+    """The files of functions, triggers, views and rights that this program brings, as they are recorded: each with its
+    checksum."""
+    return {f"definitions/{path.name}": checksum(text_of(path)) for path in sql_files("definitions")}
 
 
 def conninfo() -> dict[str, Any]:

@@ -16,9 +16,9 @@ import psycopg
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
-from saasllm_cli.database import Connection, Row, definition_files
+from saasllm_cli.database import Connection, Row, known_definitions
 from saasllm_cli.errors import Conflict, InvalidInput, SaasllmError
-from saasllm_cli.queries import checksum, query, text_of
+from saasllm_cli.queries import checksum, query, sql_files, text_of
 from saasllm_cli.statements import Statement, execute, split
 
 # In the order in which they can be made: views and triggers need functions.
@@ -66,16 +66,8 @@ class File:
         return f"definitions/{self.path.name}"
 
     @cached_property
-    def text(self) -> str:
-        return text_of(self.path)
-
-    @property
-    def checksum(self) -> str:
-        return checksum(self.text)
-
-    @cached_property
     def statements(self) -> list[Statement]:
-        return list(split(self.text, self.name))
+        return list(split(text_of(self.path), self.name))
 
     def definitions(self) -> list[Definition]:
         """What it defines; `InvalidInput` where something else stands in it."""
@@ -98,7 +90,7 @@ class File:
 
 
 def files() -> list[File]:
-    return [File(path) for path in definition_files()]
+    return [File(path) for path in sql_files("definitions")]
 
 
 def wanted() -> list[Definition]:
@@ -118,7 +110,7 @@ def wanted() -> list[Definition]:
 def states(recorded: list[Row], existing: Set[str]) -> list[Row]:
     """Each file as `migrate status` lists it: `applied`, or `pending` where it was changed, is gone, or something that
     it defines is not in the database."""
-    checksums = {file.name: file.checksum for file in files()}
+    checksums = known_definitions()
     rows = {row["migration"]: row for row in recorded}
 
     def is_applied(name: str) -> bool:
@@ -179,11 +171,12 @@ def apply(connection: Connection) -> list[str]:
 
 def record(connection: Connection) -> None:
     """Records the files as applied."""
+    checksums = known_definitions()
     for file in files():
         objects = {definition.key: definition.checksum for definition in file.definitions()}
-        row = {"definition": file.name, "checksum": file.checksum, "objects": Jsonb(objects)}
+        row = {"definition": file.name, "checksum": checksums[file.name], "objects": Jsonb(objects)}
         connection.execute(query("migrate.record_definitions").sql, row)
-    connection.execute(query("migrate.forget_definitions").sql, {"definitions": [file.name for file in files()]})
+    connection.execute(query("migrate.forget_definitions").sql, {"definitions": list(checksums)})
 
 
 def grant(connection: Connection) -> None:

@@ -26,7 +26,7 @@ from saasllm_cli.errors import (
     DatabaseUnavailable,
     InvalidInput,
 )
-from saasllm_cli.queries import SQL, checksum, query, text_of
+from saasllm_cli.queries import checksum, query, sql_files, text_of
 from saasllm_cli.statements import BLOCKED, Statement, execute, split
 
 NO_TRANSACTION = "-- no transaction"
@@ -111,7 +111,7 @@ def up(
     Definitions follow the latest migration. `on_done` is called with each name when it is applied, `on_wait` when
     another runner is at work.
     """
-    last = None if to is None else _find(to)
+    last = _find(to)
     with database.raw_connection() as connection:
         _require_public(connection)
         if dry_run:
@@ -161,8 +161,8 @@ def adopt(to: str | None = None, on_wait: Callable[[], None] = lambda: None) -> 
 
     Raises `CheckFailed` with each difference between the database and what the files build.
     """
-    last = None if to is None else _find(to)
-    adopted = [migration for migration in _files() if last is None or migration.name <= last.name]
+    last = _find(to)
+    adopted = [migration for migration in _files() if migration.name <= last.name]
     defined = definitions.wanted() if _is_latest(last) else []
     with database.raw_connection() as connection, _locked(connection, on_wait):
         _require_public(connection)
@@ -238,15 +238,17 @@ def reset(
 
 
 def _files() -> list[Migration]:
-    return [Migration(SQL / "migrations" / name) for name in database.known_migrations()]
+    return [Migration(path) for path in sql_files("migrations")]
 
 
-def _is_latest(migration: Migration | None) -> bool:
-    return migration in (None, _files()[-1])
+def _is_latest(migration: Migration) -> bool:
+    return migration == _files()[-1]
 
 
-def _find(number: str) -> Migration:
-    """The migration of a number (`3`, `003`) or name."""
+def _find(number: str | None) -> Migration:
+    """The migration of a number (`3`, `003`) or name; without one, the latest."""
+    if number is None:
+        return _files()[-1]
     for migration in _files():
         if migration.name == number or (number.isdecimal() and migration.number == number.zfill(3)):
             return migration
@@ -318,12 +320,12 @@ def _refuse_unsound(states: list[Row]) -> None:
         )
 
 
-def _pending(connection: Connection, last: Migration | None) -> list[str]:
-    """The names of what is to be applied: all, or the migrations up to the last one."""
+def _pending(connection: Connection, last: Migration) -> list[str]:
+    """The names of what is to be applied: the migrations up to the last one, and the definitions after the latest."""
     states = _states(connection)
     _refuse_unsound(states)
     pending = [row["migration"] for row in states if row["status"] == "pending"]
-    return pending if last is None or _is_latest(last) else [name for name in pending if name <= last.name]
+    return [name for name in pending if _is_latest(last) or name <= last.name]
 
 
 @contextmanager

@@ -61,6 +61,11 @@ def load(noun: str) -> dict[str, Query]:
     return queries
 
 
+def sql_files(folder: str) -> list[Path]:
+    """The files of a folder of `sql/`, in order."""
+    return sorted((SQL / folder).glob("*.sql"))
+
+
 def text_of(path: Path) -> str:
     """An SQL file, with line ends of one kind: a checkout on Windows would look like a change."""
     return path.read_text(encoding="utf-8").replace("\r\n", "\n")

@@ -27,6 +27,7 @@ from psycopg.rows import dict_row
 from saasllm_cli import cli, database, embedded, migrations
 from saasllm_cli.jobs import runner
 from saasllm_cli.jobs.calls import CallRequest
+from saasllm_cli.queries import SQL
 from saasllm_cli.settings import settings
 
 numbers = count()
@@ -208,6 +209,14 @@ def make_database(server: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> I
 @pytest.fixture
 def empty_database(make_database: Callable[[str | None], str]) -> str:
     return make_database(None)
+
+
+@pytest.fixture
+def sql_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files of `sql/` to play with: a copy, which the commands take for them."""
+    copy = Path(shutil.copytree(SQL, tmp_path / "sql"))
+    monkeypatch.setattr("saasllm_cli.queries.SQL", copy)
+    return copy
 
 
 @pytest.fixture

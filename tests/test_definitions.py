@@ -1,7 +1,6 @@
 """What `sql/definitions` says is what the database has: each thing once, changed in one place, while jobs go on."""
 
 import re
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -28,12 +27,8 @@ SELECT 'TRIGGER ' || tgname, xmin::text FROM pg_trigger WHERE NOT tgisinternal
 
 
 @pytest.fixture
-def definitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the definitions to play with."""
-    shutil.copytree(SQL, tmp_path / "sql")
-    for module in ("database", "migrations"):
-        monkeypatch.setattr(f"saasllm_cli.{module}.SQL", tmp_path / "sql")
-    return tmp_path / "sql" / "definitions"
+def definitions(sql_copy: Path) -> Path:
+    return sql_copy / "definitions"
 
 
 def edit(path: Path, old: str, new: str) -> None:

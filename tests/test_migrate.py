@@ -1,4 +1,3 @@
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -20,12 +19,8 @@ BUILT = [name for name in ALL if name != "definitions/rights.sql"]  # what can b
 
 
 @pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the migrations to play with."""
-    shutil.copytree(SQL, tmp_path / "sql")
-    for module in ("database", "migrations"):
-        monkeypatch.setattr(f"saasllm_cli.{module}.SQL", tmp_path / "sql")
-    return tmp_path / "sql" / "migrations"
+def files(sql_copy: Path) -> Path:
+    return sql_copy / "migrations"
 
 
 def states(run: Run) -> dict[str, str]:
