@@ -101,7 +101,14 @@ SELECT
 -- name: objects() :many
 -- All that decides how the tables of the current schema behave, each with its definition. The records of what is
 -- applied are left out, and the schema's name with them, so that two schemas can be compared.
-SELECT 'column ' || c.relname || '.' || a.attname AS object,
+WITH tables AS (
+    SELECT oid, relname, relpersistence, relrowsecurity, relhasrules, relhassubclass
+    FROM pg_class
+    WHERE relnamespace = current_schema()::regnamespace
+      AND relkind IN ('r', 'p')
+      AND relname NOT IN ('saasllm_migrations', 'saasllm_definitions')
+)
+SELECT 'column ' || t.relname || '.' || a.attname AS object,
     concat_ws(' ',
         format_type(a.atttypid, a.atttypmod),
         CASE WHEN a.attnotnull THEN 'NOT NULL' END,
@@ -109,59 +116,55 @@ SELECT 'column ' || c.relname || '.' || a.attname AS object,
         CASE WHEN a.attgenerated <> '' THEN 'GENERATED' END,
         pg_get_expr(d.adbin, d.adrelid)
     ) AS definition
-FROM pg_attribute a
-JOIN pg_class c ON c.oid = a.attrelid
+FROM tables t
+JOIN pg_attribute a ON a.attrelid = t.oid
 LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
-WHERE c.relnamespace = current_schema()::regnamespace
-  AND c.relkind IN ('r', 'p')
-  AND a.attnum > 0
-  AND NOT a.attisdropped
-  AND c.relname NOT IN ('saasllm_migrations', 'saasllm_definitions')
+WHERE a.attnum > 0 AND NOT a.attisdropped
 UNION ALL
-SELECT 'table ' || c.relname || '.',
+SELECT 'table ' || relname || '.',
     concat_ws(' ',
-        c.relpersistence::text,
-        CASE WHEN c.relrowsecurity THEN 'ROW LEVEL SECURITY' END,
-        CASE WHEN c.relhasrules THEN 'RULES' END,
-        CASE WHEN c.relhassubclass THEN 'CHILDREN' END
+        relpersistence::text,
+        CASE WHEN relrowsecurity THEN 'ROW LEVEL SECURITY' END,
+        CASE WHEN relhasrules THEN 'RULES' END,
+        CASE WHEN relhassubclass THEN 'CHILDREN' END
     )
-FROM pg_class c
-WHERE c.relnamespace = current_schema()::regnamespace
-  AND c.relkind IN ('r', 'p')
-  AND c.relname NOT IN ('saasllm_migrations', 'saasllm_definitions')
+FROM tables
 UNION ALL
-SELECT 'constraint ' || coalesce(c.relname, t.typname) || '.' || n.conname, pg_get_constraintdef(n.oid)
+SELECT 'constraint ' || coalesce(t.relname, d.typname) || '.' || n.conname, pg_get_constraintdef(n.oid)
 FROM pg_constraint n
-LEFT JOIN pg_class c ON c.oid = n.conrelid
-LEFT JOIN pg_type t ON t.oid = n.contypid
-WHERE n.connamespace = current_schema()::regnamespace
-  AND coalesce(c.relname, '') NOT IN ('saasllm_migrations', 'saasllm_definitions')
+LEFT JOIN tables t ON t.oid = n.conrelid
+LEFT JOIN pg_type d ON d.oid = n.contypid AND d.typnamespace = current_schema()::regnamespace
+WHERE num_nonnulls(t.oid, d.oid) > 0
   AND n.contype <> 'n' -- NOT NULL is a constraint of its own from PostgreSQL 18 on; the column has it already
 UNION ALL
 SELECT 'index ' || t.relname || '.' || c.relname, replace(pg_get_indexdef(c.oid), current_schema() || '.', '')
-FROM pg_index i
+FROM tables t
+JOIN pg_index i ON i.indrelid = t.oid
 JOIN pg_class c ON c.oid = i.indexrelid
-JOIN pg_class t ON t.oid = i.indrelid
-WHERE c.relnamespace = current_schema()::regnamespace AND t.relname NOT IN ('saasllm_migrations', 'saasllm_definitions')
 UNION ALL
-SELECT 'trigger ' || c.relname || '.' || g.tgname,
+SELECT 'trigger ' || t.relname || '.' || g.tgname,
     concat_ws(' ', replace(pg_get_triggerdef(g.oid), current_schema() || '.', ''), 'enabled ' || g.tgenabled::text)
-FROM pg_trigger g
-JOIN pg_class c ON c.oid = g.tgrelid
-WHERE c.relnamespace = current_schema()::regnamespace AND NOT g.tgisinternal
+FROM tables t
+JOIN pg_trigger g ON g.tgrelid = t.oid
+WHERE NOT g.tgisinternal
 UNION ALL
-SELECT 'function ' || p.oid::regprocedure::text,
-    concat_ws(' ', md5(coalesce(replace(pg_get_function_sqlbody(p.oid), current_schema() || '.', ''), p.prosrc)), p.proconfig::text, p.provolatile::text, CASE WHEN p.prosecdef THEN 'SECURITY DEFINER' END)
-FROM pg_proc p
-WHERE p.pronamespace = current_schema()::regnamespace
+SELECT 'function ' || oid::regprocedure::text,
+    concat_ws(' ',
+        md5(coalesce(replace(pg_get_function_sqlbody(oid), current_schema() || '.', ''), prosrc)),
+        proconfig::text,
+        provolatile::text,
+        CASE WHEN prosecdef THEN 'SECURITY DEFINER' END
+    )
+FROM pg_proc
+WHERE pronamespace = current_schema()::regnamespace
 UNION ALL
-SELECT 'view ' || c.relname, pg_get_viewdef(c.oid)
-FROM pg_class c
-WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind IN ('v', 'm')
+SELECT 'view ' || relname, pg_get_viewdef(oid)
+FROM pg_class
+WHERE relnamespace = current_schema()::regnamespace AND relkind IN ('v', 'm')
 UNION ALL
-SELECT 'domain ' || t.typname,
-    concat_ws(' ', format_type(t.typbasetype, t.typtypmod), l.collname, CASE WHEN t.typnotnull THEN 'NOT NULL' END)
-FROM pg_type t
-LEFT JOIN pg_collation l ON l.oid = t.typcollation
-WHERE t.typnamespace = current_schema()::regnamespace AND t.typtype = 'd'
+SELECT 'domain ' || d.typname,
+    concat_ws(' ', format_type(d.typbasetype, d.typtypmod), l.collname, CASE WHEN d.typnotnull THEN 'NOT NULL' END)
+FROM pg_type d
+LEFT JOIN pg_collation l ON l.oid = d.typcollation
+WHERE d.typnamespace = current_schema()::regnamespace AND d.typtype = 'd'
 ORDER BY object;
