@@ -14,6 +14,9 @@ from saasllm_cli import database
 from saasllm_cli.jobs import runner
 from saasllm_cli.queries import SQL
 
+OTHER_EVENT = ("jobs_keep_id BEFORE UPDATE OF job_id, team_id, organization_id ON", "jobs_keep_id BEFORE UPDATE ON")
+NEXT_LINE = (SQL / "definitions" / "jobs.sql").read_text().count("\n") + 1
+
 Run = Callable[..., Result]
 Sql = psycopg.Connection[dict[str, Any]]
 
@@ -81,7 +84,7 @@ def test_what_is_gone_from_the_files_is_gone_from_the_database(tenant: Run, sql:
     """A function and its trigger renamed, a view removed, a file renamed."""
     before = objects(sql)
     for old, new in (
-        ("FUNCTION refuse_other_team", "FUNCTION refuse_team"),
+        ("FUNCTION refuse_other_job", "FUNCTION refuse_job"),
         ("TRIGGER jobs_keep_id", "TRIGGER jobs_id"),
     ):
         path = definitions / "jobs.sql"
@@ -96,8 +99,8 @@ def test_what_is_gone_from_the_files_is_gone_from_the_database(tenant: Run, sql:
 
     assert tenant("migrate", "up").status == 0
     after = objects(sql)
-    assert before.keys() - after.keys() == {"FUNCTION refuse_other_team", "TRIGGER jobs_keep_id", "VIEW team_records"}
-    assert after.keys() - before.keys() == {"FUNCTION refuse_team", "TRIGGER jobs_id", "VIEW team_record"}
+    assert before.keys() - after.keys() == {"FUNCTION refuse_other_job", "TRIGGER jobs_keep_id", "VIEW team_records"}
+    assert after.keys() - before.keys() == {"FUNCTION refuse_job", "TRIGGER jobs_id", "VIEW team_record"}
     assert after["VIEW organization_records"] == before["VIEW organization_records"]  # it has moved, and not changed
     assert tenant("migrate", "verify").status == 0
     sql.execute("INSERT INTO teams (team_id, organization_id, team_alias) VALUES ('it', 'acme', 'IT')")
@@ -128,7 +131,7 @@ def test_rights_that_are_gone_are_taken_away(migrated_database: str, run: Run, s
             "credits_after_entry(of_team text, no bigint) RETURNS numeric",
         ),
         ("details.sql", "SELECT organization_id, name, status,", "SELECT name, organization_id, status,"),
-        ("jobs.sql", "jobs_keep_id BEFORE UPDATE OF job_id ON jobs", "jobs_keep_id BEFORE UPDATE ON jobs"),
+        ("jobs.sql", *OTHER_EVENT),
     ],
 )
 def test_a_definition_takes_another_form(
@@ -158,9 +161,9 @@ def test_a_definition_takes_another_form(
 @pytest.mark.parametrize(
     ("statement", "status", "told"),
     [
-        ("CREATE TABLE extra (a int);", 2, "definitions/jobs.sql, line 106: a file of definitions holds only"),
+        ("CREATE TABLE extra (a int);", 2, f"definitions/jobs.sql, line {NEXT_LINE}: a file of definitions holds only"),
         ("CREATE VIEW team_details AS SELECT 1 AS a;", 2, "view team_details is defined in definitions/details.sql"),
-        ("CREATE VIEW wrong AS\nSELECT nothing FROM jobs;", 1, 'line 106: column "nothing" does not exist'),
+        ("CREATE VIEW wrong AS\nSELECT nothing FROM jobs;", 1, f'line {NEXT_LINE}: column "nothing" does not exist'),
         (
             "CREATE TRIGGER t BEFORE UPDATE ON jobs EXECUTE FUNCTION not_there();",
             1,
@@ -261,7 +264,7 @@ def test_a_lock_that_is_held_ends_in_an_error(
     tenant: Run, sql: Sql, definitions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("saasllm_cli.migrations.LOCK_SECONDS", 0.3)
-    edit(definitions / "jobs.sql", "jobs_keep_id BEFORE UPDATE OF job_id ON jobs", "jobs_keep_id BEFORE UPDATE ON jobs")
+    edit(definitions / "jobs.sql", *OTHER_EVENT)
     with sql.transaction():
         sql.execute("UPDATE jobs SET metadata = metadata")
         result = tenant("migrate", "up", "-o", "json")
@@ -280,7 +283,7 @@ def test_a_rule_of_the_ledger_changes_while_jobs_run(tenant: Run, sql: Sql, defi
             "FUNCTION reserve_credits(of_team text, wanted bigint)",
             "FUNCTION reserve_credits(of_team text, wanted bigint, why text DEFAULT NULL)",
         ),
-        ("jobs.sql", "jobs_keep_id BEFORE UPDATE OF job_id ON jobs", "jobs_keep_id BEFORE UPDATE ON jobs"),
+        ("jobs.sql", *OTHER_EVENT),
         ("details.sql", "SELECT organization_id, name, status,", "SELECT name, organization_id, status,"),
     )
     stop = threading.Event()

@@ -1,20 +1,15 @@
 -- Jobs: each begins open, completes only together with its charge, and is finished once.
 
 
--- A finished job does not change its status again: it would be charged twice, or a charge would lose its reason. For
--- the same reason a job keeps its id and begins open. (What is deleted, is deleted with its whole team: purge.sql.)
+-- A job begins open, and once it is finished does not change its status again: it would be charged twice, or a charge
+-- would lose its reason. (What is deleted, is deleted with its whole team: purge.sql.)
 
-CREATE FUNCTION refuse_job_change() RETURNS trigger
+CREATE FUNCTION refuse_status() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF TG_OP = 'INSERT' THEN
         RAISE EXCEPTION 'a job begins open, not %', NEW.status
             USING ERRCODE = 'SL003', HINT = 'Insert it as pending or in_progress.';
-    ELSIF TG_OP = 'DELETE' THEN
-        RAISE EXCEPTION 'job % is part of its team''s history: DELETE is refused', OLD.job_id
-            USING ERRCODE = 'SL003', HINT = 'Cancel an open job by its status.';
-    ELSIF OLD.job_id IS DISTINCT FROM NEW.job_id THEN
-        RAISE EXCEPTION 'job % keeps its id', OLD.job_id USING ERRCODE = 'SL003', HINT = 'Start a new job.';
     END IF;
     RAISE EXCEPTION 'job % is % and does not change its status again', OLD.job_id, OLD.status
         USING ERRCODE = 'SL003', HINT = 'Start a new job.';
@@ -22,21 +17,31 @@ END
 $$;
 
 CREATE TRIGGER jobs_begin_open BEFORE INSERT ON jobs
-    FOR EACH ROW WHEN (NEW.status NOT IN ('pending', 'in_progress')) EXECUTE FUNCTION refuse_job_change();
+    FOR EACH ROW WHEN (NEW.status NOT IN ('pending', 'in_progress')) EXECUTE FUNCTION refuse_status();
+
+CREATE TRIGGER jobs_finish_once BEFORE UPDATE ON jobs
+    FOR EACH ROW WHEN (OLD.completed_at IS NOT NULL AND NEW.status <> OLD.status)
+    EXECUTE FUNCTION refuse_status();
+
+
+-- A job keeps its id and stays with its team, for a charge names both.
+
+CREATE FUNCTION refuse_other_job() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION 'job % keeps its id and stays with team %', OLD.job_id, OLD.team_id
+        USING ERRCODE = 'SL003', HINT = 'Start a new job.';
+END
+$$;
 
 -- What a statement does not set it does not change: then the condition is not even read, which takes longer than to
 -- evaluate it.
-CREATE TRIGGER jobs_finish_once BEFORE UPDATE ON jobs
-    FOR EACH ROW WHEN (OLD.completed_at IS NOT NULL AND NEW.status <> OLD.status)
-    EXECUTE FUNCTION refuse_job_change();
-CREATE TRIGGER jobs_keep_id BEFORE UPDATE OF job_id ON jobs
-    FOR EACH ROW WHEN (NEW.job_id <> OLD.job_id)
-    EXECUTE FUNCTION refuse_job_change();
-
--- As with the ledger, nothing comes through a parent table, for which triggers of statements would not fire.
-CREATE TRIGGER jobs_have_no_parent AFTER DELETE ON jobs
-    REFERENCING OLD TABLE AS old_rows
-    FOR EACH ROW WHEN (false) EXECUTE FUNCTION refuse_job_change();
+CREATE TRIGGER jobs_keep_id BEFORE UPDATE OF job_id, team_id, organization_id ON jobs
+    FOR EACH ROW
+    WHEN (
+        (OLD.job_id, OLD.team_id, OLD.organization_id) IS DISTINCT FROM (NEW.job_id, NEW.team_id, NEW.organization_id)
+    )
+    EXECUTE FUNCTION refuse_other_job();
 
 
 -- A job completes together with its charge. Many are settled by one statement: what each of them is checked for is
@@ -69,21 +74,10 @@ CREATE TRIGGER jobs_complete_with_charge AFTER UPDATE ON jobs
     REFERENCING NEW TABLE AS new_rows
     FOR EACH STATEMENT EXECUTE FUNCTION require_charge();
 
-
--- A job stays with its team.
-
-CREATE FUNCTION refuse_other_team() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    RAISE EXCEPTION 'job % stays with team %', OLD.job_id, OLD.team_id
-        USING ERRCODE = 'SL003', HINT = 'Start a new job for the other team.';
-END
-$$;
-
-CREATE TRIGGER jobs_stay_with_team BEFORE UPDATE OF team_id, organization_id ON jobs
-    FOR EACH ROW
-    WHEN ((OLD.team_id, OLD.organization_id) IS DISTINCT FROM (NEW.team_id, NEW.organization_id))
-    EXECUTE FUNCTION refuse_other_team();
+-- As with the ledger, nothing comes through a parent table, for which triggers of statements would not fire.
+CREATE TRIGGER jobs_have_no_parent AFTER DELETE ON jobs
+    REFERENCING OLD TABLE AS old_rows
+    FOR EACH ROW WHEN (false) EXECUTE FUNCTION refuse_other_job();
 
 
 -- Calls as they come from a runner; `began` counts the seconds from the start of their job, or of their request.
