@@ -159,30 +159,26 @@ async def _attempt(
     """The answer, or None where it does not match its schema; raises ModelFailed. The call gets its error."""
     model = call.resolved_model
     began = time.monotonic()
-    is_shown = False
-
-    def show(text: str) -> None:
-        nonlocal is_shown
-        is_shown = True
-        assert on_text
-        on_text(text)
-
+    shown = _Shown(on_text)
     try:
         async with asyncio.timeout(seconds), traffic.turn(model) if traffic else nullcontext():
             # The timeout of the whole, for that is the same for many calls, and litellm keeps a client with its
             # connections for each timeout.
             answer = await complete(
-                model, request.messages, request.timeout, request.parameters, show if on_text else None
+                model, request.messages, request.timeout, request.parameters, shown if on_text else None
             )
     except TimeoutError:
         call.error = f"no answer within {seconds:.0f} s"
         if traffic:
             traffic.failed(model)
-        raise ModelFailed(call.error, is_final=is_shown) from None
+        raise ModelFailed(call.error, is_final=shown.is_begun) from None
     except (asyncio.CancelledError, KeyboardInterrupt):
         call.error = "interrupted"
         raise
     except ModelFailed as failure:
+        if shown.error:
+            raise shown.error from None
+        failure.is_final |= shown.is_begun
         call.error = str(failure)
         if traffic and not failure.is_final:
             traffic.failed(model, failure.is_rate_limit, failure.retry_after)
@@ -199,6 +195,24 @@ async def _attempt(
     if (schema := request.json_schema) is not None and not answer.tool_calls:  # they come before the answer
         call.error = _mismatch(answer.content, schema)
     return answer if call.error is None else None
+
+
+class _Shown:
+    """What of a stream has been shown. That it cannot be shown any more is not the model's fault."""
+
+    def __init__(self, on_text: Callable[[str], None] | None) -> None:
+        self._on_text = on_text
+        self.is_begun = False
+        self.error: OSError | None = None
+
+    def __call__(self, text: str) -> None:
+        assert self._on_text is not None
+        self.is_begun = True
+        try:
+            self._on_text(text)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 @dataclass(slots=True)

@@ -58,7 +58,6 @@ async def complete(
     """
     if not _has_provider(model):
         raise ModelFailed("litellm knows no provider for this name; write it as PROVIDER/MODEL")
-    shown = _Shown(on_text)
     options = {"model": model, "messages": list(messages), "timeout": timeout, "max_retries": 0, "num_retries": 0}
     if "tools" in parameters:
         options["_skip_mcp_handler"] = True  # it looks for tools of MCP servers, by a package that is not installed
@@ -66,20 +65,16 @@ async def complete(
         if on_text is None:
             response = await litellm.acompletion(**{**parameters, **options})
         else:
-            response = await _streamed(model, {**parameters, **options}, shown)
+            response = await _streamed(model, {**parameters, **options}, on_text)
         return _answer(model, response)
-    except ModelFailed as failure:
-        failure.is_final |= shown.is_begun
+    except ModelFailed:
         raise
     except Exception as error:
-        if shown.error is not None:
-            raise shown.error from None
         if _refuses_the_request(error):
             raise ModelFailed(_reason(error), is_final=True) from error
         is_rate_limit = isinstance(error, exceptions.RateLimitError)
         raise ModelFailed(
             missing_key(model) or _reason(error),
-            is_final=shown.is_begun,
             is_rate_limit=is_rate_limit,
             retry_after=_retry_after(error) if is_rate_limit else None,
         ) from error
@@ -94,25 +89,7 @@ def _has_provider(model: str) -> bool:
     return True
 
 
-class _Shown:
-    """What of a stream has been shown. That it cannot be shown any more is not the model's fault."""
-
-    def __init__(self, on_text: Callable[[str], None] | None) -> None:
-        self._on_text = on_text
-        self.is_begun = False
-        self.error: OSError | None = None
-
-    def __call__(self, text: str) -> None:
-        assert self._on_text is not None
-        self.is_begun = True
-        try:
-            self._on_text(text)
-        except OSError as error:
-            self.error = error
-            raise
-
-
-async def _streamed(model: str, options: Mapping[str, Any], show: _Shown) -> Any:
+async def _streamed(model: str, options: Mapping[str, Any], on_text: Callable[[str], None]) -> Any:
     """The whole of a streamed answer, as if it had come at once."""
     usage = {"stream_options": {"include_usage": True}}
     stream = await litellm.acompletion(**options, **usage, stream=True)
@@ -124,7 +101,7 @@ async def _streamed(model: str, options: Mapping[str, Any], show: _Shown) -> Any
             finish_reason = choice.finish_reason or finish_reason
             if text := choice.delta.content:
                 texts.append(text)
-                show(text)
+                on_text(text)
     message = {"role": "assistant", "content": "".join(texts)}
     response = litellm.ModelResponse(model=model, choices=[{"message": message, "finish_reason": finish_reason}])
     response.usage = counted

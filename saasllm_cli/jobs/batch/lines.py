@@ -10,12 +10,12 @@ from saasllm_cli.jobs import chat
 from saasllm_cli.jobs.batch.tasks import BatchRequest, Task
 from saasllm_cli.jobs.calls import CallRequest
 from saasllm_cli.jobs.runner import JobRequest
+from saasllm_cli.rules import METADATA_BYTES
 
 READ_AHEAD = 200  # lines
 LONGEST_ID = 200
 # What a line may hold beside its id, its messages and the parameters of the call.
 FIELDS = ("metadata", "job_type", "external_task_id", "purpose")
-METADATA_BYTES = 65536
 PARAMETERS = (
     *("temperature", "max_tokens", "max_completion_tokens", "top_p", "seed", "stop"),
     *("tools", "tool_choice", "response_format", "reasoning_effort", "presence_penalty", "frequency_penalty"),
