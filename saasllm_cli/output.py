@@ -37,13 +37,13 @@ CHANGES = {
     "delete": ("-", 31, ""),
 }
 RESET = "\x1b[0m"
-STYLES = {
+STATUS_STYLES = {
     "ok": "green",
     "warning": "yellow",
     "failed": "red",
     "suspended": "yellow",
     "inactive": "yellow",
-}  # of a status
+}
 # What a table calls a field, where that is shorter. JSON, CSV and a single record keep the field's own name.
 HEADINGS = {
     "applied_at": "applied",
@@ -404,6 +404,7 @@ def _cell(value: Any) -> str:
 
 def _show_one(row: Row, essential: Sequence[str] = ()) -> None:
     """The fields below one another; what is a list of things follows as tables of its own."""
+    from rich.cells import cell_len
     from rich.table import Table
 
     lists = {
@@ -411,7 +412,7 @@ def _show_one(row: Row, essential: Sequence[str] = ()) -> None:
     }
     fields = {name: _cell(value) for name, value in row.items() if name not in lists}
     name_width = max(map(len, fields), default=0)
-    value_width = max(1, min(_width() - name_width - GAP, max(map(_cells, fields.values()), default=1)))
+    value_width = max(1, min(_width() - name_width - GAP, max(map(cell_len, fields.values()), default=1)))
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", width=name_width, no_wrap=True)
     table.add_column(width=value_width, overflow="fold")
@@ -447,7 +448,7 @@ def _print_rows(
     width = _width()
     cells = {name: [harmless(_cell(row[name])) for row in rows] for name in columns}
     filled = [name for name in columns if any(row[name] is not None for row in rows)] or columns
-    by_weight = [name for name in essential if name in filled] + [name for name in filled if name not in essential]
+    by_weight = list(dict.fromkeys(name for name in (*essential, *filled) if name in filled))
     widths = _widths(cells, by_weight, width)
     if width < NARROW and len(widths) < len(columns):
         for name in columns:
@@ -475,8 +476,10 @@ def _print_rows(
     longest = max(numbers)
     for index, (row, number) in enumerate(zip(rows, numbers, strict=True)):
         bars = [Bar(longest, 0, number, width=bar_width, color="cyan")] if longest else []
-        styles = {name: STYLES.get(row[name], "") for name in widths if name == "status"}
-        table.add_row(*(_safe(cells[name][index], styles.get(name, "")) for name in widths), *bars)
+        texts = [
+            _safe(cells[name][index], STATUS_STYLES.get(row[name], "") if name == "status" else "") for name in widths
+        ]
+        table.add_row(*texts, *bars)
     _print_table(table, used + GAP + BAR_WIDTH)
     if left_out := [name for name in columns if name in filled and name not in widths]:
         note(f"The terminal is too narrow to show {', '.join(left_out)}; to see all fields, use -o json.")
@@ -485,7 +488,9 @@ def _print_rows(
 def _widths(cells: Mapping[str, Sequence[str]], by_weight: Sequence[str], width: int) -> dict[str, int]:
     """All columns, each with its width; else those that fit of the ones that have something to show, in their order:
     the weightier ones are taken first, and cut last."""
-    whole = {name: max(map(_cells, (_heading(name), *column))) for name, column in cells.items()}
+    from rich.cells import cell_len
+
+    whole = {name: max(map(cell_len, (_heading(name), *column))) for name, column in cells.items()}
     if sum(whole.values()) + GAP * (len(whole) - 1) <= width:
         return whole
     # An id wider than the terminal is broken whatever is left out: then there is room for others beside it.
@@ -509,13 +514,6 @@ def _widths(cells: Mapping[str, Sequence[str]], by_weight: Sequence[str], width:
 
 def _heading(name: str) -> str:
     return HEADINGS.get(name, name)
-
-
-def _cells(text: str) -> int:
-    """How many places of a terminal's line it takes."""
-    from rich.cells import cell_len
-
-    return cell_len(text)
 
 
 def _width() -> int:

@@ -133,8 +133,8 @@ class _Batch:
             task.end("failed" if result.get("error") else "completed", **result)
             self._answered.append(task)
 
-    def _begin(self) -> None:
-        """Begins as many lines as the workers have room for."""
+    def _next(self) -> list[Task]:
+        """As many jobs to begin as the workers have room for. What is wrong with a line is its result at once."""
         tasks, self._again = self._again, []
         room = min(self._workers.capacity - len(self._running), MOST_BEGUN)
         while not self._is_ending and not self._is_interrupted and len(tasks) < room:
@@ -149,8 +149,11 @@ class _Batch:
                 if task.job:
                     self._requests[task.id] = task.request_hash
         self._finish([task for task in tasks if not task.job])
-        tasks = [task for task in tasks if task.job]
-        if not tasks:
+        return [task for task in tasks if task.job]
+
+    def _begin(self) -> None:
+        """Begins the next jobs, and gives them to the workers."""
+        if not (tasks := self._next()):
             return
         for task in tasks:
             task.job |= {"job_id": str(new_job_id()), "idempotency_key": self._key(task.id)}
