@@ -153,17 +153,15 @@ def apply(connection: Connection) -> list[str]:
     _lock_tables(connection, {*(definition.key for definition in changed), *gone})
     for definition in changed:
         _make(connection, definition, there[definition.key])
-    # What a function was called before, where it takes other arguments now.
+    dropped = {key: there[key] for key in gone}
     now = existing(connection)
-    obsolete = {
-        definition.key: there[definition.key] & now[definition.key]
-        for definition in changed
-        if now[definition.key] - there[definition.key]
-    }
+    for key in (definition.key for definition in changed):
+        if now[key] - there[key]:  # a function that takes other arguments now: it is still there with the old ones
+            dropped[key] = there[key] & now[key]
     for kind in reversed(KINDS):
-        for key in (*gone, *obsolete):
+        for key, names in dropped.items():
             if key.startswith(f"{kind} "):
-                _drop(connection, kind, obsolete.get(key, there[key]))
+                _drop(connection, kind, names)
     record(connection)
     grant(connection)
     return pending

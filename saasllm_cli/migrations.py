@@ -143,7 +143,7 @@ def check_restored(connection: Connection) -> None:
     applied = {row["migration"] for row in migrations}
     if not applied:
         raise Conflict("not_migrated", "It has no record of migrations.")
-    _refuse_unsound(_states(connection))
+    _refuse_unsound(_migration_states(migrations))
     expected = _built_by(connection, [migration for migration in _files() if migration.name in applied], [])
     defining = {key for row in defined for key in row["objects"]}
     if missing := (expected.keys() - _objects(connection).keys()) | (defining - existing.keys()):

@@ -21,8 +21,8 @@ CREATE TRIGGER audit_log_has_no_parent AFTER DELETE ON audit_log
 
 
 -- Organizations, teams and assignments: row by row, what it was and what it is. The arguments are the noun and the
--- column by which a row is found again after an update; what has no such column has left and come. What a purge removes
--- is told by its one record.
+-- column by which a row is found again after an update; without one, an update is a delete and a create. What a purge
+-- removes is told by its one record.
 
 CREATE FUNCTION audit_rows() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$

@@ -42,7 +42,7 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off 
 DECLARE
     refused_team text;
     refused_job  text;
-    is_given     boolean; -- something else than what jobs cost
+    is_given     boolean; -- something other than what jobs cost
 BEGIN
     WITH linked AS (
         SELECT
