@@ -35,7 +35,7 @@ def as_role(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     yield become
     for user, connection in made:
         connection.close()
-        sql.execute(f"DROP OWNED BY {user}; DROP ROLE {user}")
+        sql.execute(f"DROP OWNED BY {user} CASCADE; DROP ROLE {user}")
 
 
 @contextmanager
@@ -338,4 +338,4 @@ def test_a_role_that_may_make_none_migrates_all_the_same(empty_database: str, ru
         assert run("migrate", "up").status == 0
         assert sql.execute(granted).fetchone() == {"granted": True}
     finally:
-        sql.execute("DROP OWNED BY plain_owner CASCADE; DROP ROLE plain_owner")
+        sql.execute("DROP OWNED BY plain_owner CASCADE CASCADE; DROP ROLE plain_owner")
