@@ -1,8 +1,9 @@
 """An OpenAI-compatible HTTP server on loopback, with faults on demand.
 
-The name of the model says what happens: `ok`, `status-429`, `limited` (429, and says when to come back), `busy` (that
-once, then ok), `narrow-2` (429 where more than two are asked at once), `tools`, `empty`, `blank`, `html`, `cut`,
-`slow`, `drip`, `context`, `policy`, `torn` and `stalled` (a stream that is cut in the middle, or silent from there on).
+The name of the model says what happens: `ok`, `strict` (ok, but takes no stream_options), `status-429`, `limited` (429,
+and says when to come back), `busy` (that once, then ok), `narrow-2` (429 where more than two are asked at once),
+`tools`, `empty`, `blank`, `html`, `cut`, `slow`, `drip`, `context`, `malformed`, `policy`, `torn` and `stalled` (a
+stream that is cut in the middle, or silent from there on).
 Anything after a second dash is free.
 """
 
@@ -29,6 +30,9 @@ class Provider:
         self.answer = ANSWER
         self.retry_after = "1"
         self.message = "fault {status} for key {key}"
+        self.response: tuple[int, Any] | None = None  # the next one, whatever is asked
+        self.finish_reason = "stop"
+        self.pieces: list[str] | None = None  # of a stream, as they stand in its JSON; by default the words
         self.closing = threading.Event()
         self._asked_now = 0
         self._lock = threading.Lock()
@@ -70,6 +74,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.provider.requests.append(body)
+        if self.provider.response is not None:
+            (status, content), self.provider.response = self.provider.response, None
+            self._answer(status, content)
+            return
         model = body["model"]
         match self.provider.stands_for.get(model, model).split("-"):
             case ["busy", *_] if sum(request["model"] == model for request in self.provider.requests) == 1:
@@ -83,10 +91,16 @@ class _Handler(BaseHTTPRequestHandler):
                         self._answer(200, completion(model, self.provider.answer))
                     else:
                         self._answer(429, _error("Too many requests."))
-            case ["ok" | "torn" | "stalled" | "empty" | "blank" as fault, *_] if body.get("stream"):
+            case ["strict", *_] if "stream_options" in body:
+                self._answer(
+                    422, {"detail": [{"loc": ["body", "stream_options"], "msg": "Extra inputs are forbidden"}]}
+                )
+            case ["ok" | "strict" | "torn" | "stalled" | "empty" | "blank" as fault, *_] if body.get("stream"):
                 self._stream(model, fault)
             case ["ok" | "busy", *_]:
-                self._answer(200, completion(model, self.provider.answer) | {"usage": self.provider.usage})
+                answer = completion(model, self.provider.answer) | {"usage": self.provider.usage}
+                answer["choices"][0]["finish_reason"] = self.provider.finish_reason
+                self._answer(200, answer)
             case ["tools", *_]:
                 function = {"name": "look_up", "arguments": '{"name": "Ada"}'}
                 call = {"id": "call_1", "type": "function", "function": function}
@@ -99,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(int(status), _error(self._fault(status)))
             case ["context", *_]:
                 self._answer(400, _error("This model's maximum context length is 8 tokens.", "context_length_exceeded"))
+            case ["malformed", *_]:
+                self._answer(400, _error("Missing required parameter: 'messages[0].role'."))
             case ["policy", *_]:
                 self._answer(400, _error("Rejected by our safety system.", "content_policy_violation"))
             case ["html", *_]:
@@ -139,12 +155,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        words = self.provider.answer.split(" ")
-        events = [
-            _chunk(model, {"content": f"{word} " if number < len(words) else word})
-            for number, word in enumerate(words, 1)
-        ]
-        events.append(_chunk(model, {}, finish_reason="stop") | {"usage": self.provider.usage})
+        pieces = self.provider.pieces
+        if pieces is None:
+            *words, last = self.provider.answer.split(" ")
+            pieces = [*(f"{word} " for word in words), last]
+        events = [_chunk(model, {"content": piece}) for piece in pieces]
+        usage = {"usage": self.provider.usage} if self.provider.usage else {}
+        events.append(_chunk(model, {}, finish_reason=self.provider.finish_reason) | usage)
         told = {"torn": events[:2], "stalled": events[:2], "empty": [], "blank": events[-1:]}
         for event in told.get(fault, events):
             self._write_chunk(f"data: {json.dumps(event)}\n\n")

@@ -32,7 +32,8 @@ from saasllm_cli.jobs.calls import CLOSED_SECONDS, FAILURES
 
 Run = Callable[..., Result]
 FIELDS = [
-    *("id", "job_id", "status", "content", "tool_calls", "resolved_model", "prompt_tokens", "completion_tokens"),
+    *("id", "job_id", "status", "content", "tool_calls", "finish_reason", "resolved_model", "prompt_tokens"),
+    "completion_tokens",
     *("cost_usd", "error"),
 ]
 

@@ -30,10 +30,11 @@ JOB = [
 ]
 CALL = [
     *("call_id", "job_id", "model_group_used", "resolved_model", "attempt", "prompt_tokens", "completion_tokens"),
-    *("total_tokens", "cost_usd", "latency_ms", "purpose", "error", "created_at", "prompt", "answer"),
+    *("total_tokens", "cost_usd", "latency_ms", "purpose", "finish_reason", "error", "created_at", "prompt", "answer"),
 ]
 ANSWER = [
-    *("job_id", "status", "content", "tool_calls", "resolved_model", "prompt_tokens", "completion_tokens"),
+    *("job_id", "status", "content", "tool_calls", "finish_reason", "resolved_model", "prompt_tokens"),
+    "completion_tokens",
     *("total_tokens", "cost_usd", "latency_ms", "attempts"),
 ]
 JOBS_USED = ["jobs", "jobs_completed", "jobs_failed", "jobs_cancelled", "jobs_open"]

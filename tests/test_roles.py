@@ -35,7 +35,7 @@ def as_role(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     yield become
     for user, connection in made:
         connection.close()
-        sql.execute(f"DROP OWNED BY {user}; DROP ROLE {user}")
+        sql.execute(f"DROP OWNED BY {user} CASCADE; DROP ROLE {user}")
 
 
 @contextmanager

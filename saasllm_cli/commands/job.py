@@ -59,7 +59,7 @@ from saasllm_cli.commands.inputs import (
     require_some,
 )
 from saasllm_cli.errors import CheckFailed, InsufficientCredits, InvalidInput, NoAnswer
-from saasllm_cli.output import note, print_answer, print_line, progress, show, waiting
+from saasllm_cli.output import note, print_answer, print_line, progress, show, waiting, warn
 from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
@@ -70,6 +70,11 @@ if TYPE_CHECKING:
 
 app = noun()
 
+# Why an answer may not be whole, in words.
+INCOMPLETE = {
+    "length": "it was cut off at the maximum length",
+    "content_filter": "the provider's content filter cut it",
+}
 Status = Literal["pending", "in_progress", "completed", "failed", "cancelled"]
 
 Job = Annotated[
@@ -470,7 +475,8 @@ def _show_result(result: "JobResult", group: str, further: dict[str, Any], outpu
             f"See: saasllm job get {result.job_id}",
         )
     if output is not Format.TABLE:
-        names = ("resolved_model", "prompt_tokens", "completion_tokens", "total_tokens", "cost_usd", "latency_ms")
+        names = ["finish_reason", "resolved_model", "prompt_tokens", "completion_tokens", "total_tokens", "cost_usd"]
+        names += ["latency_ms"]
         fields: dict[str, Any] = {
             "job_id": result.job_id,
             "status": result.status if result.unsettled is None else "in_progress",
@@ -490,8 +496,11 @@ def _show_result(result: "JobResult", group: str, further: dict[str, Any], outpu
         for call in result.calls[:-1]:
             note(f"{call.resolved_model} failed: {call.error}")
         cost = "cost unknown" if last.cost_usd is None else f"${last.cost_usd:f}"
-        tokens = f"{last.prompt_tokens} + {last.completion_tokens} tokens"
+        parts = (last.prompt_tokens, last.completion_tokens)
+        tokens = "tokens unknown" if parts == (None, None) else " + ".join(str(part or 0) for part in parts) + " tokens"
         note(f"{last.resolved_model} · {tokens} · {cost} · {last.latency_ms / 1000:.2f} s · job {result.job_id}")
+    if last is not None and last.finish_reason in INCOMPLETE:
+        warn(f"The answer is incomplete: {INCOMPLETE[last.finish_reason]}.")
     if result.unsettled is not None:
         result.unsettled.message += (
             f" The answer is above, but job {result.job_id} is still open: it could not be settled."

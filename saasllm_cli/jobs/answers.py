@@ -8,9 +8,10 @@ from typing import Any, TypeAlias
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model said, or which tools it wants called (in OpenAI's form).
+    """What a model said, or which tools it wants called (in OpenAI's form); neither where the answer is empty.
 
-    Tokens are the provider's own count; `cost_usd` is None where no price is known.
+    Tokens are the provider's own count; `cost_usd` is None where no price is known. `finish_reason` is the provider's
+    (`stop`; `length` and `content_filter` where the answer is not whole), `refusal` the text in which it refused.
     """
 
     content: str | None
@@ -19,6 +20,8 @@ class Answer:
     completion_tokens: int | None
     total_tokens: int | None
     cost_usd: Decimal | None
+    finish_reason: str | None = None
+    refusal: str | None = None
 
 
 class ModelFailed(Exception):

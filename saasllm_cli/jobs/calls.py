@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import sys
 import time
@@ -9,7 +10,7 @@ from bisect import insort
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from importlib import import_module
 from typing import Any, TypeVar
@@ -26,6 +27,8 @@ TRIES = 4  # of a model whose rate limit says when to come back
 SHORTEST_PAUSE = 1.0
 FAILURES = 5  # in a row, after which a model is passed over
 CLOSED_SECONDS = 30.0
+CONTENT_FILTER = "content_filter"
+LONGEST_REFUSAL = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class Call:
     total_tokens: int | None = None
     cost_usd: Decimal | None = None
     purpose: str | None = None
+    finish_reason: str | None = None
     error: str | None = None
     prompt: str | None = None
     answer: str | None = None
@@ -133,8 +137,7 @@ async def ask_models(
         tries[model] += 1
         on_progress(f"Waiting for {model} …")
         try:
-            if answer := await _attempt(call, request, complete, seconds, on_text, traffic):
-                return answer
+            return await _attempt(call, request, complete, seconds, on_text, traffic)
         except ModelFailed as failure:
             if failure.is_final:
                 return None
@@ -155,8 +158,11 @@ async def _attempt(
     seconds: float,
     on_text: Callable[[str], None] | None,
     traffic: "Traffic | None",
-) -> Answer | None:
-    """The answer, or None where it does not match its schema; raises ModelFailed. The call gets its error."""
+) -> Answer:
+    """The answer; raises ModelFailed also where it is of no use, for it is empty or not of its schema.
+
+    The call gets what was used for it, and its error.
+    """
     model = call.resolved_model
     began = time.monotonic()
     shown = _Shown(on_text)
@@ -185,16 +191,25 @@ async def _attempt(
         raise
     finally:
         call.latency_ms = round((time.monotonic() - began) * 1000)
-    if traffic:
-        traffic.answered(model)
     call.prompt_tokens = answer.prompt_tokens
     call.completion_tokens = answer.completion_tokens
     call.total_tokens = answer.total_tokens
     call.cost_usd = answer.cost_usd
+    call.finish_reason = _storable(answer.finish_reason) if answer.finish_reason else None
     call.answer = _kept(answer.content)
-    if (schema := request.json_schema) is not None and not answer.tool_calls:  # they come before the answer
-        call.error = _mismatch(answer.content, schema)
-    return answer if call.error is None else None
+    call.error = _emptiness(answer)
+    if traffic and call.error:
+        traffic.failed(model)
+    elif traffic:
+        traffic.answered(model)
+    is_withheld = call.error is not None and answer.finish_reason == CONTENT_FILTER
+    # Tools are called before the answer comes.
+    if call.error is None and (schema := request.json_schema) is not None and not answer.tool_calls:
+        answer = replace(answer, content=_unfenced(answer.content or ""))
+        call.error = _mismatch(answer.content or "", schema)
+    if call.error is None:
+        return answer
+    raise ModelFailed(call.error, is_final=is_withheld or shown.is_begun)
 
 
 class _Shown:
@@ -300,6 +315,28 @@ class Traffic:
         return self._lanes.setdefault(model, _Lane(self._concurrency))
 
 
+def _emptiness(answer: Answer) -> str | None:
+    """Why there is nothing in an answer, where there is nothing."""
+    if answer.tool_calls or (answer.content or "").strip():
+        return None
+    if answer.refusal:
+        return _storable(f"the model refused: {answer.refusal}")[:LONGEST_REFUSAL]
+    match answer.finish_reason:
+        case "length":
+            tokens = "" if answer.completion_tokens is None else f" after {answer.completion_tokens} tokens"
+            return f"the answer was empty: it was cut off{tokens}, which went into reasoning or whitespace"
+        case "content_filter":
+            return "the answer was empty: the provider's content filter withheld it"
+        case _:
+            return "the answer was empty"
+
+
+def _unfenced(text: str) -> str:
+    """The text within the one Markdown fence around it, where there is one: many models write their JSON so."""
+    match = re.fullmatch(r"\s*```(?:json|JSON)?[ \t]*\n(.*?)\n?[ \t]*```\s*", text, re.DOTALL)
+    return match[1] if match and "```" not in match[1] else text
+
+
 def _kept(text: str | None) -> str | None:
     """As much of a prompt or an answer as is to be kept: nothing, unless the settings say so."""
     return _storable((text or "")[: settings().keep_content]) or None
@@ -310,21 +347,21 @@ def _storable(text: str) -> str:
     return text.replace("\0", "").encode(errors="replace").decode()
 
 
-def _mismatch(content: str | None, schema: dict[str, Any]) -> str | None:
+def _mismatch(content: str, schema: dict[str, Any]) -> str | None:
     """Why an answer does not match its schema. Nothing of the answer is told: it may be nobody's to keep."""
-    from jsonschema import validators
-    from jsonschema.exceptions import best_match
-    from referencing import Registry
-
     try:
-        value = json.loads(content or "")
+        value = json.loads(content, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return "the answer is not JSON"
     try:
-        # With a registry of its own it fetches no schema from anywhere.
-        error = best_match(validators.validator_for(schema)(schema, registry=Registry()).iter_errors(value))
-    except Exception as failure:  # a reference that leads nowhere, or for ever in a circle
+        error = next(chat.validator(json.dumps(schema)).iter_errors(value), None)
+    except Exception as failure:
         return f"the JSON schema cannot be applied ({type(failure).__name__})"
-    if error:
-        return _storable(f"the answer does not match the JSON schema at {error.json_path} ({error.validator})")
-    return None
+    if error is None:
+        return None
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.instance_path)
+    return _storable(f"the answer does not match the JSON schema at ${place} ({error.kind.name})")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")

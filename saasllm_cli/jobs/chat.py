@@ -14,6 +14,7 @@ from saasllm_cli.errors import InvalidInput
 # Control characters (but not tab, line feed, vertical tab, form feed, carriage return) and halves of surrogate pairs.
 NO_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 LARGEST_IMAGE = 20 * 2**20
+BACKTRACKS = 100_000  # of a pattern: some milliseconds
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # What the group, the runner or the environment decides, or what would keep a model from being called.
 NOT_PARAMETERS = re.compile(
@@ -69,19 +70,35 @@ def check_schema(schema: Any, source: str) -> None:
 
 @lru_cache(100)  # the lines of a batch often have the same
 def _mistake(schema_text: str) -> str | None:
-    from jsonschema.exceptions import SchemaError
-    from jsonschema.validators import validator_for
+    from jsonschema_rs import ReferencingError, ValidationError
 
-    schema = json.loads(schema_text)
-    if not isinstance(schema, dict) or not isinstance(schema.get("$schema", ""), str):
-        return "it must be an object, and its $schema must be text"
+    if not isinstance(json.loads(schema_text), dict):
+        return "it must be an object"
     try:
-        validator_for(schema).check_schema(schema)
-    except SchemaError as error:
-        return f"{error.message} ({error.json_path})"
-    except RecursionError:
-        return "it is nested too deeply"
+        validator(schema_text)
+    except ValidationError as error:
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.instance_path)
+        return f"{error.message} (${place})"
+    except (ReferencingError, ValueError) as error:
+        return str(error)
     return None
+
+
+@lru_cache(100)
+def validator(schema_text: str) -> Any:
+    """What checks values by a JSON schema. It fetches no other schema from anywhere, and its time is bounded, whatever
+    the patterns of the schema are."""
+    from jsonschema_rs import FancyRegexOptions, validator_for
+
+    return validator_for(
+        json.loads(schema_text),
+        retriever=_retrieve_nothing,
+        pattern_options=FancyRegexOptions(backtrack_limit=BACKTRACKS),
+    )
+
+
+def _retrieve_nothing(uri: str) -> None:
+    raise ValueError(f"{uri} is not fetched")
 
 
 def messages(chat: Any, source: str, folder: Path) -> list[dict[str, Any]]:

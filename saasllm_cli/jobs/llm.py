@@ -30,18 +30,37 @@ with redirect_stdout(sys.stderr):
 
 litellm.suppress_debug_info = True
 litellm.telemetry = False
+litellm.disable_token_counter = True  # or it would estimate what the provider of a stream does not count
 for logger in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy", "httpx", "asyncio"):
     logging.getLogger(logger).setLevel(logging.CRITICAL)
 
 LONGEST_ERROR = 500
 COST_UNIT = Decimal("1e-12")  # litellm computes costs in floats: beyond this is their noise
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
-# How providers say with a 400 that there is no such model.
-NO_SUCH_MODEL = re.compile(
-    r"\b(invalid|unknown|no such) model\b|not a valid model|model_not_found"
-    r"|\bmodel\b.{0,100}(not exist|not found|is invalid|is not supported)",
+# How providers say that their content policy refuses a request: another model is not asked behind its back.
+CONTENT_POLICY = re.compile(
+    r"content[ _-]?(policy|filter|management|moderation|safety)|content exists risk|responsible ?ai|data_inspection"
+    r"|prohibited[ _]content|(inappropriate|harmful|sensitive|unsafe|offensive) (content|material|language)"
+    r"|(safety|moderation) (system|filter|polic|guideline|setting|check)|(usage|acceptable[ _]use|safety) polic"
+    r"|\b(prompt|input|output|content|message)s?\b.{0,40}\b(flagged|blocked|filtered|moderated)",
     re.IGNORECASE,
 )
+# What they say of an account, which may have broken a policy, too.
+ACCOUNT = re.compile(r"\b(account|organi[sz]ation|billing|subscription|api key)\b", re.IGNORECASE)
+# How they say that a request is wrong in itself, whichever model is asked.
+MALFORMED = re.compile(
+    r"missing .{0,40}\b(role|content)\b(?!-)|\b(role|content)\b\W{0,3}(field )?(is|are|was)( a)? (required|missing)"
+    r"|\bmessages\b\W{0,3}(is|are|must)( be| not be)?( a)? (required|missing|empty|non-?empty)|at least one message"
+    r"|tool_calls?\b.{0,80}must be followed|prece+ding message with .?tool_calls"
+    r"|not a valid json schema|invalid json schema|is not a json schema"
+    r"|(parse|decode|read) (the |your )?(json|request) body|(invalid|malformed) (json|request) body"
+    r"|body is not valid json",
+    re.IGNORECASE,
+)
+# Where a provider does not take the wish that it count the tokens of a stream.
+STREAM_OPTIONS = re.compile("stream_options|include_usage")
+# With which both are told; others are about the account, the model or the server.
+REFUSALS = (400, 403, 422)
 LOOKS_LIKE_A_KEY = re.compile(r"\b(sk|pk|gsk|AIza|xai|hf)[-_][\w*.-]{6,}")
 
 
@@ -67,10 +86,8 @@ async def complete(
         else:
             response = await _streamed(model, {**parameters, **options}, on_text)
         return _answer(model, response)
-    except ModelFailed:
-        raise
     except Exception as error:
-        if _refuses_the_request(error):
+        if _ends_the_job(error):
             raise ModelFailed(_reason(error), is_final=True) from error
         is_rate_limit = isinstance(error, exceptions.RateLimitError)
         raise ModelFailed(
@@ -92,62 +109,90 @@ def _has_provider(model: str) -> bool:
 async def _streamed(model: str, options: Mapping[str, Any], on_text: Callable[[str], None]) -> Any:
     """The whole of a streamed answer, as if it had come at once."""
     usage = {"stream_options": {"include_usage": True}}
-    stream = await litellm.acompletion(**options, **usage, stream=True)
+    try:
+        stream = await litellm.acompletion(**options, **usage, stream=True)
+    except Exception as error:
+        if not STREAM_OPTIONS.search(str(error)):
+            raise
+        stream = await litellm.acompletion(**options, stream=True)
     texts: list[str] = []
+    half = refusal = ""
     counted = finish_reason = None
     async for chunk in stream:
-        counted = getattr(chunk, "usage", None) or counted
+        # Beside the last piece, where it was not asked for.
+        counted = getattr(chunk, "usage", None) or chunk._hidden_params.get("usage") or counted
         for choice in chunk.choices[:1]:
             finish_reason = choice.finish_reason or finish_reason
+            refusal += _refusal(choice.delta) or ""
             if text := choice.delta.content:
                 texts.append(text)
-                on_text(text)
-    message = {"role": "assistant", "content": "".join(texts)}
+                text = half + text
+                half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""  # a character may come in two pieces
+                on_text(_whole(text.removesuffix(half)))
+    message = {"role": "assistant", "content": "".join(texts), "provider_specific_fields": {"refusal": refusal}}
     response = litellm.ModelResponse(model=model, choices=[{"message": message, "finish_reason": finish_reason}])
     response.usage = counted
     return response
 
 
-def _refuses_the_request(error: Exception) -> bool:
-    """Whether another model would refuse the same request too.
+def _ends_the_job(error: Exception) -> bool:
+    """Whether no other model is to be asked: content policy refuses the request, or it is wrong for any model.
 
-    Content policy is a BadRequestError as well. A longer context window or a parameter may be another model's, though,
-    and the name of one may be unknown; and litellm makes a BadRequestError also of a 401 or a 503 whose text looks like
-    one, so the status decides.
+    In doubt another one is asked. Neither litellm's class nor a status of 400 says which it is: of models that are
+    retired, too small or without a feature, and of accounts without a balance, providers tell by a 400 as well.
     """
-    return (
-        isinstance(error, exceptions.BadRequestError)
-        and not isinstance(error, exceptions.ContextWindowExceededError | exceptions.UnsupportedParamsError)
-        and getattr(error, "status_code", 400) in (400, 422)
-        and not NO_SUCH_MODEL.search(str(error))
-    )
+    text = str(error)
+    if isinstance(error, exceptions.ContentPolicyViolationError) or CONTENT_POLICY.search(text):
+        is_final = not ACCOUNT.search(text)
+    else:
+        is_final = bool(MALFORMED.search(text))
+    return is_final and getattr(error, "status_code", 400) in REFUSALS
 
 
 def _answer(model: str, response: Any) -> Answer:
-    message = response.choices[0].message if response.choices else None
+    choice = response.choices[0] if response.choices else None
+    message = getattr(choice, "message", None)
     content = getattr(message, "content", None)
     tool_calls = getattr(message, "tool_calls", None)
-    if not content and not tool_calls:
-        raise ModelFailed("the answer was empty")
-    usage = getattr(response, "usage", None)
+    prompt_tokens, completion_tokens, total_tokens = _tokens(getattr(response, "usage", None))
     return Answer(
-        content=content,
+        content=None if content is None else _whole(content),
         tool_calls=[call.model_dump(mode="json") for call in tool_calls] if tool_calls else None,
-        prompt_tokens=_count(usage, "prompt_tokens"),
-        completion_tokens=_count(usage, "completion_tokens"),
-        total_tokens=_count(usage, "total_tokens"),
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=total_tokens,
         cost_usd=_cost(model, response),
+        finish_reason=getattr(choice, "finish_reason", None),
+        refusal=_refusal(message),
     )
 
 
-def _count(usage: Any, name: str) -> int | None:
-    """A count of the provider, where it is one: an answer is not lost for a nonsensical one.
+def _refusal(message: Any) -> str | None:
+    """In which words it was refused, of a message or of a piece of one."""
+    return (getattr(message, "provider_specific_fields", None) or {}).get("refusal") or None
 
-    litellm fills in zeros where the provider counts nothing.
+
+def _whole(text: str) -> str:
+    """The text with the halves of its characters put together; one that is alone becomes the sign for it."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _tokens(usage: Any) -> tuple[int | None, int | None, int | None]:
+    """The tokens of the prompt, of the answer and of both, where the provider has counted them.
+
+    litellm fills in zeros where it has not, and no prompt has none. A total that is not told is the sum of the parts.
+    An answer is not lost for a nonsensical count.
     """
-    count = getattr(usage, name, None)
-    is_counted = isinstance(count, int) and 0 <= count < 2**31 and getattr(usage, "total_tokens", 0) != 0
-    return count if is_counted else None
+    prompt, completion, total = (
+        _count(getattr(usage, name, None)) for name in ("prompt_tokens", "completion_tokens", "total_tokens")
+    )
+    if not (prompt or completion or total):
+        return None, None, None
+    return prompt or None, completion, total or _count((prompt or 0) + (completion or 0))
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and 0 <= value < 2**31 else None
 
 
 def _cost(model: str, response: Any) -> Decimal | None:

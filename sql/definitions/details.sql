@@ -110,6 +110,7 @@ SELECT
     cost_usd,
     latency_ms,
     purpose,
+    finish_reason,
     error,
     created_at,
     prompt,

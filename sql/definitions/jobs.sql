@@ -83,17 +83,17 @@ CREATE TRIGGER jobs_have_no_parent AFTER DELETE ON jobs
 -- Calls as they come from a runner; `began` counts the seconds from the start of their job, or of their request.
 CREATE FUNCTION call_rows(calls jsonb) RETURNS TABLE (
     model_group_used text, resolved_model text, attempt integer, prompt_tokens integer, completion_tokens integer,
-    total_tokens integer, cost_usd numeric, latency_ms integer, purpose text, error text, prompt text, answer text,
-    began interval
+    total_tokens integer, cost_usd numeric, latency_ms integer, purpose text, finish_reason text, error text,
+    prompt text, answer text, began interval
 )
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
     SELECT
         model_group_used, resolved_model, attempt, prompt_tokens, completion_tokens, total_tokens, cost_usd,
-        latency_ms, purpose, error, prompt, answer, began * interval '1 second'
+        latency_ms, purpose, finish_reason, error, prompt, answer, began * interval '1 second'
     FROM jsonb_to_recordset(calls) AS call (
         model_group_used text, resolved_model text, attempt integer, prompt_tokens integer, completion_tokens integer,
-        total_tokens integer, cost_usd numeric, latency_ms integer, purpose text, error text, prompt text, answer text,
-        began double precision
+        total_tokens integer, cost_usd numeric, latency_ms integer, purpose text, finish_reason text, error text,
+        prompt text, answer text, began double precision
     )
     ORDER BY attempt
 $$;

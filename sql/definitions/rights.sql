@@ -31,7 +31,7 @@ GRANT UPDATE (
 ) ON jobs TO saasllm_runner;
 GRANT INSERT (
     job_id, team_id, model_group_used, resolved_model, attempt, prompt_tokens, completion_tokens, total_tokens,
-    cost_usd, latency_ms, purpose, error, prompt, answer, created_at
+    cost_usd, latency_ms, purpose, finish_reason, error, prompt, answer, created_at
 ) ON llm_calls TO saasllm_runner;
 GRANT INSERT (
     team_id, organization_id, entry_no, job_id, transaction_type, credits_amount, credits_before, credits_after, reason

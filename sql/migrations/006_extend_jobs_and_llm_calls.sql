@@ -34,6 +34,7 @@ ALTER TABLE llm_calls
     ADD COLUMN model_group_used identifier NOT NULL, -- the name: it outlives a group that is deleted
     ADD COLUMN attempt          integer    NOT NULL,
     ADD COLUMN purpose          text,
+    ADD COLUMN finish_reason    text, -- why the model stopped: length and content_filter where the answer is not whole
     -- What was asked and answered, as far as the settings of the runner say that it is kept: nothing by default.
     ADD COLUMN prompt           text,
     ADD COLUMN answer           text,

@@ -218,12 +218,12 @@ RETURNING lease_expires_at;
 -- The calls of one request, once: their times tell whether they are there already.
 INSERT INTO llm_calls (
     job_id, team_id, model_group_used, resolved_model, attempt, prompt_tokens, completion_tokens, total_tokens,
-    cost_usd, latency_ms, purpose, error, prompt, answer, created_at
+    cost_usd, latency_ms, purpose, finish_reason, error, prompt, answer, created_at
 )
 SELECT
     job.job_id, job.team_id, call.model_group_used, call.resolved_model, call.attempt, call.prompt_tokens,
-    call.completion_tokens, call.total_tokens, call.cost_usd, call.latency_ms, call.purpose, call.error, call.prompt,
-    call.answer, %(started_at)s::timestamptz + call.began
+    call.completion_tokens, call.total_tokens, call.cost_usd, call.latency_ms, call.purpose, call.finish_reason,
+    call.error, call.prompt, call.answer, %(started_at)s::timestamptz + call.began
 FROM jobs job, call_rows(%(calls)s) AS call
 WHERE job.job_id = %(job_id)s
   AND NOT EXISTS (
@@ -254,12 +254,12 @@ WITH job AS (
 calls AS (
     INSERT INTO llm_calls (
         job_id, team_id, model_group_used, resolved_model, attempt, prompt_tokens, completion_tokens, total_tokens,
-        cost_usd, latency_ms, purpose, error, prompt, answer, created_at
+        cost_usd, latency_ms, purpose, finish_reason, error, prompt, answer, created_at
     )
     SELECT
         job.job_id, job.team_id, call.model_group_used, call.resolved_model, call.attempt, call.prompt_tokens,
-        call.completion_tokens, call.total_tokens, call.cost_usd, call.latency_ms, call.purpose, call.error,
-        call.prompt, call.answer, job.started_at + call.began
+        call.completion_tokens, call.total_tokens, call.cost_usd, call.latency_ms, call.purpose, call.finish_reason,
+        call.error, call.prompt, call.answer, job.started_at + call.began
     FROM job, call_rows(%(calls)s) AS call
     RETURNING call_id
 ),
@@ -324,12 +324,12 @@ job AS (
 calls AS (
     INSERT INTO llm_calls (
         job_id, team_id, model_group_used, resolved_model, attempt, prompt_tokens, completion_tokens, total_tokens,
-        cost_usd, latency_ms, purpose, error, prompt, answer, created_at
+        cost_usd, latency_ms, purpose, finish_reason, error, prompt, answer, created_at
     )
     SELECT
         job.job_id, job.team_id, call.model_group_used, call.resolved_model, call.attempt, call.prompt_tokens,
-        call.completion_tokens, call.total_tokens, call.cost_usd, call.latency_ms, call.purpose, call.error,
-        call.prompt, call.answer, job.started_at + call.began
+        call.completion_tokens, call.total_tokens, call.cost_usd, call.latency_ms, call.purpose, call.finish_reason,
+        call.error, call.prompt, call.answer, job.started_at + call.began
     FROM job, call_rows(job.calls) AS call
     RETURNING call_id
 ),
