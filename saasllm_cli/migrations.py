@@ -151,9 +151,10 @@ def check_restored(connection: Connection) -> None:
 
 
 def grant() -> None:
-    """Gives the roles their rights, as `up` does at its end."""
+    """Gives the roles their rights, as `up` does at its end; where something is pending, that is to come first."""
     with database.raw_connection() as connection, connection.transaction():
-        definitions.grant(connection)
+        if not any(row["status"] == "pending" for row in _states(connection)):
+            definitions.grant(connection)
 
 
 def adopt(to: str | None = None, on_wait: Callable[[], None] = lambda: None) -> list[str]:
