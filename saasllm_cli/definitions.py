@@ -163,7 +163,8 @@ def apply(connection: Connection) -> list[str]:
     was = {key: checksum for row in rows for key, checksum in row["objects"].items()}
     changed = {each.key for each in definitions if was.get(each.key) != each.checksum or each.key not in there}
     gone = was.keys() & there.keys() - {definition.key for definition in definitions}
-    _lock_tables(connection, changed | gone, there.keys())
+    _lock_tables(connection, "ACCESS EXCLUSIVE", gone, there.keys())
+    _lock_tables(connection, "SHARE ROW EXCLUSIVE", changed, there.keys())
     todo = set(changed)
     for definition in definitions:
         if definition.key in todo:
@@ -209,13 +210,14 @@ def grant(connection: Connection) -> None:
             execute(connection, right, HINT)
 
 
-def _lock_tables(connection: Connection, keys: set[str], there: Set[str]) -> None:
-    """Takes the locks of all triggers that change at once, so that nobody who has one of the tables waits for another.
-    Readers go on."""
+def _lock_tables(connection: Connection, mode: str, keys: set[str], there: Set[str]) -> None:
+    """Takes the locks of these triggers at once, in the mode that is needed, so that nobody who has one of the tables
+    waits for another. Where triggers are only made and replaced, readers go on; to drop one takes the whole table, and
+    is asked for first: who reads it and waits to write it would never let go."""
     tables = {key.removeprefix("trigger ").partition(".")[0] for key in keys if key.startswith("trigger ")}
     if tables := {table for table in tables if f"table {table}" in there}:
         names = sql.SQL(", ").join(map(sql.Identifier, sorted(tables)))
-        connection.execute(sql.SQL("LOCK TABLE ONLY {} IN SHARE ROW EXCLUSIVE MODE").format(names))
+        connection.execute(sql.SQL("LOCK TABLE ONLY {} IN {} MODE").format(names, sql.SQL(mode)))
 
 
 def _create(connection: Connection, definition: Definition) -> None:
