@@ -25,12 +25,16 @@ from saasllm_cli.statements import Statement, execute, split
 KINDS = ("function", "view", "trigger")
 HINT = "The database is as it was before. Correct the definition, and run it again."
 
+# The names as PostgreSQL keeps them, so that what is made is found again: in lower case, without schema or quotes.
+_NAME = r"[a-z_][a-z0-9_]{0,62}(?=[\s(])"
 _DEFINITION = re.compile(
-    r"CREATE (?:(?P<kind>FUNCTION|VIEW) (?P<name>\w+)\b|TRIGGER (?P<trigger>\w+)\b.*?\bON (?P<table>\w+)\b)", re.DOTALL
+    rf"CREATE (?:(?P<kind>FUNCTION|VIEW) (?P<name>{_NAME})"
+    rf"|TRIGGER (?P<trigger>{_NAME})[\w\s,]+?\sON (?P<table>{_NAME}))"
 )
 _RIGHT = re.compile(r"(GRANT|REVOKE)\b")
 # A replacement that PostgreSQL makes only by dropping first: other columns of a view, another result of a function.
 _CANNOT_REPLACE = (psycopg.errors.InvalidTableDefinition, psycopg.errors.InvalidFunctionDefinition)
+_EXISTS = (psycopg.errors.DuplicateTable, psycopg.errors.DuplicateFunction, psycopg.errors.DuplicateObject)
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class File:
                     "no_definition",
                     f"{statement.place}: a file of definitions holds only CREATE FUNCTION, VIEW and TRIGGER, GRANT and "
                     "REVOKE.",
+                    "Write names in lower case, without schema or quotes, and no comment before a trigger's table. "
                     "What has state, such as a table or an index, is a migration.",
                 )
         return found
@@ -148,23 +153,35 @@ def apply(connection: Connection) -> list[str]:
     definitions, rows, there = wanted(), recorded(connection), existing(connection)
     pending = [row["migration"] for row in states(rows, there.keys()) if row["status"] == "pending"]
     was = {key: checksum for row in rows for key, checksum in row["objects"].items()}
-    changed = [each for each in definitions if was.get(each.key) != each.checksum or each.key not in there]
-    gone = sorted(was.keys() & there.keys() - {definition.key for definition in definitions}, reverse=True)
-    _lock_tables(connection, {*(definition.key for definition in changed), *gone})
-    for definition in changed:
-        _make(connection, definition, there[definition.key])
-    dropped = {key: there[key] for key in gone}
-    now = existing(connection)
-    for key in (definition.key for definition in changed):
-        if now[key] - there[key]:  # a function that takes other arguments now: it is still there with the old ones
-            dropped[key] = there[key] & now[key]
-    for kind in reversed(KINDS):
-        for key, names in dropped.items():
-            if key.startswith(f"{kind} "):
-                _drop(connection, kind, names)
-    record(connection)
+    changed = {each.key for each in definitions if was.get(each.key) != each.checksum or each.key not in there}
+    gone = was.keys() & there.keys() - {definition.key for definition in definitions}
+    _lock_tables(connection, "ACCESS EXCLUSIVE", gone, there.keys())
+    _lock_tables(connection, "SHARE ROW EXCLUSIVE", changed, there.keys())
+    todo = set(changed)
+    for definition in definitions:
+        if definition.key in todo:
+            todo.remove(definition.key)
+            if definition.key in was:
+                todo |= _replace(connection, definition, there[definition.key], was.keys())
+            else:
+                _create(connection, definition)
+    for key in sorted(gone):
+        todo |= _drop(connection, key, there[key], was.keys())
+    for definition in definitions:
+        if definition.key in todo:
+            _create(connection, definition)
+    if pending or changed or gone:
+        record(connection)
     grant(connection)
     return pending
+
+
+def drop(connection: Connection) -> None:
+    """Drops what is recorded, also what the files do not define any more."""
+    keys = {key for row in recorded(connection) for key in row["objects"]}
+    there = existing(connection)
+    for key in sorted(keys & there.keys()):
+        _drop(connection, key, there[key], keys)
 
 
 def record(connection: Connection) -> None:
@@ -186,34 +203,66 @@ def grant(connection: Connection) -> None:
             execute(connection, right, HINT)
 
 
-def _lock_tables(connection: Connection, keys: set[str]) -> None:
-    """Takes the locks of all triggers that change at once, so that nobody who has one of the tables waits for another.
-    Readers go on."""
+def _lock_tables(connection: Connection, mode: str, keys: set[str], there: Set[str]) -> None:
+    """Takes the locks of these triggers at once, in the mode that is needed, so that nobody who has one of the tables
+    waits for another. Where triggers are only made and replaced, readers go on; to drop one takes the whole table, and
+    is asked for first: who reads it and waits to write it would never let go."""
     tables = {key.removeprefix("trigger ").partition(".")[0] for key in keys if key.startswith("trigger ")}
-    if tables:
+    if tables := {table for table in tables if f"table {table}" in there}:
         names = sql.SQL(", ").join(map(sql.Identifier, sorted(tables)))
-        connection.execute(sql.SQL("LOCK TABLE ONLY {} IN SHARE ROW EXCLUSIVE MODE").format(names))
+        connection.execute(sql.SQL("LOCK TABLE ONLY {} IN {} MODE").format(names, sql.SQL(mode)))
 
 
-def _make(connection: Connection, definition: Definition, names: set[str]) -> None:
-    """Replaces the definition that has these names so far, or makes it anew."""
+def _create(connection: Connection, definition: Definition) -> None:
+    """Makes what is not ours yet: what has its name already is somebody else's, and stays."""
+    try:
+        execute(connection, definition.statement, HINT)
+    except SaasllmError as error:
+        if not isinstance(error.__cause__, _EXISTS):
+            raise
+        raise Conflict(
+            "definition_exists",
+            f"{definition.statement.place}: the database has a {definition.kind} {definition.name} of somebody else.",
+            "Rename or drop it, and run this again.",
+        ) from error
+
+
+def _replace(connection: Connection, definition: Definition, names: set[str], ours: Set[str]) -> set[str]:
+    """Replaces the definition that has these names so far; the keys of what went with it, as in `_drop`."""
     try:
         with connection.transaction():
             execute(connection, definition.replacement, HINT)
     except SaasllmError as error:
         if not isinstance(error.__cause__, _CANNOT_REPLACE):
             raise
-        _drop(connection, definition.kind, names)
+        went = _drop(connection, definition.key, names, ours)
         execute(connection, definition.statement, HINT)
+        return went
+    now = existing(connection)[definition.key]
+    # A function that takes other arguments stands beside the one of before.
+    return _drop(connection, definition.key, names & now, ours) if now - names else set()
 
 
-def _drop(connection: Connection, kind: str, names: set[str]) -> None:
-    for name in sorted(names):
+def _drop(connection: Connection, key: str, names: set[str], ours: Set[str]) -> set[str]:
+    """Drops what DROP calls so, and before it what of ours is built on it; the keys of that."""
+    kind, _, own_name = key.partition(" ")
+    if len(names) > 1:
+        raise Conflict(
+            "definition_in_use",
+            f"The {kind} {own_name} is to be dropped, but there are several: {', '.join(sorted(names))}.",
+            "Only one is saasllm's. Rename or drop the others, and run this again.",
+        )
+    went = set()
+    for name in names:
+        for row in connection.execute(query("migrate.built_on").sql, {"kind": kind, "name": name}).fetchall():
+            if row["object"] in ours:
+                went |= {row["object"], *_drop(connection, row["object"], {row["dropped_as"]}, ours)}
         try:
-            connection.execute(f"DROP {kind.upper()} {name}")
+            connection.execute(f"DROP {kind.upper()} IF EXISTS {name}")
         except psycopg.errors.DependentObjectsStillExist as error:
             raise Conflict(
                 "definition_in_use",
                 f"The {kind} {name} cannot be dropped: {error.diag.message_detail}",
                 "It is not ours. Drop it, run this again, and make it anew.",
             ) from error
+    return went

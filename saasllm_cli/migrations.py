@@ -151,9 +151,10 @@ def check_restored(connection: Connection) -> None:
 
 
 def grant() -> None:
-    """Gives the roles their rights, as `up` does at its end."""
+    """Gives the roles their rights, as `up` does at its end; where something is pending, that is to come first."""
     with database.raw_connection() as connection, connection.transaction():
-        definitions.grant(connection)
+        if not any(row["status"] == "pending" for row in _states(connection)):
+            definitions.grant(connection)
 
 
 def adopt(to: str | None = None, on_wait: Callable[[], None] = lambda: None) -> list[str]:
@@ -221,19 +222,25 @@ def reset(
                     f"Database {actual_name} has no record of migrations, so its tables may not be those of saasllm.",
                     "To set up an empty database, run: saasllm migrate up",
                 )
-            built = _built_by(connection, _files(), definitions.wanted()).keys()
-            views = [name for kind, _, name in map(_parts, built) if kind == "view"]
+            definitions.drop(connection)
+            built = _built_by(connection, _files(), []).keys()
             tables = dict.fromkeys(table for kind, table, _ in map(_parts, built) if kind == "column")
             domains = [name for kind, _, name in map(_parts, built) if kind == "domain"]
-            for kind, names in (
-                ("VIEW", views),
-                ("TABLE", [*tables, "saasllm_migrations", "saasllm_definitions"]),
-                ("DOMAIN", domains),
-            ):
-                dropped = sql.SQL(", ").join(map(sql.Identifier, names))
-                connection.execute(sql.SQL("DROP {} IF EXISTS {}").format(sql.SQL(kind), dropped))
-            functions = [name for kind, _, name in map(_parts, built) if kind == "function"]
-            connection.execute(f"DROP FUNCTION IF EXISTS {', '.join(functions)}")
+            try:
+                for kind, names in (
+                    ("TABLE", [*tables, "saasllm_migrations", "saasllm_definitions"]),
+                    ("DOMAIN", domains),
+                ):
+                    dropped = sql.SQL(", ").join(map(sql.Identifier, names))
+                    connection.execute(sql.SQL("DROP {} IF EXISTS {}").format(sql.SQL(kind), dropped))
+                functions = [name for kind, _, name in map(_parts, built) if kind == "function"]
+                connection.execute(f"DROP FUNCTION IF EXISTS {', '.join(functions)}")
+            except psycopg.errors.DependentObjectsStillExist as error:
+                raise Conflict(
+                    "table_in_use",
+                    f"The tables cannot be dropped: {error.diag.message_detail}",
+                    "It is not ours. Drop it, run this again, and make it anew.",
+                ) from error
     return up(on_done=on_done, on_wait=on_wait)
 
 

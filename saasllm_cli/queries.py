@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from saasllm_cli.errors import InvalidInput
+
 _PACKAGE = Path(__file__).parent
 # In an installed package sql/ lies inside it, in a checkout beside it.
 SQL = next(path for path in (_PACKAGE / "sql", _PACKAGE.parent / "sql") if path.is_dir())
@@ -68,7 +70,12 @@ def sql_files(folder: str) -> list[Path]:
 
 def text_of(path: Path) -> str:
     """An SQL file, with line ends of one kind: a checkout on Windows would look like a change."""
-    return path.read_text(encoding="utf-8").replace("\r\n", "\n")
+    try:
+        return path.read_text(encoding="utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise InvalidInput(
+            "not_utf8", f"{path} is not UTF-8.", "Save it as UTF-8, or install saasllm again."
+        ) from error
 
 
 def checksum(text: str) -> str:

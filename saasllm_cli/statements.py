@@ -24,6 +24,13 @@ _TOKEN = re.compile(
 )
 # What another runner holds for a moment, so that trying again makes sense.
 BLOCKED = (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected)
+# Nor is it the file where the role may not do this, or the server ends the statement or the session.
+_NOT_AT_FAULT = (
+    psycopg.errors.InsufficientPrivilege,
+    psycopg.errors.QueryCanceled,
+    psycopg.errors.AdminShutdown,
+    psycopg.errors.CrashShutdown,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +63,11 @@ def split(text: str, file: str = "") -> Iterator[Statement]:
 
 
 def execute(connection: psycopg.Connection[Any], statement: Statement, hint: str) -> None:
-    """Executes it; `SaasllmError` names its place and gives the hint, but for `BLOCKED` and a lost connection."""
+    """Executes it; where it is at fault, `SaasllmError` names its place and gives the hint."""
     try:
         connection.execute(statement.text)
     except psycopg.Error as error:
-        if error.sqlstate is None or isinstance(error, BLOCKED):
+        if error.sqlstate is None or isinstance(error, (*BLOCKED, *_NOT_AT_FAULT)):
             raise
         message = f"{statement.place}: {error.diag.message_primary}\n  {statement.text.splitlines()[0]}"
         raise SaasllmError("migration_failed", message, hint) from error

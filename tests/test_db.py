@@ -12,6 +12,7 @@ import pytest
 from conftest import TENANT, Result, start_process
 
 from saasllm_cli import database, embedded
+from saasllm_cli.queries import SQL
 from saasllm_cli.settings import settings
 
 Run = Callable[..., Result]
@@ -105,6 +106,25 @@ def test_a_backup_is_restored_as_it_was(filled: Run, home: Path) -> None:
             session.execute("UPDATE team_credits SET credits_allocated = 1000")
     assert (names, granted) == ([("saasllm",)], (True,))
     assert sorted(path.name for path in home.iterdir() if "backup" in path.name) == ["a.backup"]
+
+
+def test_a_backup_of_before_a_view_was_there(filled: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rights on the view come with it, by the next migration."""
+    assert filled("db", "backup", "a.backup").status == 0
+    shutil.copytree(SQL, home / "sql")
+    for module in ("database", "migrations"):
+        monkeypatch.setattr(f"saasllm_cli.{module}.SQL", home / "sql")
+    (home / "sql/definitions/more.sql").write_text(
+        "CREATE VIEW more AS SELECT 1 AS a;\nGRANT SELECT ON more TO saasllm_readonly;"
+    )
+    assert filled("db", "restore", "a.backup", "--confirm", "saasllm").status == 0
+    assert filled("migrate", "verify").status == 7
+    assert filled("migrate", "up").status == 0
+    with psycopg.connect(**embedded.conninfo()) as session:
+        granted = (
+            "SELECT has_table_privilege('saasllm_readonly', name, 'SELECT') FROM unnest('{more,teams}'::text[]) name"
+        )
+        assert session.execute(granted).fetchall() == [(True,), (True,)]
 
 
 def test_what_is_no_backup_changes_nothing(filled: Run, home: Path) -> None:

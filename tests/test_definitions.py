@@ -1,6 +1,7 @@
 """What `sql/definitions` says is what the database has: each thing once, changed in one place, while jobs go on."""
 
 import re
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,10 @@ NEXT_LINE = (SQL / "definitions" / "jobs.sql").read_text().count("\n") + 1
 Run = Callable[..., Result]
 Sql = psycopg.Connection[dict[str, Any]]
 
+TRIGGER_REMOVED = """\
+CREATE TRIGGER team_credits_no_truncate BEFORE TRUNCATE ON team_credits
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_balance_without_team();
+"""
 OBJECTS = """
 SELECT 'FUNCTION ' || proname AS name, xmin::text AS version FROM pg_proc WHERE pronamespace = 'public'::regnamespace
 UNION ALL
@@ -164,6 +169,16 @@ def test_a_definition_takes_another_form(
         ("CREATE TABLE extra (a int);", 2, f"definitions/jobs.sql, line {NEXT_LINE}: a file of definitions holds only"),
         ("CREATE VIEW team_details AS SELECT 1 AS a;", 2, "view team_details is defined in definitions/details.sql"),
         ("CREATE VIEW wrong AS\nSELECT nothing FROM jobs;", 1, f'line {NEXT_LINE}: column "nothing" does not exist'),
+        # Names under which they would not be found again.
+        ("CREATE VIEW Wrong AS SELECT 1 AS a;", 2, f"line {NEXT_LINE}: a file of definitions holds only"),
+        ("CREATE VIEW wr$ong AS SELECT 1 AS a;", 2, f"line {NEXT_LINE}: a file of definitions holds only"),
+        (f"CREATE VIEW {64 * 'w'} AS SELECT 1 AS a;", 2, f"line {NEXT_LINE}: a file of definitions holds only"),
+        ("CREATE FUNCTION public.f() RETURNS int RETURN 1;", 2, f"line {NEXT_LINE}: a file of definitions holds only"),
+        (
+            "CREATE TRIGGER t BEFORE UPDATE -- ON teams\nON jobs EXECUTE FUNCTION refuse_other_job();",
+            2,
+            f"line {NEXT_LINE}: a file of definitions holds only",
+        ),
         (
             "CREATE TRIGGER t BEFORE UPDATE ON jobs EXECUTE FUNCTION not_there();",
             1,
@@ -249,8 +264,107 @@ def test_what_is_built_on_a_definition_by_others_stays(tenant: Run, sql: Sql, de
     assert tenant("migrate", "up").status == 0
 
 
+def test_what_is_built_on_a_definition_by_us_goes_with_it_and_is_made_again(
+    tenant: Run, sql: Sql, definitions: Path
+) -> None:
+    file = definitions / "built.sql"
+    written = """
+        CREATE FUNCTION a_base() RETURNS integer RETURN 1;
+        CREATE FUNCTION z_base() RETURNS integer RETURN a_base();
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+        CREATE VIEW z_view AS SELECT z_base() AS a, 2 AS b;
+        CREATE VIEW a_view AS SELECT a FROM z_view;
+        CREATE TRIGGER z_view_is_written INSTEAD OF INSERT ON z_view FOR EACH ROW EXECUTE FUNCTION refuse();
+    """
+    before = objects(sql).keys()
+    file.write_text(written)
+    assert tenant("migrate", "up").status == 0
+    built = objects(sql).keys()
+    assert len(built) == len(before) + 6
+    for text in (
+        written.replace("z_base() AS a, 2 AS b", "2 AS b, z_base() AS a"),  # other columns
+        written.replace("a_base() RETURNS", "a_base(with_default integer DEFAULT 0) RETURNS"),  # another signature
+        written.replace("integer", "bigint"),  # another result
+        written.replace("a_view AS SELECT a", "a_view AS SELECT 1 AS b, a"),
+        written.replace("2 AS b", "2 AS c").replace("SELECT a FROM z_view", "SELECT 1 AS a"),
+    ):
+        file.write_text(text)
+        result = tenant("migrate", "up")
+        assert (result.err, result.status) == ("", 0)
+        assert objects(sql).keys() == built
+        assert tenant("migrate", "verify").status == 0
+    file.unlink()
+    assert tenant("migrate", "up").status == 0
+    assert objects(sql).keys() == before
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("CREATE VIEW mine AS SELECT 1 AS a", "CREATE VIEW mine AS SELECT 1 AS a, 2 AS b;"),
+        ("CREATE VIEW mine AS SELECT 1 AS a", "CREATE VIEW mine AS SELECT 2 AS b;"),
+        ("CREATE FUNCTION mine() RETURNS int RETURN 1", "CREATE FUNCTION mine() RETURNS int RETURN 2;"),
+        (
+            "CREATE TRIGGER mine BEFORE UPDATE ON jobs EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+            "CREATE TRIGGER mine BEFORE DELETE ON jobs EXECUTE FUNCTION refuse_other_job();",
+        ),
+    ],
+)
+def test_what_somebody_else_has_under_a_new_name_stays(
+    tenant: Run, sql: Sql, definitions: Path, theirs: str, ours: str
+) -> None:
+    sql.execute(theirs)
+    before = objects(sql)
+    (definitions / "new.sql").write_text(ours)
+    result = tenant("migrate", "up", "-o", "json")
+    assert (result.status, result.error["code"]) == (4, "definition_exists")
+    assert "definitions/new.sql, line 1" in result.error["message"]
+    assert objects(sql) == before
+
+
+def test_a_function_of_the_same_name_by_somebody_else_stays(tenant: Run, sql: Sql, definitions: Path) -> None:
+    sql.execute("CREATE FUNCTION search_query(a int) RETURNS int RETURN a")
+    sql.execute("CREATE FUNCTION mine(a int) RETURNS int RETURN a")
+    (definitions / "new.sql").write_text("CREATE FUNCTION mine() RETURNS int RETURN 1;")
+    assert tenant("migrate", "up").status == 0
+    assert sql.execute("SELECT mine(2), mine() AS ours").fetchone() == {"mine": 2, "ours": 1}
+    edit(
+        definitions / "search.sql", "FUNCTION search_query(words text)", "FUNCTION search_query(words text, more text)"
+    )
+    result = tenant("migrate", "up", "-o", "json")  # whose is to be dropped?
+    assert (result.status, result.error["code"]) == (4, "definition_in_use")
+    assert "search_query(integer), search_query(text)" in result.error["message"]
+    sql.execute("ALTER FUNCTION search_query(int) RENAME TO my_query")
+    assert tenant("migrate", "up").status == 0
+    sql.execute("SELECT my_query(1), search_query('a', 'b')")
+
+
+def test_reset_drops_what_was_defined_and_is_gone(tenant: Run, sql: Sql, definitions: Path) -> None:
+    before = objects(sql).keys()
+    (definitions / "more.sql").write_text("""
+        CREATE VIEW more AS SELECT * FROM team_details;
+        CREATE FUNCTION more() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+        CREATE TRIGGER more AFTER INSERT ON jobs EXECUTE FUNCTION more();
+    """)
+    edit(
+        definitions / "search.sql", "FUNCTION search_query(words text)", "FUNCTION search_query(words text, more text)"
+    )
+    assert tenant("migrate", "up").status == 0
+    sql.execute("CREATE FUNCTION search_query() RETURNS int RETURN 1")
+    assert tenant("migrate", "reset", "--confirm", sql.info.dbname).status == 4
+    sql.execute("ALTER FUNCTION search_query() RENAME TO mine; CREATE VIEW of_somebody_else AS SELECT * FROM teams")
+    shutil.rmtree(definitions)
+    shutil.copytree(SQL / "definitions", definitions)
+    result = tenant("migrate", "reset", "--confirm", sql.info.dbname, "-o", "json")
+    assert (result.status, result.error["code"]) == (4, "table_in_use")
+    assert "view of_somebody_else" in result.error["message"]
+    sql.execute("DROP VIEW of_somebody_else")
+    assert tenant("migrate", "reset", "--confirm", sql.info.dbname).status == 0
+    assert objects(sql).keys() == before | {"FUNCTION mine"}
+
+
 def test_two_at_once(tenant: Run, sql: Sql) -> None:
-    sql.execute("DELETE FROM saasllm_definitions WHERE definition = 'definitions/ledger.sql'")
+    sql.execute("UPDATE saasllm_definitions SET checksum = 'other' WHERE definition = 'definitions/ledger.sql'")
     processes = [start_process("migrate", "up") for _ in range(2)]
     outputs = sorted(process.communicate()[0] for process in processes)
     assert [process.returncode for process in processes] == [0, 0]
@@ -285,6 +399,8 @@ def test_a_rule_of_the_ledger_changes_while_jobs_run(tenant: Run, sql: Sql, defi
         ),
         ("jobs.sql", *OTHER_EVENT),
         ("details.sql", "SELECT organization_id, name, status,", "SELECT name, organization_id, status,"),
+        ("jobs.sql", "TRIGGER jobs_begin_open", "TRIGGER jobs_begin_so"),  # one goes, another comes
+        ("ledger.sql", TRIGGER_REMOVED, ""),
     )
     stop = threading.Event()
     begun_once = threading.Barrier(9)
@@ -319,8 +435,8 @@ def test_a_rule_of_the_ledger_changes_while_jobs_run(tenant: Run, sql: Sql, defi
             for file, old, new in changes:
                 edit(definitions / file, old, new)
                 assert tenant("migrate", "up").status == 0
-            for file, old, new in changes:
-                edit(definitions / file, new, old)
+            for file, _, _ in changes:
+                shutil.copy(SQL / "definitions" / file, definitions / file)
             assert tenant("migrate", "up").status == 0
     finally:
         stop.set()

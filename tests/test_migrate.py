@@ -1,4 +1,5 @@
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,27 @@ def test_killed_in_the_middle_all_is_there_once(empty_database: str, run: Run, s
         process.communicate()
     assert run("migrate", "up").status == 0
     assert set(states(run).values()) == {"applied"}
+
+
+@pytest.mark.parametrize(("end", "code"), [("cancel", "database_busy"), ("terminate", "database_unreachable")])
+def test_a_statement_that_the_server_ends(
+    saasllm: Run, sql: psycopg.Connection, files: Path, end: str, code: str
+) -> None:
+    (files / "999_long.sql").write_text("SELECT pg_sleep(60)")
+    slept = "SELECT pg_%s_backend(pid) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(60)' AND state = 'active'"
+    ender = threading.Thread(target=lambda: wait_until(lambda: sql.execute(slept % end).rowcount == 1))
+    ender.start()
+    result = saasllm("migrate", "up", "-o", "json")
+    ender.join()
+    assert (result.status, result.error["code"]) == (7, code)
+
+
+def test_a_file_that_is_not_text_is_named(saasllm: Run, files: Path) -> None:
+    (files.parent / "definitions" / "odd.sql").write_bytes(b"-- \xff\n")
+    for command in ("migrate status", "migrate up", "team list"):
+        result = saasllm(*command.split(), "-o", "json")
+        assert (result.status, result.error["code"]) == (2, "not_utf8")
+        assert "odd.sql" in result.error["message"]
 
 
 def test_ten_at_once_on_an_empty_database(empty_database: str, run: Run) -> None:

@@ -339,3 +339,16 @@ def test_a_role_that_may_make_none_migrates_all_the_same(empty_database: str, ru
         assert sql.execute(granted).fetchone() == {"granted": True}
     finally:
         sql.execute("DROP OWNED BY plain_owner CASCADE; DROP ROLE plain_owner")
+
+
+def test_who_does_not_own_the_tables_migrates_only_where_nothing_is_pending(tenant: Run, as_role: As, sql: Sql) -> None:
+    as_role("saasllm_admin")
+    assert tenant("migrate", "up").out == "No pending migrations.\n"
+    sql.execute("GRANT CREATE ON SCHEMA public TO saasllm_admin; GRANT INSERT ON saasllm_definitions TO saasllm_admin")
+    changed = (
+        "UPDATE saasllm_definitions SET checksum = '', objects = objects || '{\"function refuse_ledger_change\": \"\"}'"
+    )
+    sql.execute(changed + " WHERE definition = 'definitions/ledger.sql'")
+    result = tenant("migrate", "up", "-o", "json")
+    assert (result.status, result.error["code"]) == (7, "permission_denied")
+    assert "must be owner of function refuse_ledger_change" in result.error["message"]

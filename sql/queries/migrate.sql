@@ -66,6 +66,30 @@ FROM pg_trigger t
 JOIN pg_class c ON c.oid = t.tgrelid
 WHERE c.relnamespace = current_schema()::regnamespace AND NOT t.tgisinternal AND t.tgenabled IN ('O', 'A');
 
+-- name: built_on(kind, name) :many
+-- The functions, views and triggers that are built on a function or view, as in `existing`.
+WITH built AS (
+    SELECT classid, objid
+    FROM pg_depend
+    WHERE (refclassid, refobjid) = CASE %(kind)s
+        WHEN 'function' THEN ('pg_proc'::regclass::oid, to_regprocedure(%(name)s)::oid)
+        WHEN 'view' THEN ('pg_class'::regclass::oid, to_regclass(%(name)s)::oid)
+    END
+)
+SELECT 'function ' || p.proname AS object, p.oid::regprocedure::text AS dropped_as
+FROM pg_proc p
+JOIN built ON classid = p.tableoid AND objid = p.oid
+UNION
+SELECT 'view ' || c.relname, quote_ident(c.relname)
+FROM pg_rewrite r
+JOIN built ON classid = r.tableoid AND objid = r.oid
+JOIN pg_class c ON c.oid = r.ev_class AND c.relkind = 'v' AND c.relname <> %(name)s
+UNION
+SELECT 'trigger ' || c.relname || '.' || t.tgname, quote_ident(t.tgname) || ' ON ' || quote_ident(c.relname)
+FROM pg_trigger t
+JOIN built ON classid = t.tableoid AND objid = t.oid
+JOIN pg_class c ON c.oid = t.tgrelid;
+
 -- name: try_lock() :one
 -- Waiting inside pg_advisory_lock would hold a snapshot, with which a CREATE INDEX CONCURRENTLY of the other runner
 -- deadlocks: so it is asked for again and again. The number is 'saasllm' in ASCII.
