@@ -544,6 +544,26 @@ def test_a_model_that_keeps_failing_is_passed_over(tenant: Run, provider: Provid
     assert asked["status-500"] <= FAILURES - 1 + 4 + seconds / CLOSED_SECONDS
 
 
+USED_UP = "You exceeded your current quota, please check your plan and billing details."
+
+
+@pytest.mark.parametrize(("model", "message"), [("status-429", "Too many requests."), ("limited", USED_UP)])
+def test_a_model_that_is_used_up_is_passed_over(
+    tenant: Run, provider: Provider, home: Path, model: str, message: str
+) -> None:
+    """It does not say when to come back, or says that coming back is of no use."""
+    provider.message = message
+    with_models(tenant, f"openai/{model}", "openai/ok")
+    enlarge(tenant, home, 200)
+    began = time.monotonic()
+    result = tenant(*words("G", "--concurrency", 16))
+    seconds = time.monotonic() - began
+    assert (result.status, len(results(home))) == (0, 200), result.err
+    asked = Counter(request["model"] for request in provider.requests)
+    assert asked["ok"] == 200
+    assert asked[model] <= FAILURES - 1 + 16 + seconds / CLOSED_SECONDS
+
+
 def test_it_slows_down_for_a_rate_limit(tenant: Run, provider: Provider, home: Path) -> None:
     with_models(tenant, "openai/narrow-2")
     tenant("credits", "add", "hr", 50)

@@ -1,11 +1,14 @@
 """What a call can carry, how an answer comes, and jobs of several calls."""
 
+import asyncio
 import base64
 import json
 import os
 import signal
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import psycopg
@@ -16,6 +19,7 @@ from test_job import credits_of, job_run, listen_to_ctrl_c, wait_for_request, wi
 
 from saasllm_cli.errors import Interrupted
 from saasllm_cli.jobs import runner
+from saasllm_cli.jobs.answers import ModelFailed
 from saasllm_cli.jobs.calls import Call, CallRequest
 
 Run = Callable[..., Result]
@@ -268,6 +272,74 @@ def test_no_waiting_for_a_rate_limit_beyond_the_deadline(tenant: Run, provider: 
     began = time.monotonic()
     assert job_run(tenant, "G", "--prompt", "x", "--timeout", 5).status == 8
     assert time.monotonic() - began < 5
+
+
+def refused(provider: Provider) -> ModelFailed:
+    """What a model's 429 is for the program."""
+    from saasllm_cli.jobs import llm
+
+    with pytest.raises(ModelFailed) as raised:
+        asyncio.run(llm.complete("openai/limited", [{"role": "user", "content": "x"}], 5, {}, None))
+    return raised.value
+
+
+NO_TIME = ["nan", "-5", "-inf", "", "soon", "5s", "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 21 Oct 99999 07:28:00 GMT"]
+
+
+@pytest.mark.parametrize(
+    ("told", "in_ms", "seconds"),
+    [
+        *((nonsense, None, None) for nonsense in NO_TIME),
+        *((nonsense, "1500", 1.5) for nonsense in NO_TIME),
+        *(("7", nonsense, 7) for nonsense in NO_TIME),
+        (None, None, None),
+        ("0", None, 0),
+        ("2.5", None, 2.5),
+        ("7", "250", 0.25),
+        ("inf", None, 86400),
+        ("99999999999999999999", None, 86400),
+        (None, "1e30", 86400),
+    ],
+)
+def test_when_a_rate_limit_says_to_come_back(
+    provider: Provider, told: str | None, in_ms: str | None, seconds: float | None
+) -> None:
+    provider.retry_after, provider.retry_after_ms = told, in_ms
+    assert refused(provider).retry_after == seconds
+
+
+def test_a_rate_limit_that_says_a_date(provider: Provider) -> None:
+    provider.retry_after = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    assert 50 < (refused(provider).retry_after or 0) < 61
+
+
+@pytest.mark.parametrize(
+    ("message", "is_rate_limit"),
+    [
+        ("You exceeded your current quota, please check your plan and billing details.", False),
+        ("insufficient_quota", False),
+        ("Insufficient balance", False),
+        ("Your credit balance is too low.", False),
+        ("Billing hard limit has been reached", False),
+        ("Your team has either used all available credits or reached its monthly spending limit.", False),
+        ("Budget has been exceeded! Current cost: 2, max budget: 1", False),
+        ("You have run out of credits.", False),
+        ("Too many requests.", True),
+        ("Rate limit reached on tokens per min. Visit https://example.com/billing/used to add a card.", True),
+        (
+            "You exceeded your current quota. Quota exceeded for metric: requests, limit: 15. Please retry in 34.07s",
+            True,
+        ),
+        ("Quota exceeded for online_prediction_requests_per_base_model.", True),
+        ("Resource has been exhausted (e.g. check quota).", True),
+    ],
+)
+def test_a_rate_limit_and_an_empty_account(provider: Provider, message: str, is_rate_limit: bool) -> None:
+    """Only one of them is worth waiting for."""
+    provider.message = message
+    refusal = refused(provider)
+    assert (refusal.is_final, refusal.is_rate_limit) == (False, is_rate_limit)
+    assert refusal.retry_after == (1 if is_rate_limit else None)
 
 
 # Jobs of several calls.

@@ -6,10 +6,12 @@ The import takes seconds, so this module is imported when one of its models is a
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from decimal import Decimal
+from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import Any
 
@@ -42,6 +44,21 @@ NO_SUCH_MODEL = re.compile(
     r"|\bmodel\b.{0,100}(not exist|not found|is invalid|is not supported)",
     re.IGNORECASE,
 )
+# How a 429 says that credit, quota or budget is used up; and that it is the pace all the same, as Google's do.
+USED_UP = re.compile(
+    r"insufficient[_ ](quota|balance|credit|fund)|(exceeded|out of)[_ ](your[_ ])?((current|monthly)[_ ])?quota"
+    r"|\b(credits?|balance|funds|budget|billing|spend(ing)?)\b.{0,40}"
+    r"\b(low|zero|negative|depleted|used|exhausted|reached|expired|exceeded|(ran|run) out)\b"
+    r"|\b(out of|used|depleted|exhausted|no|spent|reached|exceeded)\b.{0,40}\b(credits?|balance|funds|spending|budget)"
+    r"|\bquota\b.{0,40}\b(used up|depleted|exhausted)\b|\b(arrears|unpaid|overdue)\b",
+    re.IGNORECASE,
+)
+PACE = re.compile(
+    r"\b(retry|try again)\b.{0,20}\b(in|after) [\d.]+|\bper[ _-]?(second|sec|minute|min|hour|day)\b|\b[rt]p[mds]\b",
+    re.IGNORECASE,
+)
+URL = re.compile(r"https?://\S+")
+LONGEST_PAUSE = 86400.0  # seconds: no deadline is longer
 LOOKS_LIKE_A_KEY = re.compile(r"\b(sk|pk|gsk|AIza|xai|hf)[-_][\w*.-]{6,}")
 
 
@@ -76,7 +93,7 @@ async def complete(
             raise shown.error from None
         if _refuses_the_request(error):
             raise ModelFailed(_reason(error), is_final=True) from error
-        is_rate_limit = isinstance(error, exceptions.RateLimitError)
+        is_rate_limit = isinstance(error, exceptions.RateLimitError) and not _is_used_up(error)
         raise ModelFailed(
             missing_key(model) or _reason(error),
             is_final=shown.is_begun,
@@ -183,13 +200,27 @@ def _cost(model: str, response: Any) -> Decimal | None:
         return None
 
 
+def _is_used_up(error: Exception) -> bool:
+    """Whether a 429 is not about the pace but about what is paid for, so that to wait is of no use."""
+    text = URL.sub("", f"{error} {getattr(error, 'code', '')}")
+    return USED_UP.search(text) is not None and PACE.search(text) is None
+
+
 def _retry_after(error: Exception) -> float | None:
-    """In how many seconds the provider says that the rate limit allows another try."""
+    """In how many seconds the provider says that the rate limit allows another try; None where that makes no sense."""
     headers = getattr(error, "litellm_response_headers", None) or {}
-    try:
-        return max(float(headers["retry-after"]), 0)
-    except (KeyError, ValueError):  # it may be a date as well, which no provider of models sends
-        return None
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        told = headers.get(name, "")
+        try:
+            seconds = float(told) * unit
+        except ValueError:
+            try:
+                seconds = parsedate_to_datetime(told).timestamp() - time.time()
+            except (ValueError, OverflowError):
+                continue
+        if seconds >= 0:  # which nan is not
+            return min(seconds, LONGEST_PAUSE)
+    return None
 
 
 def missing_key(model: str) -> str | None:
