@@ -298,6 +298,23 @@ def stopped_between_its_writes(process: "subprocess.Popen[str]", home: Path) -> 
     return True
 
 
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_process_that_is_frozen_in_a_write(
+    tenant: Run, home: Path, monkeypatch: pytest.MonkeyPatch, has_begun: bool
+) -> None:
+    monkeypatch.setattr(journal, "BUSY_SECONDS", 0.2)
+    lines(home, *prompts(3))
+    if has_begun:
+        assert tenant(*words()).status == 0
+        lines(home, *prompts(5))
+    with closing(sqlite3.connect(home / "out.jsonl.journal", isolation_level=None)) as frozen:
+        frozen.execute("BEGIN IMMEDIATE")
+        second = tenant(*words("Echo", "-o", "json"))
+    assert (second.status, second.error["code"]) == (4, "batch_running")
+    assert tenant(*words()).status == 0
+    assert_paid(tenant, home, 10)
+
+
 def test_large_prompts_and_answers(tenant: Run, home: Path) -> None:
     """More of both than the pipes to the workers hold."""
     tenant("credits", "add", "hr", 30)

@@ -16,7 +16,7 @@ from uuid import UUID
 
 from saasllm_cli import database
 from saasllm_cli.errors import Interrupted, SaasllmError, refused
-from saasllm_cli.jobs.batch.journal import MAKE_ROOM, Journal
+from saasllm_cli.jobs.batch.journal import MAKE_ROOM, Journal, is_locked
 from saasllm_cli.jobs.batch.lines import Lines
 from saasllm_cli.jobs.batch.session import Session, running_elsewhere
 from saasllm_cli.jobs.batch.tasks import CONFLICT, BatchRequest, Task
@@ -58,6 +58,8 @@ def run(request: BatchRequest, on_progress: Callable[[Summary], None] = lambda _
                 raise
             return batch.summary
     except sqlite3.Error as error:
+        if is_locked(error):
+            raise running_elsewhere() from error
         raise SaasllmError(
             "journal_failed", f"Cannot write the journal of {request.out}: {error}.", MAKE_ROOM
         ) from error
