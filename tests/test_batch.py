@@ -24,7 +24,8 @@ from provider import ANSWER, Provider
 from test_job import credits_of, with_models
 
 from saasllm_cli.errors import DatabaseUnavailable
-from saasllm_cli.jobs.batch import journal
+from saasllm_cli.jobs import batch
+from saasllm_cli.jobs.batch import BatchRequest, journal
 from saasllm_cli.jobs.batch.journal import Journal
 from saasllm_cli.jobs.batch.session import Session
 from saasllm_cli.jobs.batch.tasks import CONFLICT
@@ -79,6 +80,10 @@ def test_a_result_for_each_line(tenant: Run, provider: Provider, home: Path) -> 
     result = tenant(*words("G", "--concurrency", 1, "-o", "json"))
     assert (result.status, result.err) == (0, "")
     assert (result.data["completed"], result.data["failed"], result.data["skipped"]) == (3, 0, 0)
+    assert result.data["models"] == {
+        "openai/status-500": {"answered": 0, "failed": 3},
+        "openai/ok": {"answered": 3, "failed": 0},
+    }
     found = results(home)
     assert list(found) == ["1", "2", "3"]
     assert list(found["1"]) == FIELDS
@@ -556,6 +561,8 @@ def test_a_model_that_keeps_failing_is_passed_over(tenant: Run, provider: Provid
     assert (result.status, len(results(home))) == (0, 100), result.err
     assert "openai/status-500 kept failing" in result.err
     asked = Counter(request["model"] for request in provider.requests)
+    for told in (f"openai/status-500: 0 answered, {asked['status-500']} failed", "openai/ok: 100 answered, 0 failed"):
+        assert told in result.err.splitlines()
     assert asked["ok"] == 100
     # Four at once until the fifth has failed; then one each time that it is tried again.
     assert asked["status-500"] <= FAILURES - 1 + 4 + seconds / CLOSED_SECONDS
@@ -579,6 +586,21 @@ def test_a_model_that_is_used_up_is_passed_over(
     asked = Counter(request["model"] for request in provider.requests)
     assert asked["ok"] == 200
     assert asked[model] <= FAILURES - 1 + 16 + seconds / CLOSED_SECONDS
+
+
+def test_the_pace_is_that_of_the_models(tenant: Run, provider: Provider, home: Path) -> None:
+    """What is loaded before the first call takes longer than these calls."""
+    with_models(tenant, "openai/ok")
+    lines(home, *prompts(10))
+    paces = []
+    with (home / "in.jsonl").open("rb") as source:
+        request = BatchRequest(
+            source, home, home / "out.jsonl", "hr", "G", None, 60, 2, 1, json_schema=None, is_retrying=False
+        )
+        began = time.monotonic()
+        batch.run(request, lambda _, pace: paces.append(pace))
+    assert paces[0] == 0
+    assert paces[-1] > 2 * 10 / (time.monotonic() - began)
 
 
 def test_it_slows_down_for_a_rate_limit(tenant: Run, provider: Provider, home: Path) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -299,6 +298,8 @@ def batch(
             f"{summary.completed} completed, {summary.failed} failed, {summary.skipped} done before, "
             f"${summary.cost_usd.normalize():f}"
         )
+        for model, use in summary.models.items():
+            note(f"{model}: {use.answered} answered, {use.failed} failed")
     else:
         show(asdict(summary), output)
     for model, times in summary.passed_over.items():
@@ -422,22 +423,20 @@ def annotate(job: Job, metadata: Metadata = [], unset_metadata: UnsetMetadata = 
     show(details, output)
 
 
-def _batch_progress(source: BinaryIO) -> "Callable[[Summary], None]":
+def _batch_progress(source: BinaryIO) -> "Callable[[Summary, float], None]":
     """Tells how far a batch is, and for a file when it will be done."""
-    began = time.monotonic()
     total = None
     if sys.stderr.isatty() and source.seekable():
         total = sum(1 for line in source if line.strip())
         source.seek(0)
 
-    def tell(summary: "Summary") -> None:
+    def tell(summary: "Summary", pace: float) -> None:
         done = summary.completed + summary.failed
-        rate = done / (time.monotonic() - began)
-        text = f"{done} done, {summary.failed} failed · {rate:.1f}/s · ${summary.cost_usd.normalize():f}"
-        if total and rate:
+        text = f"{done} done, {summary.failed} failed · {pace:.1f}/s · ${summary.cost_usd.normalize():f}"
+        if total and pace:
             left = max(total - done - summary.skipped, 0)
             filled = 20 * (total - left) // total
-            text = f"{'█' * filled}{'░' * (20 - filled)} {text} · {timedelta(seconds=round(left / rate))} left"
+            text = f"{'█' * filled}{'░' * (20 - filled)} {text} · {timedelta(seconds=round(left / pace))} left"
         progress(text)
 
     return tell

@@ -31,18 +31,28 @@ MOST_SETTLED = 100  # in one statement: with all that may be kept of them they a
 
 @dataclass(slots=True)
 class Summary:
-    """What has become of the lines so far; `skipped` were completed before, `failed` counts earlier runs, too."""
+    """What has become of the lines so far; `skipped` were completed before, `failed` counts earlier runs, too.
+
+    `models` says of each model of which an answer was asked in this run how often it gave one and how often it failed.
+    """
 
     completed: int = 0
     failed: int = 0
     skipped: int = 0
     cost_usd: Decimal = Decimal(0)
     is_out_of_credits: bool = False
+    models: dict[str, "ModelUse"] = field(default_factory=dict)
     passed_over: dict[str, int] = field(default_factory=dict)
 
 
-def run(request: BatchRequest, on_progress: Callable[[Summary], None] = lambda _: None) -> Summary:
-    """Runs the batch to its end, or to that of the credits.
+@dataclass(slots=True)
+class ModelUse:
+    answered: int = 0
+    failed: int = 0
+
+
+def run(request: BatchRequest, on_progress: Callable[[Summary, float], None] = lambda *_: None) -> Summary:
+    """Runs the batch to its end, or to that of the credits; `on_progress` is told the lines that models did a second.
 
     Raises what refuses it, `Conflict` where another process runs it, and `Interrupted` after Ctrl-C or SIGTERM: what is
     under way is cancelled then, and the same call goes on with the rest.
@@ -66,7 +76,7 @@ def run(request: BatchRequest, on_progress: Callable[[Summary], None] = lambda _
 
 
 class _Batch:
-    def __init__(self, request: BatchRequest, stack: ExitStack, on_progress: Callable[[Summary], None]) -> None:
+    def __init__(self, request: BatchRequest, stack: ExitStack, on_progress: Callable[[Summary, float], None]) -> None:
         self.summary = Summary()
         self._request = request
         self._on_progress = on_progress
@@ -85,6 +95,8 @@ class _Batch:
         self._is_ending = False
         self._is_interrupted = False
         self._extended_at = time.monotonic()
+        self._called_since: float | None = None
+        self._received = 0
 
     def interrupt(self, *_: object) -> None:
         self._is_interrupted = True  # and no exception: what is being written is written to its end
@@ -107,7 +119,7 @@ class _Batch:
             self._settle()
             self._extend_leases()
             self.summary.passed_over = self._workers.passed_over
-            self._on_progress(self.summary)
+            self._on_progress(self.summary, self._pace())
             if self._is_interrupted:
                 raise Interrupted("interrupted", "Interrupted. Run the same command again to continue.")
         if self._refusal is not None:
@@ -132,8 +144,26 @@ class _Batch:
         for job_id, result, calls in self._workers.results(seconds):
             task = self._running.pop(job_id)
             task.calls = calls
+            self._count(calls)
             task.end("failed" if result.get("error") else "completed", **result)
             self._answered.append(task)
+
+    def _count(self, calls: list[dict[str, Any]]) -> None:
+        if self._called_since is None:  # what was loaded before is no part of the pace
+            self._called_since = time.monotonic() - sum(call["latency_ms"] for call in calls) / 1000
+        self._received += 1
+        for call in calls:
+            use = self.summary.models.setdefault(call["resolved_model"], ModelUse())
+            if call["error"] is None:
+                use.answered += 1
+            else:
+                use.failed += 1
+
+    def _pace(self) -> float:
+        """How many lines a second were answered, or failed, since the first call."""
+        if self._called_since is None:
+            return 0
+        return self._received / max(time.monotonic() - self._called_since, 0.001)
 
     def _begin(self) -> None:
         """Begins as many lines as the workers have room for."""
