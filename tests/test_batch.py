@@ -103,6 +103,29 @@ def test_a_result_for_each_line(tenant: Run, provider: Provider, home: Path) -> 
     assert_paid(tenant, home, 10)
 
 
+def test_lines_as_they_are_for_openai(tenant: Run, provider: Provider, home: Path) -> None:
+    with_models(tenant, "openai/ok")
+    sent = {"prompt_cache_key": "k", "min_tokens": 2, "store": True, "parallel_tool_calls": True, "logprobs": True}
+    sent |= {"top_logprobs": 2, "service_tier": "auto", "logit_bias": {"1": 2}, "safety_identifier": "s"}
+    said = sent | {"n": 1, "stream": False, "stream_options": None, "response_format": None, "user": "ada"}
+    messages = [{"role": "user", "content": "x"}]
+    body = {"model": "gpt-4", "messages": messages, "metadata": {"topic": "cv"}, **said}
+    url = {"method": "POST", "url": "/v1/chat/completions"}
+    lines(
+        home,
+        {"custom_id": "1", **url, "body": body},
+        {"custom_id": "2", **url, "body": body},
+        {"id": "3", "messages": messages, **said},
+    )
+    result = tenant(*words("G"))
+    assert (result.status, len(results(home))) == (0, 3), result.err
+    told = [line for line in result.err.splitlines() if "not pass on" in line]
+    assert told == ["litellm did not pass on to every model: metadata, user"]
+    for request in provider.requests:
+        assert {name: request.get(name) for name in sent} == sent
+        assert not {"n", "stream", "stream_options", "response_format", "user", "metadata"} & set(request)
+
+
 def asked_for(schema: str) -> str:
     return '{"type": "json_schema", "json_schema": {"schema": ' + schema + "}}"
 
@@ -125,6 +148,17 @@ WRONG = {
     '{"id": "a", "prompt": "\\u001b"}': "terminal escape",
     '{"id": "a", "body": 7}': "body",
     '{"id": "a", "body": {"messages": [{"role": "user", "content": "x"}], "api_key": "sk"}}': "'api_key'",
+    **{
+        '{"id": "a", "body": {"messages": [{"role": "user", "content": "x"}], ' + wrong + "}}": told
+        for wrong, told in {
+            '"n": 2': "'n' must be 1",
+            '"stream": true': "'stream' must be false",
+            '"base_model": "gpt-4"': "'base_model'",
+            '"metadata": {"b": {}}': "'metadata'",
+            '"extra_body": {"api_base": "http://localhost"}': "'api_base'",
+        }.items()
+    },
+    '{"id": "a", "prompt": "x", "n": 3}': "'n' must be 1",
     '{"id": "a", "messages": [{"role": "boss", "content": "x"}]}': "messages[0].role",
     '{"id": "a", "prompt": "x", "response_format": ' + asked_for('{"type": "objet"}') + "}": "not a valid JSON schema",
     '{"id": "a", "prompt": "x", "response_format": ' + asked_for("[]") + "}": "not a valid JSON schema",

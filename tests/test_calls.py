@@ -1,12 +1,15 @@
 """What a call can carry, how an answer comes, and jobs of several calls."""
 
+import ast
 import asyncio
 import base64
+import inspect
 import json
 import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -17,8 +20,8 @@ from conftest import Result, start_process
 from provider import ANSWER, Provider
 from test_job import credits_of, job_run, listen_to_ctrl_c, wait_for_request, with_models
 
-from saasllm_cli.errors import Interrupted
-from saasllm_cli.jobs import runner
+from saasllm_cli.errors import Interrupted, InvalidInput
+from saasllm_cli.jobs import chat, runner
 from saasllm_cli.jobs.answers import ModelFailed
 from saasllm_cli.jobs.calls import Call, CallRequest
 
@@ -87,6 +90,20 @@ def test_parameters_reach_the_provider(over_http: Run, provider: Provider) -> No
         ("--param", "api_base=http://localhost"),
         ("--param", "mock_response=x"),
         ("--param", "num_retries=3"),
+        ("--param", "base_model=gpt-3.5-turbo"),
+        ("--param", "Input_Cost_Per_Token=0"),
+        ("--param", "success_callback=langfuse"),
+        ("--param", "vertex_project=other"),
+        ("--param", "_skip_mcp_handler=false"),
+        ("--param", 'extra_body={"model": "other"}'),
+        ("--param", 'extra_body={"mock_response": "x"}'),
+        ("--param", 'extra_body={"extra_body": {"model": "other"}}'),
+        ("--param", "extra_body=model"),
+        ("--param", 'metadata={"model_info": {"input_cost_per_token": 0}}'),
+        ("--param", "metadata=x"),
+        ("--param", "n=2"),
+        ("--param", "candidate_count=2"),
+        ("--param", "stream=true"),
         ("--stream", "-o", "json"),
         ("--json-schema", "none.json"),
         ("--messages", "none.json"),
@@ -96,6 +113,67 @@ def test_bad_options(over_http: Run, provider: Provider, options: tuple[str, ...
     assert job_run(over_http, "G", "--prompt", "x", *options).status == 2
     assert provider.requests == []
     assert credits_of(over_http) == (10, 0)
+
+
+def test_what_steers_litellm_is_no_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever litellm says that it takes for itself, or reads for itself of what is given to a call."""
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    import litellm
+    from litellm import main
+    from litellm.types.router import GenericLiteLLMParams
+    from litellm.types.utils import all_litellm_params
+
+    read = {
+        call.args[0].value
+        for call in ast.walk(ast.parse(inspect.getsource(main)))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and isinstance(call.func.value, ast.Name)
+        and (call.func.value.id, call.func.attr) in {("kwargs", "get"), ("kwargs", "pop")}
+        and isinstance(call.args[0], ast.Constant)
+    }
+    assert {"base_model", "input_cost_per_token", "mock_response"} <= read
+    named = {*inspect.signature(litellm.completion).parameters, *inspect.signature(litellm.acompletion).parameters}
+    of_litellm = {*all_litellm_params, *GenericLiteLLMParams.model_fields, *read, *named}
+    passing = set()
+    for name in of_litellm:
+        with suppress(InvalidInput):
+            chat.parameters({name: {} if name == "metadata" else None})
+            passing.add(name)
+    assert passing == OF_THE_MODEL
+
+
+# Of the names that litellm reads itself, those that are about the answer. The first is never sent.
+OF_THE_MODEL = {
+    *("metadata", "audio", "frequency_penalty", "function_call", "functions", "logit_bias", "logprobs", "max_tokens"),
+    *("max_completion_tokens", "modalities", "n", "parallel_tool_calls", "prediction", "presence_penalty", "store"),
+    *("prompt_cache_key", "reasoning_effort", "response_format", "safety_identifier", "seed", "service_tier", "stop"),
+    *("stream", "stream_options", "temperature", "thinking", "tool_choice", "tools", "top_k", "top_logprobs", "top_p"),
+    *("user", "verbosity", "web_search_options", "extra_body", "file"),
+    "include_server_side_tool_invocations",
+}
+
+
+@pytest.mark.parametrize("options", [(), ("--stream",)])
+def test_parameters_that_say_nothing(over_http: Run, provider: Provider, home: Path, options: tuple[str, ...]) -> None:
+    """As programs write them out that ask OpenAI."""
+    nothing = {"n": 1, "stream": False, "stream_options": None, "tools": None, "seed": None, "candidate_count": 1}
+    asked = {"messages": [{"role": "user", "content": "x"}], "min_tokens": 2, "extra_body": {"top_k": 3}, **nothing}
+    result = job_run(over_http, "G", "--messages", write(home, "chat.json", asked), "--param", "n=1", *options)
+    assert (result.status, result.out) == (0, ANSWER + "\n"), result.err
+    sent = provider.requests[-1]
+    assert (sent["min_tokens"], sent["top_k"]) == (2, 3)
+    assert not {"n", "tools", "seed", "candidate_count"} & set(sent)
+
+
+@pytest.mark.parametrize(("model", "not_sent"), [("ok", "metadata, user"), ("gpt-4-turbo", "metadata")])
+def test_what_litellm_drops_is_said(tenant: Run, provider: Provider, model: str, not_sent: str) -> None:
+    provider.stands_for["gpt-4-turbo"] = "ok"
+    with_models(tenant, f"openai/{model}")
+    result = job_run(tenant, "G", "--prompt", "x", "--param", 'metadata={"a": "b"}', "--param", "user=ada")
+    assert result.status == 0, result.err
+    assert f"litellm did not pass on to openai/{model}: {not_sent}" in result.err.splitlines()
+    assert ("user" in provider.requests[-1]) == (model != "ok")
 
 
 def test_a_chat_with_an_image_and_tools(over_http: Run, provider: Provider, home: Path) -> None:

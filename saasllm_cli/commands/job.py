@@ -58,7 +58,7 @@ from saasllm_cli.commands.inputs import (
     require_some,
 )
 from saasllm_cli.errors import CheckFailed, InsufficientCredits, InvalidInput, NoAnswer
-from saasllm_cli.output import note, print_answer, print_line, progress, show, waiting
+from saasllm_cli.output import note, print_answer, print_line, progress, show, waiting, warn
 from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
@@ -302,6 +302,8 @@ def batch(
             note(f"{model}: {use.answered} answered, {use.failed} failed")
     else:
         show(asdict(summary), output)
+    if summary.not_sent:
+        warn(f"litellm did not pass on to every model: {', '.join(summary.not_sent)}")
     for model, times in summary.passed_over.items():
         note(f"{model} kept failing or was busy; skipped it {counted(times, 'time')}.")
     if summary.is_out_of_credits:
@@ -468,6 +470,8 @@ def _show_result(result: "JobResult", group: str, further: dict[str, Any], outpu
             f"No model of group {group} answered; nothing was charged (job {result.job_id}).{attempts}",
             f"See: saasllm job get {result.job_id}",
         )
+    if last is not None and result.answer is not None and result.answer.not_sent:
+        warn(f"litellm did not pass on to {last.resolved_model}: {', '.join(result.answer.not_sent)}")
     if output is not Format.TABLE:
         names = ("resolved_model", "prompt_tokens", "completion_tokens", "total_tokens", "cost_usd", "latency_ms")
         fields: dict[str, Any] = {

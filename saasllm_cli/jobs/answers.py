@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 class Answer:
     """What a model said, or which tools it wants called (in OpenAI's form).
 
-    Tokens are the provider's own count; `cost_usd` is None where no price is known.
+    Tokens are the provider's own count; `cost_usd` is None where no price is known. `not_sent` are the parameters that
+    the provider did not get.
     """
 
     content: str | None
@@ -19,6 +20,7 @@ class Answer:
     completion_tokens: int | None
     total_tokens: int | None
     cost_usd: Decimal | None
+    not_sent: tuple[str, ...] = ()
 
 
 class ModelFailed(Exception):

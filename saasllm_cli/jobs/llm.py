@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -35,6 +36,7 @@ litellm.telemetry = False
 for logger in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy", "httpx", "asyncio"):
     logging.getLogger(logger).setLevel(logging.CRITICAL)
 
+NEVER_SENT = {"metadata", "prompt_cache_retention"}  # litellm would take the first for its own logs
 LONGEST_ERROR = 500
 COST_UNIT = Decimal("1e-12")  # litellm computes costs in floats: beyond this is their noise
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
@@ -80,11 +82,13 @@ async def complete(
     if "tools" in parameters:
         options["_skip_mcp_handler"] = True  # it looks for tools of MCP servers, by a package that is not installed
     try:
+        not_sent = _not_sent(model, parameters)
+        parameters = {name: value for name, value in parameters.items() if name not in not_sent}
         if on_text is None:
             response = await litellm.acompletion(**{**parameters, **options})
         else:
             response = await _streamed(model, {**parameters, **options}, shown)
-        return _answer(model, response)
+        return replace(_answer(model, response), not_sent=not_sent)
     except ModelFailed as failure:
         failure.is_final |= shown.is_begun
         raise
@@ -109,6 +113,16 @@ def _has_provider(model: str) -> bool:
     except Exception:
         return False
     return True
+
+
+def _not_sent(model: str, parameters: Mapping[str, Any]) -> tuple[str, ...]:
+    """What litellm would drop without a word: always some, and the user where it does not list the model for it."""
+    names = NEVER_SENT.intersection(parameters)
+    if "user" in parameters:
+        name, provider, *_ = litellm.get_llm_provider(model)
+        if "user" not in (litellm.get_supported_openai_params(name, provider) or ()):
+            names |= {"user"}
+    return tuple(sorted(names))
 
 
 class _Shown:

@@ -33,7 +33,8 @@ MOST_SETTLED = 100  # in one statement: with all that may be kept of them they a
 class Summary:
     """What has become of the lines so far; `skipped` were completed before, `failed` counts earlier runs, too.
 
-    `models` says of each model of which an answer was asked in this run how often it gave one and how often it failed.
+    `models` says of each model of which an answer was asked in this run how often it gave one and how often it failed;
+    `not_sent` are parameters of lines that not every provider got.
     """
 
     completed: int = 0
@@ -43,6 +44,7 @@ class Summary:
     is_out_of_credits: bool = False
     models: dict[str, "ModelUse"] = field(default_factory=dict)
     passed_over: dict[str, int] = field(default_factory=dict)
+    not_sent: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -145,6 +147,7 @@ class _Batch:
             task = self._running.pop(job_id)
             task.calls = calls
             self._count(calls)
+            self.summary.not_sent = sorted({*self.summary.not_sent, *result.get("not_sent", ())})
             task.end("failed" if result.get("error") else "completed", **result)
             self._answered.append(task)
 
