@@ -28,7 +28,8 @@ class Provider:
         self.stands_for: dict[str, str] = {}
         self.usage: dict[str, Any] = USAGE
         self.answer = ANSWER
-        self.retry_after = "1"
+        self.retry_after: str | None = "1"
+        self.retry_after_ms: str | None = None
         self.message = "fault {status} for key {key}"
         self.response: tuple[int, Any] | None = None  # the next one, whatever is asked
         self.finish_reason = "stop"
@@ -81,9 +82,9 @@ class _Handler(BaseHTTPRequestHandler):
         model = body["model"]
         match self.provider.stands_for.get(model, model).split("-"):
             case ["busy", *_] if sum(request["model"] == model for request in self.provider.requests) == 1:
-                self._answer(429, _error("Too many requests."), {"Retry-After": self.provider.retry_after})
+                self._answer(429, _error("Too many requests."), self._when_to_come_back())
             case ["limited", *_]:
-                self._answer(429, _error("Too many requests."), {"Retry-After": self.provider.retry_after})
+                self._answer(429, _error(self._fault("429")), self._when_to_come_back())
             case ["narrow", most]:
                 with self.provider.counting(int(most)) as has_room:
                     if has_room:
@@ -133,6 +134,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _fault(self, status: str) -> str:
         return self.provider.message.format(status=status, key=self.headers["Authorization"][7:])
+
+    def _when_to_come_back(self) -> Mapping[str, str]:
+        told = {"Retry-After": self.provider.retry_after, "retry-after-ms": self.provider.retry_after_ms}
+        return {name: value for name, value in told.items() if value is not None}
 
     def _drip(self) -> None:
         """A byte now and then: each read is in time, the whole never is."""

@@ -24,7 +24,8 @@ from provider import ANSWER, Provider
 from test_job import credits_of, with_models
 
 from saasllm_cli.errors import DatabaseUnavailable
-from saasllm_cli.jobs.batch import journal
+from saasllm_cli.jobs import batch
+from saasllm_cli.jobs.batch import BatchRequest, journal
 from saasllm_cli.jobs.batch.journal import Journal
 from saasllm_cli.jobs.batch.session import Session
 from saasllm_cli.jobs.batch.tasks import CONFLICT
@@ -80,6 +81,10 @@ def test_a_result_for_each_line(tenant: Run, provider: Provider, home: Path) -> 
     result = tenant(*words("G", "--concurrency", 1, "-o", "json"))
     assert (result.status, result.err) == (0, "")
     assert (result.data["completed"], result.data["failed"], result.data["skipped"]) == (3, 0, 0)
+    assert result.data["models"] == {
+        "openai/status-500": {"answered": 0, "failed": 3},
+        "openai/ok": {"answered": 3, "failed": 0},
+    }
     found = results(home)
     assert list(found) == ["1", "2", "3"]
     assert list(found["1"]) == FIELDS
@@ -97,6 +102,29 @@ def test_a_result_for_each_line(tenant: Run, provider: Provider, home: Path) -> 
     assert [call["error"] is None for call in jobs[1]["calls"]] == [False, True]
     assert jobs[1]["calls"][1]["purpose"] == "read"
     assert_paid(tenant, home, 10)
+
+
+def test_lines_as_they_are_for_openai(tenant: Run, provider: Provider, home: Path) -> None:
+    with_models(tenant, "openai/ok")
+    sent = {"prompt_cache_key": "k", "min_tokens": 2, "store": True, "parallel_tool_calls": True, "logprobs": True}
+    sent |= {"top_logprobs": 2, "service_tier": "auto", "logit_bias": {"1": 2}, "safety_identifier": "s"}
+    said = sent | {"n": 1, "stream": False, "stream_options": None, "response_format": None, "user": "ada"}
+    messages = [{"role": "user", "content": "x"}]
+    body = {"model": "gpt-4", "messages": messages, "metadata": {"topic": "cv"}, **said}
+    url = {"method": "POST", "url": "/v1/chat/completions"}
+    lines(
+        home,
+        {"custom_id": "1", **url, "body": body},
+        {"custom_id": "2", **url, "body": body},
+        {"id": "3", "messages": messages, **said},
+    )
+    result = tenant(*words("G"))
+    assert (result.status, len(results(home))) == (0, 3), result.err
+    told = [line for line in result.err.splitlines() if "not pass on" in line]
+    assert told == ["litellm did not pass on to every model: metadata, user"]
+    for request in provider.requests:
+        assert {name: request.get(name) for name in sent} == sent
+        assert not {"n", "stream", "stream_options", "response_format", "user", "metadata"} & set(request)
 
 
 def asked_for(schema: str) -> str:
@@ -121,6 +149,17 @@ WRONG = {
     '{"id": "a", "prompt": "\\u001b"}': "terminal escape",
     '{"id": "a", "body": 7}': "body",
     '{"id": "a", "body": {"messages": [{"role": "user", "content": "x"}], "api_key": "sk"}}': "'api_key'",
+    **{
+        '{"id": "a", "body": {"messages": [{"role": "user", "content": "x"}], ' + wrong + "}}": told
+        for wrong, told in {
+            '"n": 2': "'n' must be 1",
+            '"stream": true': "'stream' must be false",
+            '"base_model": "gpt-4"': "'base_model'",
+            '"metadata": {"b": {}}': "'metadata'",
+            '"extra_body": {"api_base": "http://localhost"}': "'api_base'",
+        }.items()
+    },
+    '{"id": "a", "prompt": "x", "n": 3}': "'n' must be 1",
     '{"id": "a", "messages": [{"role": "boss", "content": "x"}]}': "messages[0].role",
     '{"id": "a", "prompt": "x", "response_format": ' + asked_for('{"type": "objet"}') + "}": "not a valid JSON schema",
     '{"id": "a", "prompt": "x", "response_format": ' + asked_for("[]") + "}": "not a valid JSON schema",
@@ -297,6 +336,23 @@ def stopped_between_its_writes(process: "subprocess.Popen[str]", home: Path) -> 
         process.send_signal(signal.SIGCONT)
         return False
     return True
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_process_that_is_frozen_in_a_write(
+    tenant: Run, home: Path, monkeypatch: pytest.MonkeyPatch, has_begun: bool
+) -> None:
+    monkeypatch.setattr(journal, "BUSY_SECONDS", 0.2)
+    lines(home, *prompts(3))
+    if has_begun:
+        assert tenant(*words()).status == 0
+        lines(home, *prompts(5))
+    with closing(sqlite3.connect(home / "out.jsonl.journal", isolation_level=None)) as frozen:
+        frozen.execute("BEGIN IMMEDIATE")
+        second = tenant(*words("Echo", "-o", "json"))
+    assert (second.status, second.error["code"]) == (4, "batch_running")
+    assert tenant(*words()).status == 0
+    assert_paid(tenant, home, 10)
 
 
 def test_large_prompts_and_answers(tenant: Run, home: Path) -> None:
@@ -540,9 +596,46 @@ def test_a_model_that_keeps_failing_is_passed_over(tenant: Run, provider: Provid
     assert (result.status, len(results(home))) == (0, 100), result.err
     assert "openai/status-500 kept failing" in result.err
     asked = Counter(request["model"] for request in provider.requests)
+    for told in (f"openai/status-500: 0 answered, {asked['status-500']} failed", "openai/ok: 100 answered, 0 failed"):
+        assert told in result.err.splitlines()
     assert asked["ok"] == 100
     # Four at once until the fifth has failed; then one each time that it is tried again.
     assert asked["status-500"] <= FAILURES - 1 + 4 + seconds / CLOSED_SECONDS
+
+
+USED_UP = "You exceeded your current quota, please check your plan and billing details."
+
+
+@pytest.mark.parametrize(("model", "message"), [("status-429", "Too many requests."), ("limited", USED_UP)])
+def test_a_model_that_is_used_up_is_passed_over(
+    tenant: Run, provider: Provider, home: Path, model: str, message: str
+) -> None:
+    """It does not say when to come back, or says that coming back is of no use."""
+    provider.message = message
+    with_models(tenant, f"openai/{model}", "openai/ok")
+    enlarge(tenant, home, 200)
+    began = time.monotonic()
+    result = tenant(*words("G", "--concurrency", 16))
+    seconds = time.monotonic() - began
+    assert (result.status, len(results(home))) == (0, 200), result.err
+    asked = Counter(request["model"] for request in provider.requests)
+    assert asked["ok"] == 200
+    assert asked[model] <= FAILURES - 1 + 16 + seconds / CLOSED_SECONDS
+
+
+def test_the_pace_is_that_of_the_models(tenant: Run, provider: Provider, home: Path) -> None:
+    """What is loaded before the first call takes longer than these calls."""
+    with_models(tenant, "openai/ok")
+    lines(home, *prompts(10))
+    paces = []
+    with (home / "in.jsonl").open("rb") as source:
+        request = BatchRequest(
+            source, home, home / "out.jsonl", "hr", "G", None, 60, 2, 1, json_schema=None, is_retrying=False
+        )
+        began = time.monotonic()
+        batch.run(request, lambda _, pace: paces.append(pace))
+    assert paces[0] == 0
+    assert paces[-1] > 2 * 10 / (time.monotonic() - began)
 
 
 def test_it_slows_down_for_a_rate_limit(tenant: Run, provider: Provider, home: Path) -> None:

@@ -1,11 +1,17 @@
 """What a call can carry, how an answer comes, and jobs of several calls."""
 
+import ast
+import asyncio
 import base64
+import inspect
 import json
 import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import psycopg
@@ -14,8 +20,9 @@ from conftest import Result, start_process
 from provider import ANSWER, Provider
 from test_job import credits_of, job_run, listen_to_ctrl_c, wait_for_request, with_models
 
-from saasllm_cli.errors import Interrupted
-from saasllm_cli.jobs import runner
+from saasllm_cli.errors import Interrupted, InvalidInput
+from saasllm_cli.jobs import chat, runner
+from saasllm_cli.jobs.answers import ModelFailed
 from saasllm_cli.jobs.calls import Call, CallRequest
 
 Run = Callable[..., Result]
@@ -83,6 +90,20 @@ def test_parameters_reach_the_provider(over_http: Run, provider: Provider) -> No
         ("--param", "api_base=http://localhost"),
         ("--param", "mock_response=x"),
         ("--param", "num_retries=3"),
+        ("--param", "base_model=gpt-3.5-turbo"),
+        ("--param", "Input_Cost_Per_Token=0"),
+        ("--param", "success_callback=langfuse"),
+        ("--param", "vertex_project=other"),
+        ("--param", "_skip_mcp_handler=false"),
+        ("--param", 'extra_body={"model": "other"}'),
+        ("--param", 'extra_body={"mock_response": "x"}'),
+        ("--param", 'extra_body={"extra_body": {"model": "other"}}'),
+        ("--param", "extra_body=model"),
+        ("--param", 'metadata={"model_info": {"input_cost_per_token": 0}}'),
+        ("--param", "metadata=x"),
+        ("--param", "n=2"),
+        ("--param", "candidate_count=2"),
+        ("--param", "stream=true"),
         ("--stream", "-o", "json"),
         ("--json-schema", "none.json"),
         ("--messages", "none.json"),
@@ -92,6 +113,67 @@ def test_bad_options(over_http: Run, provider: Provider, options: tuple[str, ...
     assert job_run(over_http, "G", "--prompt", "x", *options).status == 2
     assert provider.requests == []
     assert credits_of(over_http) == (10, 0)
+
+
+def test_what_steers_litellm_is_no_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever litellm says that it takes for itself, or reads for itself of what is given to a call."""
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    import litellm
+    from litellm import main
+    from litellm.types.router import GenericLiteLLMParams
+    from litellm.types.utils import all_litellm_params
+
+    read = {
+        call.args[0].value
+        for call in ast.walk(ast.parse(inspect.getsource(main)))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and isinstance(call.func.value, ast.Name)
+        and (call.func.value.id, call.func.attr) in {("kwargs", "get"), ("kwargs", "pop")}
+        and isinstance(call.args[0], ast.Constant)
+    }
+    assert {"base_model", "input_cost_per_token", "mock_response"} <= read
+    named = {*inspect.signature(litellm.completion).parameters, *inspect.signature(litellm.acompletion).parameters}
+    of_litellm = {*all_litellm_params, *GenericLiteLLMParams.model_fields, *read, *named}
+    passing = set()
+    for name in of_litellm:
+        with suppress(InvalidInput):
+            chat.parameters({name: {} if name == "metadata" else None})
+            passing.add(name)
+    assert passing == OF_THE_MODEL
+
+
+# Of the names that litellm reads itself, those that are about the answer. The first is never sent.
+OF_THE_MODEL = {
+    *("metadata", "audio", "frequency_penalty", "function_call", "functions", "logit_bias", "logprobs", "max_tokens"),
+    *("max_completion_tokens", "modalities", "n", "parallel_tool_calls", "prediction", "presence_penalty", "store"),
+    *("prompt_cache_key", "reasoning_effort", "response_format", "safety_identifier", "seed", "service_tier", "stop"),
+    *("stream", "stream_options", "temperature", "thinking", "tool_choice", "tools", "top_k", "top_logprobs", "top_p"),
+    *("user", "verbosity", "web_search_options", "extra_body", "file"),
+    "include_server_side_tool_invocations",
+}
+
+
+@pytest.mark.parametrize("options", [(), ("--stream",)])
+def test_parameters_that_say_nothing(over_http: Run, provider: Provider, home: Path, options: tuple[str, ...]) -> None:
+    """As programs write them out that ask OpenAI."""
+    nothing = {"n": 1, "stream": False, "stream_options": None, "tools": None, "seed": None, "candidate_count": 1}
+    asked = {"messages": [{"role": "user", "content": "x"}], "min_tokens": 2, "extra_body": {"top_k": 3}, **nothing}
+    result = job_run(over_http, "G", "--messages", write(home, "chat.json", asked), "--param", "n=1", *options)
+    assert (result.status, result.out) == (0, ANSWER + "\n"), result.err
+    sent = provider.requests[-1]
+    assert (sent["min_tokens"], sent["top_k"]) == (2, 3)
+    assert not {"n", "tools", "seed", "candidate_count"} & set(sent)
+
+
+@pytest.mark.parametrize(("model", "not_sent"), [("ok", "metadata, user"), ("gpt-4-turbo", "metadata")])
+def test_what_litellm_drops_is_said(tenant: Run, provider: Provider, model: str, not_sent: str) -> None:
+    provider.stands_for["gpt-4-turbo"] = "ok"
+    with_models(tenant, f"openai/{model}")
+    result = job_run(tenant, "G", "--prompt", "x", "--param", 'metadata={"a": "b"}', "--param", "user=ada")
+    assert result.status == 0, result.err
+    assert f"litellm did not pass on to openai/{model}: {not_sent}" in result.err.splitlines()
+    assert ("user" in provider.requests[-1]) == (model != "ok")
 
 
 def test_a_chat_with_an_image_and_tools(over_http: Run, provider: Provider, home: Path) -> None:
@@ -267,6 +349,74 @@ def test_no_waiting_for_a_rate_limit_beyond_the_deadline(tenant: Run, provider: 
     began = time.monotonic()
     assert job_run(tenant, "G", "--prompt", "x", "--timeout", 5).status == 8
     assert time.monotonic() - began < 5
+
+
+def refused(provider: Provider) -> ModelFailed:
+    """What a model's 429 is for the program."""
+    from saasllm_cli.jobs import llm
+
+    with pytest.raises(ModelFailed) as raised:
+        asyncio.run(llm.complete("openai/limited", [{"role": "user", "content": "x"}], 5, {}, None))
+    return raised.value
+
+
+NO_TIME = ["nan", "-5", "-inf", "", "soon", "5s", "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 21 Oct 99999 07:28:00 GMT"]
+
+
+@pytest.mark.parametrize(
+    ("told", "in_ms", "seconds"),
+    [
+        *((nonsense, None, None) for nonsense in NO_TIME),
+        *((nonsense, "1500", 1.5) for nonsense in NO_TIME),
+        *(("7", nonsense, 7) for nonsense in NO_TIME),
+        (None, None, None),
+        ("0", None, 0),
+        ("2.5", None, 2.5),
+        ("7", "250", 0.25),
+        ("inf", None, 86400),
+        ("99999999999999999999", None, 86400),
+        (None, "1e30", 86400),
+    ],
+)
+def test_when_a_rate_limit_says_to_come_back(
+    provider: Provider, told: str | None, in_ms: str | None, seconds: float | None
+) -> None:
+    provider.retry_after, provider.retry_after_ms = told, in_ms
+    assert refused(provider).retry_after == seconds
+
+
+def test_a_rate_limit_that_says_a_date(provider: Provider) -> None:
+    provider.retry_after = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    assert 50 < (refused(provider).retry_after or 0) < 61
+
+
+@pytest.mark.parametrize(
+    ("message", "is_rate_limit"),
+    [
+        ("You exceeded your current quota, please check your plan and billing details.", False),
+        ("insufficient_quota", False),
+        ("Insufficient balance", False),
+        ("Your credit balance is too low.", False),
+        ("Billing hard limit has been reached", False),
+        ("Your team has either used all available credits or reached its monthly spending limit.", False),
+        ("Budget has been exceeded! Current cost: 2, max budget: 1", False),
+        ("You have run out of credits.", False),
+        ("Too many requests.", True),
+        ("Rate limit reached on tokens per min. Visit https://example.com/billing/used to add a card.", True),
+        (
+            "You exceeded your current quota. Quota exceeded for metric: requests, limit: 15. Please retry in 34.07s",
+            True,
+        ),
+        ("Quota exceeded for online_prediction_requests_per_base_model.", True),
+        ("Resource has been exhausted (e.g. check quota).", True),
+    ],
+)
+def test_a_rate_limit_and_an_empty_account(provider: Provider, message: str, is_rate_limit: bool) -> None:
+    """Only one of them is worth waiting for."""
+    provider.message = message
+    refusal = refused(provider)
+    assert (refusal.is_final, refusal.is_rate_limit) == (False, is_rate_limit)
+    assert refusal.retry_after == (1 if is_rate_limit else None)
 
 
 # Jobs of several calls.

@@ -105,7 +105,7 @@ COMMANDS: dict[str, list[Any]] = {
     "job create --team hr --job-type b": JOB,
     "job cancel JOB": JOB,
     "job batch /dev/null --out out.jsonl --team hr --group Echo": [
-        *("completed", "failed", "skipped", "cost_usd", "is_out_of_credits", "passed_over"),
+        *("completed", "failed", "skipped", "cost_usd", "is_out_of_credits", "models", "passed_over", "not_sent"),
     ],
     "job sweep": ["swept"],
     "job run --team hr --group Echo --prompt x": [*ANSWER, "credits_remaining"],

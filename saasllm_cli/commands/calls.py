@@ -26,11 +26,10 @@ def parameter(value: str) -> dict[str, Any]:
     key, equals, text = value.partition("=")
     if not key or not equals:
         raise typer.BadParameter(f"{value!r} is not KEY=VALUE.")
-    chat.parameter(key)
     try:
-        return {key: json.loads(text)}
+        return chat.parameters({key: json.loads(text)})
     except (ValueError, RecursionError):
-        return {key: text}
+        return chat.parameters({key: text})
 
 
 Group = Annotated[str, typer.Option(**A_GROUP, show_default=False, help="Model group to ask.")]
@@ -145,9 +144,7 @@ def _chat(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     if isinstance(content, dict):
         parameters = dict(content)
         content = parameters.pop("messages", None)
-    return chat.messages(content, str(path), path.parent), {
-        chat.parameter(name): parameters[name] for name in parameters
-    }
+    return chat.messages(content, str(path), path.parent), chat.parameters(parameters)
 
 
 def schema_of(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -304,8 +303,12 @@ def batch(
             f"{summary.completed} completed, {summary.failed} failed, {summary.skipped} done before, "
             f"${summary.cost_usd.normalize():f}"
         )
+        for model, use in summary.models.items():
+            note(f"{model}: {use.answered} answered, {use.failed} failed")
     else:
         show(asdict(summary), output)
+    if summary.not_sent:
+        warn(f"litellm did not pass on to every model: {', '.join(summary.not_sent)}")
     for model, times in summary.passed_over.items():
         note(f"{model} kept failing or was busy; skipped it {counted(times, 'time')}.")
     if summary.is_out_of_credits:
@@ -427,22 +430,20 @@ def annotate(job: Job, metadata: Metadata = [], unset_metadata: UnsetMetadata = 
     show(details, output)
 
 
-def _batch_progress(source: BinaryIO) -> "Callable[[Summary], None]":
+def _batch_progress(source: BinaryIO) -> "Callable[[Summary, float], None]":
     """Tells how far a batch is, and for a file when it will be done."""
-    began = time.monotonic()
     total = None
     if sys.stderr.isatty() and source.seekable():
         total = sum(1 for line in source if line.strip())
         source.seek(0)
 
-    def tell(summary: "Summary") -> None:
+    def tell(summary: "Summary", pace: float) -> None:
         done = summary.completed + summary.failed
-        rate = done / (time.monotonic() - began)
-        text = f"{done} done, {summary.failed} failed · {rate:.1f}/s · ${summary.cost_usd.normalize():f}"
-        if total and rate:
+        text = f"{done} done, {summary.failed} failed · {pace:.1f}/s · ${summary.cost_usd.normalize():f}"
+        if total and pace:
             left = max(total - done - summary.skipped, 0)
             filled = 20 * (total - left) // total
-            text = f"{'█' * filled}{'░' * (20 - filled)} {text} · {timedelta(seconds=round(left / rate))} left"
+            text = f"{'█' * filled}{'░' * (20 - filled)} {text} · {timedelta(seconds=round(left / pace))} left"
         progress(text)
 
     return tell
@@ -474,6 +475,8 @@ def _show_result(result: "JobResult", group: str, further: dict[str, Any], outpu
             f"No model of group {group} answered; nothing was charged (job {result.job_id}).{attempts}",
             f"See: saasllm job get {result.job_id}",
         )
+    if last is not None and result.answer is not None and result.answer.not_sent:
+        warn(f"litellm did not pass on to {last.resolved_model}: {', '.join(result.answer.not_sent)}")
     if output is not Format.TABLE:
         names = ["finish_reason", "resolved_model", "prompt_tokens", "completion_tokens", "total_tokens", "cost_usd"]
         names += ["latency_ms"]

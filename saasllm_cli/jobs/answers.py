@@ -11,7 +11,8 @@ class Answer:
     """What a model said, or which tools it wants called (in OpenAI's form); neither where the answer is empty.
 
     Tokens are the provider's own count; `cost_usd` is None where no price is known. `finish_reason` is the provider's
-    (`stop`; `length` and `content_filter` where the answer is not whole), `refusal` the text in which it refused.
+    (`stop`; `length` and `content_filter` where the answer is not whole), `refusal` the text in which it refused;
+    `not_sent` are the parameters that the provider did not get.
     """
 
     content: str | None
@@ -22,6 +23,7 @@ class Answer:
     cost_usd: Decimal | None
     finish_reason: str | None = None
     refusal: str | None = None
+    not_sent: tuple[str, ...] = ()
 
 
 class ModelFailed(Exception):

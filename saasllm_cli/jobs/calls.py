@@ -246,7 +246,8 @@ class Traffic:
     """Keeps many requests at once off a model that is busy or broken.
 
     One that says it is asked too much (429) is asked by half as many at once, and by one more after each round that it
-    answers. One that has failed often in a row is passed over for a while, then tried by one request.
+    answers; and not at all until the time that it says. One that has failed often in a row, also by a 429 that says no
+    time, is passed over for a while, then tried by one request.
     """
 
     def __init__(self, concurrency: int) -> None:
@@ -301,15 +302,15 @@ class Traffic:
 
     def failed(self, model: str, is_rate_limit: bool = False, retry_after: float | None = None) -> None:
         lane, now = self._lane(model), time.monotonic()
-        if not is_rate_limit:
-            lane.failures += 1
-            if lane.failures >= FAILURES:
-                lane.closed_until = now + CLOSED_SECONDS
-            return
-        if now - lane.halved_at > SHORTEST_PAUSE:  # once for all that were under way
+        if is_rate_limit and now - lane.halved_at > SHORTEST_PAUSE:  # once for all that were under way
             lane.limit, lane.halved_at = max(lane.limit / 2, 1), now
-        if retry_after:
+        if is_rate_limit and retry_after:
             lane.closed_until = now + min(retry_after, CLOSED_SECONDS)
+            return
+        # One that is busy without saying for how long may be so for ever.
+        lane.failures += 1
+        if lane.failures >= FAILURES:
+            lane.closed_until = now + CLOSED_SECONDS
 
     def _lane(self, model: str) -> _Lane:
         return self._lanes.setdefault(model, _Lane(self._concurrency))

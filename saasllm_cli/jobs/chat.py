@@ -16,13 +16,34 @@ NO_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 LARGEST_IMAGE = 20 * 2**20
 BACKTRACKS = 100_000  # of a pattern: some milliseconds
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# What the group, the runner or the environment decides, or what would keep a model from being called.
+# What steers litellm instead of the model: what the group, the runner or the environment decides, by which a cost could
+# be falsified, a key or a prompt sent elsewhere, or an answer made up. Families of names, for litellm gets new ones.
 NOT_PARAMETERS = re.compile(
-    r"model|messages|stream|stream_options|timeout|n|(max|num)_retries|fallbacks|organization|headers|base_url"
-    r"|(api|custom|extra)_.*|.*(mock|key|secret|password|token).*",
-    re.IGNORECASE,
+    r"""
+    (?![a-z]\w*\Z) .*                                 # no plain name: what is internal begins with an underscore
+    | (?!prompt_cache_key$) .* (key|secret|password|credential|oauth|fingerprint|signer) .*
+    | .* token (?!s|_ids) .*                          # that of an account, not those of an answer
+    | .* (model|engine|deployment|router|routing|fallback|retr(y|ies)|timeout|cooldown|litellm) .*
+    | .* (cost|pric(e|ing)|uplift|mock|callback|hook|guardrail|logg|proxy|header|stream|budget_duration) .*
+    | .* (url|uri|endpoint|region|tenant|tenancy|session|auth|bucket|span) (_ .*)? | .* _ (host|port|location)
+    | (account|agent|assistant|client|flow|organization|project|space|thread|workspace|user_agent) (_ .*)?
+    | (api|custom|extra|provider|ssl|tag|hf|log|langfuse|langsmith|arize|dd|posthog|newrelic|signoz|humanloop) _ .*
+    | (wandb|weave|aws|azure|bedrock|databricks|gcs|gigachat|oci|predibase|s3|sagemaker|snowflake|vertex|watsonx) _ .*
+    | (wx|anthropic|openai|fireworks|milvus|valkey|vector_store) _ .*
+    | a? (completion|text_completion|embedding|img_generation|speech|transcription|rerank|responses|moderation) (_ .*)?
+    | (async|is|allm|acreate|complete|completion|keepalive|optional|original|service_logger|standard) _ .*
+    | .* _ (continue_message|openai_params|keepalive_override) | .* drop_params | allow (ed)? _ (?!token_ids) .*
+    | prompt (_ (id|variables|version|label|environment|integration))? | (initial|final) _prompt_value
+    | supports_ .* | ensure_alternating_roles | roles? | disable_add_ .* | use_ (client|in_pass .* | .* _api | psc_ .*)
+    | enable_ (json_schema_validation|tag_filtering|prompt_caching) | cache | caching (_ .*)? | cache_hit
+    | max_ (agentic_loops|budget|parallel_requests|file_size_mb) | [io]?[rt]pm | attempted_targets | data_residency
+    | azure | call_type | fastest_response | functions_ .* | id | kwargs | merge_reasoning_ .* | messages? | order
+    | output_vector_size | rust | search_tool_name | self | args | tags | ttl | turn_off_ .* | verbose | weight
+    """,
+    re.ASCII | re.DOTALL | re.IGNORECASE | re.VERBOSE,
 )
-PARAMETERS = ("max_tokens", "max_completion_tokens")
+# A job has one answer, whatever a provider calls their number.
+ANSWERS = ("n", "best_of", "candidate_count", "num_generations", "num_return_sequences")
 
 
 def text(value: str, source: str) -> str:
@@ -38,15 +59,40 @@ def text(value: str, source: str) -> str:
     return value
 
 
-def parameter(name: str) -> str:
-    """The name of a further parameter of a call."""
-    if NOT_PARAMETERS.fullmatch(name) and name not in PARAMETERS:
-        raise InvalidInput(
-            "invalid_parameter",
-            f"{name!r} cannot be set for a call: it comes from the group, another option or the environment.",
-            "Remove it.",
-        )
-    return name
+def parameters(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The further parameters of a call, without what says nothing: what is null, one answer, no stream.
+
+    Raises `InvalidInput` where one is not the caller's to set.
+    """
+    found = {}
+    for name, value in given.items():
+        if name in ANSWERS:
+            if value is not None and value != 1:
+                raise _not_settable(name, "must be 1: a job has one answer")
+        elif name == "stream":
+            if value not in (None, False):
+                raise _not_settable(name, "must be false here: whether an answer is streamed is an option of `job run`")
+        elif name in ("stream_options", "extra_body") and value is None:
+            pass
+        elif name == "extra_body" and isinstance(value, dict):
+            found[name] = parameters(value)
+        elif NOT_PARAMETERS.fullmatch(name) or name == "extra_body":
+            raise _not_settable(
+                name, "cannot be set for a call: it comes from the group, another option or the environment"
+            )
+        elif name == "metadata" and not _is_text_by_name(value):
+            raise _not_settable(name, "must be an object whose values are text")
+        elif value is not None:
+            found[name] = value
+    return found
+
+
+def _is_text_by_name(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(isinstance(text, str) for text in value.values()))
+
+
+def _not_settable(name: str, why: str) -> InvalidInput:
+    return InvalidInput("invalid_parameter", f"{name!r} {why}.", "Remove it.")
 
 
 def json_schema(parameters: Mapping[str, Any]) -> dict[str, Any] | None:

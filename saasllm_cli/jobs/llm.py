@@ -6,10 +6,13 @@ The import takes seconds, so this module is imported when one of its models is a
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from decimal import Decimal
+from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import Any
 
@@ -34,6 +37,7 @@ litellm.disable_token_counter = True  # or it would estimate what the provider o
 for logger in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy", "httpx", "asyncio"):
     logging.getLogger(logger).setLevel(logging.CRITICAL)
 
+NEVER_SENT = {"metadata", "prompt_cache_retention"}  # litellm would take the first for its own logs
 LONGEST_ERROR = 500
 COST_UNIT = Decimal("1e-12")  # litellm computes costs in floats: beyond this is their noise
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
@@ -61,6 +65,21 @@ MALFORMED = re.compile(
 STREAM_OPTIONS = re.compile("stream_options|include_usage")
 # With which both are told; others are about the account, the model or the server.
 REFUSALS = (400, 403, 422)
+# How a 429 says that credit, quota or budget is used up; and that it is the pace all the same, as Google's do.
+USED_UP = re.compile(
+    r"insufficient[_ ](quota|balance|credit|fund)|(exceeded|out of)[_ ](your[_ ])?((current|monthly)[_ ])?quota"
+    r"|\b(credits?|balance|funds|budget|billing|spend(ing)?)\b.{0,40}"
+    r"\b(low|zero|negative|depleted|used|exhausted|reached|expired|exceeded|(ran|run) out)\b"
+    r"|\b(out of|used|depleted|exhausted|no|spent|reached|exceeded)\b.{0,40}\b(credits?|balance|funds|spending|budget)"
+    r"|\bquota\b.{0,40}\b(used up|depleted|exhausted)\b|\b(arrears|unpaid|overdue)\b",
+    re.IGNORECASE,
+)
+PACE = re.compile(
+    r"\b(retry|try again)\b.{0,20}\b(in|after) [\d.]+|\bper[ _-]?(second|sec|minute|min|hour|day)\b|\b[rt]p[mds]\b",
+    re.IGNORECASE,
+)
+URL = re.compile(r"https?://\S+")
+LONGEST_PAUSE = 86400.0  # seconds: no deadline is longer
 LOOKS_LIKE_A_KEY = re.compile(r"\b(sk|pk|gsk|AIza|xai|hf)[-_][\w*.-]{6,}")
 
 
@@ -81,15 +100,17 @@ async def complete(
     if "tools" in parameters:
         options["_skip_mcp_handler"] = True  # it looks for tools of MCP servers, by a package that is not installed
     try:
+        not_sent = _not_sent(model, parameters)
+        parameters = {name: value for name, value in parameters.items() if name not in not_sent}
         if on_text is None:
             response = await litellm.acompletion(**{**parameters, **options})
         else:
             response = await _streamed(model, {**parameters, **options}, on_text)
-        return _answer(model, response)
+        return replace(_answer(model, response), not_sent=not_sent)
     except Exception as error:
         if _ends_the_job(error):
             raise ModelFailed(_reason(error), is_final=True) from error
-        is_rate_limit = isinstance(error, exceptions.RateLimitError)
+        is_rate_limit = isinstance(error, exceptions.RateLimitError) and not _is_used_up(error)
         raise ModelFailed(
             missing_key(model) or _reason(error),
             is_rate_limit=is_rate_limit,
@@ -104,6 +125,16 @@ def _has_provider(model: str) -> bool:
     except Exception:
         return False
     return True
+
+
+def _not_sent(model: str, parameters: Mapping[str, Any]) -> tuple[str, ...]:
+    """What litellm would drop without a word: always some, and the user where it does not list the model for it."""
+    names = NEVER_SENT.intersection(parameters)
+    if "user" in parameters:
+        name, provider, *_ = litellm.get_llm_provider(model)
+        if "user" not in (litellm.get_supported_openai_params(name, provider) or ()):
+            names |= {"user"}
+    return tuple(sorted(names))
 
 
 async def _streamed(model: str, options: Mapping[str, Any], on_text: Callable[[str], None]) -> Any:
@@ -205,13 +236,27 @@ def _cost(model: str, response: Any) -> Decimal | None:
         return None
 
 
+def _is_used_up(error: Exception) -> bool:
+    """Whether a 429 is not about the pace but about what is paid for, so that to wait is of no use."""
+    text = URL.sub("", f"{error} {getattr(error, 'code', '')}")
+    return USED_UP.search(text) is not None and PACE.search(text) is None
+
+
 def _retry_after(error: Exception) -> float | None:
-    """In how many seconds the provider says that the rate limit allows another try."""
+    """In how many seconds the provider says that the rate limit allows another try; None where that makes no sense."""
     headers = getattr(error, "litellm_response_headers", None) or {}
-    try:
-        return max(float(headers["retry-after"]), 0)
-    except (KeyError, ValueError):  # it may be a date as well, which no provider of models sends
-        return None
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        told = headers.get(name, "")
+        try:
+            seconds = float(told) * unit
+        except ValueError:
+            try:
+                seconds = parsedate_to_datetime(told).timestamp() - time.time()
+            except (ValueError, OverflowError):
+                continue
+        if seconds >= 0:  # which nan is not
+            return min(seconds, LONGEST_PAUSE)
+    return None
 
 
 def missing_key(model: str) -> str | None:

@@ -28,6 +28,9 @@ CREATE TABLE IF NOT EXISTS line (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS unwritten ON line (id) WHERE NOT is_written;
 """
+BATCH = "SELECT name, scope FROM batch"
+NEW_BATCH = "INSERT INTO batch SELECT ?, ?, 0, 0, NULL WHERE NOT EXISTS (SELECT 1 FROM batch)"
+BUSY_SECONDS = 30.0
 MAKE_ROOM = "Free some disk space, then run the same command again to continue."
 
 
@@ -53,16 +56,16 @@ class Journal:
             )
         try:
             self._out = out.open("r+b" if out.exists() else "w+b")
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=BUSY_SECONDS)
             self._db.executescript(JOURNAL)
-            self._db.execute("BEGIN IMMEDIATE")
-            batch = self._db.execute("SELECT name, scope FROM batch").fetchone()
             scope = f"{self._request.team_id} {self._request.group_name}"
-            if batch is None:
-                batch = (self._request.name or secrets.token_hex(8), scope)
-                self._db.execute("INSERT INTO batch VALUES (?, ?, 0, 0, NULL)", batch)
-            self._db.execute("COMMIT")
+            # Written only where it is new: another process may be in the middle of a write, and frozen there.
+            if (batch := self._db.execute(BATCH).fetchone()) is None:
+                self._db.execute(NEW_BATCH, (self._request.name or secrets.token_hex(8), scope))
+                batch = self._db.execute(BATCH).fetchone()
         except (OSError, sqlite3.Error) as error:
+            if is_locked(error):
+                raise running_elsewhere() from error
             raise InvalidInput("unwritable_out", f"Cannot write {out}: {error}.", "Check --out.") from error
         self.name, its_scope = batch
         if its_scope != scope or self._request.name not in (None, self.name):
@@ -178,6 +181,11 @@ class Journal:
             with suppress(sqlite3.Error):  # it has rolled back itself where the disk is full
                 self._db.execute("ROLLBACK")
             raise
+
+
+def is_locked(error: Exception) -> bool:
+    """Whether another process was writing the journal all the time."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
 def _synced(file: IO[bytes]) -> int:

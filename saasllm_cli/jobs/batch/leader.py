@@ -16,7 +16,7 @@ from uuid import UUID
 
 from saasllm_cli import database
 from saasllm_cli.errors import Interrupted, SaasllmError, refused
-from saasllm_cli.jobs.batch.journal import MAKE_ROOM, Journal
+from saasllm_cli.jobs.batch.journal import MAKE_ROOM, Journal, is_locked
 from saasllm_cli.jobs.batch.lines import Lines
 from saasllm_cli.jobs.batch.session import Session, running_elsewhere
 from saasllm_cli.jobs.batch.tasks import CONFLICT, BatchRequest, Task
@@ -31,18 +31,30 @@ MOST_SETTLED = 100  # in one statement: with all that may be kept of them they a
 
 @dataclass(slots=True)
 class Summary:
-    """What has become of the lines so far; `skipped` were completed before, `failed` counts earlier runs, too."""
+    """What has become of the lines so far; `skipped` were completed before, `failed` counts earlier runs, too.
+
+    `models` says of each model of which an answer was asked in this run how often it gave one and how often it failed;
+    `not_sent` are parameters of lines that not every provider got.
+    """
 
     completed: int = 0
     failed: int = 0
     skipped: int = 0
     cost_usd: Decimal = Decimal(0)
     is_out_of_credits: bool = False
+    models: dict[str, "ModelUse"] = field(default_factory=dict)
     passed_over: dict[str, int] = field(default_factory=dict)
+    not_sent: list[str] = field(default_factory=list)
 
 
-def run(request: BatchRequest, on_progress: Callable[[Summary], None] = lambda _: None) -> Summary:
-    """Runs the batch to its end, or to that of the credits.
+@dataclass(slots=True)
+class ModelUse:
+    answered: int = 0
+    failed: int = 0
+
+
+def run(request: BatchRequest, on_progress: Callable[[Summary, float], None] = lambda *_: None) -> Summary:
+    """Runs the batch to its end, or to that of the credits; `on_progress` is told the lines that models did a second.
 
     Raises what refuses it, `Conflict` where another process runs it, and `Interrupted` after Ctrl-C or SIGTERM: what is
     under way is cancelled then, and the same call goes on with the rest.
@@ -58,13 +70,15 @@ def run(request: BatchRequest, on_progress: Callable[[Summary], None] = lambda _
                 raise
             return batch.summary
     except sqlite3.Error as error:
+        if is_locked(error):
+            raise running_elsewhere() from error
         raise SaasllmError(
             "journal_failed", f"Cannot write the journal of {request.out}: {error}.", MAKE_ROOM
         ) from error
 
 
 class _Batch:
-    def __init__(self, request: BatchRequest, stack: ExitStack, on_progress: Callable[[Summary], None]) -> None:
+    def __init__(self, request: BatchRequest, stack: ExitStack, on_progress: Callable[[Summary, float], None]) -> None:
         self.summary = Summary()
         self._request = request
         self._on_progress = on_progress
@@ -83,6 +97,8 @@ class _Batch:
         self._is_ending = False
         self._is_interrupted = False
         self._extended_at = time.monotonic()
+        self._called_since: float | None = None
+        self._received = 0
 
     def interrupt(self, *_: object) -> None:
         self._is_interrupted = True  # and no exception: what is being written is written to its end
@@ -105,7 +121,7 @@ class _Batch:
             self._settle()
             self._extend_leases()
             self.summary.passed_over = self._workers.passed_over
-            self._on_progress(self.summary)
+            self._on_progress(self.summary, self._pace())
             if self._is_interrupted:
                 raise Interrupted("interrupted", "Interrupted. Run the same command again to continue.")
         if self._refusal is not None:
@@ -130,8 +146,27 @@ class _Batch:
         for job_id, result, calls in self._workers.results(seconds):
             task = self._running.pop(job_id)
             task.calls = calls
+            self._count(calls)
+            self.summary.not_sent = sorted({*self.summary.not_sent, *result.get("not_sent", ())})
             task.end("failed" if result.get("error") else "completed", **result)
             self._answered.append(task)
+
+    def _count(self, calls: list[dict[str, Any]]) -> None:
+        if self._called_since is None:  # what was loaded before is no part of the pace
+            self._called_since = time.monotonic() - sum(call["latency_ms"] for call in calls) / 1000
+        self._received += 1
+        for call in calls:
+            use = self.summary.models.setdefault(call["resolved_model"], ModelUse())
+            if call["error"] is None:
+                use.answered += 1
+            else:
+                use.failed += 1
+
+    def _pace(self) -> float:
+        """How many lines a second were answered, or failed, since the first call."""
+        if self._called_since is None:
+            return 0
+        return self._received / max(time.monotonic() - self._called_since, 0.001)
 
     def _next(self) -> list[Task]:
         """As many jobs to begin as the workers have room for. What is wrong with a line is its result at once."""

@@ -17,8 +17,12 @@ LONGEST_ID = 200
 # What a line may hold beside its id, its messages and the parameters of the call.
 FIELDS = ("metadata", "job_type", "external_task_id", "purpose")
 PARAMETERS = (
-    *("temperature", "max_tokens", "max_completion_tokens", "top_p", "seed", "stop"),
-    *("tools", "tool_choice", "response_format", "reasoning_effort", "presence_penalty", "frequency_penalty"),
+    *("temperature", "max_tokens", "max_completion_tokens", "min_tokens", "top_p", "top_k", "min_p", "seed", "stop"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "top_logprobs"),
+    *("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "response_format", "modalities"),
+    *("audio", "prediction", "reasoning_effort", "thinking", "verbosity", "web_search_options", "service_tier"),
+    *("store", "user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("n", "stream", "stream_options", "extra_body"),
 )
 
 
@@ -84,7 +88,7 @@ def _job_request(content: dict[str, Any], batch: BatchRequest) -> JobRequest:
         if not isinstance(body, dict):
             raise InvalidInput("invalid_line", "The body must be a JSON object.")
         messages = body.pop("messages", None)
-        parameters = {chat.parameter(name): body[name] for name in body if name != "model"}
+        parameters = {name: body[name] for name in body if name != "model"}
         content = {name: content[name] for name in content if name not in ("method", "url")}
     else:
         messages = content.pop("messages", None) or []
@@ -98,6 +102,7 @@ def _job_request(content: dict[str, Any], batch: BatchRequest) -> JobRequest:
             messages = [*messages, {"role": "user", "content": prompt}]
         if "system" in content:
             messages = [{"role": "system", "content": content.pop("system")}, *messages]
+    parameters = chat.parameters(parameters)
     if batch.json_schema is not None:
         parameters["response_format"] = chat.response_format(batch.json_schema)
     elif (schema := chat.json_schema(parameters)) is not None:
