@@ -25,10 +25,11 @@ from test_job import credits_of, with_models
 
 from saasllm_cli.errors import DatabaseUnavailable
 from saasllm_cli.jobs import batch
-from saasllm_cli.jobs.batch import BatchRequest, journal
+from saasllm_cli.jobs.batch import BatchRequest, journal, leader
 from saasllm_cli.jobs.batch.journal import Journal
 from saasllm_cli.jobs.batch.session import Session
 from saasllm_cli.jobs.batch.tasks import CONFLICT
+from saasllm_cli.jobs.batch.workers import Workers
 from saasllm_cli.jobs.calls import CLOSED_SECONDS, FAILURES
 
 Run = Callable[..., Result]
@@ -65,7 +66,10 @@ def assert_paid(run: Run, home: Path, start: int) -> None:
     completed = [row for row in results(home).values() if row["status"] == "completed"]
     assert credits_of(run) == (start - len(completed), 0)
     assert run("credits", "verify").status == 0
-    assert len({row["job_id"] for row in completed}) == len(completed)
+    job_ids = {row["job_id"] for row in completed}
+    charged = run("job", "list", "--status", "completed", "--limit", "all", "-o", "json").data
+    assert len(job_ids) == len(completed)
+    assert job_ids <= {job["job_id"] for job in charged}
 
 
 def test_a_result_for_each_line(tenant: Run, provider: Provider, home: Path) -> None:
@@ -290,6 +294,8 @@ def test_an_answer_that_was_not_written_is_not_asked_for_again(
     assert tenant(*words()).status == 0
     assert results(home)["a"]["content"] == "x"
     assert_paid(tenant, home, 10)
+    swept = tenant("job", "list", "--status", "failed", "-o", "json").data
+    assert len(swept) == (is_late and step == "add"), "what comes too late is not settled"
 
 
 def test_each_answer_of_the_database_is_lost_once(tenant: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,10 +420,16 @@ def test_stdin_and_a_name(tenant: Run, home: Path) -> None:
     for path in home.glob("out.jsonl*"):
         path.unlink()
     again = subprocess.run(
-        [sys.executable, "-m", "saasllm_cli", *command], input=text, text=True, capture_output=True, check=True
+        [sys.executable, "-m", "saasllm_cli", *command],
+        input=text.replace("Hello 2", "another"),
+        text=True,
+        capture_output=True,
+        check=False,
     )
-    assert "3 completed" in again.stdout
-    assert {row["content"] for row in results(home).values()} == {None}, "the answers were in the output that is gone"
+    assert (again.returncode, "2 completed" in again.stdout) == (9, True)
+    rows = [(row["status"], row["content"]) for row in results(home).values()]
+    assert sorted(rows) == [("completed", None)] * 2 + [("failed", None)], "the answers were in the output that is gone"
+    assert results(home)["line-2"]["error"] == CONFLICT
     assert credits_of(tenant) == (7, 0)
 
 
@@ -559,15 +571,15 @@ def test_a_disk_that_has_no_room_for_the_output(
     tenant: Run, home: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], turn: int
 ) -> None:
     lines(home, *prompts(8))
-    written = journal._synced
+    sync = os.fsync
     turns = count()
 
-    def full_once(file: Any) -> int:
+    def full_once(file: int) -> None:
         if next(turns) == turn:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return written(file)
+        sync(file)
 
-    monkeypatch.setattr(journal, "_synced", full_once)
+    monkeypatch.setattr("os.fsync", full_once)
     command = words("Echo", "--concurrency", 1, *options)
     result = tenant(*command, "-o", "json")
     assert (result.status, result.error["code"]) == (1, "output_failed")
@@ -576,6 +588,29 @@ def test_a_disk_that_has_no_room_for_the_output(
     assert tenant(*command).status == 0
     assert len(results(home)) == 8
     assert_paid(tenant, home, 10)
+
+
+def test_leases_are_extended_while_models_are_awaited(
+    tenant: Run, home: Path, monkeypatch: pytest.MonkeyPatch, sql: psycopg.Connection
+) -> None:
+    """The answer comes when the lease is another."""
+    lines(home, *prompts(1))
+    monkeypatch.setattr(leader, "LEASE_SECONDS", 8.0)
+    receive = Workers.results
+    leases: set[object] = set()
+
+    def late(workers: Workers, seconds: float) -> Any:
+        leases.update(row["lease_expires_at"] for row in sql.execute("SELECT lease_expires_at FROM jobs"))
+        if len(leases) < 2 and time.monotonic() < until:
+            time.sleep(0.02)
+            return []
+        return receive(workers, seconds)
+
+    monkeypatch.setattr(Workers, "results", late)
+    until = time.monotonic() + 20
+    assert tenant(*words()).status == 0
+    jobs = sql.execute("SELECT status FROM jobs").fetchall()
+    assert [job["status"] for job in jobs] == ["completed"]
 
 
 def test_two_processes(tenant: Run, home: Path, provider: Provider) -> None:

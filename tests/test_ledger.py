@@ -154,6 +154,15 @@ def test_another_teams_job_is_not_charged(tenant: Callable[..., Result], sql: ps
         sql.execute(f"WITH job AS ({COMPLETE}) " + ENTRY + f"('it', 'acme', 2, 'deduction', -1, 5, 4, '{JOB}')")
 
 
+def test_another_teams_job_is_not_given_back(tenant: Callable[..., Result], sql: psycopg.Connection) -> None:
+    tenant("team", "create", "it", "--org", "acme", "--group", "Echo", "--credits", 5)
+    job = ("job", "run", "--group", "Echo", "--prompt", "x", "-o", "json", "--team")
+    tenant(*job, "it")
+    job_id = tenant(*job, "hr").data["job_id"]
+    with pytest.raises(psycopg.Error, match="not a completed job of the team"):
+        sql.execute(ENTRY + f"('it', 'acme', 3, 'refund', 1, 4, 5, '{job_id}')")
+
+
 @pytest.mark.parametrize("status", ["failed", "in_progress", "cancelled"])
 def test_a_finished_job_stays_finished(tenant: Callable[..., Result], sql: psycopg.Connection, status: str) -> None:
     tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x")
