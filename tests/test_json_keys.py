@@ -22,7 +22,7 @@ SCHEDULE = ["credits_amount", "every", "mode", "credits_max", "next_on"]
 REFUSED = ["team_id", "period", "reason"]
 ENTRY = [
     *("transaction_id", "team_id", "organization_id", "job_id", "transaction_type"),
-    *("credits_amount", "credits_before", "credits_after", "reason", "source", "created_at"),
+    *("credits_amount", "credits_before", "credits_after", "reason", "source", "actor", "command", "created_at"),
 ]
 JOB = [
     *("job_id", "team_id", "organization_id", "job_type", "status", "model_groups_used", "external_task_id"),

@@ -221,7 +221,9 @@ def transactions(
         "credits_amount",
         "credits_after",
         "reason",
+        "actor",
         "job_id",
+        "command",
     )
     essential = ("created_at", "transaction_type", "credits_amount", "credits_after")
     with database.connect() as db:
