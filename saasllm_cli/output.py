@@ -81,6 +81,7 @@ HEADINGS = {
     "next_amount": "amount",
     "next_on": "next",
     "organization_id": "org",
+    "organization_status": "org_status",
     "prompt_tokens": "in",
     "resolved_model": "model",
     "runs_out_on": "runs_out",
@@ -477,7 +478,7 @@ def _print_rows(
     longest = max(numbers)
     for index, (row, number) in enumerate(zip(rows, numbers, strict=True)):
         bars = [Bar(longest, 0, number, width=bar_width, color="cyan")] if longest else []
-        styles = {name: STYLES.get(row[name], "") for name in widths if name == "status"}
+        styles = {name: STYLES.get(row[name], "") for name in widths if name in ("status", "organization_status")}
         table.add_row(*(_safe(cells[name][index], styles.get(name, "")) for name in widths), *bars)
     _print_table(table, used + GAP + BAR_WIDTH)
     if left_out := [name for name in columns if name in filled and name not in widths]:

@@ -15,7 +15,7 @@ GROUP = [
 ]
 CREDITS = ["credits_allocated", "credits_used", "credits_reserved", "credits_remaining"]
 TEAM = [
-    *("team_id", "organization_id", "team_alias", "status", "model_groups", *CREDITS),
+    *("team_id", "organization_id", "team_alias", "status", "organization_status", "model_groups", *CREDITS),
     *("metadata", "created_at", "updated_at", "schedule"),
 ]
 SCHEDULE = ["credits_amount", "every", "mode", "credits_max", "next_on"]
