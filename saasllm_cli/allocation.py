@@ -19,6 +19,7 @@ class Allocation:
     """What a run has done. `granted` and `full` count periods of teams; `full` are those that had enough already.
 
     `skipped` (suspended) and `failed` (no number is large enough) are teams, each with `team_id`, `period`, `reason`.
+    `grants` are those of a rehearsal, each with `team_id`, `period`, `credits_granted`, `credits_expired`.
     """
 
     as_of: date
@@ -28,6 +29,7 @@ class Allocation:
     credits_expired: int = 0
     skipped: list[Row] = field(default_factory=list)
     failed: list[Row] = field(default_factory=list)
+    grants: list[Row] = field(default_factory=list)
 
 
 def allocate(
@@ -56,7 +58,7 @@ def allocate(
             raise Conflict("allocation_running", "Another allocation has been running for an hour.", "Try again later.")
         after: str | None = ""
         while after is not None:
-            limits = {**scope, "team_id": team_id, "after": after, "row_limit": CHUNK}
+            limits = {**scope, "team_id": team_id, "after": after, "row_limit": CHUNK, "is_listing": is_rehearsal}
             work = partial(_chunk, db, limits, is_careful=is_rehearsal)  # where an error would end its transaction
             rounds = db.transaction(work, is_rehearsal=True) if is_rehearsal else work()
             _add(allocation, rounds)
@@ -90,6 +92,7 @@ def _add(allocation: Allocation, rounds: list[Row]) -> None:
         allocation.full += granted["full"]
         allocation.credits_granted += granted["credits_granted"]
         allocation.credits_expired += granted["credits_expired"]
+        allocation.grants += granted["grants"]
         refused |= {row["team_id"]: row for row in granted["refused"]}
     for row in refused.values():
         (allocation.skipped if row["reason"] in SKIPPED else allocation.failed).append(row)

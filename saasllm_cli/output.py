@@ -37,6 +37,7 @@ CHANGES = {
     "delete": ("-", 31, ""),
 }
 RESET = "\x1b[0m"
+STATUSES = ("status", "organization_status")
 STATUS_STYLES = {
     "ok": "green",
     "warning": "yellow",
@@ -56,7 +57,9 @@ HEADINGS = {
     "credits_allocated": "allocated",
     "credits_amount": "amount",
     "credits_deducted": "deducted",
+    "credits_expired": "expired",
     "credits_free": "free",
+    "credits_granted": "granted",
     "credits_per_day": "per_day",
     "credits_remaining": "remaining",
     "credits_reserved": "reserved",
@@ -79,6 +82,7 @@ HEADINGS = {
     "next_amount": "amount",
     "next_on": "next",
     "organization_id": "org",
+    "organization_status": "org_status",
     "prompt_tokens": "in",
     "resolved_model": "model",
     "runs_out_on": "runs_out",
@@ -476,10 +480,8 @@ def _print_rows(
     longest = max(numbers)
     for index, (row, number) in enumerate(zip(rows, numbers, strict=True)):
         bars = [Bar(longest, 0, number, width=bar_width, color="cyan")] if longest else []
-        texts = [
-            _safe(cells[name][index], STATUS_STYLES.get(row[name], "") if name == "status" else "") for name in widths
-        ]
-        table.add_row(*texts, *bars)
+        styles = {name: STATUS_STYLES.get(row[name], "") for name in widths if name in STATUSES}
+        table.add_row(*(_safe(cells[name][index], styles.get(name, "")) for name in widths), *bars)
     _print_table(table, used + GAP + BAR_WIDTH)
     if left_out := [name for name in columns if name in filled and name not in widths]:
         note(f"The terminal is too narrow to show {', '.join(left_out)}; to see all fields, use -o json.")

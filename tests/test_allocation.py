@@ -127,7 +127,7 @@ def test_a_second_run_grants_nothing_and_missed_periods_are_caught_up(tenant: Ru
     assert allocate(tenant, "--as-of", "2026-04-30")["granted"] == 0
     assert allocate(tenant, "--as-of", "2026-01-31", "--catch-up", 9)["granted"] == 0
     assert allocate(tenant, "--as-of", "2026-07-01", "--catch-up", 0)["credits_granted"] == 5
-    assert allocate(tenant, "--as-of", "2026-12-31", "--catch-up", 9)["credits_granted"] == 25
+    assert allocate(tenant, "--as-of", "2026-12-31", "--catch-up", 9, "--yes")["credits_granted"] == 25
     reasons = [row["reason"] for row in tenant("credits", "transactions", "hr", "-o", "json").data]
     assert reasons[:3] == ["Allocation for 2026-12", "Allocation for 2026-11", "Allocation for 2026-10"]
 
@@ -209,9 +209,56 @@ def test_a_dry_run_tells_what_would_be_and_does_nothing(tenant: Run) -> None:
     schedule(tenant, "--amount", 5, "--every", "monthly", "--mode", "reset", "--starts", "2026-01-01")
     told = allocate(tenant, "--as-of", "2026-04-01", "--dry-run")
     assert (told["granted"], told["credits_granted"], told["credits_expired"], remaining(tenant)) == (2, 10, 15, 10)
-    assert "would grant" in tenant("credits", "allocate", "--as-of", "2026-04-01", "--dry-run").out
+    assert told.pop("grants") == [
+        {"team_id": "hr", "period": "2026-03", "credits_granted": 5, "credits_expired": 10},
+        {"team_id": "hr", "period": "2026-04", "credits_granted": 5, "credits_expired": 5},
+    ]
+    shown = tenant("credits", "allocate", "--as-of", "2026-04-01", "--dry-run").out
+    assert "hr    2026-03        5       10\n" in shown
+    assert "would grant" in shown
     assert allocate(tenant, "--as-of", "2026-04-01") == told
     assert remaining(tenant) == 5
+
+
+def test_a_dry_run_for_many_teams(tenant: Run, sql: psycopg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocation, "CHUNK", 7)
+    scheduled(sql, 50, "SELECT 't' || n, n, 'monthly', 'add', '2026-01-01' FROM generate_series(1, 50) n")
+    words = ("credits", "allocate", "--as-of", "2026-01-31", "--dry-run")
+    shown = tenant(*words)
+    assert len(shown.out.splitlines()) == 1 + 20 + 1
+    assert "and 30 more; to see all, use -o json" in shown.err
+    for form in ("json", "jsonl"):
+        grants = tenant(*words, "-o", form).data["grants"]
+        assert {row["team_id"]: row["credits_granted"] for row in grants} == {f"t{n}": n for n in range(1, 51)}
+
+
+def test_the_future_is_only_granted_on_purpose(tenant: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock of the database: that of the machine may be wrong."""
+
+    class Wrong(datetime):
+        @classmethod
+        def now(cls, tz=None) -> datetime:  # noqa: ARG003
+            return datetime.fromisoformat("2999-01-01T00:00:00+00:00")
+
+    today = datetime.now(UTC).date()
+    monkeypatch.setattr("saasllm_cli.commands.credits.datetime", Wrong)
+    schedule(tenant, "--amount", 5, "--every", "daily", "--mode", "add", "--starts", str(today))
+    tomorrow = str(today + timedelta(days=1))
+    week, month = (today + timedelta(days=8)).isocalendar(), str(today + timedelta(days=32))[:7]
+    for options in (
+        *(("--as-of", tomorrow), ("--as-of", "2999-01-01"), ("--period", tomorrow), ("--period", month)),
+        ("--period", f"{week.year}-W{week.week:02}"),
+    ):
+        refused = tenant("credits", "allocate", *options, "-o", "json")
+        assert (refused.status, refused.error["code"], refused.error["hint"]) == (2, "not_confirmed", "Add --yes")
+        assert options[1] in refused.error["message"]
+        assert tenant("credits", "allocate", *options, "--dry-run").status == 0
+        assert remaining(tenant) == 10
+    assert allocate(tenant)["as_of"] == str(today)
+    assert remaining(tenant) == 15
+    for period in (str(today), str(today)[:7], "{0.year}-W{0.week:02}".format(today.isocalendar())):
+        assert tenant("credits", "allocate", "--period", period).status == 0, "it has begun"
+    assert allocate(tenant, "--as-of", tomorrow, "--yes")["credits_granted"] == 5
 
 
 def test_in_chunks(tenant: Run, sql: psycopg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:

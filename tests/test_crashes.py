@@ -59,7 +59,7 @@ def add(number: int) -> tuple[str, ...]:
 
 
 def allocate(number: int) -> tuple[str, ...]:
-    return ("credits", "allocate", "--as-of", str(day(number)), "--catch-up", str(CATCH_UP))
+    return ("credits", "allocate", "--as-of", str(day(number)), "--catch-up", str(CATCH_UP), "--yes")
 
 
 def job(number: int) -> tuple[str, ...]:

@@ -4,14 +4,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
-from conftest import Result
+from conftest import Result, charged_job
 
 from saasllm_cli import database
+from saasllm_cli.settings import settings
 
 Run = Callable[..., Result]
 FIELDS = [
     *("transaction_id", "team_id", "organization_id", "job_id", "transaction_type"),
-    *("credits_amount", "credits_before", "credits_after", "reason", "source", "created_at"),
+    *("credits_amount", "credits_before", "credits_after", "reason", "source", "actor", "command", "created_at"),
 ]
 ENTRY = {
     "team_id": "hr",
@@ -37,6 +38,46 @@ def test_add_shows_its_ledger_entry(tenant: Run) -> None:
         "credits_reserved": 0,
         "credits_remaining": 15,
     }
+
+
+def test_an_entry_keeps_who_made_it_and_by_which_command(
+    tenant: Run, sql: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = charged_job()
+    monkeypatch.setenv("SAASLLM_ACTOR", "ada")
+    settings.cache_clear()
+    entries = [
+        tenant(*words, "-o", "json").data
+        for words in (
+            ("credits", "add", "hr", 5, "--reason", "Top-up"),
+            ("credits", "adjust", "hr", -1, "--reason", "x"),
+            ("credits", "refund", "--job", job_id),
+        )
+    ]
+    assert {entry["actor"] for entry in entries} == {"ada"}
+    assert entries[0]["command"] == "saasllm credits add hr 5 --reason Top-up -o json"
+    assert tenant("credits", "schedule", "hr", "--amount", 5, "--every", "daily", "--mode", "add").status == 0
+    sql.execute("UPDATE credit_schedules SET next_on = current_date")
+    assert tenant("credits", "allocate").status == 0
+    granted, *rows = tenant("credits", "transactions", "hr", "-o", "json").data
+    assert (granted["actor"], granted["command"]) == ("ada", "saasllm credits allocate")
+    assert rows[:3] == entries[::-1]
+    deduction, opening = rows[3:]
+    assert (deduction["actor"], deduction["command"]) == (None, None), "its job tells"
+    assert opening["command"].startswith("saasllm apply -f ")
+    assert "ada" in tenant("credits", "transactions", "hr").out
+    header, first, *_ = tenant("credits", "transactions", "hr", "-o", "csv").out.splitlines()
+    assert header.endswith("actor,command,created_at")
+    assert ",ada,saasllm credits allocate," in first
+
+
+def test_an_entry_of_another_client_keeps_its_role(tenant: Run, sql: psycopg.Connection) -> None:
+    sql.execute(
+        "INSERT INTO credit_transactions (team_id, organization_id, entry_no, transaction_type, credits_amount,"
+        " credits_before, credits_after) VALUES ('hr', 'acme', 2, 'allocation', 1, 10, 11)"
+    )
+    (entry, _) = tenant("credits", "transactions", "hr", "-o", "json").data
+    assert (entry["actor"], entry["command"]) == ("postgres", None)
 
 
 def test_transactions_newest_first_and_by_type(tenant: Run) -> None:

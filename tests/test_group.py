@@ -7,7 +7,7 @@ import pytest
 from conftest import Result
 from provider import Provider
 
-from saasllm_cli import database
+from saasllm_cli import cli, database
 from saasllm_cli.commands import group
 
 Run = Callable[..., Result]
@@ -91,7 +91,7 @@ def test_a_reader_of_set_models_never_sees_half(saasllm: Run, monkeypatch: pytes
     monkeypatch.setattr("saasllm_cli.commands.group.show", lambda *_: None)
 
     def change(turn: int) -> None:
-        group.set_models("G", both[turn % 2])
+        group.set_models("G", both[turn % 2], yes=True)
 
     with ThreadPoolExecutor(2) as threads, database.connect() as db:
         changes = [threads.submit(change, turn) for turn in range(60)]
@@ -142,9 +142,65 @@ def test_test_of_offline_models_asks_nobody(tenant: Run) -> None:
 def test_a_model_that_litellm_does_not_list_is_a_warning(saasllm: Run) -> None:
     known = saasllm("group", "create", "G", "--model", "gpt-4o", "--model", "openai/gpt-4o", "--model", "ollama/mine")
     assert (known.status, known.err) == (0, "")
-    misspelt = saasllm("group", "set-models", "G", "gpt-4o", "gpt-4oh", "-o", "json")
-    assert misspelt.status == 0
-    assert "does not know gpt-4oh." in misspelt.err
+    for name, hint in (
+        ("gpt-4oh", "Give the name as PROVIDER/MODEL"),
+        ("openai/gpt-4oh", "Check the name; afterwards, run: saasllm group test G"),
+        ("offline/eco", "The offline models are offline/echo and offline/fail."),
+    ):
+        misspelt = saasllm("group", "set-models", "G", "gpt-4o", name, "-o", "json")
+        assert misspelt.status == 0
+        assert f"does not know {name}. {hint}" in misspelt.err
+        assert "does not know" not in saasllm("group", "set-models", "G", name, "gpt-4o").err, "it is not new"
+    created = saasllm("group", "create", "H", "--model", "openai/gpt-4oh")
+    assert (created.status, "run: saasllm group test H" in created.err) == (0, True)
+
+
+def test_at_a_terminal_it_asks_before_an_unknown_model_is_live(
+    saasllm: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saasllm("group", "create", "G", "--model", "gpt-4o")
+    monkeypatch.setattr("saasllm_cli.commands.group.sys.stdin", Terminal())
+    asked: list[str] = []
+
+    def answer(question: str, **_: object) -> bool:
+        asked.append(question)
+        assert "does not know" in capfd.readouterr().err
+        assert models_now() == ["gpt-4o"]
+        return False
+
+    def models_now() -> list[str]:
+        with database.connect() as db:
+            return [model["model_name"] for model in db.get("group", "G")["models"]]
+
+    monkeypatch.setattr("saasllm_cli.commands.inputs.typer.confirm", answer)
+    assert cli.run(["group", "set-models", "G", "a", "b"]) == 130
+    assert cli.run(["group", "create", "H", "--model", "a"]) == 130
+    assert cli.run(["group", "get", "H"]) == 3
+    assert asked == ["Use them all the same?", "Use it all the same?"]
+    assert models_now() == ["gpt-4o"]
+    assert cli.run(["group", "set-models", "G", "a", "--yes"]) == 0
+    assert cli.run(["group", "create", "H", "--model", "a", "--yes"]) == 0
+    assert len(asked) == 2
+
+
+class Terminal:
+    def isatty(self) -> bool:
+        return True
+
+
+def test_whatever_leaves_a_group_without_an_active_model_says_so(saasllm: Run, home) -> None:
+    told = "no model is active in G. Jobs are refused until you run: saasllm group update G --activate MODEL"
+    saasllm("group", "create", "G", "--model", "gpt-4o", "--model", "gpt-4o-mini")
+    assert told not in saasllm("group", "update", "G", "--deactivate", "gpt-4o").err
+    assert told in saasllm("group", "set-models", "G", "gpt-4o").err
+    assert told in saasllm("group", "update", "G", "--display-name", "x", "-o", "json").err
+    assert told not in saasllm("group", "update", "G", "--activate", "gpt-4o").err
+    (home / "g.yaml").write_text("model_groups: [{group_name: G, models: [{model_name: a, is_active: false}]}]")
+    assert told not in saasllm("apply", "-f", "g.yaml", "--diff").err
+    assert told in saasllm("apply", "-f", "g.yaml").err
+    assert told in saasllm("apply", "-f", "g.yaml").err, "it stays so"
+    (home / "g.yaml").write_text("model_groups: [{group_name: G, models: [a]}]")
+    assert told not in saasllm("apply", "-f", "g.yaml").err
 
 
 def test_one_model_is_passed_over_and_tried_again(saasllm: Run) -> None:
@@ -183,7 +239,7 @@ def test_set_models_keeps_what_is_deactivated(saasllm: Run) -> None:
     changed = saasllm("group", "set-models", "G", "c", "a", "-o", "json").data
     assert [(model["model_name"], model["is_active"]) for model in changed["models"]] == [("c", True), ("a", False)]
     assert "c, a (inactive)" in saasllm("group", "list").out
-    assert "accepts no jobs" in saasllm("group", "update", "G", "--deactivate", "c").err
+    assert "no model is active" in saasllm("group", "update", "G", "--deactivate", "c").err
 
 
 def test_deactivating_waits_for_the_models_that_are_set_at_once(saasllm: Run, sql: psycopg.Connection) -> None:

@@ -2,10 +2,12 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -48,7 +50,7 @@ def with_models(run: Run, *models: str, group: str = "G") -> Run:
 
 
 def test_the_answer_alone_goes_to_stdout(tenant: Run) -> None:
-    result = job_run(tenant, "Echo", "--prompt", "Hello,", stdin="a document\n")
+    result = job_run(tenant, "Echo", "--prompt", "Hello,", "--prompt-file", "-", stdin="a document\n")
     assert (result.status, result.out) == (0, "Hello,\n\na document\n\n")
     assert "offline/echo" in result.err
     assert "9 left" in result.err
@@ -57,7 +59,8 @@ def test_the_answer_alone_goes_to_stdout(tenant: Run) -> None:
 
 def test_a_job_over_http(tenant: Run, provider: Provider) -> None:
     with_models(tenant, "openai/ok")
-    result = job_run(tenant, "G", "--prompt", "Summarise", "--system", "Be brief.", "-o", "json", stdin="a CV")
+    prompt = ("--system", "Be brief.", "--prompt", "Summarise", "--prompt-file", "-")
+    result = job_run(tenant, "G", *prompt, "-o", "json", stdin="a CV")
     assert result.status == 0
     assert result.err == ""
     assert result.data["content"] == ANSWER
@@ -244,6 +247,54 @@ def test_the_prompt_from_a_file(tenant: Run, home) -> None:
     assert job_run(tenant, "Echo", "--prompt-file", "-", stdin="read").out == "read\n"
     missing = job_run(tenant, "Echo", "--prompt-file", "none.txt", "-o", "json")
     assert (missing.status, missing.error["code"]) == (2, "unreadable_file")
+
+
+def test_stdin_is_read_only_where_it_is_asked_for(tenant: Run, home: Path) -> None:
+    """Of a loop `while read line; do saasllm job run …; done < list` the rest of the list stays for the loop."""
+    (home / "chat.json").write_text('[{"role": "user", "content": "x"}]')
+    (home / "x").write_text("x")
+    assert tenant("credits", "add", "hr", 10).status == 0
+    told = "Stdin was not read. To use it, add: --prompt-file -"
+    given: tuple[tuple[str, ...], ...] = (("--prompt", "x"), ("--prompt-file", "x"), ("--messages", "chat.json"))
+    for options in (*given, given[0] + given[1], given[0] + given[2]):
+        assert told in job_run(tenant, "Echo", *options, stdin="the next line\n").err, options
+        assert told not in job_run(tenant, "Echo", *options).err, "nothing is there"
+    asked = ((), ("--prompt-file", "-"), ("--prompt", "x", "--prompt-file", "-"))
+    for options in asked:
+        read = job_run(tenant, "Echo", *options, stdin="all of it")
+        assert read.out.endswith("all of it\n"), options
+        assert told not in read.err, options
+
+    run = f"{sys.executable} -m saasllm_cli job run --team hr --group Echo --prompt"
+    loop = f'printf "a\\nb\\n" | while read line; do {run} "$line"; done'
+    done = subprocess.run(["sh", "-c", loop], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["a", "b"]
+    assert done.stderr.count(told) == 1, "of the last line nothing follows"
+
+
+@pytest.mark.parametrize("verb", ["run", "call"])
+@pytest.mark.parametrize("sent", ["", "half a prompt"])
+def test_an_open_stdin_does_not_outlast_the_time_limit(tenant: Run, verb: str, sent: str) -> None:
+    job_id = tenant("job", "create", "--team", "hr").out.strip()
+    words = {"run": ["--team", "hr"], "call": [job_id]}[verb]
+    began = time.monotonic()
+    process = start_process("job", verb, *words, "--group", "Echo", "--timeout", "1", stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(sent)
+    process.stdin.flush()
+    assert process.wait(20) == 8
+    assert time.monotonic() - began < 10
+    assert process.stderr is not None
+    assert "Stdin did not end within 1 s" in process.stderr.read()
+    assert len(tenant("job", "list", "-o", "json").data) == 1, "that of several calls"
+    assert credits_of(tenant) == (10, 1)
+
+
+def test_a_prompt_with_nothing_on_an_open_stdin(tenant: Run) -> None:
+    process = start_process("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x", stdin=subprocess.PIPE)
+    assert process.wait(20) == 0
+    assert process.stderr is not None
+    assert "Stdin" not in process.stderr.read()
 
 
 def test_what_is_kept_with_the_job(tenant: Run) -> None:

@@ -15,14 +15,14 @@ GROUP = [
 ]
 CREDITS = ["credits_allocated", "credits_used", "credits_reserved", "credits_remaining"]
 TEAM = [
-    *("team_id", "organization_id", "team_alias", "status", "model_groups", *CREDITS),
+    *("team_id", "organization_id", "team_alias", "status", "organization_status", "model_groups", *CREDITS),
     *("metadata", "created_at", "updated_at", "schedule"),
 ]
 SCHEDULE = ["credits_amount", "every", "mode", "credits_max", "next_on"]
 REFUSED = ["team_id", "period", "reason"]
 ENTRY = [
     *("transaction_id", "team_id", "organization_id", "job_id", "transaction_type"),
-    *("credits_amount", "credits_before", "credits_after", "reason", "source", "created_at"),
+    *("credits_amount", "credits_before", "credits_after", "reason", "source", "actor", "command", "created_at"),
 ]
 JOB = [
     *("job_id", "team_id", "organization_id", "job_type", "status", "model_groups_used", "external_task_id"),

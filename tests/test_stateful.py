@@ -251,7 +251,9 @@ class Credits(RuleBasedStateMachine):
     @rule(days=DAYS, catch_up=st.integers(0, 3), team_id=st.none() | TEAMS, is_rehearsed=st.booleans())
     def allocate(self, days: int, catch_up: int, team_id: str | None, is_rehearsed: bool) -> None:
         today = self.clock.today = self.clock.today + timedelta(days=days)
-        line = f"credits allocate --as-of {today} --catch-up {catch_up}" + (f" --team {team_id}" if team_id else "")
+        line = f"credits allocate --as-of {today} --catch-up {catch_up} --yes" + (
+            f" --team {team_id}" if team_id else ""
+        )
         if team_id and team_id not in self.teams:
             self.command(line, "team_not_found")
             return
@@ -274,7 +276,9 @@ class Credits(RuleBasedStateMachine):
             "failed": [],
         }
         if is_rehearsed:
-            assert self.command(line + " --dry-run") == told
+            rehearsed = self.command(line + " --dry-run")
+            assert sum(row["credits_granted"] for row in rehearsed.pop("grants")) == told["credits_granted"]
+            assert rehearsed == told
         assert self.command(line) == told
 
     @rule(target=jobs, team_id=TEAMS, key=KEYS, end=st.sampled_from([None, "completed", "failed", "expired"]))

@@ -11,7 +11,7 @@ from saasllm_cli.jobs.calls import CallRequest
 
 Run = Callable[..., Result]
 FIELDS = [
-    *("team_id", "organization_id", "team_alias", "status", "model_groups"),
+    *("team_id", "organization_id", "team_alias", "status", "organization_status", "model_groups"),
     *("credits_allocated", "credits_used", "credits_reserved", "credits_remaining"),
     *("metadata", "created_at", "updated_at", "schedule"),
 ]
@@ -129,3 +129,24 @@ def test_delete_only_without_history(tenant: Run) -> None:
     assert used.status == 4
     assert "0 jobs and 1 ledger entry." in used.err
     assert tenant("team", "get", "hr").status == 0
+
+
+def test_a_team_of_a_suspended_organization_says_so(tenant: Run) -> None:
+    tenant("org", "create", "other")
+    tenant("team", "create", "theirs", "--org", "other")
+    tenant("team", "create", "it", "--org", "acme")
+    tenant("team", "suspend", "it")
+
+    def found(status: str, *options: object) -> list[str]:
+        return [team["team_id"] for team in tenant("team", "list", "--status", status, *options, "-o", "json").data]
+
+    assert (found("suspended"), found("active")) == (["it"], ["hr", "theirs"])
+    assert tenant("org", "suspend", "acme").status == 0
+    assert (found("suspended"), found("active")) == (["hr", "it"], ["theirs"])
+    assert found("suspended", "--sort", "newest", "--limit", 1) == ["it"]
+    team = tenant("team", "get", "hr", "-o", "json").data
+    assert (team["status"], team["organization_status"]) == ("active", "suspended")
+    assert "organization_status  suspended" in tenant("team", "get", "hr").out
+    assert "suspended" in tenant("team", "list", "--org", "acme").out.splitlines()[1]
+    tenant("org", "resume", "acme")
+    assert tenant("team", "get", "hr", "-o", "json").data["organization_status"] == "active"

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from saasllm_cli import database
-from saasllm_cli.commands.inputs import Output, Yes, confirm, noun, require_profile, some
+from saasllm_cli.commands.inputs import Output, Yes, confirm, noun, require_profile, some, tell_inactive
 from saasllm_cli.errors import CheckFailed, InvalidInput
 from saasllm_cli.manifests.apply import changes, compare, stage, write
 from saasllm_cli.manifests.read import STDIN, SUFFIXES, Source, unreadable
@@ -73,6 +73,8 @@ def apply(
             totals = write(db, sources, to_prune, _tell_wait, progress)
             progress("")
         _show(db, totals, output or settings().output)
+        if not diff:
+            tell_inactive([row["group_name"] for row in db.many("apply.inactive_groups")])
     changed = sum(row[name] for row in totals for name in ("created", "changed", "suspended", "deleted"))
     differing = sum(row["differing"] for row in totals)
     if not changed and not (diff and differing):

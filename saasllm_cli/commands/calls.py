@@ -1,8 +1,13 @@
 """What a model can be asked: the options that `job run` and `job call` have in common, and the files that they name."""
 
+import fcntl
 import json
+import os
 import select
+import struct
 import sys
+import termios
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
@@ -10,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import typer
 
 from saasllm_cli.commands.inputs import A_GROUP, label
-from saasllm_cli.errors import InvalidInput
+from saasllm_cli.errors import InvalidInput, NoAnswer
 from saasllm_cli.jobs import chat
 from saasllm_cli.output import note, printer, progress
 from saasllm_cli.settings import Format
@@ -18,6 +23,7 @@ from saasllm_cli.settings import Format
 if TYPE_CHECKING:
     from saasllm_cli.jobs.calls import CallRequest
 
+STDIN = Path("-")
 SILENT_STDIN_SECONDS = 3
 
 
@@ -34,9 +40,12 @@ def parameter(value: str) -> dict[str, Any]:
 
 Group = Annotated[str, typer.Option(**A_GROUP, show_default=False, help="Model group to ask.")]
 Prompt = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="Prompt; text from a file or stdin is appended to it.")
+    str | None, typer.Option(metavar="TEXT", help="Prompt; the text of --prompt-file, if given, is appended to it.")
 ]
-PromptFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Read text from this file instead of stdin.")]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Read the prompt from this file, or - for stdin (default without --prompt)."),
+]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")]
 Messages = Annotated[
     Path | None,
@@ -108,8 +117,12 @@ def call_request(
         parameters = further | parameters
     if system is not None:
         asked.insert(0, {"role": "system", "content": chat.text(system, "--system")})
+    if messages is None and prompt is None and prompt_file is None and not sys.stdin.isatty():
+        prompt_file = STDIN
     if messages is None or prompt is not None or prompt_file is not None:
-        asked.append({"role": "user", "content": _prompt(prompt, prompt_file, may_read_stdin=messages is None)})
+        asked.append({"role": "user", "content": _prompt(prompt, prompt_file, timeout)})
+    if prompt_file != STDIN and _has_stdin():
+        note("Stdin was not read. To use it, add: --prompt-file -")
     if json_schema is not None:
         parameters["response_format"] = chat.response_format(schema_of(json_schema))
     elif (schema := chat.json_schema(parameters)) is not None:
@@ -163,13 +176,13 @@ def _json(path: Path, option: str) -> Any:
         ) from None
 
 
-def _prompt(prompt: str | None, prompt_file: Path | None, may_read_stdin: bool) -> str:
-    """--prompt, and after it the file or what stdin holds."""
+def _prompt(prompt: str | None, prompt_file: Path | None, timeout: float) -> str:
+    """--prompt, and after it what the file holds."""
     parts = [] if prompt is None else [chat.text(prompt, "--prompt")]
-    if prompt_file is not None and str(prompt_file) != "-":
+    if prompt_file == STDIN:
+        parts.append(_decoded(_stdin(timeout), "stdin"))
+    elif prompt_file is not None:
         parts.append(_decoded(_content(prompt_file, "--prompt-file"), str(prompt_file)))
-    elif prompt_file is not None or (may_read_stdin and not sys.stdin.isatty()):
-        parts.append(_decoded(_stdin(), "stdin"))
     text = "\n\n".join(part for part in parts if part.strip())
     if not text:
         raise InvalidInput(
@@ -192,11 +205,37 @@ def _content(path: Path, option: str) -> bytes:
         return file.read()
 
 
-def _stdin() -> bytes:
-    is_ready, _, _ = select.select([sys.stdin], [], [], SILENT_STDIN_SECONDS)
-    if not is_ready:
-        note("Reading the rest of the prompt from stdin. If there is none, add: < /dev/null")
-    return sys.stdin.buffer.read()
+def _stdin(timeout: float) -> bytes:
+    """All of stdin, which may be left open with nothing coming: then this ends with `NoAnswer`."""
+    pieces: list[bytes] = []
+    is_told = False
+    began = time.monotonic()
+    while sys.stdin.isatty() or (left := began + timeout - time.monotonic()) > 0:
+        seconds = None if sys.stdin.isatty() else left if is_told else min(left, SILENT_STDIN_SECONDS)
+        if select.select([sys.stdin], [], [], seconds)[0]:
+            # Not by sys.stdin itself, which would wait until it has as much as it wants.
+            if not (piece := os.read(sys.stdin.fileno(), 65536)):
+                return b"".join(pieces)
+            pieces.append(piece)
+        elif not is_told:
+            note("Reading the prompt from stdin. If there is none there, add: --prompt TEXT")
+            is_told = True
+    raise NoAnswer(
+        "no_prompt",
+        f"Stdin did not end within {timeout:g} s. No model was asked; nothing was charged.",
+        "To read nothing from it, give the prompt by --prompt or --prompt-file.",
+    )
+
+
+def _has_stdin() -> bool:
+    """Whether there is something on stdin; nothing of it is read, nor waited for."""
+    if sys.stdin.isatty():
+        return False
+    try:
+        waiting = fcntl.ioctl(sys.stdin.fileno(), termios.FIONREAD, bytes(4))  # of a file, how much is left of it
+    except OSError:  # such as /dev/null
+        return False
+    return bool(struct.unpack("i", waiting)[0])
 
 
 def _decoded(content: bytes, source: str) -> str:

@@ -1,7 +1,7 @@
 """The prepaid credits of teams, and the ledger of all their movements."""
 
 from dataclasses import asdict
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import UUID
 
@@ -221,7 +221,9 @@ def transactions(
         "credits_amount",
         "credits_after",
         "reason",
+        "actor",
         "job_id",
+        "command",
     )
     essential = ("created_at", "transaction_type", "credits_amount", "credits_after")
     with database.connect() as db:
@@ -317,17 +319,25 @@ def allocate(
     catch_up: Annotated[int, typer.Option(min=0, max=1000, metavar="N", help="Also grant up to N missed periods.")] = 1,
     team: TeamFilter = None,
     org: OrgFilter = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be granted.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be granted, and to whom.")] = False,
+    yes: Yes = False,
     output: Output = None,
 ) -> None:
     """Grant scheduled credits to all teams that are due.
 
     Run it from cron, as often as you like: each period is granted once. Suspended teams are skipped; once resumed, they
     get the periods they missed, as far as --catch-up goes. Exit 9 if the credits of a team could not be granted.
+
+    A period in the future is only granted after confirmation, because that uses up the schedules until then.
     """
     if as_of and period_:
         raise InvalidInput("usage", "--as-of and --period cannot be combined.", "Give only one of them.")
-    day_, every = _last_day(period_) if period_ else (as_of or datetime.now(UTC).date(), None)
+    first_day, every = _first_day(period_) if period_ else (as_of, None)
+    with database.connect() as db:
+        today = db.one("credits.today")["today"]
+    day_ = first_day or today
+    if day_ > today and not dry_run:
+        confirm(f"{period_ or day_} is in the future: grant its credits now, and nothing more until then?", yes)
 
     from saasllm_cli import allocation
 
@@ -497,13 +507,13 @@ def _unschedule(team_id: str) -> None:
     note(f"Removed the schedule of team {team_id}." if removed else f"Team {team_id} has no schedule.")
 
 
-def _last_day(period_: str) -> tuple[date, str]:
-    """The last day of a period, and how often it comes."""
+def _first_day(period_: str) -> tuple[date, str]:
+    """The first day of a period, and how often it comes."""
     every = {(1, True): "weekly", (1, False): "monthly", (2, False): "daily"}.get((period_.count("-"), "W" in period_))
     try:
         if every is None:
             raise typer.BadParameter(f"{period_!r} is not a month (2026-11), week (2026-W47) or day (2026-11-22).")
-        return (period(period_).until - timedelta(days=1)).date(), every
+        return period(period_).since.date(), every
     except typer.BadParameter as error:
         error.param_hint = "--period"
         raise
@@ -511,8 +521,14 @@ def _last_day(period_: str) -> tuple[date, str]:
 
 def _show_allocation(result: "Allocation", dry_run: bool, output: Format | None) -> None:
     if (output or settings().output) is not Format.TABLE:
-        show(asdict(result), output)
+        totals = asdict(result)
+        if not dry_run:  # else they stand in the ledger
+            del totals["grants"]
+        show(totals, output)
         return
+    if result.grants:
+        show(result.grants[:MOST_NAMED], output)
+        _tell_more(len(result.grants))
     told = "would grant" if dry_run else "granted"
     print_sentence(
         f"{result.as_of}: {told} {counted(result.credits_granted, 'credit')} for {counted(result.granted, 'period')}, "
@@ -521,5 +537,9 @@ def _show_allocation(result: "Allocation", dry_run: bool, output: Format | None)
     )
     for row in (result.skipped + result.failed)[:MOST_NAMED]:
         note(f"{row['team_id']} {row['period']}: {row['reason']}")
-    if (more := len(result.skipped) + len(result.failed) - MOST_NAMED) > 0:
-        note(f"and {more} more; to see all, use -o json")
+    _tell_more(len(result.skipped) + len(result.failed))
+
+
+def _tell_more(number: int) -> None:
+    if number > MOST_NAMED:
+        note(f"and {number - MOST_NAMED} more; to see all, use -o json")

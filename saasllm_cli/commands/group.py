@@ -1,5 +1,6 @@
 """Model groups: a name for an ordered list of models."""
 
+import sys
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -25,6 +26,7 @@ from saasllm_cli.commands.inputs import (
     require_some,
     same_or_conflict,
     some,
+    tell_inactive,
     unique,
 )
 from saasllm_cli.errors import CheckFailed, Conflict, NoAnswer, NotFound, refused
@@ -56,13 +58,19 @@ def create(
         str | None, typer.Option(parser=label, metavar="TEXT", help="What the group is for.")
     ] = None,
     if_not_exists: IfNotExists = False,
+    yes: Yes = False,
     output: Output = None,
 ) -> None:
     """Create a model group.
 
-    The first --model is the primary, the others are its fallbacks, in this order.
+    The first --model is the primary, the others are its fallbacks, in this order. A name that litellm does not know is
+    a warning; at a terminal it asks first.
     """
     model_names = unique(model, "--model")
+    with database.connect() as db:
+        exists = db.maybe("group.get", group_name=group_name) is not None
+    if not exists:
+        _warn_of_unknown(model_names, group_name, yes)
     with database.connect() as db:
         created = db.one(
             "group.create",
@@ -77,7 +85,6 @@ def create(
         given = {"display_name": display_name, "description": description, "models": model_names}
         same_or_conflict("group", group_name, existing, given, if_not_exists)
     show(group, output)
-    _warn_of_unknown(model_names)
 
 
 @app.command(epilog="saasllm group get ResumeAgent -o json | jq -r '.models[].model_name'")
@@ -148,8 +155,7 @@ def update(
             )
         group = db.get("group", group_name)
     show(group, output)
-    if not any(model["is_active"] for model in group["models"]):
-        note(f"Group {group_name} has no active model: it accepts no jobs until you activate one.")
+    _warn_of_inactive(group)
 
 
 @app.command("set-models", epilog="saasllm group set-models ResumeAgent gpt-4o gpt-4o-mini")
@@ -158,19 +164,23 @@ def set_models(
     models: Annotated[
         list[str], typer.Argument(parser=model_name, metavar="MODEL...", show_default=False, help="Models.")
     ],
+    yes: Yes = False,
     output: Output = None,
 ) -> None:
     """Replace a group's models.
 
     The first MODEL is the primary, the others are its fallbacks, in this order. A model that was inactive stays
-    inactive.
+    inactive. A new name that litellm does not know is a warning; at a terminal it asks first.
     """
     model_names = unique(models, "MODEL")
+    with database.connect() as db:
+        present = {model["model_name"] for model in db.get("group", group_name)["models"]}
+    _warn_of_unknown([model for model in model_names if model not in present], group_name, yes)
     with database.connect() as db:
         db.transaction(lambda: _models_set(db, group_name, model_names))
         group = db.get("group", group_name)
     show(group, output)
-    _warn_of_unknown(model_names)
+    _warn_of_inactive(group)
 
 
 @app.command(epilog="saasllm group delete ResumeAgent --yes")
@@ -249,9 +259,23 @@ def _models_set(db: database.Database, group_name: str, model_names: list[str]) 
     return db.one("group.set_models", group_name=group_name, model_names=model_names)
 
 
-def _warn_of_unknown(models: list[str]) -> None:
-    """A misspelt model would be found out by the first job. Only a warning: litellm's list is never complete."""
+def _warn_of_unknown(models: list[str], group_name: str, yes: bool) -> None:
+    """A misspelt model would be found out by the first job. It is for whoever sits there to say: litellm's list is
+    never complete."""
     from saasllm_cli.jobs.known_models import unknown
 
-    if names := unknown(models):
-        note(f"Warning: litellm does not know {some(names)}. Check the name, or run: saasllm group test GROUP")
+    if not (names := unknown(models)):
+        return
+    hint = f"Check the name; afterwards, run: saasllm group test {group_name}"
+    if any("/" not in name for name in names):
+        hint = "Give the name as PROVIDER/MODEL, as litellm does, such as openai/gpt-4o."
+    elif any(name.startswith("offline/") for name in names):
+        hint = "The offline models are offline/echo and offline/fail."
+    note(f"Warning: litellm does not know {some(names)}. {hint}")
+    if not yes and sys.stdin.isatty():
+        confirm("Use it all the same?" if len(names) == 1 else "Use them all the same?", yes)
+
+
+def _warn_of_inactive(group: database.Row) -> None:
+    if not any(model["is_active"] for model in group["models"]):
+        tell_inactive([group["group_name"]])

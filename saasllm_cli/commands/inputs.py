@@ -309,6 +309,15 @@ def some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def tell_inactive(group_names: list[str]) -> None:
+    """Of groups that a command leaves without an active model."""
+    if group_names:
+        note(
+            f"Warning: no model is active in {some(group_names)}. Jobs are refused until you run: saasllm group update "
+            f"{group_names[0] if len(group_names) == 1 else 'GROUP'} --activate MODEL"
+        )
+
+
 def require_some(given: dict[str, Any]) -> None:
     """Refuses a change of nothing."""
     if not any(value is not None and value != [] for value in given.values()):

@@ -91,7 +91,10 @@ Lease = Annotated[
 ]
 
 
-@app.command(epilog='saasllm job run --team team_engineering --group ResumeAgent --prompt "Summarize this CV" < cv.txt')
+@app.command(
+    epilog='saasllm job run --team team_engineering --group ResumeAgent --prompt "Summarize this CV:" '
+    "--prompt-file cv.txt"
+)
 def run(
     team: Team,
     group: Group,
@@ -119,8 +122,8 @@ def run(
 
     Tries the models in order until one answers. If none does, nothing is charged and the exit status is 8.
 
-    The prompt is --prompt followed by the text of --prompt-file, or of stdin. The answer goes to stdout and everything
-    else to stderr; with -o json, the answer is the field `content`.
+    The prompt is --prompt followed by the text of --prompt-file; without both it is read from stdin. The answer goes to
+    stdout and everything else to stderr; with -o json, the answer is the field `content`.
     """
     output = output or settings().output
     parameters = given(param, temperature=temperature, max_tokens=max_tokens, top_p=top_p, seed=seed, stop=stop or None)
@@ -179,7 +182,7 @@ def create(
     runner.create(request, lambda job_id: print_line(str(job_id)) if is_plain else _show_job(job_id, output))
 
 
-@app.command(epilog='saasllm job call $JOB --group ResumeAgent --prompt "Summarize this CV" < cv.txt')
+@app.command(epilog='saasllm job call $JOB --group ResumeAgent --prompt "Summarize this CV:" --prompt-file cv.txt')
 def call(
     job: Job,
     group: Group,

@@ -120,8 +120,14 @@ def list_(
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
-    """List teams."""
-    columns = ("team_id", "status", "credits_remaining", "organization_id", "model_groups", "team_alias")
+    """List teams.
+
+    A team of a suspended organization counts as suspended.
+    """
+    columns = (
+        *("team_id", "status", "credits_remaining", "organization_id", "organization_status", "model_groups"),
+        "team_alias",
+    )
     with database.connect() as db:
         teams = db.stream(
             "team.list",

@@ -33,6 +33,8 @@ SELECT
     t.organization_id,
     t.team_alias,
     t.status,
+    -- Where it is suspended, so is the team, whatever its own status.
+    (SELECT o.status FROM organizations o WHERE o.organization_id = t.organization_id) AS organization_status,
     ARRAY(
         SELECT a.group_name::text FROM team_model_groups a WHERE a.team_id = t.team_id ORDER BY a.group_name
     ) AS model_groups,

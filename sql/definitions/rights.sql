@@ -34,7 +34,8 @@ GRANT INSERT (
     cost_usd, latency_ms, purpose, finish_reason, error, prompt, answer, created_at
 ) ON llm_calls TO saasllm_runner;
 GRANT INSERT (
-    team_id, organization_id, entry_no, job_id, transaction_type, credits_amount, credits_before, credits_after, reason
+    team_id, organization_id, entry_no, job_id, transaction_type, credits_amount, credits_before, credits_after, reason,
+    actor, command
 ) ON credit_transactions TO saasllm_runner;
 GRANT UPDATE (credits_allocated, credits_used, credits_reserved, last_entry_no) ON team_credits TO saasllm_runner;
 

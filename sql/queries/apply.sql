@@ -192,6 +192,14 @@ FROM change
 ORDER BY CASE noun WHEN 'organization' THEN 1 WHEN 'group' THEN 2 ELSE 3 END, id, action DESC
 LIMIT %(row_limit)s;
 
+-- name: inactive_groups() :many
+-- Those of the files that have no active model.
+SELECT s.id AS group_name
+FROM staged s
+WHERE s.noun = 'group'
+  AND NOT EXISTS (SELECT FROM model_group_models m WHERE m.group_name = s.id AND m.is_active)
+ORDER BY s.id;
+
 -- name: create_organizations() :none
 INSERT INTO organizations (organization_id, name, status, metadata)
 SELECT id, coalesce(after ->> 'name', id), coalesce(after ->> 'status', 'active'), coalesce(after -> 'metadata', '{}')

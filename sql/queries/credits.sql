@@ -99,7 +99,7 @@ FROM request;
 -- which clocks need not agree with.
 SELECT
     transaction_id, team_id, organization_id, job_id, transaction_type, credits_amount, credits_before, credits_after,
-    reason, source, created_at
+    reason, source, actor, command, created_at
 FROM credit_transactions
 WHERE team_id = %(team_id)s
   AND (%(transaction_type)s::text IS NULL OR transaction_type = %(transaction_type)s)
@@ -123,7 +123,7 @@ LIMIT %(row_limit)s;
 -- name: transaction(transaction_id) :maybe
 SELECT
     transaction_id, team_id, organization_id, job_id, transaction_type, credits_amount, credits_before, credits_after,
-    reason, source, created_at
+    reason, source, actor, command, created_at
 FROM credit_transactions
 WHERE transaction_id = %(transaction_id)s;
 
@@ -433,7 +433,11 @@ DELETE FROM credit_schedules WHERE team_id = %(team_id)s RETURNING team_id;
 -- Whether this session is now the one that allocates, until it ends.
 SELECT pg_try_advisory_lock(hashtext('saasllm'), hashtext('allocate')) AS is_locked;
 
--- name: allocate(as_of, catch_up, every, organization_id, team_id, after, upto, row_limit, is_careful) :one
+-- name: today() :one
+-- By the clock of the database, which all machines share.
+SELECT (now() AT TIME ZONE 'UTC')::date AS today;
+
+-- name: allocate(as_of, catch_up, every, organization_id, team_id, after, upto, row_limit, is_careful, is_listing) :one
 -- Grants one period, the first that is due, to each of the next teams by their ids (behind `after`, up to `upto`): with
 -- all of their rows locked in this order, so that a second run finds them not due. Who is suspended, or would have more
 -- credits than there are numbers, is left as it is. Periods before the last `catch_up` missed ones are forgone.
@@ -535,5 +539,14 @@ SELECT
             json_build_object('team_id', team_id, 'period', period, 'reason', refusal) ORDER BY team_id
         ) FILTER (WHERE refusal IS NOT NULL),
         '[]'
-    ) AS refused
+    ) AS refused,
+    coalesce(
+        json_agg(
+            json_build_object(
+                'team_id', team_id, 'period', period, 'credits_granted', grants, 'credits_expired', expires
+            )
+            ORDER BY team_id
+        ) FILTER (WHERE %(is_listing)s::boolean AND refusal IS NULL AND grants + expires > 0),
+        '[]'
+    ) AS grants
 FROM plan;

@@ -266,11 +266,12 @@ calls AS (
 deduction AS (
     INSERT INTO credit_transactions (
         team_id, organization_id, entry_no, job_id, transaction_type, credits_amount, credits_before, credits_after,
-        reason
+        reason, actor, command
     )
     SELECT
         job.team_id, job.organization_id, balance.last_entry_no + 1, job.job_id, 'deduction', -1,
-        balance.credits_remaining, balance.credits_remaining - 1, 'Job completed'
+        balance.credits_remaining, balance.credits_remaining - 1, 'Job completed',
+        NULL, NULL
     FROM job, lock_balance(job.team_id) AS balance
     WHERE job.status = 'completed' AND (SELECT count(*) FROM calls) >= 0
     RETURNING credits_after
@@ -341,11 +342,12 @@ balance AS (
 deduction AS (
     INSERT INTO credit_transactions (
         team_id, organization_id, entry_no, job_id, transaction_type, credits_amount, credits_before, credits_after,
-        reason
+        reason, actor, command
     )
     SELECT
         team_id, charged.organization_id, balance.last_entry_no + charged.number, charged.job_id, 'deduction', -1,
-        balance.credits_remaining - charged.number + 1, balance.credits_remaining - charged.number, 'Job completed'
+        balance.credits_remaining - charged.number + 1, balance.credits_remaining - charged.number, 'Job completed',
+        NULL, NULL
     FROM (
         SELECT job_id, team_id, organization_id, row_number() OVER (PARTITION BY team_id ORDER BY job_id) AS number
         FROM job

@@ -48,10 +48,14 @@ SELECT * FROM team_details WHERE team_id = %(team_id)s;
 -- name: list(organization_id, status, group_name, metadata, search, sort, after, row_limit) :many
 -- By the id, or by time where `sort` is newest or oldest; behind the row `after`. What is searched for is found first:
 -- the planner cannot know how rare it is, and would walk along the order instead.
--- (`metadata <> '{}'` is the condition of the index.)
+-- (`metadata <> '{}'` is the condition of the index.) A team of a suspended organization counts as suspended.
 SELECT *
 FROM team_details d
-WHERE (%(status)s::text IS NULL OR status = %(status)s)
+WHERE CASE %(status)s::text
+      WHEN 'active' THEN status = 'active' AND organization_status = 'active'
+      WHEN 'suspended' THEN status = 'suspended' OR organization_status = 'suspended'
+      ELSE true
+  END
   AND (%(organization_id)s::text IS NULL OR organization_id = %(organization_id)s)
   AND (
       %(group_name)s::text IS NULL
