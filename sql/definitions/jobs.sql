@@ -8,15 +8,15 @@ CREATE FUNCTION refuse_job_change() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF TG_OP = 'INSERT' THEN
-        RAISE EXCEPTION 'a job begins open, not %', NEW.status
+        RAISE EXCEPTION 'a new job cannot be %', NEW.status
             USING ERRCODE = 'SL003', HINT = 'Insert it as pending or in_progress.';
     ELSIF TG_OP = 'DELETE' THEN
-        RAISE EXCEPTION 'job % is part of its team''s history: DELETE is refused', OLD.job_id
-            USING ERRCODE = 'SL003', HINT = 'Cancel an open job by its status.';
+        RAISE EXCEPTION 'job % is part of its team''s history: DELETE is not allowed', OLD.job_id
+            USING ERRCODE = 'SL003', HINT = 'To cancel an open job, set its status to cancelled.';
     ELSIF OLD.job_id IS DISTINCT FROM NEW.job_id THEN
-        RAISE EXCEPTION 'job % keeps its id', OLD.job_id USING ERRCODE = 'SL003', HINT = 'Start a new job.';
+        RAISE EXCEPTION 'job % cannot change its ID', OLD.job_id USING ERRCODE = 'SL003', HINT = 'Start a new job.';
     END IF;
-    RAISE EXCEPTION 'job % is % and does not change its status again', OLD.job_id, OLD.status
+    RAISE EXCEPTION 'job % is already %: its status cannot be changed', OLD.job_id, OLD.status
         USING ERRCODE = 'SL003', HINT = 'Start a new job.';
 END
 $$;
@@ -58,7 +58,7 @@ BEGIN
       );
 
     IF uncharged IS NOT NULL THEN
-        RAISE EXCEPTION 'job % completes only together with its deduction', uncharged
+        RAISE EXCEPTION 'job % cannot be completed without its deduction', uncharged
             USING ERRCODE = 'SL003', HINT = 'Complete the job and charge its team in one statement.';
     END IF;
     RETURN NULL;
@@ -75,7 +75,7 @@ CREATE TRIGGER jobs_complete_with_charge AFTER UPDATE ON jobs
 CREATE FUNCTION refuse_other_team() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    RAISE EXCEPTION 'job % stays with team %', OLD.job_id, OLD.team_id
+    RAISE EXCEPTION 'job % cannot be moved from team %', OLD.job_id, OLD.team_id
         USING ERRCODE = 'SL003', HINT = 'Start a new job for the other team.';
 END
 $$;
