@@ -77,7 +77,7 @@ def create(
         given = {"display_name": display_name, "description": description, "models": model_names}
         same_or_conflict("group", group_name, existing, given, if_not_exists)
     show(group, output)
-    _warn_of_unknown(model_names)
+    _warn_of_unknown(group_name, model_names)
 
 
 @app.command(epilog="saasllm group get ResumeAgent -o json | jq -r '.models[].model_name'")
@@ -170,7 +170,7 @@ def set_models(
         db.transaction(lambda: _models_set(db, group_name, model_names))
         group = db.get("group", group_name)
     show(group, output)
-    _warn_of_unknown(model_names)
+    _warn_of_unknown(group_name, model_names)
 
 
 @app.command(epilog="saasllm group delete ResumeAgent --yes")
@@ -249,9 +249,9 @@ def _models_set(db: database.Database, group_name: str, model_names: list[str]) 
     return db.one("group.set_models", group_name=group_name, model_names=model_names)
 
 
-def _warn_of_unknown(models: list[str]) -> None:
+def _warn_of_unknown(group_name: str, models: list[str]) -> None:
     """A misspelt model would be found out by the first job. Only a warning: litellm's list is never complete."""
     from saasllm_cli.jobs.known_models import unknown
 
     if names := unknown(models):
-        note(f"Warning: litellm does not know {some(names)}. Check the name, or run: saasllm group test GROUP")
+        note(f"Warning: litellm does not know {some(names)}. Check the name, or run: saasllm group test {group_name}")
