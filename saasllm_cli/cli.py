@@ -27,7 +27,7 @@ NOUNS = {
     "credits": "Manage teams' credits and the ledger behind them.",
     "job": "Run jobs: call a model for a team, charge a credit on success.",
     "apply": "Create and update organizations, groups and teams from files.",
-    "export": "Write organizations, groups and teams to a file for `apply`.",
+    "export": "Print organizations, groups and teams as a file for `apply`.",
     "audit": "Show who changed what.",
     "doctor": "Check everything that jobs and cron depend on.",
     "db": "Manage the embedded PostgreSQL, or connect to your own.",
@@ -45,6 +45,7 @@ FLAGS: dict[ContextVar[Any], str] = {
     log_format_flag: "log_format",
     debug_flag: "debug",
 }
+ROOT_OPTIONS = ["--" + name.replace("_", "-") for name in FLAGS.values()]
 SETTING_FLAGS = (profile_flag, log_format_flag)  # which the settings read
 UNEXPECTED = "This is a bug in saasllm. To see a traceback, run: saasllm --debug …"
 
@@ -222,8 +223,10 @@ def _tell(error: Exception, arguments: list[str]) -> int:
             context = getattr(error, "ctx", None)
             told = InvalidInput(
                 "usage",
-                re.sub(r"not a valid (float|int|integer)( range)?\.", "not a number.", error.format_message()),
-                f"See: {context.command_path if context else 'saasllm'} --help",
+                _plain(error.format_message()),
+                f"Put {option} before the noun: saasllm {option} …"
+                if (option := getattr(error, "option_name", None)) in ROOT_OPTIONS
+                else f"See: {context.command_path if context else 'saasllm'} --help",
             )
         case BrokenPipeError():  # whoever read our output has seen enough
             discard(sys.stdout)
@@ -237,6 +240,14 @@ def _tell(error: Exception, arguments: list[str]) -> int:
             told = SaasllmError("unexpected", f"Unexpected {type(error).__name__}.", UNEXPECTED)
     show_error(told, as_json=_wants_json(arguments))
     return told.exit_status
+
+
+def _plain(message: str) -> str:
+    """Click's message in plainer words; a very long value is shortened, so as not to hide what is wrong with it."""
+    message = re.sub(r"not a valid (float|int|integer)( range)?\.", "not a number.", message)
+    message = re.sub(r"^No such option: (-\d\S*)$", r"Unexpected negative number: \1.", message)
+    message = re.sub(r"^Got unexpected extra arguments?(\(s\))? \((.*)\)$", r"Unexpected argument: \2.", message)
+    return re.sub(r"'([^']{60})[^']{20,}'", r"'\1…'", message)
 
 
 def _wants_json(arguments: list[str]) -> bool:

@@ -33,7 +33,7 @@ CHANGES = {
     "create": ("+", 32, ""),
     "update": ("~", 33, ""),
     "suspend": ("~", 33, ""),
-    "differ": ("!", 35, " (shown only: see `saasllm credits add`)"),
+    "differ": ("!", 35, " (not applied; see `saasllm credits add`)"),
     "delete": ("-", 31, ""),
 }
 RESET = "\x1b[0m"

@@ -200,10 +200,11 @@ def settings() -> Settings:
         raise
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
+        reason = first["msg"].replace("Input should be", "it must be").partition(", unable to")[0]
         name = "SAASLLM_" + str(first["loc"][0]).upper().removeprefix("SAASLLM_")
         raise InvalidInput(
             "invalid_setting",
-            f"Setting {name} is invalid: {first['msg']}.",
+            f"Setting {name} is invalid: {reason}.",
             f"Correct it in the environment, in .env or in {CONFIG_FILE}.",
         ) from error
     except (OSError, ValueError) as error:  # .env is not readable, or not UTF-8

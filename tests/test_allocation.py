@@ -197,7 +197,7 @@ def test_who_is_skipped_and_who_fails_stops_nobody(tenant: Run, sql: psycopg.Con
     assert result.data["failed"] == [{"team_id": "rich", "period": "2026-03", "reason": "out_of_range"}]
     text = tenant("credits", "allocate", "--as-of", "2026-03-01", "--org", "other")
     assert text.status == 0
-    assert text.out == "2026-03-01: granted 0 credits for 0 periods, 0 expired, 0 had enough, 1 skipped, 0 failed\n"
+    assert text.out == "2026-03-01: granted 0 credits for 0 periods, expired 0; 0 had enough, 1 skipped, 0 failed\n"
     assert "theirs 2026-03: organization_suspended" in text.err
     tenant("org", "resume", "other")
     assert allocate(tenant, "--as-of", "2026-04-01", "--team", "theirs")["credits_granted"] == 10

@@ -285,8 +285,8 @@ BROKEN = {
         "organizations:\n- organization_id: o\n  zzz: 1\n",
         ["3:3: organizations[0].zzz: unknown field: use one of organization_id, name, status, metadata, count"],
     ),
-    "a missing id": ("model_groups:\n- models: [a]\n", ["2:3: model_groups[0].group_name: it is missing"]),
-    "a missing organization": ("teams:\n- {team_id: a}\n", ["2:3: teams[0].organization_id: it is missing"]),
+    "a missing id": ("model_groups:\n- models: [a]\n", ["2:3: model_groups[0].group_name: it is required"]),
+    "a missing organization": ("teams:\n- {team_id: a}\n", ["2:3: teams[0].organization_id: it is required"]),
     "a number for text": (
         "organizations:\n- organization_id: 12\n  name: true\n",
         [
@@ -317,7 +317,7 @@ BROKEN = {
         [
             "3:15: model_groups[0].models[1].model_name: 'b c' is not a model name: use PROVIDER/MODEL or MODEL, as in "
             "litellm",
-            "3:20: model_groups[0].models[2].model_name: it is missing",
+            "3:20: model_groups[0].models[2].model_name: it is required",
             "3:21: model_groups[0].models[2].model: unknown field: did you mean model_name?",
             "3:32: model_groups[0].models[3]: it must be a mapping",
         ],
@@ -346,7 +346,7 @@ BROKEN = {
         ORG
         + "teams:\n- team_id: a\n  organization_id: o\n  schedule: {credits_amount: 0, every: month, next_on: 2026}\n",
         [
-            "5:3: teams[0].schedule.mode: it is missing",
+            "5:3: teams[0].schedule.mode: it is required",
             "5:14: teams[0].schedule.credits_amount: it must be at least 1",
             "5:33: teams[0].schedule.every: it must be 'daily', 'weekly' or 'monthly'",
             "5:47: teams[0].schedule.next_on: it must be text: put it in quotes",
@@ -474,10 +474,10 @@ BROKEN = {
         '{"teams": [{"team_id": "b", "organization_id": "o", "credits": NaN}]}\n'
         '{"teams": [{"team_id": "c", "x": 1}]}\n',
         [
-            "2:12: teams[0].organization_id: it is missing",
+            "2:12: teams[0].organization_id: it is required",
             "3:9: it is not valid JSON: Expecting ':' delimiter",
             "5: it is not valid JSON: NaN is not a number",
-            "6:12: teams[0].organization_id: it is missing",
+            "6:12: teams[0].organization_id: it is required",
             "6:29: teams[0].x: unknown field: use one of team_id, organization_id, team_alias, status, "
             "model_groups, credits, schedule, metadata, count",
         ],

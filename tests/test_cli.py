@@ -273,3 +273,22 @@ def test_the_forms_and_the_workflow_are_whole() -> None:
         assert form.keys() >= {"name", "description", "body"}
         assert all(part["type"] == "textarea" and part["attributes"]["label"] for part in form["body"])
     assert ElementTree.parse(folder / "terminal.svg").getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        ("org list --profile x", "No such option: --profile", "Put --profile before the noun: saasllm --profile …"),
+        ("org list x", "Unexpected argument: x.", "See: saasllm org list --help"),
+        ("credits add hr -5", "Unexpected negative number: -5.", "See: saasllm credits add --help"),
+        ("job run --timeout x", "Invalid value for '--timeout': 'x' is not a number.", "See: saasllm job run --help"),
+    ],
+)
+def test_wrong_usage_is_told_in_plain_words(run: Run, words: str, message: str, hint: str) -> None:
+    result = run(*words.split(), "-o", "json")
+    assert (result.status, result.error["message"], result.error["hint"]) == (2, message, hint)
+
+
+def test_a_very_long_value_does_not_hide_what_is_wrong_with_it(run: Run) -> None:
+    message = run("org", "get", "x" * 300, "-o", "json").error["message"]
+    assert message.startswith(f"Invalid value for 'ORG': '{'x' * 60}…' is not a valid ID: use up to 128 letters")

@@ -63,7 +63,7 @@ def test_a_change_is_pending_until_it_is_applied_and_nothing_else_is_touched(
     tenant: Run, sql: Sql, definitions: Path
 ) -> None:
     before = objects(sql)
-    edit(definitions / "ledger.sql", "'A balance is corrected by a further entry.'", "'Enter another one.'")
+    edit(definitions / "ledger.sql", "'To correct a balance, add another entry.'", "'Enter another one.'")
     assert pending(tenant) == ["definitions/ledger.sql"]
     verify = tenant("migrate", "verify", "-o", "json")
     assert (verify.status, verify.error["code"]) == (7, "migrations_pending")
@@ -71,7 +71,7 @@ def test_a_change_is_pending_until_it_is_applied_and_nothing_else_is_touched(
         result = tenant(*command.split(), "-o", "json")
         assert (result.status, result.error["code"]) == (7, "migrations_pending")
         assert "definitions/ledger.sql" in result.error["message"]
-    assert tenant("migrate", "up", "--dry-run").out == "Migration pending: definitions/ledger.sql\n"
+    assert tenant("migrate", "up", "--dry-run").out == "Definitions pending: definitions/ledger.sql\n"
     assert objects(sql) == before
 
     assert [row["migration"] for row in tenant("migrate", "up", "-o", "json").data] == ["definitions/ledger.sql"]
@@ -110,7 +110,7 @@ def test_what_is_gone_from_the_files_is_gone_from_the_database(tenant: Run, sql:
     assert tenant("migrate", "verify").status == 0
     sql.execute("INSERT INTO teams (team_id, organization_id, team_alias) VALUES ('it', 'acme', 'IT')")
     charged_job()
-    with pytest.raises(psycopg.Error, match="stays with team"):
+    with pytest.raises(psycopg.Error, match="be moved from team"):
         sql.execute("UPDATE jobs SET team_id = 'it'")
 
 
@@ -250,7 +250,7 @@ def test_what_somebody_has_removed_is_made_again(tenant: Run, sql: Sql, damage: 
     assert tenant("migrate", "verify").status == 7
     assert tenant("migrate", "up").status == 0
     assert tenant("migrate", "verify").status == 0
-    with pytest.raises(psycopg.Error, match="move only with their ledger rows"):
+    with pytest.raises(psycopg.Error, match="can change only through its ledger"):
         sql.execute("UPDATE team_credits SET credits_used = 1")
 
 
@@ -369,7 +369,7 @@ def test_two_at_once(tenant: Run, sql: Sql) -> None:
     outputs = sorted(process.communicate()[0] for process in processes)
     assert [process.returncode for process in processes] == [0, 0]
     assert outputs == [
-        "Migration completed: definitions/ledger.sql\nAll migrations completed.\n",
+        "Definitions completed: definitions/ledger.sql\nAll migrations completed.\n",
         "No pending migrations.\n",
     ]
 
@@ -390,7 +390,7 @@ def test_a_rule_of_the_ledger_changes_while_jobs_run(tenant: Run, sql: Sql, defi
     """Eight clients begin and settle jobs, while functions, triggers and views change to and fro."""
     tenant("credits", "add", "hr", 9_990)
     changes = (
-        ("ledger.sql", "HINT = 'A balance is corrected by a further entry.'", "HINT = 'Enter another one.'"),
+        ("ledger.sql", "HINT = 'To correct a balance, add another entry.'", "HINT = 'Enter another one.'"),
         ("ledger.sql", "movement.opening = c.credits_remaining", "c.credits_remaining = movement.opening"),
         (
             "ledger.sql",

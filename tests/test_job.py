@@ -495,7 +495,7 @@ def test_an_expired_lease_is_lost_and_swept_by_the_next_begin(tenant: Run, sql: 
     assert credits_of(tenant) == (9, 6)
     swept = tenant("job", "get", jobs[0], "-o", "json").data
     assert swept["status"] == "failed"
-    assert "lease ran out" in swept["error_message"]
+    assert "The job expired at" in swept["error_message"]
     with pytest.raises(Conflict, match="it is failed"):
         runner._settled(jobs[0], "hr", "late", [])
 

@@ -13,21 +13,21 @@ ENTRY = (
 JOB = "0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d"
 
 ATTACKS = {
-    "add without a row": ("UPDATE team_credits SET credits_allocated = 1000", "only with their ledger rows"),
-    "use without a row": ("UPDATE team_credits SET credits_used = 1", "only with their ledger rows"),
-    "both at once": ("UPDATE team_credits SET credits_used = 1, credits_allocated = 11", "only with their ledger rows"),
-    "move the counter": ("UPDATE team_credits SET last_entry_no = 0", "only with their ledger rows"),
-    "hand on a balance": ("UPDATE team_credits SET team_id = 'it' WHERE team_id = 'hr'", "only with their ledger rows"),
+    "add without a row": ("UPDATE team_credits SET credits_allocated = 1000", "only through its ledger"),
+    "use without a row": ("UPDATE team_credits SET credits_used = 1", "only through its ledger"),
+    "both at once": ("UPDATE team_credits SET credits_used = 1, credits_allocated = 11", "only through its ledger"),
+    "move the counter": ("UPDATE team_credits SET last_entry_no = 0", "only through its ledger"),
+    "hand on a balance": ("UPDATE team_credits SET team_id = 'it' WHERE team_id = 'hr'", "only through its ledger"),
     "reserve below zero": ("UPDATE team_credits SET credits_reserved = -1", "team_credits_reserved"),
     "reserve too much": ("UPDATE team_credits SET credits_reserved = 11", "team_credits_free"),
-    "a balance from nowhere": ("INSERT INTO team_credits VALUES ('x', 5)", "begins empty"),
+    "a balance from nowhere": ("INSERT INTO team_credits VALUES ('x', 5)", "only with its team"),
     "a second balance": ("INSERT INTO team_credits VALUES ('hr')", "team_credits_pkey"),
-    "delete a balance": ("DELETE FROM team_credits", "goes with its team"),
-    "truncate balances": ("TRUNCATE team_credits", "goes with its team"),
+    "delete a balance": ("DELETE FROM team_credits", "only with its team"),
+    "truncate balances": ("TRUNCATE team_credits", "only with its team"),
     "update the ledger": ("UPDATE credit_transactions SET reason = 'x'", "append-only"),
-    "delete from the ledger": ("DELETE FROM credit_transactions", "DELETE is refused"),
+    "delete from the ledger": ("DELETE FROM credit_transactions", "DELETE is not allowed"),
     "truncate the ledger": ("TRUNCATE credit_transactions", "append-only"),
-    "truncate around it": ("TRUNCATE organizations CASCADE", "append-only|goes with its team"),
+    "truncate around it": ("TRUNCATE organizations CASCADE", "append-only|only with its team"),
     "delete the team": ("DELETE FROM teams WHERE team_id = 'hr'", "credit_transactions_team"),
     "a gap": (ENTRY + "('hr', 'acme', 3, 'allocation', 5, 10, 15, NULL)", "do not continue"),
     "a wrong start": (ENTRY + "('hr', 'acme', 2, 'allocation', 5, 11, 16, NULL)", "do not continue"),
@@ -52,14 +52,14 @@ ATTACKS = {
     "a job that begins completed": (
         "INSERT INTO jobs (team_id, organization_id, status, credit_applied, completed_at)"
         " VALUES ('hr', 'acme', 'completed', true, now())",
-        "begins open",
+        "a new job cannot be completed",
     ),
     "a forged ledger below the real one": (
         "CREATE TEMP TABLE forged () INHERITS (credit_transactions);"
         " INSERT INTO forged (transaction_id, team_id, organization_id, entry_no, transaction_type, credits_amount,"
         " credits_before, credits_after) VALUES (9, 'hr', 'acme', 2, 'allocation', 5, 10, 15);"
         " UPDATE team_credits SET credits_allocated = 15, last_entry_no = 2 WHERE team_id = 'hr'",
-        "only with their ledger rows",
+        "only through its ledger",
     ),
     "a function of somebody's in the schema": (
         "CREATE FUNCTION nil(identifier, identifier) RETURNS identifier LANGUAGE sql AS 'SELECT NULL::identifier';"
@@ -85,7 +85,7 @@ ATTACKS = {
         "CREATE TEMP TABLE credit_transactions (team_id text, entry_no bigint, transaction_type text,"
         " credits_amount bigint); INSERT INTO credit_transactions VALUES ('hr', 2, 'allocation', 5);"
         " UPDATE team_credits SET credits_allocated = 15, last_entry_no = 2 WHERE team_id = 'hr'",
-        "only with their ledger rows",
+        "only through its ledger",
     ),
     "an id against the rule": ("INSERT INTO organizations VALUES ('a b', 'x')", "identifier_form"),
     "metadata that is no object": (
@@ -125,15 +125,15 @@ COMPLETE = "UPDATE jobs SET status = 'completed', credit_applied = true, complet
 @pytest.mark.parametrize(
     ("statement", "rule"),
     [
-        (COMPLETE, "only together with its deduction"),
+        (COMPLETE, "without its deduction"),
         (ENTRY + f"('hr', 'acme', 2, 'deduction', -1, 10, 9, '{JOB}')", "not a completed job of the team"),
         (
             ENTRY + f"('hr', 'acme', 2, 'refund', 1, 10, 11, '{JOB}')",
             "team_credits_used|not a completed job of the team",
         ),
-        ("UPDATE jobs SET team_id = 'it'", "stays with team hr"),
-        ("UPDATE jobs SET job_id = gen_random_uuid()", "keeps its id"),
-        ("DELETE FROM jobs", "DELETE is refused"),
+        ("UPDATE jobs SET team_id = 'it'", "be moved from team hr"),
+        ("UPDATE jobs SET job_id = gen_random_uuid()", "cannot change its ID"),
+        ("DELETE FROM jobs", "DELETE is not allowed"),
     ],
 )
 def test_a_job_and_its_charge_belong_together(
@@ -150,7 +150,7 @@ def test_another_teams_job_is_not_charged(tenant: Callable[..., Result], sql: ps
     tenant("team", "create", "it", "--org", "acme", "--credits", 5)
     sql.execute("UPDATE team_credits SET credits_reserved = 1")
     sql.execute(OPEN_JOB)
-    with pytest.raises(psycopg.Error, match=r"not a completed job of the team|only together with its deduction"):
+    with pytest.raises(psycopg.Error, match=r"not a completed job of the team|without its deduction"):
         sql.execute(f"WITH job AS ({COMPLETE}) " + ENTRY + f"('it', 'acme', 2, 'deduction', -1, 5, 4, '{JOB}')")
 
 
@@ -166,7 +166,7 @@ def test_another_teams_job_is_not_given_back(tenant: Callable[..., Result], sql:
 @pytest.mark.parametrize("status", ["failed", "in_progress", "cancelled"])
 def test_a_finished_job_stays_finished(tenant: Callable[..., Result], sql: psycopg.Connection, status: str) -> None:
     tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x")
-    with pytest.raises(psycopg.Error, match="does not change its status again"):
+    with pytest.raises(psycopg.Error, match="its status cannot be changed"):
         sql.execute("UPDATE jobs SET status = %s", [status])
 
 

@@ -140,7 +140,7 @@ def test_failures(tenant: Run, options: tuple[str, ...]) -> None:
     result = job_run(tenant, "G", "--prompt", "x", *options)
     assert (result.status, result.out) == (8, "")
     assert "  offline/fail/gpt-4o: 503 ServiceUnavailableError: this offline model always fails\n" in result.err
-    assert "404 NotFoundError: there is no offline model 'nonsense': take echo or fail\n" in result.err
+    assert "404 NotFoundError: there is no offline model 'nonsense': use echo or fail\n" in result.err
     assert credits_of(tenant) == (10, 0)
 
 

@@ -99,7 +99,7 @@ def test_the_runner_runs_jobs(tenant: Run, as_role: As, home: Path) -> None:
     assert result.status == 5, result  # six credits were left
     doctor = {check["check"]: check for check in tenant("doctor", "-o", "json").data}
     assert doctor["role"]["status"] == "ok"
-    assert "it may look, run jobs." in doctor["role"]["message"]
+    assert "it may read, run jobs." in doctor["role"]["message"]
 
 
 def test_the_runner_administers_nothing(tenant: Run, as_role: As) -> None:
@@ -133,9 +133,9 @@ def test_the_runner_conjures_no_credit(tenant: Run, as_role: As) -> None:
         VALUES ('hr', 'acme', 3, %s, %s, %s, 9, 9 + %s)
     """
     for kind, amount in (("allocation", 5), ("adjustment", 5), ("expiry", -5)):
-        with refused("enters what jobs cost"):
+        with refused("can enter only the charges of jobs"):
             runner.execute(entry, [None, kind, amount, amount])
-    with refused("enters what jobs cost"):
+    with refused("can enter only the charges of jobs"):
         runner.execute(entry, [job, "refund", 1, 1])
     with pytest.raises(psycopg.errors.UniqueViolation):  # once a job
         runner.execute(entry, [job, "deduction", -1, -1])
@@ -145,7 +145,7 @@ def test_the_runner_conjures_no_credit(tenant: Run, as_role: As) -> None:
         "UPDATE team_credits SET last_entry_no = 1",
         "UPDATE team_credits SET credits_allocated = credits_allocated + 1, credits_used = credits_used + 1",
     ):
-        with pytest.raises(psycopg.DatabaseError, match="only with their ledger rows"):
+        with pytest.raises(psycopg.DatabaseError, match="only through its ledger"):
             runner.execute(change)
     for change in (
         "UPDATE team_credits SET team_id = 'other'",
@@ -192,7 +192,7 @@ def test_what_a_session_brings_along_stands_in_for_nothing(tenant: Run, as_role:
         CREATE FUNCTION pg_temp.has_table_privilege(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT true';
         SET search_path = own, pg_temp, public, pg_catalog;
     """)
-    with refused("enters what jobs cost"):
+    with refused("can enter only the charges of jobs"):
         runner.execute("""
             INSERT INTO public.credit_transactions (team_id, organization_id, entry_no, transaction_type,
                 credits_amount, credits_before, credits_after)

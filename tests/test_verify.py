@@ -161,7 +161,7 @@ def test_a_wrong_balance_stands_still_until_it_is_repaired(used: Run, sql: psyco
     for command in ("credits add hr 5", "credits adjust hr -1 --reason x", "job run --team hr --group Echo --prompt x"):
         result = used(*command.split())
         assert result.status
-        assert "is not what its ledger says" in result.err
+        assert "does not match its ledger" in result.err
         assert "credits verify hr --repair" in result.err
     for team in ("hr", "it"):
         used(*f"credits schedule {team} --amount 5 --every daily --mode add --starts 2026-01-01".split())

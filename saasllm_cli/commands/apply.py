@@ -45,7 +45,7 @@ def apply(
 ) -> None:
     """Create and update organizations, model groups and teams from files.
 
-    Either all changes are made or none. What the files do not name is left alone, and applying them again changes
+    Either all changes are made or none. Anything the files do not name is left alone, and applying them again changes
     nothing. A team's `credits` are granted when it is created; a different number later is shown but not applied.
     """
     if schema:
@@ -102,7 +102,7 @@ def _files(name: str) -> list[str]:
         raise unreadable(name, error) from error
     if not found:
         raise InvalidInput(
-            "no_file", f"Folder {name} contains no {', '.join(SUFFIXES)} file.", "Choose another folder."
+            "no_file", f"Folder {name} contains no files of type {', '.join(SUFFIXES)}.", "Choose another folder."
         )
     return found
 

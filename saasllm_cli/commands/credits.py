@@ -67,7 +67,9 @@ def balance(
     as_of: Annotated[
         datetime | None,
         typer.Option(
-            parser=moment, metavar="WHEN", help="Show the balance at this time: 7d, 2026-11-01 or an RFC 3339 time."
+            parser=moment,
+            metavar="WHEN",
+            help="Show the balance at this time: 7d (7 days ago), 2026-11-01 or an RFC 3339 time.",
         ),
     ] = None,
     output: Output = None,
@@ -480,7 +482,7 @@ def _entry(db: database.Database, transaction_id: int, given: dict[str, Any]) ->
     if different := [field for field, value in given.items() if entry[field] != value]:
         raise Conflict(
             "idempotency_key_reused",
-            f"The idempotency key was used before with different values for: {', '.join(different)}.",
+            f"This idempotency key was already used with different values for: {', '.join(different)}.",
             "Use a new key for a new entry.",
         )
     return entry
@@ -489,13 +491,15 @@ def _entry(db: database.Database, transaction_id: int, given: dict[str, Any]) ->
 def _require_entry_of(db: database.Database, team_id: str, transaction_id: int) -> None:
     entry = db.maybe("credits.transaction", transaction_id=transaction_id)
     if entry is None or entry["team_id"] != team_id:
-        raise not_found("transaction", f"{transaction_id} of team {team_id}")
+        error = not_found("transaction", f"{transaction_id} of team {team_id}")
+        error.hint = f"See: saasllm credits transactions {team_id}"
+        raise error
 
 
 def _not_refunded(refusal: str, job_id: UUID) -> SaasllmError:
     if refusal == "job_not_found":
         return not_found("job", str(job_id))
-    what = "was refunded before" if refusal == "job_refunded_before" else "was not charged"
+    what = "has already been refunded" if refusal == "job_refunded_before" else "was not charged"
     return Conflict(refusal, f"Job {job_id} {what}.", f"See: saasllm job get {job_id}")
 
 
@@ -529,10 +533,10 @@ def _show_allocation(result: "Allocation", dry_run: bool, output: Format | None)
     if result.grants:
         show(result.grants[:MOST_NAMED], output)
         _tell_more(len(result.grants))
-    told = "would grant" if dry_run else "granted"
+    told, expired = ("would grant", "expire") if dry_run else ("granted", "expired")
     print_sentence(
         f"{result.as_of}: {told} {counted(result.credits_granted, 'credit')} for {counted(result.granted, 'period')}, "
-        f"{result.credits_expired} expired, {result.full} had enough, {len(result.skipped)} skipped, "
+        f"{expired} {result.credits_expired}; {result.full} had enough, {len(result.skipped)} skipped, "
         f"{len(result.failed)} failed"
     )
     for row in (result.skipped + result.failed)[:MOST_NAMED]:

@@ -94,7 +94,7 @@ def shell(context: typer.Context) -> None:
 def backup(file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help="File to create.")]) -> None:
     """Back up the embedded database to a file.
 
-    The backup is a consistent snapshot. Jobs can run meanwhile.
+    The backup is a consistent snapshot. Jobs can run in the meantime.
     """
     from saasllm_cli import backups
 
@@ -146,7 +146,7 @@ def upgrade(
     with waiting("Upgrading …"):
         old = embedded.upgrade(programs)
     if old is None:
-        note(f"Nothing to upgrade: there is no data of an older version than PostgreSQL {embedded.MAJOR_VERSION}.")
+        note(f"Nothing to upgrade: there is no data from a PostgreSQL older than {embedded.MAJOR_VERSION}.")
     else:
         note(f"Upgraded the data to PostgreSQL {embedded.MAJOR_VERSION}. The old data is still in {old}.")
 

@@ -97,7 +97,9 @@ To start your own, with a real model:
 
 @app.command(epilog="saasllm demo")
 def demo(context: typer.Context) -> None:
-    """Run a short demo: tenants, credits, and jobs that succeed, fall back and fail.
+    """Run a short demo in a database of its own.
+
+    Shows tenants, credits, and jobs that succeed, fall back and fail.
 
     It runs on the embedded PostgreSQL, in a database of its own that is created anew each time.
     """

@@ -92,12 +92,12 @@ def _server(db: database.Database) -> Iterator[Check]:
         yield _check("database", OK, message)
     offset = (server["clock"] - before).total_seconds() - latency / 2
     yield (
-        _check("clock", OK, f"It differs from the database's by {abs(offset):.1f} s.")
+        _check("clock", OK, f"Differs from the database's by {abs(offset):.1f} s.")
         if abs(offset) <= CLOCK_SECONDS
         else _check(
             "clock",
             WARNING,
-            f"It differs from the database's by {abs(offset):.0f} s.",
+            f"Differs from the database's by {abs(offset):.0f} s.",
             "Synchronize both by NTP: leases use the database's clock, periods this one.",
         )
     )
@@ -119,7 +119,7 @@ def _rights(db: database.Database, server: database.Row) -> Check:
         message = f"{name}. Anybody can create objects in the schema public, which could replace others."
         return _check("role", WARNING, message, "Run as its owner: REVOKE CREATE ON SCHEMA public FROM PUBLIC")
     may = [what for what, right in RIGHTS.items() if rights[right]]
-    return _check("role", OK, f"{name}; it may {', '.join(['look', *may])}.")
+    return _check("role", OK, f"{name}; it may {', '.join(['read', *may])}.")
 
 
 def _ledger(db: database.Database) -> Check:

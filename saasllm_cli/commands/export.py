@@ -29,7 +29,7 @@ def export(
         typer.Option("--output", "-o", help="Output format (default: $SAASLLM_OUTPUT if json or jsonl, else yaml)."),
     ] = None,
 ) -> None:
-    """Write organizations, model groups and teams to stdout, in the form that `saasllm apply` takes.
+    """Print organizations, model groups and teams as a file for `saasllm apply`.
 
     Includes the teams' groups, schedules, metadata and opening credits, but no credits bought or used since.
     """

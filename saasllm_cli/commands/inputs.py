@@ -90,7 +90,7 @@ def model_name(value: str) -> str:
 def label(value: str) -> str:
     """A name for people: one line, not empty."""
     if not value.strip() or len(value) > LONGEST_NAME or any(unicodedata.category(char) == "Cc" for char in value):
-        raise typer.BadParameter("It must be a single line of 1 to 255 characters, without control characters.")
+        raise typer.BadParameter("it must be a single line of 1 to 255 characters, without control characters.")
     return value
 
 
@@ -186,7 +186,7 @@ def job_name(value: str) -> JobName:
         low, high = UUID(digits.ljust(32, "0")), UUID(digits.ljust(32, "f"))
         if text == digits or str(low).startswith(text):
             return JobName(value, low, high)
-    raise typer.BadParameter(f"{value!r} is not a job's id, nor four or more digits of its beginning.")
+    raise typer.BadParameter(f"{value!r} is not a job ID, or the beginning of one (at least 4 digits).")
 
 
 def job_id_of(name: JobName) -> UUID:
@@ -200,8 +200,8 @@ def job_id_of(name: JobName) -> UUID:
     if len(jobs) > 1:
         candidates = [f"{job['job_id']}  {timestamp(job['created_at'])}  {job['status']}" for job in jobs]
         lines = "\n  ".join(candidates[:MOST_CANDIDATES] + ["and more"] * (len(jobs) > MOST_CANDIDATES))
-        message = f"The ids of several jobs begin with {name.text}:\n  {lines}"
-        raise InvalidInput("job_ambiguous", message, "Give more of the id.")
+        message = f"Several job IDs begin with {name.text}:\n  {lines}"
+        raise InvalidInput("job_ambiguous", message, "Give more of the ID.")
     job_id: UUID = jobs[0]["job_id"]
     return job_id
 
@@ -215,7 +215,7 @@ def number(value: str) -> int:
 
 def search(value: str) -> str:
     if not any(char.isalnum() for char in value) or len(value) > 255:
-        raise typer.BadParameter("It must contain a word and be at most 255 characters long.")
+        raise typer.BadParameter("it must contain a word and be at most 255 characters long.")
     return value
 
 
@@ -234,12 +234,12 @@ def metadata_item(value: str) -> dict[str, Any]:
                 value, parse_float=exact, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates
             )
         except RecursionError:
-            raise typer.BadParameter(f"It is nested more than {METADATA_DEPTH} levels deep.") from None
+            raise typer.BadParameter(f"it is nested more than {METADATA_DEPTH} levels deep.") from None
         except ValueError as error:
-            raise typer.BadParameter(f"It is not a valid JSON object: {error}.") from None
+            raise typer.BadParameter(f"it is not a valid JSON object: {error}.") from None
         assert isinstance(parsed, dict)
         if depth(parsed) > METADATA_DEPTH:
-            raise typer.BadParameter(f"It is nested more than {METADATA_DEPTH} levels deep.")
+            raise typer.BadParameter(f"it is nested more than {METADATA_DEPTH} levels deep.")
         return parsed
     key, equals, text = value.partition("=")
     if not key or not equals:
@@ -418,7 +418,9 @@ TimeOrder = Annotated[Literal["newest", "oldest"], typer.Option("--sort", help="
 Order = Annotated[Literal["id", "newest", "oldest"], typer.Option("--sort", help="Sort order.")]
 Search = Annotated[
     str | None,
-    typer.Option("--search", parser=search, metavar="TEXT", help="Filter by the beginnings of words in ID or name."),
+    typer.Option(
+        "--search", parser=search, metavar="TEXT", help="Filter by words in the ID or name; a prefix is enough."
+    ),
 ]
 IdempotencyKey = Annotated[
     str | None,
@@ -441,17 +443,22 @@ A_JOB: dict[str, Any] = {"metavar": "JOB", "parser": job_name}
 OrganizationId = Annotated[str, typer.Argument(**AN_ORGANIZATION, show_default=False, help="Organization ID.")]
 TeamId = Annotated[str, typer.Argument(**A_TEAM, show_default=False, help="Team ID.")]
 GroupName = Annotated[str, typer.Argument(**A_GROUP, show_default=False, help="Group name.")]
-OrgFilter = Annotated[str | None, typer.Option("--org", **AN_ORGANIZATION, help="Filter by organization.")]
-TeamFilter = Annotated[str | None, typer.Option("--team", **A_TEAM, help="Filter by team.")]
+OrgFilter = Annotated[str | None, typer.Option("--org", **AN_ORGANIZATION, help="Limit to this organization.")]
+TeamFilter = Annotated[str | None, typer.Option("--team", **A_TEAM, help="Limit to this team.")]
 GroupFilter = Annotated[str | None, typer.Option("--group", **A_GROUP, help="Filter by model group.")]
 StatusFilter = Annotated[Activity | None, typer.Option("--status", help="Filter by status.")]
 Since = Annotated[
     datetime | None,
     typer.Option(
-        "--since", parser=moment, metavar="WHEN", help="Only show newer ones: 7d, 2026-11-01 or an RFC 3339 time."
+        "--since",
+        parser=moment,
+        metavar="WHEN",
+        help="Only show rows newer than this: 7d (7 days ago), 2026-11-01 or an RFC 3339 time.",
     ),
 ]
-Until = Annotated[datetime | None, typer.Option("--until", parser=moment, metavar="WHEN", help="Only show older ones.")]
+Until = Annotated[
+    datetime | None, typer.Option("--until", parser=moment, metavar="WHEN", help="Only show rows older than this.")
+]
 AfterNumber = Annotated[
     int | None,
     typer.Option("--after", parser=number, metavar="ID", help="Show the page after this ID."),

@@ -82,12 +82,14 @@ Job = Annotated[
 Team = Annotated[str, typer.Option(**A_TEAM, show_default=False, help="Team to charge.")]
 JobType = Annotated[str, typer.Option(parser=label, metavar="TYPE", help="Type of the job, for lists and usage.")]
 ExternalTaskId = Annotated[
-    str | None, typer.Option(parser=label, metavar="ID", help="Your own ID of the job, for lists.")
+    str | None, typer.Option(parser=label, metavar="ID", help="Your own ID for the job, to find it in lists.")
 ]
 Reason = Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="Reason, kept with the job.")]
 Lease = Annotated[
     int,
-    typer.Option(min=1, max=604800, metavar="SECONDS", help="Let the job expire if it is left alone for this long."),
+    typer.Option(
+        min=1, max=604800, metavar="SECONDS", help="Let the job expire if nothing happens to it for this long."
+    ),
 ]
 
 
@@ -303,7 +305,7 @@ def batch(
         summary = batches.run(request, on_progress=_batch_progress(source))
     if (output or settings().output) is Format.TABLE:
         print_line(
-            f"{summary.completed} completed, {summary.failed} failed, {summary.skipped} done before, "
+            f"{summary.completed} completed, {summary.failed} failed, {summary.skipped} already done, "
             f"${summary.cost_usd.normalize():f}"
         )
         for model, use in summary.models.items():

@@ -14,7 +14,7 @@ app = noun()
 To = Annotated[str | None, typer.Option(metavar="NUMBER", help="Stop after this migration (default: the latest).")]
 
 
-@app.command(epilog="saasllm migrate up --dry-run")
+@app.command(epilog="saasllm migrate up")
 def up(
     to: To = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be applied.")] = False,
@@ -22,14 +22,15 @@ def up(
 ) -> None:
     """Apply pending migrations.
 
-    Safe to run again, and on several machines at once. Never deletes data.
+    Migrations change tables. Definitions (functions, triggers, views and rights) are applied whenever they have
+    changed. Safe to run again, and on several machines at once. Never deletes data.
     """
-    done = "Migration pending" if dry_run else "Migration completed"
+    done = "pending" if dry_run else "completed"
     as_text = (output or settings().output) is Format.TABLE
 
     def tell(name: str) -> None:
         if as_text:
-            print_line(f"{done}: {name}")
+            print_line(f"{'Definitions' if '/' in name else 'Migration'} {done}: {name}")
 
     names = migrations.up(to, dry_run=dry_run, on_done=tell, on_wait=_tell_wait)
     if not as_text:

@@ -51,7 +51,7 @@ def add(
     ] = None,
     protected: Annotated[
         bool,
-        typer.Option("--protected", help="Warn before changes, and have destructive commands confirmed."),
+        typer.Option("--protected", help="Warn before changes and require confirmation for destructive commands."),
     ] = False,
     output: Output = None,
 ) -> None:

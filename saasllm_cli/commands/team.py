@@ -198,7 +198,7 @@ def unassign(team_id: TeamId, groups: Groups, output: Output = None) -> None:
         result = db.one("team.unassign", team_id=team_id, group_names=groups)
         team = db.get("team", team_id)
     if result["not_assigned"]:
-        note(f"Not assigned before: {', '.join(result['not_assigned'])}.")
+        note(f"Was not assigned: {', '.join(result['not_assigned'])}.")
     show(team, output)
 
 

@@ -29,7 +29,7 @@ To = Annotated[
     Period | None,
     typer.Option("--to", parser=period, metavar="PERIOD", help="Last period of the range (default: today)."),
 ]
-BY_HELP = "Only show one row for each (default with -o csv: month)."
+BY_HELP = "Only show this breakdown (default with -o csv: month)."
 By = Annotated[Literal["month", "day", "job_type", "model"] | None, typer.Option("--by", help=BY_HELP)]
 ByTeam = Annotated[Literal["month", "day", "job_type", "model", "team"] | None, typer.Option("--by", help=BY_HELP)]
 

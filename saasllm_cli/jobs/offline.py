@@ -50,7 +50,7 @@ def _said(behaviour: str, messages: Sequence[dict[str, Any]]) -> str:
         case "fail":
             raise ModelFailed("503 ServiceUnavailableError: this offline model always fails")
         case _:
-            raise ModelFailed(f"404 NotFoundError: there is no offline model {behaviour!r}: take echo or fail")
+            raise ModelFailed(f"404 NotFoundError: there is no offline model {behaviour!r}: use echo or fail")
 
 
 def _text(message: Mapping[str, Any]) -> str:

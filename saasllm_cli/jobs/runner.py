@@ -277,7 +277,7 @@ def _raise_refusal(begun: database.Row, request: JobRequest) -> None:
         case "key_in_use" if begun["existing_request_hash"] != request.hash():
             raise Conflict(
                 "idempotency_key_reused",
-                f"The idempotency key was used before for another request (job {begun['existing_job_id']}).",
+                f"This idempotency key was already used for another request (job {begun['existing_job_id']}).",
                 "Use a new key for a new request.",
             )
         case "key_in_use" if request.call and begun["existing_status"] != "completed":
@@ -311,7 +311,7 @@ def _no_call(job_id: UUID, outcome: str, team_id: str | None, group_name: str | 
         case "lease_lost":
             return Conflict(
                 outcome,
-                f"Job {job_id} has expired or was ended; nothing is charged for it.",
+                f"Job {job_id} has expired or is already finished; nothing is charged for it.",
                 "Create a new job, with a longer --lease if there is more time between its calls.",
             )
         case _:
@@ -375,8 +375,8 @@ def _settled(job_id: UUID, team_id: str, answer: Answer | None, calls: list[Call
     if not settled["settled"] and settled["status"] != status:
         raise Conflict(
             "lease_lost",
-            f"Job {job_id} expired or was ended before it could be settled: it is {settled['status']}, and nothing was "
-            "charged.",
+            f"Job {job_id} expired or was finished before it could be settled: it is {settled['status']}, and nothing "
+            "was charged.",
             "This machine may have been asleep. Run the job again.",
         )
     result.credits_remaining = settled["credits_remaining"]

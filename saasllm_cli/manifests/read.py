@@ -35,7 +35,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 def invalid(errors: list[FileError]) -> InvalidFiles:
     """The error that tells them, as far as they are told."""
     told = errors[:MOST_ERRORS]
-    count = "an error" if len(errors) == 1 else f"{len(told)} errors"
+    count = "1 error" if len(errors) == 1 else f"{len(told)} errors"
     more = "more than " if len(errors) > MOST_ERRORS else ""
     return InvalidFiles(
         "invalid_manifest",
@@ -269,7 +269,7 @@ def _message(error: ErrorDetails, definition: type[BaseModel]) -> str:
         case "refused":
             return str(error["msg"])
         case "missing":
-            return "it is missing"
+            return "it is required"
         case "extra_forbidden":
             if len(error["loc"]) > 1:
                 definition = PARTS[error["loc"][0]]

@@ -8,10 +8,10 @@ CREATE FUNCTION refuse_status() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF TG_OP = 'INSERT' THEN
-        RAISE EXCEPTION 'a job begins open, not %', NEW.status
+        RAISE EXCEPTION 'a new job cannot be %', NEW.status
             USING ERRCODE = 'SL003', HINT = 'Insert it as pending or in_progress.';
     END IF;
-    RAISE EXCEPTION 'job % is % and does not change its status again', OLD.job_id, OLD.status
+    RAISE EXCEPTION 'job % is already %: its status cannot be changed', OLD.job_id, OLD.status
         USING ERRCODE = 'SL003', HINT = 'Start a new job.';
 END
 $$;
@@ -29,7 +29,7 @@ CREATE TRIGGER jobs_finish_once BEFORE UPDATE ON jobs
 CREATE FUNCTION refuse_other_job() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    RAISE EXCEPTION 'job % keeps its id and stays with team %', OLD.job_id, OLD.team_id
+    RAISE EXCEPTION 'job % cannot change its ID or be moved from team %', OLD.job_id, OLD.team_id
         USING ERRCODE = 'SL003', HINT = 'Start a new job.';
 END
 $$;
@@ -63,7 +63,7 @@ BEGIN
       );
 
     IF uncharged IS NOT NULL THEN
-        RAISE EXCEPTION 'job % completes only together with its deduction', uncharged
+        RAISE EXCEPTION 'job % cannot be completed without its deduction', uncharged
             USING ERRCODE = 'SL003', HINT = 'Complete the job and charge its team in one statement.';
     END IF;
     RETURN NULL;

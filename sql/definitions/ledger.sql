@@ -19,8 +19,8 @@
 CREATE FUNCTION refuse_ledger_change() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    RAISE EXCEPTION 'credit_transactions is append-only: % is refused', TG_OP
-        USING ERRCODE = 'SL004', HINT = 'A balance is corrected by a further entry.';
+    RAISE EXCEPTION 'credit_transactions is append-only: % is not allowed', TG_OP
+        USING ERRCODE = 'SL004', HINT = 'To correct a balance, add another entry.';
 END
 $$;
 
@@ -97,15 +97,15 @@ BEGIN
     FROM movement;
 
     IF is_given AND NOT has_table_privilege('public.teams', 'UPDATE') THEN
-        RAISE EXCEPTION 'who may not change teams enters what jobs cost, and nothing else'
+        RAISE EXCEPTION 'a role that cannot change teams can enter only the charges of jobs'
             USING ERRCODE = 'insufficient_privilege';
     ELSIF refused_team IS NOT NULL THEN
         RAISE EXCEPTION 'the new entries of team % do not continue its ledger', refused_team
             USING ERRCODE = 'SL005',
-                  DETAIL = 'Each entry_no is the last one plus 1, each credits_before the last credits_after.',
+                  DETAIL = 'Each entry_no must be the last one plus 1, and each credits_before the last credits_after.',
                   HINT = 'Lock the row of team_credits, and continue from its last_entry_no and credits_remaining.';
     ELSIF refused_job IS NOT NULL THEN
-        RAISE EXCEPTION 'job % is not a completed job of the team that is to be charged for it', refused_job
+        RAISE EXCEPTION 'job % is not a completed job of the team charged for it', refused_job
             USING ERRCODE = 'SL005', HINT = 'Complete the job and charge its team in one statement.';
     END IF;
     RETURN NULL;
@@ -160,7 +160,7 @@ BEGIN
     IF is_explained AND was_right THEN
         RETURN NEW;
     ELSIF is_explained THEN
-        RAISE EXCEPTION 'the balance of team % is not what its ledger says', OLD.team_id
+        RAISE EXCEPTION 'the balance of team % does not match its ledger', OLD.team_id
             USING ERRCODE = 'SL006', HINT = format('Run: saasllm credits verify %s --repair', OLD.team_id);
     END IF;
 
@@ -175,7 +175,7 @@ BEGIN
     WHERE team_id = OLD.team_id;
 
     IF NOT is_restored THEN
-        RAISE EXCEPTION 'the credits of team % move only with their ledger rows', OLD.team_id
+        RAISE EXCEPTION 'the credits of team % can change only through its ledger', OLD.team_id
             USING ERRCODE = 'SL006', HINT = 'Insert into credit_transactions, as saasllm credits add does.';
     END IF;
     RETURN NEW;
@@ -212,8 +212,8 @@ BEGIN
     IF TG_OP = 'DELETE' AND NOT EXISTS (SELECT FROM public.teams WHERE team_id = OLD.team_id) THEN
         RETURN OLD;
     END IF;
-    RAISE EXCEPTION 'the balance of a team begins empty and goes with its team: % is refused', TG_OP
-        USING ERRCODE = 'SL006', HINT = 'A team that is created has its balance; saasllm credits add moves it.';
+    RAISE EXCEPTION 'a balance is created and deleted only with its team: % is not allowed', TG_OP
+        USING ERRCODE = 'SL006', HINT = 'Insert into credit_transactions, as saasllm credits add does.';
 END
 $$;
 

@@ -47,8 +47,8 @@ BEGIN
        );
 
     IF kept IS NOT NULL THEN
-        RAISE EXCEPTION '% is the history of team %: DELETE is refused', TG_TABLE_NAME, kept
-            USING ERRCODE = TG_ARGV[0], HINT = 'It leaves only with its whole team: saasllm team delete --purge.';
+        RAISE EXCEPTION '% holds the history of team %: DELETE is not allowed', TG_TABLE_NAME, kept
+            USING ERRCODE = TG_ARGV[0], HINT = 'To delete the whole team, run: saasllm team delete TEAM --purge';
     END IF;
     RETURN NULL;
 END
@@ -68,7 +68,7 @@ CREATE TRIGGER jobs_stay AFTER DELETE ON jobs
 CREATE FUNCTION refuse_other_id() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    RAISE EXCEPTION 'team % keeps its id and its organization', OLD.team_id
+    RAISE EXCEPTION 'the ID and the organization of team % cannot be changed', OLD.team_id
         USING ERRCODE = 'SL008', HINT = 'Create another team.';
 END
 $$;
@@ -88,8 +88,8 @@ BEGIN
         -- That there is such a team is for the primary key to say.
         AND NOT EXISTS (SELECT FROM ONLY public.teams WHERE team_id = NEW.team_id)
     THEN
-        RAISE EXCEPTION 'there is history of another team %', NEW.team_id
-            USING ERRCODE = 'SL008', HINT = 'Purge that team as a whole, or choose another id.';
+        RAISE EXCEPTION 'an earlier team % has left history', NEW.team_id
+            USING ERRCODE = 'SL008', HINT = 'Choose another ID.';
     END IF;
     RETURN NEW;
 END

@@ -514,7 +514,7 @@ entry AS (
     )
     SELECT
         team_id, organization_id, last_entry_no + 1, 'expiry', -expires, credits_remaining,
-        credits_remaining - expires, 'Not used before ' || period, period
+        credits_remaining - expires, 'Unused at the start of ' || period, period
     FROM granted
     WHERE expires > 0
     UNION ALL

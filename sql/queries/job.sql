@@ -419,8 +419,8 @@ swept AS (
     UPDATE jobs
     SET status = 'failed',
         completed_at = clock_timestamp(),
-        error_message = 'The lease ran out at ' || to_char(lease_expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
-            || ': the process that ran the job was gone.',
+        error_message = 'The job expired at ' || to_char(lease_expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
+            || ': its process was killed, or it was left alone.',
         lease_expires_at = NULL
     FROM expired
     WHERE jobs.job_id = expired.job_id

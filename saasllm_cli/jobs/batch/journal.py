@@ -71,7 +71,7 @@ class Journal:
         if its_scope != scope or self._request.name not in (None, self.name):
             raise Conflict(
                 "another_batch",
-                f"{out} belongs to the batch {self.name}, for team and group {its_scope}.",
+                f"{out} belongs to another batch: {self.name}, of team and group {its_scope}.",
                 "Give the same --team, --group and --name, or choose another --out.",
             )
         return self
