@@ -1,6 +1,7 @@
 """The database's rules for ids, names and metadata, told here for better messages."""
 
 import re
+import unicodedata
 from decimal import Decimal
 from typing import Any
 
@@ -26,6 +27,15 @@ def depth(value: Any) -> int:
     """How deep lists and objects are nested in it."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return 0 if items is None else 1 + max(map(depth, items), default=0)
+
+
+def is_label(text: str) -> bool:
+    """Whether it is a name for people: one line, not blank, without control characters."""
+    return (
+        bool(text.strip())
+        and len(text) <= LONGEST_NAME
+        and not any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in text)
+    )
 
 
 def is_storable(text: str) -> bool:

@@ -38,7 +38,7 @@ model_groups:
 - {group_name: Vision, models: [openai/gpt-4o], status: inactive}
 - {group_name: Code, models: [anthropic/claude-sonnet-4-5]}
 - {group_name: Local, models: [ollama/llama3]}
-- {group_name: Nothing, models: []}
+- {group_name: Nothing}
 
 teams:
 - team_id: acme_hr
@@ -227,6 +227,39 @@ def test_the_schedule_of_a_file_goes_on_by_itself(tenant: Run) -> None:
     assert tenant("team", "get", "hr", "-o", "json").data["schedule"]["next_on"] == "2026-01-26"
 
 
+@pytest.mark.parametrize("text", ["", " \n\n", "# nothing\n", "---\n", "null", "{}", "x-a: 1\n"])
+@pytest.mark.parametrize("name", ["a.yaml", "a.jsonl", "-"])
+def test_nothing_to_apply_is_an_error(tenant: Run, home: Path, text: str, name: str) -> None:
+    if name == "a.jsonl" and text[:1] in "#-x":
+        pytest.skip("no JSON")
+    (home / "a.yaml").write_text(text)
+    (home / "a.jsonl").write_text(text)
+    (home / "whole.yaml").write_text("organizations: [{organization_id: new}]")
+    for files in ((name,), (name, "whole.yaml"), ("whole.yaml", name)):
+        for options in ((), ("--diff",), ("--prune", "--yes")):
+            words = [word for file in files for word in ("-f", file)]
+            result = tenant("apply", *words, *options, stdin=text)
+            assert (result.status, result.out) == (2, "")
+            shown = "stdin" if name == "-" else name
+            assert f"{shown}: it contains no organizations, model_groups or teams" in result.err
+    assert tenant("org", "get", "new").status == 3
+    assert tenant("apply", "-f", "-", stdin="teams: []").err == "Nothing to change.\n"
+
+
+@pytest.mark.parametrize("form", ["yaml", "json", "jsonl"])
+def test_keys_for_anchors_are_ignored(tenant: Run, home: Path, form: str) -> None:
+    text = {
+        "yaml": "x-a: &a {metadata: {plan: pro}}\n.b: [1]\norganizations:\n- {<<: *a, organization_id: new}\n",
+        "json": '{"x-a": {"b": 1},\n".b": 1,\n"organizations": [{"organization_id": "new", "metadata": {"plan": "pro"}}]}',
+        "jsonl": '{"x-a": 1}\n{"organizations": [{"organization_id": "new", "metadata": {"plan": "pro"}}]}',
+    }[form]
+    (home / f"a.{form}").write_text(text)
+    assert tenant("apply", "-f", f"a.{form}").status == 0
+    assert tenant("org", "get", "new", "-o", "json").data["metadata"] == {"plan": "pro"}
+    (home / "b.yaml").write_text("y-a: 1\nx: 2\n")
+    assert tenant("apply", "-f", "b.yaml").err.count("unknown field") == 2
+
+
 def test_files_folders_and_forms(tenant: Run, home: Path) -> None:
     folder = home / "tenants"
     folder.mkdir()
@@ -362,6 +395,43 @@ BROKEN = {
         "  schedule: {credits_amount: 1, every: daily, mode: add, next_on: 2026-W01-1}\n",
         ["5:58: teams[0].schedule.next_on: it must be a date such as 2026-12-01"],
     ),
+    "a hash that looks like a number": (
+        "organizations:\n- organization_id: 61e9540\n",
+        ["2:20: it is not valid YAML: 61e9540 is not a number, or out of range; if it is text, put it in quotes"],
+    ),
+    "a hash that is a number": (
+        "organizations:\n- {organization_id: 61e95, name: 1e3}\n",
+        [
+            "2:4: organizations[0].organization_id: it must be text: put it in quotes",
+            "2:28: organizations[0].name: it must be text: put it in quotes",
+        ],
+    ),
+    "names": (
+        "organizations:\n- {organization_id: o, name: ' '}\n- {organization_id: p, name: \"a\\nb\"}\n"
+        '- {organization_id: q, name: "\\e[31mred"}\n- {organization_id: r, name: "a\\Lb"}\n'
+        'model_groups:\n- {group_name: g, display_name: "\\t"}\n'
+        'teams:\n- {team_id: t, organization_id: o, team_alias: "a\\rb"}\n',
+        [
+            f"{line}:{column}: {path}: it must be a single line that is not blank, without control characters"
+            for line, column, path in (
+                *((number + 2, 24, f"organizations[{number}].name") for number in range(4)),
+                (7, 19, "model_groups[0].display_name"),
+                (9, 36, "teams[0].team_alias"),
+            )
+        ],
+    ),
+    "no models": (
+        "model_groups:\n- {group_name: g, models: []}\n",
+        ["2:19: model_groups[0].models: it must not be empty"],
+    ),
+    "keys that Python takes for the same": (
+        "organizations:\n- {organization_id: o, metadata: {1: a}}\n- {organization_id: p, metadata: {1: a, true: b}}\n",
+        [
+            "2:35: organizations[0].metadata.1: the key 1 must be text: put it in quotes",
+            "3:35: organizations[1].metadata.1: the key 1 must be text: put it in quotes",
+            "3:41: organizations[1].metadata.true: the key true must be text: put it in quotes",
+        ],
+    ),
     "a field of another noun": (
         "organizations: [{organization_id: o, schedule: null}]\nteams:\n"
         "- {team_id: hr, organization_id: acme, models: []}\n",
@@ -387,7 +457,7 @@ BROKEN = {
         "organizations:\n- {organization_id: o, metadata: {1: a}}\n- {organization_id: p, metadata: [a]}\n"
         '- {organization_id: q, metadata: {a: "\\0"}}\n',
         [
-            "2:24: organizations[0].metadata[1]: the key 1 must be text: put it in quotes",
+            "2:35: organizations[0].metadata.1: the key 1 must be text: put it in quotes",
             "3:24: organizations[1].metadata: it must be a mapping",
             "4:24: organizations[2].metadata: it contains a character that cannot be stored: NUL, or half of a "
             "surrogate pair",
@@ -412,7 +482,7 @@ BROKEN = {
     ),
     "a number that is none": (
         "organizations:\n- {organization_id: o, metadata: {a: !!int b, c: 1e99999}}\n",
-        ["2:38: it is not valid YAML: b is not a number, or out of range"],
+        ["2:38: it is not valid YAML: b is not a number, or out of range; if it is text, put it in quotes"],
     ),
     "deep metadata": (
         "organizations:\n- {organization_id: o, metadata: {a: " + "[" * 40 + "]" * 40 + "}}\n",

@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
@@ -21,13 +20,13 @@ from saasllm_cli.output import note, timestamp, warn
 from saasllm_cli.rules import (
     DAY,
     IDENTIFIER,
-    LONGEST_NAME,
     METADATA_BYTES,
     METADATA_DEPTH,
     MODEL_NAME,
     MOST_CREDITS,
     depth,
     exact,
+    is_label,
 )
 from saasllm_cli.settings import Format, settings
 
@@ -88,8 +87,8 @@ def model_name(value: str) -> str:
 
 
 def label(value: str) -> str:
-    """A name for people: one line, not empty."""
-    if not value.strip() or len(value) > LONGEST_NAME or any(unicodedata.category(char) == "Cc" for char in value):
+    """A name for people."""
+    if not is_label(value):
         raise typer.BadParameter("it must be a single line of 1 to 255 characters, without control characters.")
     return value
 

@@ -3,6 +3,7 @@
 What a record does not name is left as it is, or has its default where the record is new.
 """
 
+import re
 from collections.abc import Iterator
 from datetime import date
 from decimal import Decimal
@@ -20,12 +21,14 @@ from saasllm_cli.rules import (
     METADATA_DEPTH,
     MODEL_NAME,
     MOST_CREDITS,
+    is_label,
     is_storable,
 )
 
 TOO_LARGE = "it is larger than 64 KiB: store large data elsewhere and refer to it"
 MOST_COPIES = 1_000_000
 NUMBER = "{n}"  # in the strings of a record with a count: which of them it is
+IGNORED = re.compile(r"^(x-|\.)")  # keys beside the sections: a place for anchors
 # In an editor the id of a template is none yet.
 IDENTIFIER_OR_TEMPLATE = r"^([A-Za-z0-9]|\{n\})([A-Za-z0-9._-]|\{n\}){0,127}$"
 
@@ -33,6 +36,12 @@ IDENTIFIER_OR_TEMPLATE = r"^([A-Za-z0-9]|\{n\})([A-Za-z0-9._-]|\{n\}){0,127}$"
 def _storable(text: str) -> str:
     if not is_storable(text):
         raise _refused("it contains a character that cannot be stored: NUL, or half of a surrogate pair")
+    return text
+
+
+def _named_for_people(text: str) -> str:
+    if not is_label(_storable(text)):
+        raise _refused("it must be a single line that is not blank, without control characters")
     return text
 
 
@@ -92,7 +101,7 @@ Identifier = Annotated[
     Field(pattern=f"^{IDENTIFIER.pattern}$"),
     WithJsonSchema({"type": "string", "pattern": IDENTIFIER_OR_TEMPLATE}),
 ]
-Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME), AfterValidator(_storable)]
+Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME), AfterValidator(_named_for_people)]
 Activity = Literal["active", "suspended"]
 Metadata = Annotated[
     dict[str, Any], AfterValidator(_checked_metadata), Field(description="Data of your own; replaced as a whole.")
@@ -139,8 +148,9 @@ class ModelGroup(_Object):
     display_name: Name = Field(None, description="Display name (default: group_name).")  # type: ignore[assignment]
     description: Annotated[str, AfterValidator(_storable)] | None = Field(None, description="What the group is for.")
     status: Literal["active", "inactive"] = "active"
-    models: Annotated[list[NamedModel], AfterValidator(_models_once)] = Field(
-        [], description="Models in order: the primary, then its fallbacks."
+    models: Annotated[list[NamedModel], Field(min_length=1), AfterValidator(_models_once)] = Field(
+        None,  # type: ignore[assignment]
+        description="Models in order: the primary, then its fallbacks.",
     )
 
 
@@ -197,6 +207,8 @@ class Team(_Object):
 
 class Manifest(_Object):
     """Tenants of saasllm: organizations, model groups and teams, in any order and in any number of files."""
+
+    model_config = ConfigDict(json_schema_extra={"patternProperties": {IGNORED.pattern: {}}})
 
     schema_: str = Field(None, alias="$schema")  # type: ignore[assignment]
     organizations: list[Organization] = []

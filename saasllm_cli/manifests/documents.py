@@ -37,6 +37,17 @@ _READ: dict[str | None, Callable[[str], Any]] = {
 }
 _NO_KEY, _MERGE = object(), object()
 
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """A key that is no text, as it is written: to a mapping of Python, 1 and true were the same."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
 Steps = tuple[str | int, ...]  # from a document to what is in it
 Mark = Any  # where something stands: `line` and `column`, from 0 on
 
@@ -124,6 +135,8 @@ class Reader:
         elif into.key is _NO_KEY:
             if not isinstance(event, yaml.ScalarEvent):
                 raise _error(event, "a key must be text")
+            if not isinstance(value, str):
+                value = _Key(event.value)
             if value in into.value:
                 self._on_error(event.start_mark, f"the key {value} is defined more than once")
             is_merge = value == "<<" and event.implicit[0]  # and not in quotes
@@ -171,7 +184,7 @@ def _scalar(event: Any) -> Any:
     except KeyError:
         raise _error(event, f"unknown tag {event.tag}") from None
     except (ValueError, ArithmeticError):
-        raise _error(event, f"{text[:40]} is not a number, or out of range") from None
+        raise _error(event, f"{text[:40]} is not a number, or out of range; if it is text, put it in quotes") from None
 
 
 def _error(event: Any, message: str) -> yaml.MarkedYAMLError:

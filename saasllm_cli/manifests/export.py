@@ -26,7 +26,8 @@ def export(db: Database, organization_id: str | None, team_id: str | None) -> It
         for row in db.stream(f"export.{section}", organization_id=organization_id, team_id=team_id):
             record = in_order(row["record"], definition)
             if section == "model_groups":
-                record["models"] = [model["model_name"] if model["is_active"] else model for model in record["models"]]
+                models = [model["model_name"] if model["is_active"] else model for model in record.pop("models")]
+                record |= {"models": models} if models else {}
             yield section, record
 
 

@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from saasllm_cli.database import exact_json
 from saasllm_cli.errors import FileError, InvalidFiles, InvalidInput
-from saasllm_cli.manifests.definitions import SECTIONS, Model, Schedule, copies
+from saasllm_cli.manifests.definitions import IGNORED, SECTIONS, Model, Schedule, copies
 from saasllm_cli.manifests.documents import MOST_NESTED, Mark, Reader, Steps
 from saasllm_cli.rules import IDENTIFIER, LONGEST_NAME, depth, exact
 
@@ -27,6 +27,7 @@ SUFFIXES = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".jsonl": "lines",
 STDIN = "stdin"
 MOST_ERRORS = 100
 TOO_DEEP = f"it is nested more than {MOST_NESTED} levels deep"
+NO_SECTION = "it contains no organizations, model_groups or teams"
 REFERENCES = ("organization_id", "group_name", "team_id", "model_groups")
 PARTS: dict[str | int, type[BaseModel]] = {"models": Model, "schedule": Schedule}  # by the field of a record
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -75,6 +76,8 @@ def records(sources: "list[Source]") -> Iterator[Record]:
                         yield Record(noun, fields[id_field], exact_json(fields), number, document, section, place)
                 if sum(len(source.errors) for source in sources) > MOST_ERRORS:
                     return
+        if not source.has_sections and not source.errors:
+            source.errors.append(FileError(source.name, None, None, "", NO_SECTION))
 
 
 def _sections(source: "Source") -> Iterator[tuple[int, str, list[Any]]]:
@@ -86,6 +89,9 @@ def _sections(source: "Source") -> Iterator[tuple[int, str, list[Any]]]:
             source.refuse(document, (), "it must be a mapping with organizations, model_groups and teams")
             continue
         for section, items in content.items():
+            if isinstance(section, str) and IGNORED.match(section):
+                continue
+            source.has_sections |= section in SECTIONS
             if section in SECTIONS and isinstance(items, list):
                 yield document, section, items
             elif section in SECTIONS and items is not None:  # all of it may be commented out
@@ -111,6 +117,7 @@ class Source:
     def __init__(self, name: str) -> None:
         self.name = name
         self.errors: list[FileError] = []
+        self.has_sections = False
         self.is_whole = True  # whether all of it could be read: else others may refer to what is not known
         self._kind = SUFFIXES.get(Path(name).suffix.lower())
         self._text = ""  # all of it; of JSON lines the last one that was read
@@ -287,6 +294,8 @@ def _message(error: ErrorDetails, definition: type[BaseModel]) -> str:
             return f"{given!r} is not a model name: use PROVIDER/MODEL or MODEL, as in litellm"
         case "string_too_short" | "string_too_long":
             return f"it must have 1 to {LONGEST_NAME} characters"
+        case "too_short":
+            return "it must not be empty"
         case "int_type":
             return "it must be a whole number"
         case "greater_than_equal":
