@@ -250,7 +250,8 @@ def test_nothing_to_apply_is_an_error(tenant: Run, home: Path, text: str, name: 
 def test_keys_for_anchors_are_ignored(tenant: Run, home: Path, form: str) -> None:
     text = {
         "yaml": "x-a: &a {metadata: {plan: pro}}\n.b: [1]\norganizations:\n- {<<: *a, organization_id: new}\n",
-        "json": '{"x-a": {"b": 1},\n".b": 1,\n"organizations": [{"organization_id": "new", "metadata": {"plan": "pro"}}]}',
+        "json": '{"x-a": {"b": 1},\n".b": 1,\n'
+        '"organizations": [{"organization_id": "new", "metadata": {"plan": "pro"}}]}',
         "jsonl": '{"x-a": 1}\n{"organizations": [{"organization_id": "new", "metadata": {"plan": "pro"}}]}',
     }[form]
     (home / f"a.{form}").write_text(text)

@@ -149,7 +149,7 @@ class ModelGroup(_Object):
     description: Annotated[str, AfterValidator(_storable)] | None = Field(None, description="What the group is for.")
     status: Literal["active", "inactive"] = "active"
     models: Annotated[list[NamedModel], Field(min_length=1), AfterValidator(_models_once)] = Field(
-        None,  # type: ignore[assignment]
+        None,  # type: ignore[arg-type]
         description="Models in order: the primary, then its fallbacks.",
     )
 
