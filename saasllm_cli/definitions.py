@@ -109,6 +109,8 @@ def wanted() -> list[Definition]:
                 "Each definition stands once.",
             )
         found[definition.key] = definition
+    if not found:  # a database without its rules is nobody's wish
+        raise InvalidInput("no_definitions", "saasllm has no files in sql/definitions.", "Install saasllm again.")
     return sorted(found.values(), key=lambda definition: KINDS.index(definition.kind))
 
 

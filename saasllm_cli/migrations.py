@@ -278,10 +278,11 @@ def _is_recorded(connection: Connection) -> bool:
 def _require_public(connection: Connection) -> None:
     """The functions of the ledger name the schema public, so that nobody can put another table before theirs."""
     row = connection.execute(query("migrate.schema").sql).fetchone()
-    if row is None or row["schema"] != "public":
+    schema = row and row["schema"]
+    if schema != "public":
         raise InvalidInput(
             "other_schema",
-            f"saasllm uses the schema public, but this connection creates tables in {row and row['schema']}.",
+            f"saasllm uses the schema public, but this connection creates tables in {schema or 'none'}.",
             "Remove search_path from the database URL or from the settings of its role.",
         )
 

@@ -24,9 +24,10 @@ _TOKEN = re.compile(
 )
 # What another runner holds for a moment, so that trying again makes sense.
 BLOCKED = (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected)
-# Nor is it the file where the role may not do this, or the server ends the statement or the session.
+# Nor is the file at fault where the role or a replica may not do this, or the server ends the statement or the session.
 _NOT_AT_FAULT = (
     psycopg.errors.InsufficientPrivilege,
+    psycopg.errors.ReadOnlySqlTransaction,
     psycopg.errors.QueryCanceled,
     psycopg.errors.AdminShutdown,
     psycopg.errors.CrashShutdown,

@@ -114,6 +114,15 @@ def test_what_is_gone_from_the_files_is_gone_from_the_database(tenant: Run, sql:
         sql.execute("UPDATE jobs SET team_id = 'it'")
 
 
+def test_without_any_files_nothing_is_dropped(tenant: Run, sql: Sql, definitions: Path) -> None:
+    """As in an installation that lacks them."""
+    before = objects(sql)
+    shutil.rmtree(definitions)
+    result = tenant("migrate", "up", "-o", "json")
+    assert (result.status, result.error["code"]) == (2, "no_definitions")
+    assert objects(sql) == before
+
+
 def test_rights_that_are_gone_are_taken_away(migrated_database: str, run: Run, sql: Sql, definitions: Path) -> None:
     may = "SELECT has_table_privilege('saasllm_readonly', 'audit_log', 'SELECT') AS may_read"
     assert sql.execute(may).fetchone() == {"may_read": True}

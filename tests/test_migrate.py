@@ -57,12 +57,22 @@ def test_up_says_each_and_the_end(empty_database: str, run: Run) -> None:
 def test_up_to_and_dry_run(empty_database: str, run: Run) -> None:
     assert run("migrate", "up", "--dry-run").out.count(" pending: ") == len(ALL)
     assert set(states(run).values()) == {"pending"}
-    run("migrate", "up", "--to", "3")
+    assert run("migrate", "up", "--to", "3").out.splitlines()[-1] == f"Migrations completed up to {NAMES[2]}."
     assert list(states(run).values()) == ["applied"] * 3 + ["pending"] * (len(ALL) - 3)
     verify = run("migrate", "verify", "-o", "json")
     assert (verify.status, verify.error["code"]) == (7, "migrations_pending")
     assert run("migrate", "up", "--to", "999").status == 2
     assert [row["migration"] for row in run("migrate", "up", "-o", "json").data] == ALL[3:]
+
+
+def test_up_to_the_latest_is_all(empty_database: str, run: Run) -> None:
+    assert run("migrate", "up", "--to", len(NAMES)).out.splitlines()[-1] == "All migrations completed."
+
+
+def test_a_replica_is_not_migrated(tenant: Run, sql: psycopg.Connection) -> None:
+    sql.execute(f"ALTER DATABASE {sql.info.dbname} SET default_transaction_read_only = on")
+    result = tenant("migrate", "up", "-o", "json")
+    assert (result.status, result.error["code"]) == (7, "read_only")
 
 
 def test_up_again_keeps_the_data(tenant: Run) -> None:
@@ -277,6 +287,9 @@ def test_another_schema_is_refused(empty_database: str, run: Run, sql: psycopg.C
     for verb in (("up",), ("adopt",), ("reset", "--confirm", empty_database)):
         result = run("migrate", *verb, "-o", "json")
         assert (result.status, result.error["code"]) == (2, "other_schema")
+        assert "tables in postgres." in result.error["message"]
+    sql.execute(f"ALTER DATABASE {empty_database} SET search_path = ''")
+    assert "tables in none." in run("migrate", "up").err
 
 
 @pytest.mark.parametrize(

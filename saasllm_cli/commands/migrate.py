@@ -45,7 +45,8 @@ def up(
     if not names:
         print_line("No pending migrations.")
     elif not dry_run:
-        print_line("All migrations completed." if to is None else f"Migrations completed up to {names[-1]}.")
+        is_all = to is None or names[-1].startswith("definitions/")
+        print_line("All migrations completed." if is_all else f"Migrations completed up to {names[-1]}.")
 
 
 @app.command(epilog="saasllm migrate status -o json | jq -r '.[] | select(.status == \"pending\") | .migration'")
