@@ -272,22 +272,37 @@ def crashing(*_: Any) -> None:
     raise RuntimeError
 
 
+save = Journal._save
+
+
+def save_nothing_written(journal: Journal, tasks: Any, is_written: bool) -> None:
+    if is_written:
+        raise RuntimeError
+    save(journal, tasks, is_written)
+
+
 # Where the process crashes, and what it still owes then.
-CRASHES = {"add": (crashing_after(Journal.add), 10), "write": (crashing, 9)}
+CRASHES = {
+    "kept": ("Journal.add", crashing_after(Journal.add), 10),
+    "kept, and its lease over": ("Journal.add", crashing_after(Journal.add), 10),
+    "settled": ("Journal.write", crashing, 9),
+    "settled, and half recorded": ("Journal._save", save_nothing_written, 9),
+    "settled, and half written": ("_synced", crashing, 9),
+}
 
 
-@pytest.mark.parametrize("is_late", [False, True], ids=["in its lease", "after its lease"])
-@pytest.mark.parametrize("step", CRASHES)
+@pytest.mark.parametrize("moment", CRASHES)
 def test_an_answer_that_was_not_written_is_not_asked_for_again(
-    tenant: Run, home: Path, monkeypatch: pytest.MonkeyPatch, sql: psycopg.Connection, step: str, is_late: bool
+    tenant: Run, home: Path, monkeypatch: pytest.MonkeyPatch, sql: psycopg.Connection, moment: str
 ) -> None:
-    """Behind `add` it is settled at last, in its lease or in a new job; before `write` it was."""
+    """What was kept is settled at last, in its lease or in a new job; and what is settled, written once."""
     lines(home, {"id": "a", "prompt": "x", "metadata": {"score": 0.5}})
-    crash, left = CRASHES[step]
+    step, crash, left = CRASHES[moment]
+    is_late = moment.endswith("over")
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, step, crash)
+        patch.setattr(f"saasllm_cli.jobs.batch.journal.{step}", crash)
         assert tenant(*words()).status == 1
-    assert (credits_of(tenant)[0], results(home)) == (left, {})
+    assert credits_of(tenant)[0] == left
     if is_late:
         sql.execute("UPDATE jobs SET lease_expires_at = now() WHERE lease_expires_at IS NOT NULL")
     sql.execute("UPDATE model_group_models SET model_name = 'offline/fail' WHERE group_name = 'Echo'")
@@ -295,7 +310,7 @@ def test_an_answer_that_was_not_written_is_not_asked_for_again(
     assert results(home)["a"]["content"] == "x"
     assert_paid(tenant, home, 10)
     swept = tenant("job", "list", "--status", "failed", "-o", "json").data
-    assert len(swept) == (is_late and step == "add"), "what comes too late is not settled"
+    assert len(swept) == is_late, "what comes too late is not settled"
 
 
 def test_each_answer_of_the_database_is_lost_once(tenant: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,11 @@ ATTACKS = {
         ENTRY + "('hr', 'acme', 2, 'allocation', 5, 10, 15, NULL), ('hr', 'acme', 3, 'allocation', 5, 16, 21, NULL)",
         "do not continue",
     ),
+    "a period twice": (
+        ENTRY.replace("job_id", "period") + "('hr', 'acme', 2, 'allocation', 5, 10, 15, '2026-11'),"
+        " ('hr', 'acme', 3, 'allocation', 5, 15, 20, '2026-11')",
+        "credit_transactions_once_a_period",
+    ),
     "a wrong sum": (ENTRY + "('hr', 'acme', 2, 'allocation', 5, 10, 16, NULL)", "credit_transactions_sum"),
     "a negative allocation": (ENTRY + "('hr', 'acme', 2, 'allocation', -5, 10, 5, NULL)", "credit_transactions_sign"),
     "a positive deduction": (
@@ -144,6 +149,17 @@ def test_a_job_and_its_charge_belong_together(
     sql.execute(OPEN_JOB)
     with pytest.raises(psycopg.Error, match=rule):
         sql.execute(statement)
+
+
+def test_a_refund_is_no_charge(tenant: Callable[..., Result], sql: psycopg.Connection) -> None:
+    tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x")
+    sql.execute(OPEN_JOB)
+    with pytest.raises(psycopg.Error, match="only together with its deduction"):
+        sql.execute(
+            f"WITH job AS ({COMPLETE} WHERE job_id = '{JOB}') "
+            + ENTRY
+            + f"('hr', 'acme', 3, 'refund', 1, 9, 10, '{JOB}')"
+        )
 
 
 def test_another_teams_job_is_not_charged(tenant: Callable[..., Result], sql: psycopg.Connection) -> None:

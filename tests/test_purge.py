@@ -179,10 +179,11 @@ ATTACKS = {
     "a record, and all of the ledger": PURGE + "; DELETE FROM credit_transactions WHERE team_id = 'hr'",
     "a record of another team": PURGE.replace("'hr'", "'it'") + ";" + DELETE,
     "no record, but all of the team": DELETE,
-    "a record signed for another transaction": PURGE.replace("before)", "before, purged_by)").replace(
-        "'{}'", "'{}', '1'"
+    "a record signed for the next transaction": PURGE.replace("before)", "before, purged_by)").replace(
+        "'{}'", "'{}', (pg_current_xact_id()::text::bigint + 1)::text::xid8"
     )
-    + "; COMMIT; DELETE FROM credit_transactions",
+    + "; COMMIT; BEGIN; "
+    + DELETE,
     "the record afterwards": "UPDATE audit_log SET action = 'purge'",
     "truncate": "TRUNCATE credit_transactions, jobs, llm_calls CASCADE",
 }
@@ -195,6 +196,14 @@ def test_history_does_not_leave_otherwise(used: Run, sql: psycopg.Connection, st
         sql.execute("BEGIN; " + statements + "; COMMIT")  # type: ignore[arg-type]
     sql.execute("ROLLBACK")
     assert {name: rows for name, rows in state(sql).items() if name != "llm_calls"} == before
+
+
+def test_the_record_of_an_earlier_purge_is_none(used: Run, sql: psycopg.Connection) -> None:
+    assert used("team", "delete", "hr", "--purge", "--confirm", "hr").status == 0
+    used("team", "create", "hr", "--org", "acme", "--credits", 5)
+    with pytest.raises(psycopg.Error, match="DELETE is refused"):
+        sql.execute(DELETE)  # type: ignore[arg-type]
+    assert used("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 5
 
 
 def test_the_same_team_anew_in_the_same_transaction_keeps_its_ledger(used: Run, sql: psycopg.Connection) -> None:

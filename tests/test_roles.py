@@ -34,6 +34,7 @@ def as_role(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
     yield become
     for user, connection in made:
+        connection.execute("DISCARD TEMP")  # closed, it would do so in its own time
         connection.close()
         sql.execute(f"DROP OWNED BY {user} CASCADE; DROP ROLE {user}")
 
