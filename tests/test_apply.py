@@ -285,7 +285,7 @@ def test_files_folders_and_forms(tenant: Run, home: Path) -> None:
     assert tenant(
         "apply", "-f", "-", "-o", "csv", stdin='{"teams": [\n{"team_id": "d",\t"organization_id": "acme"}]}'
     ).out == ('noun,id,action,before,after\nteam,d,create,,"{""team_id"": ""d"", ""organization_id"": ""acme""}"\n')
-    for name, told in (("none.yaml", "No such file"), (home / "empty", "contains no .yaml")):
+    for name, told in (("none.yaml", "No such file"), (home / "empty", "contains no files")):
         (home / "empty").mkdir(exist_ok=True)
         refused = tenant("apply", "-f", name)
         assert (refused.status, told in refused.err) == (2, True)

@@ -154,7 +154,7 @@ def test_a_job_and_its_charge_belong_together(
 def test_a_refund_is_no_charge(tenant: Callable[..., Result], sql: psycopg.Connection) -> None:
     tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x")
     sql.execute(OPEN_JOB)
-    with pytest.raises(psycopg.Error, match="only together with its deduction"):
+    with pytest.raises(psycopg.Error, match="without its deduction"):
         sql.execute(
             f"WITH job AS ({COMPLETE} WHERE job_id = '{JOB}') "
             + ENTRY

@@ -29,7 +29,7 @@ def test_the_story(data_dir: Path, home: Path, run: Callable[..., Result], monke
             assert run(*line.split()).status == 0, line
         assert run("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 149
         with psycopg.connect(url.format("postgres"), autocommit=True) as connection:
-            with pytest.raises(psycopg.Error, match="only with their ledger rows"):
+            with pytest.raises(psycopg.Error, match="change only through its ledger"):
                 connection.execute("UPDATE team_credits SET credits_used = 0")
             connection.execute("DROP TABLE saasllm_migrations, saasllm_definitions")
         assert run("migrate", "adopt").status == 0

@@ -201,7 +201,7 @@ def test_history_does_not_leave_otherwise(used: Run, sql: psycopg.Connection, st
 def test_the_record_of_an_earlier_purge_is_none(used: Run, sql: psycopg.Connection) -> None:
     assert used("team", "delete", "hr", "--purge", "--confirm", "hr").status == 0
     used("team", "create", "hr", "--org", "acme", "--credits", 5)
-    with pytest.raises(psycopg.Error, match="DELETE is refused"):
+    with pytest.raises(psycopg.Error, match="DELETE is not allowed"):
         sql.execute(DELETE)  # type: ignore[arg-type]
     assert used("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 5
 

@@ -58,7 +58,7 @@ from saasllm_cli.commands.inputs import (
     require_some,
 )
 from saasllm_cli.errors import CheckFailed, InsufficientCredits, InvalidInput, NoAnswer
-from saasllm_cli.output import note, print_answer, print_line, progress, show, waiting, warn
+from saasllm_cli.output import note, print_answer, print_line, print_sentence, progress, show, waiting, warn
 from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
@@ -304,7 +304,7 @@ def batch(
     with waiting("Starting …"):
         summary = batches.run(request, on_progress=_batch_progress(source))
     if (output or settings().output) is Format.TABLE:
-        print_line(
+        print_sentence(
             f"{summary.completed} completed, {summary.failed} failed, {summary.skipped} already done, "
             f"${summary.cost_usd.normalize():f}"
         )
