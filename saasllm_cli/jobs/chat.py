@@ -36,9 +36,9 @@ NOT_PARAMETERS = re.compile(
     | prompt (_ (id|variables|version|label|environment|integration))? | (initial|final) _prompt_value
     | supports_ .* | ensure_alternating_roles | roles? | disable_add_ .* | use_ (client|in_pass .* | .* _api | psc_ .*)
     | enable_ (json_schema_validation|tag_filtering|prompt_caching) | cache | caching (_ .*)? | cache_hit
-    | max_ (agentic_loops|budget|parallel_requests|file_size_mb) | [io]?[rt]pm | attempted_targets | data_residency
+    | max_ (agentic_loops|budget|parallel_requests|file_size_mb) | [io]?[rt]p[md] | attempted_targets | data_residency
     | azure | call_type | fastest_response | functions_ .* | id | kwargs | merge_reasoning_ .* | messages? | order
-    | output_vector_size | rust | search_tool_name | self | args | tags | ttl | turn_off_ .* | verbose | weight
+    | daily_reset_time | kubernetes_ .* | thought_signature_ .* | output_vector_size | rust | search_tool_name | self | args | tags | ttl | turn_off_ .* | verbose | weight
     """,
     re.ASCII | re.DOTALL | re.IGNORECASE | re.VERBOSE,
 )

@@ -143,7 +143,7 @@ async def _streamed(model: str, options: Mapping[str, Any], on_text: Callable[[s
     try:
         stream = await litellm.acompletion(**options, **usage, stream=True)
     except Exception as error:
-        if not STREAM_OPTIONS.search(str(error)):
+        if not STREAM_OPTIONS.search(_text(error)):
             raise
         stream = await litellm.acompletion(**options, stream=True)
     texts: list[str] = []
@@ -172,7 +172,7 @@ def _ends_the_job(error: Exception) -> bool:
     In doubt another one is asked. Neither litellm's class nor a status of 400 says which it is: of models that are
     retired, too small or without a feature, and of accounts without a balance, providers tell by a 400 as well.
     """
-    text = str(error)
+    text = _text(error)
     if isinstance(error, exceptions.ContentPolicyViolationError) or CONTENT_POLICY.search(text):
         is_final = not ACCOUNT.search(text)
     else:
@@ -200,7 +200,8 @@ def _answer(model: str, response: Any) -> Answer:
 
 def _refusal(message: Any) -> str | None:
     """In which words it was refused, of a message or of a piece of one."""
-    return (getattr(message, "provider_specific_fields", None) or {}).get("refusal") or None
+    fields = getattr(message, "provider_specific_fields", None) or {}
+    return getattr(message, "refusal", None) or fields.get("refusal") or None
 
 
 def _whole(text: str) -> str:
@@ -265,11 +266,17 @@ def missing_key(model: str) -> str | None:
     return f"{' and '.join(missing)} is not set" if missing else None
 
 
+def _text(error: Exception) -> str:
+    """What is told of an error, with what the provider has sent where litellm tells its status only."""
+    text = str(error)
+    return f"{text} - {getattr(error, 'body', '')}" if re.search(r"Error code: \d+$", text) else text
+
+
 def _reason(error: Exception) -> str:
     """One bounded line of the error, with its status and without a key."""
     if isinstance(original := getattr(error, "original_exception", None), Exception):  # of a stream
         error = original
-    text = " ".join(str(error).partition("Traceback (most recent call last)")[0].split())
+    text = " ".join(_text(error).partition("Traceback (most recent call last)")[0].split())
     text = re.sub(r"^(litellm\.)?(\w+Error: )?(litellm\.)?(\w+Error: )?(\w+Exception - )?", "", text)
     for name, value in os.environ.items():
         if len(value) >= 8 and SECRET_NAME.search(name):
