@@ -105,7 +105,7 @@ def test_what_asks_the_next_model_and_what_ends_the_job(tenant: Run, provider: P
     with_models(tenant, f"openai/status-{status}", "openai/ok")
     wrong = []
     for messages, models in ((GOES_ON, [f"status-{status}", "ok"]), (ENDS_IT, [f"status-{status}"])):
-        for message in messages:
+        for message in messages[:: 1 if status == 400 else 5]:  # the words decide, not which of the two it is
             provider.message = message
             if asked(tenant, provider) != models:
                 wrong.append(message)

@@ -38,7 +38,8 @@ NOT_PARAMETERS = re.compile(
     | enable_ (json_schema_validation|tag_filtering|prompt_caching) | cache | caching (_ .*)? | cache_hit
     | max_ (agentic_loops|budget|parallel_requests|file_size_mb) | [io]?[rt]p[md] | attempted_targets | data_residency
     | azure | call_type | fastest_response | functions_ .* | id | kwargs | merge_reasoning_ .* | messages? | order
-    | daily_reset_time | kubernetes_ .* | thought_signature_ .* | output_vector_size | rust | search_tool_name | self | args | tags | ttl | turn_off_ .* | verbose | weight
+    | daily_reset_time | kubernetes_ .* | thought_signature_ .* | output_vector_size
+    | rust | search_tool_name | self | args | tags | ttl | turn_off_ .* | verbose | weight
     """,
     re.ASCII | re.DOTALL | re.IGNORECASE | re.VERBOSE,
 )
