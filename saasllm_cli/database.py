@@ -46,7 +46,7 @@ DEFAULTS: dict[str, Any] = {
     "prepare_threshold": None,
 }
 COMPLETION = {"connect_timeout": 2}  # seconds; libpq takes no less
-COMPLETION_MILLISECONDS = 1000
+COMPLETION_SECONDS = 1
 # How a record is found by its id.
 GET = {
     "organization": ("org.get", "organization_id"),
@@ -91,11 +91,17 @@ class Rows(Iterator[Row]):
     def __init__(self, rows: Iterator[Row], fields: Callable[[], list[str]], limit: int | None) -> None:
         self.limit = limit  # how many are asked for; one more comes where there are more
         self._first = list(islice(rows, 1))
-        self._rows = chain(self._first, rows)
+        self._rows: Iterator[Row] = chain(self._first, rows)
         self._fields = fields
 
     def __next__(self) -> Row:
         return next(self._rows)
+
+    def read(self) -> None:
+        """Reads them to their end, so that they outlive the transaction."""
+        fields = self.fields
+        self._fields = lambda: fields
+        self._rows = iter(list(self._rows))
 
     @property
     def is_empty(self) -> bool:
@@ -110,13 +116,24 @@ class Rows(Iterator[Row]):
 class Database:
     """A connection in which each query is a transaction of its own, unless several are made one.
 
-    The first query brings along `prelude`, a query that is to pass before it, in the same round trip (but of a
-    stream): where it fails, nothing of the other is done.
+    What holds for a transaction is set within it, and nothing is left to the session: behind a pooler, the next
+    transaction may be in another one, and the session somebody else's. So `before`, queries with their parameters, pass
+    before the first query of each transaction (but of a stream, which only reads), in the same round trip, and `check`
+    before the very first; where one of them fails, nothing of the other is done.
     """
 
-    def __init__(self, connection: Connection, prelude: str, **parameters: Any) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        *before: tuple[str, Row],
+        check: tuple[str, Row] | None = None,
+        is_prepared: bool = False,
+    ) -> None:
         self._connection = connection
-        self._prelude: tuple[str, Row] | None = (query(prelude).sql, parameters)
+        self._before = [(query(name).sql, parameters) for name, parameters in before]
+        self._check = check and (query(check[0]).sql, check[1])
+        self._is_prepared = is_prepared
+        self._is_told = False  # whether the transaction that is under way has begun with them
 
     def one(self, name: str, /, **parameters: Any) -> Row:
         (row,) = self._run(name, "one", parameters)
@@ -134,7 +151,7 @@ class Database:
     def copy(self, name: str, rows: Iterable[Sequence[Any]], /) -> None:
         """Gives the rows, however many, to a `:copy` query."""
         statement = _checked(name, "copy", {})
-        self._run_prelude()
+        self._run_check()
         with self._connection.cursor() as cursor, cursor.copy(statement.sql) as copy:
             for row in rows:
                 copy.write_row(row)
@@ -151,7 +168,7 @@ class Database:
         if limit is not None:
             parameters["row_limit"] = limit + 1
         statement = _checked(name, "many", parameters)
-        self._run_prelude()
+        self._run_check()
         rows = Rows(
             self._connection.cursor().stream(statement.sql, parameters),
             lambda: [column.name for column in self._connection.execute(statement.sql, parameters).description or ()],
@@ -171,16 +188,21 @@ class Database:
     def transaction(self, work: Callable[[], T], is_rehearsal: bool = False) -> T:
         """Several queries as one, all or nothing; from the beginning again where a deadlock has undone them, or another
         has just made or removed what they refer to. What a rehearsal has done is undone at its end."""
-        prelude = self._prelude
         for is_last in (*[False] * TRIES, True):
             try:
-                with self._connection.transaction(force_rollback=is_rehearsal):
+                with self.whole(is_rehearsal):
                     return work()
             except (*DEADLOCKS, *OVERTAKEN):
                 if is_last:
                     raise
-                self._prelude = prelude  # what it has set is undone too
         raise AssertionError
+
+    @contextmanager
+    def whole(self, is_rehearsal: bool = False) -> Iterator[None]:
+        """What is done within is done as one, all or nothing; it may be within another."""
+        with self._connection.transaction(force_rollback=is_rehearsal):
+            self._is_told = False
+            yield
 
     def read_one_state(self) -> None:
         """From now on all queries read the same state of the database, and nothing can be changed."""
@@ -209,10 +231,10 @@ class Database:
             time.sleep(0.1)
         return True
 
-    def _run_prelude(self) -> None:
-        if self._prelude is not None:
-            self._connection.execute(*self._prelude)
-            self._prelude = None
+    def _run_check(self) -> None:
+        if self._check is not None:
+            self._connection.execute(*self._check)
+            self._check = None
 
     def _run(self, name: str, cardinality: str, parameters: Row) -> list[Row]:
         statement = _checked(name, cardinality, parameters)
@@ -228,15 +250,30 @@ class Database:
     def _is_in_transaction(self) -> bool:
         return self._connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE
 
+    def _due(self) -> list[tuple[str, Row]]:
+        """What has to pass before the next query."""
+        if self._is_told and self._is_in_transaction():
+            return []
+        return [self._check, *self._before] if self._check else self._before
+
     def _execute(self, statement: Query, parameters: Row) -> list[Row]:
-        if self._prelude is None:
-            cursor = self._connection.execute(statement.sql, parameters)
-        else:
-            with self._connection.pipeline():
-                self._connection.execute(*self._prelude)
+        if due := self._due():
+            with self._connection.pipeline():  # which is one transaction
+                first, *_ = [self._connection.execute(*each) for each in due]
                 cursor = self._connection.execute(statement.sql, parameters)
-            self._prelude = None
+            if self._check:
+                self._check = None
+                self._prepare(first.fetchone())
+        else:
+            cursor = self._connection.execute(statement.sql, parameters)
+        self._is_told = True
         return cursor.fetchall() if statement.cardinality != "none" else []
+
+    def _prepare(self, checked: Row | None) -> None:
+        """Has each statement planned once from now on, where it is wanted and nobody stands between: a pooler gives the
+        next one to another session, which does not know it."""
+        if self._is_prepared and checked and checked["session"] == self._connection.info.backend_pid:
+            self._connection.prepare_threshold = 1
 
 
 def _passes(error: psycopg.Error) -> bool:
@@ -252,7 +289,7 @@ def _passes(error: psycopg.Error) -> bool:
 
 @contextmanager
 def connect(stays: bool = False) -> Iterator[Database]:
-    """The database of the settings; of a connection that stays for many a statement, each is planned once.
+    """The database of the settings; of a connection that stays for many a statement, each is planned once, if it can be.
 
     Its first query carries the check of the migrations (where one is pending, or the database has one that this
     program does not know, nothing is done), and says for the audit log who acts by which command.
@@ -262,14 +299,12 @@ def connect(stays: bool = False) -> Iterator[Database]:
         words = words[:2]
     with raw_connection() as connection:
         actor, command = _storable(settings().actor), _storable(shlex.join(["saasllm", *words]))
-        connection.prepare_threshold = 1 if stays else None
+        definitions = [" ".join(file) for file in known_definitions().items()]
         yield Database(
             connection,
-            "migrate.check",
-            known=known_migrations(),
-            definitions=[" ".join(file) for file in known_definitions().items()],
-            actor=actor,
-            command=command,
+            ("migrate.act", {"actor": actor, "command": command}),
+            check=("migrate.check", {"known": known_migrations(), "definitions": definitions}),
+            is_prepared=stays,
         )
 
 
@@ -296,21 +331,25 @@ def until_it_answers(seconds: float, work: Callable[[float], T]) -> T:
 def connect_to_settle(seconds: float) -> Iterator[Database]:
     """The database for what was begun and is to be ended, whatever has been migrated since, within a bound."""
     with raw_connection() as connection:
-        yield Database(connection, "migrate.limit_time", milliseconds=str(max(1, round(seconds * 1000))))
+        yield Database(connection, _limit(seconds))
 
 
 @contextmanager
 def connect_unmigrated() -> Iterator[Database]:
     """The database to look at, whatever has been migrated."""
     with raw_connection() as connection:
-        yield Database(connection, "migrate.limit_time", milliseconds="0")
+        yield Database(connection)
 
 
 @contextmanager
 def connect_to_complete() -> Iterator[Database]:
     """The database for a shell's completion, which nobody would wait for: no server is started for it."""
     with psycopg.connect(**_keywords() | COMPLETION, autocommit=True, row_factory=dict_row) as connection:
-        yield Database(connection, "migrate.limit_time", milliseconds=str(COMPLETION_MILLISECONDS))
+        yield Database(connection, _limit(COMPLETION_SECONDS))
+
+
+def _limit(seconds: float) -> tuple[str, Row]:
+    return "migrate.limit_time", {"milliseconds": str(max(1, round(seconds * 1000)))}
 
 
 def near(noun: str, name: str) -> str | None:

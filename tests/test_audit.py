@@ -125,7 +125,7 @@ def test_debug_is_no_part_of_the_command(saasllm: Run) -> None:
 
 def test_a_prompt_is_no_command_to_be_kept(migrated_database: str) -> None:
     command_line.set(("job", "run", "--team", "hr", "--prompt", "a secret"))
-    with database.connect() as db:
+    with database.connect() as db, db.whole():
         db.many(
             "audit.list",
             **dict.fromkeys(("organization_id", "team_id", "group_name", "since", "until", "sort", "after")),

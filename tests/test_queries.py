@@ -18,7 +18,7 @@ ALL = [name for path in sorted((SQL / "queries").glob("*.sql")) for name in load
 def test_each_query_can_be_prepared(sql: psycopg.Connection) -> None:
     """So that no wrong column lands. DDL has nothing to prepare, and is run by the migrations' tests."""
     for staging in ("apply.create_staged", "apply.create_change"):
-        sql.execute(query(staging).sql)  # type: ignore[arg-type]
+        sql.execute(query(staging).sql.replace("ON COMMIT DROP", ""))  # type: ignore[arg-type]
     wrong = {}
     for name in ALL:
         statement = query(name)

@@ -56,25 +56,29 @@ def apply(
     sources = [Source(path) for name in file for path in _files(name)]
     if not sources:
         raise InvalidInput("no_file", "No file to apply.", "Give one with -f FILE; see --help.")
+    form = output or settings().output
     with waiting("Reading …"), database.connect() as db:
-        stage(db, sources, progress)
-        to_prune = None
-        if diff or prune:
-            compare(db, sources, prune)
-            to_prune = db.one("apply.pruned") if prune else None
-            progress("")
-        if diff:
-            totals = db.many("apply.totals")
-        else:
-            if to_prune and (to_prune["deleted"] or to_prune["suspended"]):
-                question = _question(to_prune)
-                require_profile(question)
-                confirm(f"{question}?", yes)
-            totals = write(db, sources, to_prune, _tell_wait, progress)
-            progress("")
-        _show(db, totals, output or settings().output)
-        if not diff:
-            tell_inactive([row["group_name"] for row in db.many("apply.inactive_groups")])
+        with db.whole():
+            stage(db, sources, progress)
+            to_prune = None
+            if diff or prune:
+                compare(db, sources, prune)
+                to_prune = db.one("apply.pruned") if prune else None
+                progress("")
+            if diff:
+                totals = db.many("apply.totals")
+            else:
+                if to_prune and (to_prune["deleted"] or to_prune["suspended"]):
+                    question = _question(to_prune)
+                    require_profile(question)
+                    confirm(f"{question}?", yes)
+                totals = write(db, sources, to_prune, _tell_wait, progress)
+                progress("")
+            found = changes(db, MOST_SHOWN if form is Format.TABLE else None)
+            found.read()  # it is told when it is done, and while it is told nobody waits for it
+            inactive = [] if diff else [row["group_name"] for row in db.many("apply.inactive_groups")]
+        _show(found, totals, form)
+        tell_inactive(inactive)
     changed = sum(row[name] for row in totals for name in ("created", "changed", "suspended", "deleted"))
     differing = sum(row["differing"] for row in totals)
     if not changed and not (diff and differing):
@@ -117,12 +121,12 @@ def _question(to_prune: database.Row) -> str:
     return f"The files do not name these teams. {what}"
 
 
-def _show(db: database.Database, totals: list[database.Row], form: Format) -> None:
+def _show(found: database.Rows, totals: list[database.Row], form: Format) -> None:
     match form:
         case Format.JSON:
-            show({"totals": totals, "changes": list(changes(db))}, form)
+            show({"totals": totals, "changes": list(found)}, form)
         case Format.TABLE:
-            show_changes(changes(db, MOST_SHOWN))
+            show_changes(found)
             show(totals, form)
         case _:
-            show(changes(db), form)
+            show(found, form)

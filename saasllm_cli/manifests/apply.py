@@ -1,4 +1,5 @@
-"""Applies manifests: what the files say is staged, compared with what is there, and written where it differs."""
+"""Applies manifests: what the files say is staged, compared with what is there, and written where it differs; all in
+one transaction of the caller's."""
 
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ WRITES = (
 
 
 def stage(db: Database, sources: list[Source], on_progress: Callable[[str], None]) -> None:
-    """Reads the files into this session's staging tables. Raises `InvalidFiles` with all that is wrong in them."""
+    """Reads the files into the transaction's staging tables. Raises `InvalidFiles` with all that is wrong in them."""
     db.none("apply.create_staged")
     db.none("apply.create_change")
     db.copy("apply.stage", _counted(records(sources), on_progress))

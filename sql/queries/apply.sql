@@ -1,5 +1,6 @@
 -- Manifests: what the files say is staged, compared with what is there, and written where it differs; each step for all
--- records at once. The staging tables are temporary, of this session alone.
+-- records at once. The staging tables are temporary, and end with the transaction: behind a pooler, the next one may be in
+-- another session.
 
 -- name: create_staged() :none
 -- The records of the files: `fields` are those that a record gives, `source`, `document`, `section` and `place` tell
@@ -12,7 +13,7 @@ CREATE TEMPORARY TABLE staged (
     document bigint           NOT NULL,
     section  text             NOT NULL,
     place    integer          NOT NULL
-);
+) ON COMMIT DROP;
 
 -- name: create_change() :none
 -- What is to be done: `create`, `update`, `delete`, `suspend`; or `differ`, which is told and not done. `before` and
@@ -23,7 +24,7 @@ CREATE TEMPORARY TABLE change (
     action text             NOT NULL,
     before jsonb,
     after  jsonb
-);
+) ON COMMIT DROP;
 
 -- name: stage() :copy
 COPY staged (noun, id, fields, source, document, section, place) FROM STDIN;

@@ -15,16 +15,20 @@ CREATE TABLE IF NOT EXISTS saasllm_definitions (
     objects    jsonb       NOT NULL
 );
 
--- name: check(known, definitions, actor, command) :one
--- Raises SL001 where a migration or a definition is pending, SL002 where an unknown migration is applied. The rest is
--- for the audit log.
+-- name: check(known, definitions) :one
+-- Raises SL001 where a migration or a definition is pending, SL002 where an unknown migration is applied; and says which
+-- session of the server has answered.
+SELECT require_migrations(%(known)s, %(definitions)s) AS checked, pg_backend_pid() AS session;
+
+-- name: act(actor, command) :one
+-- For the audit log, until the transaction ends.
 SELECT
-    require_migrations(%(known)s, %(definitions)s) AS checked,
-    set_config('saasllm.actor', %(actor)s, false) AS actor,
-    set_config('saasllm.command', %(command)s, false) AS command;
+    set_config('saasllm.actor', %(actor)s, true) AS actor,
+    set_config('saasllm.command', %(command)s, true) AS command;
 
 -- name: limit_time(milliseconds) :one
-SELECT set_config('statement_timeout', %(milliseconds)s, false) AS milliseconds;
+-- Of each statement, until the transaction ends.
+SELECT set_config('statement_timeout', %(milliseconds)s, true) AS milliseconds;
 
 -- name: schema() :one
 SELECT current_schema() AS schema;
