@@ -54,16 +54,17 @@ def allocate(
             db.get("organization", organization_id)
         if team_id is not None:
             db.get("team", team_id)
-        if not db.wait_for("credits.lock_allocation", WAIT_SECONDS, on_wait):
-            raise Conflict("allocation_running", "Another allocation has been running for an hour.", "Try again later.")
-        after: str | None = ""
-        while after is not None:
-            limits = {**scope, "team_id": team_id, "after": after, "row_limit": CHUNK, "is_listing": is_rehearsal}
-            work = partial(_chunk, db, limits, is_careful=is_rehearsal)  # where an error would end its transaction
-            rounds = db.transaction(work, is_rehearsal=True) if is_rehearsal else work()
-            _add(allocation, rounds)
-            after = rounds[0]["last_team_id"]
-            on_progress(f"{allocation.granted} granted …")
+        busy = Conflict("allocation_running", "Another allocation has been running for an hour.", "Try again later.")
+        with database.lock("allocate", busy, WAIT_SECONDS, on_wait) as check_lock:
+            after: str | None = ""
+            while after is not None:
+                limits = {**scope, "team_id": team_id, "after": after, "row_limit": CHUNK, "is_listing": is_rehearsal}
+                work = partial(_chunk, db, limits, is_careful=is_rehearsal)  # where an error would end its transaction
+                check_lock()
+                rounds = db.transaction(work, is_rehearsal=True) if is_rehearsal else work()
+                _add(allocation, rounds)
+                after = rounds[0]["last_team_id"]
+                on_progress(f"{allocation.granted} granted …")
     return allocation
 
 

@@ -217,20 +217,6 @@ class Database:
             raise not_found(noun, key)
         return row
 
-    def wait_for(self, lock: str, seconds: float, on_wait: Callable[[], None]) -> bool:
-        """Whether it has got the lock, which the query asks for, within this time."""
-        # It asks again and again: waiting inside the database, it would hold back the cleaning of old rows.
-        until = time.monotonic() + seconds
-        is_told = False
-        while not self.one(lock)["is_locked"]:
-            if time.monotonic() > until:
-                return False
-            if not is_told:
-                on_wait()
-                is_told = True
-            time.sleep(0.1)
-        return True
-
     def _run_check(self) -> None:
         if self._check is not None:
             self._connection.execute(*self._check)
@@ -288,8 +274,10 @@ def _passes(error: psycopg.Error) -> bool:
 
 
 @contextmanager
-def connect(stays: bool = False) -> Iterator[Database]:
-    """The database of the settings; of a connection that stays for many a statement, each is planned once, if it can be.
+def connect(stays: bool = False, work: str | None = None) -> Iterator[Database]:
+    """The database of the settings; of a connection that stays for many a statement, each is planned once.
+
+    `work` is what a `lock` leaves to this process.
 
     Its first query carries the check of the migrations (where one is pending, or the database has one that this
     program does not know, nothing is done), and says for the audit log who acts by which command.
@@ -303,6 +291,7 @@ def connect(stays: bool = False) -> Iterator[Database]:
         yield Database(
             connection,
             ("migrate.act", {"actor": actor, "command": command}),
+            *([("lock.enter", {"name": work})] if work else []),
             check=("migrate.check", {"known": known_migrations(), "definitions": definitions}),
             is_prepared=stays,
         )
@@ -375,6 +364,43 @@ def raw_connection() -> Iterator[Connection]:
         # Not psycopg's own exit: it would roll back first, and wait for ever for a stream that was left half read.
         with closing(connection):
             yield connection
+
+
+@contextmanager
+def lock(
+    name: str, busy: SaasllmError, seconds: float = 0, on_wait: Callable[[], None] = lambda: None
+) -> Iterator[Callable[[], None]]:
+    """Leaves the work of this name to one process: another waits for so long, and raises `busy`.
+
+    It is held by a transaction beside those of the work (sql/queries/lock.sql), and so ends with its process. Yields a
+    function that raises where it was lost, for a work that goes on for long.
+    """
+    with raw_connection() as connection:
+        connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED  # idle, it keeps no snapshot
+        connection.autocommit = False
+        until, is_told = time.monotonic() + seconds, False
+
+        def is_held() -> bool:
+            row = connection.execute(query("lock.hold").sql, {"name": name}).fetchone()
+            return bool(row and row["is_held"])
+
+        def check() -> None:
+            connection.execute(query("lock.check").sql)  # without parameters, which leaves no portal with a snapshot
+
+        # It asks again and again: waiting inside the database, it would hold back the cleaning of old rows, and
+        # deadlock with an index that is built concurrently.
+        while not is_held():
+            connection.rollback()
+            if time.monotonic() > until:
+                raise busy
+            if not is_told:
+                on_wait()
+                is_told = True
+            time.sleep(0.1)
+        check()
+        yield check
+        with suppress(psycopg.Error):
+            connection.rollback()
 
 
 def known_migrations() -> list[str]:

@@ -33,6 +33,7 @@ NO_TRANSACTION = "-- no transaction"
 LOCK_SECONDS = 10.0  # so that a migration never queues behind a long query, with everybody else behind it
 TRY_SECONDS = 0.5  # for each try at the locks of definitions: less than after which PostgreSQL ends one of a deadlock
 WAIT_SECONDS = 600
+WORK = "migrate"  # the name of the lock
 SCRATCH = "saasllm_scratch"
 RECORDS = {"table saasllm_migrations", "table saasllm_definitions"}
 
@@ -116,8 +117,9 @@ def up(
         _require_public(connection)
         if dry_run:
             return _pending(connection, last)
-        with _locked(connection, on_wait):
-            pending = _pending(connection, last)
+        with _locked(on_wait):
+            with _transaction(connection):
+                pending = _pending(connection, last)
             database.before_change()
             if pending:
                 connection.execute(query("migrate.create_record").sql)
@@ -165,7 +167,7 @@ def adopt(to: str | None = None, on_wait: Callable[[], None] = lambda: None) -> 
     last = _find(to)
     adopted = [migration for migration in _files() if migration.name <= last.name]
     defined = definitions.wanted() if _is_latest(last) else []
-    with database.raw_connection() as connection, _locked(connection, on_wait):
+    with database.raw_connection() as connection, _locked(on_wait):
         _require_public(connection)
         if _is_recorded(connection):
             raise Conflict(
@@ -187,7 +189,7 @@ def adopt(to: str | None = None, on_wait: Callable[[], None] = lambda: None) -> 
                 "Nothing was recorded. Give the last file that it was built from with --to, or correct the database.",
             )
         database.before_change()
-        with connection.transaction():
+        with _transaction(connection):
             connection.execute(query("migrate.create_record").sql)
             for migration in adopted:
                 _record(connection, migration, 0)
@@ -215,7 +217,7 @@ def reset(
                 f"To drop all its data, run: saasllm migrate reset --confirm {actual_name}",
             )
         _require_public(connection)
-        with _locked(connection, on_wait), connection.transaction():
+        with _locked(on_wait), _transaction(connection):
             if not _is_recorded(connection):
                 raise Conflict(
                     "not_migrated",
@@ -337,29 +339,20 @@ def _pending(connection: Connection, last: Migration) -> list[str]:
 
 
 @contextmanager
-def _locked(connection: Connection, on_wait: Callable[[], None]) -> Iterator[None]:
-    """One runner at a time, until the connection ends; the lock dies with its holder."""
-    until = time.monotonic() + WAIT_SECONDS
-    is_told = False
-    while True:
-        row = connection.execute(query("migrate.try_lock").sql).fetchone()
-        if row and row["is_locked"]:
-            break
-        if not is_told:
-            on_wait()
-            is_told = True
-        if time.monotonic() > until:
-            raise Conflict(
-                "migration_running",
-                f"Another migration has been running for {WAIT_SECONDS} seconds.",
-                "Try again later.",
-            )
-        time.sleep(0.1)
-    try:
+def _locked(on_wait: Callable[[], None]) -> Iterator[None]:
+    """One runner at a time."""
+    busy = Conflict(
+        "migration_running", f"Another migration has been running for {WAIT_SECONDS} seconds.", "Try again later."
+    )
+    with database.lock(WORK, busy, WAIT_SECONDS, on_wait):
         yield
-    finally:
-        if not connection.closed:
-            connection.execute(query("migrate.unlock").sql)
+
+
+@contextmanager
+def _transaction(connection: Connection) -> Iterator[None]:
+    with connection.transaction():
+        connection.execute(query("lock.enter").sql, {"name": WORK})
+        yield
 
 
 def _record(connection: Connection, migration: Migration, duration_ms: int) -> None:
@@ -371,7 +364,7 @@ def _record(connection: Connection, migration: Migration, duration_ms: int) -> N
 
 def _apply(connection: Connection, migration: Migration) -> None:
     if migration.in_transaction:
-        with connection.transaction():
+        with _transaction(connection):
             _execute(connection, migration)
     else:
         # An index that is built CONCURRENTLY waits for old transactions, and is left invalid when it is interrupted.
@@ -403,7 +396,7 @@ def _apply_definitions(connection: Connection, migration: Migration | None) -> l
     until = time.monotonic() + LOCK_SECONDS
     while True:
         try:
-            with connection.transaction():
+            with _transaction(connection):
                 if migration is not None:
                     _execute(connection, migration)
                 _limit_waits(connection, min(TRY_SECONDS, LOCK_SECONDS))

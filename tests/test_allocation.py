@@ -10,6 +10,7 @@ import pytest
 from conftest import Result, start_process
 
 from saasllm_cli import allocation, database
+from saasllm_cli.errors import Conflict
 from saasllm_cli.jobs import runner
 from saasllm_cli.jobs.calls import CallRequest
 from saasllm_cli.queries import query
@@ -354,8 +355,7 @@ def test_a_team_is_deleted_and_purged_with_its_schedule(tenant: Run) -> None:
 
 
 def test_the_second_of_two_waits(tenant: Run) -> None:
-    with database.connect() as db:
-        assert db.one("credits.lock_allocation")["is_locked"]
+    with database.lock("allocate", Conflict("busy", "Busy.")):
         process = start_process("credits", "allocate")
         assert process.stderr
         assert "Waiting for another allocation" in process.stderr.readline()

@@ -38,7 +38,7 @@ def test_what_changes_something_is_known_as_such() -> None:
     seems = re.compile(r"create|update|delete|set_|begin|settle|enter|assign|purge")
     assert {name for name in ALL if seems.search(name) and not query(name).is_change} == {
         *("apply.create_change", "apply.create_staged", "db.create_demo", "db.create_restored"),
-        *("migrate.create_record", "migrate.create_roles", "team.lock_to_purge"),
+        *("lock.enter", "migrate.create_record", "migrate.create_roles", "team.lock_to_purge"),
     }
 
 
@@ -48,7 +48,7 @@ def test_each_query_is_used_and_each_name_that_is_used_is_there() -> None:
         name
         for path in package.rglob("*.py")
         for name in re.findall(
-            r'"((?:org|group|team|credits|job|apply|export|doctor|audit|usage|migrate|db)\.\w+)"', path.read_text()
+            r'"((?:org|group|team|credits|job|apply|export|doctor|audit|usage|migrate|lock|db)\.\w+)"', path.read_text()
         )
     }
     assert used | {f"export.{section}" for section in SECTIONS} == set(ALL)

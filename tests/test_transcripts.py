@@ -80,14 +80,14 @@ def _with_latency(lines: list[str]) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("page", [*sorted(FOLDER.glob("*.md")), reference.README], ids=lambda page: page.stem)
-def test_a_page(
-    page: Path, migrated_database: str, home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    monkeypatch.setenv("SAASLLM_ACTOR", "ada")
+PAGES = [*sorted(FOLDER.glob("*.md")), reference.README]
+
+
+def played(page: Path, home: Path) -> str:
+    """The page with what is printed now."""
     session = Session(home)
 
-    def played(match: re.Match[str]) -> str:
+    def play(match: re.Match[str]) -> str:
         language, name, text = match.groups()
         if language == "yaml" and not name:
             return match[0]
@@ -97,8 +97,15 @@ def test_a_page(
         commands = [line for line in text.splitlines() if line.startswith("$ ")]
         return "```console\n" + "".join(f"{line}\n{session.type(line[2:])}" for line in commands) + "```"
 
-    written = page.read_text(encoding="utf-8")
-    now = FENCE.sub(played, written)
+    return FENCE.sub(play, page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page(
+    page: Path, migrated_database: str, home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setenv("SAASLLM_ACTOR", "ada")
+    written, now = page.read_text(encoding="utf-8"), played(page, home)
     if request.config.getoption("--renew"):
         page.write_text(now, encoding="utf-8")
     assert now == written

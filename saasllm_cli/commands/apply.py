@@ -74,7 +74,7 @@ def apply(
                     confirm(f"{question}?", yes)
                 totals = write(db, sources, to_prune, _tell_wait, progress)
                 progress("")
-            found = changes(db, MOST_SHOWN if form is Format.TABLE else None)
+            found = changes(db, MOST_SHOWN) if form is Format.TABLE else changes(db)
             found.read()  # it is told when it is done, and while it is told nobody waits for it
             inactive = [] if diff else [row["group_name"] for row in db.many("apply.inactive_groups")]
         _show(found, totals, form)

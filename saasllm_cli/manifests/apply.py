@@ -4,7 +4,7 @@ one transaction of the caller's."""
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
-from saasllm_cli.database import NEAR, Database, Row, Rows
+from saasllm_cli.database import NEAR, Database, Row, Rows, lock
 from saasllm_cli.errors import Conflict, InvalidFiles
 from saasllm_cli.manifests.definitions import SECTIONS, TOO_LARGE, in_order
 from saasllm_cli.manifests.read import MOST_ERRORS, Record, Source, did_you_mean, invalid, records
@@ -101,8 +101,6 @@ def write(
     """
 
     def work() -> list[Row]:
-        if not db.wait_for("apply.lock", WAIT_SECONDS, on_wait):
-            raise Conflict("apply_running", "Another `saasllm apply` has been running for an hour.", "Try again later.")
         compare(db, sources, is_pruning=to_prune is not None)
         if to_prune is not None and db.one("apply.pruned") != to_prune:
             raise _changed_meanwhile()
@@ -114,7 +112,9 @@ def write(
             raise _changed_meanwhile()
         return db.many("apply.totals")
 
-    return db.transaction(work)
+    busy = Conflict("apply_running", "Another `saasllm apply` has been running for an hour.", "Try again later.")
+    with lock("apply", busy, WAIT_SECONDS, on_wait):
+        return db.transaction(work)
 
 
 def _changed_meanwhile() -> Conflict:

@@ -35,10 +35,6 @@ ANALYZE staged;
 -- name: analyze_change() :none
 ANALYZE change;
 
--- name: lock() :one
--- Whether this transaction is now the one that applies.
-SELECT pg_try_advisory_xact_lock(hashtext('saasllm'), hashtext('apply')) AS is_locked;
-
 -- name: errors(row_limit) :many
 -- What is wrong with the records beside one another and beside what is there: the `field` of a record, its `value`, and
 -- where it stands.

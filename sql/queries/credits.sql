@@ -429,10 +429,6 @@ RETURNING team_id;
 -- name: unschedule(team_id) :maybe
 DELETE FROM credit_schedules WHERE team_id = %(team_id)s RETURNING team_id;
 
--- name: lock_allocation() :one
--- Whether this session is now the one that allocates, until it ends.
-SELECT pg_try_advisory_lock(hashtext('saasllm'), hashtext('allocate')) AS is_locked;
-
 -- name: today() :one
 -- By the clock of the database, which all machines share.
 SELECT (now() AT TIME ZONE 'UTC')::date AS today;

@@ -383,10 +383,6 @@ WHERE job_id IN (
 )
 RETURNING job_id;
 
--- name: lock_batch(name) :one
--- Whether this session is now the one that runs the batch, until it ends.
-SELECT pg_try_advisory_lock(hashtext('saasllm batch'), hashtext(%(name)s)) AS is_locked;
-
 -- name: end_leases(team_id, key_prefix) :many
 -- Of the open jobs of a batch, whose process is gone.
 UPDATE jobs

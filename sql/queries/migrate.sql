@@ -94,14 +94,6 @@ FROM pg_trigger t
 JOIN built ON classid = t.tableoid AND objid = t.oid
 JOIN pg_class c ON c.oid = t.tgrelid;
 
--- name: try_lock() :one
--- Waiting inside pg_advisory_lock would hold a snapshot, with which a CREATE INDEX CONCURRENTLY of the other runner
--- deadlocks: so it is asked for again and again. The number is 'saasllm' in ASCII.
-SELECT pg_try_advisory_lock(32476630126455917) AS is_locked;
-
--- name: unlock() :none
-SELECT pg_advisory_unlock(32476630126455917);
-
 -- name: create_roles() :none
 -- Where this role may; another database of the server may have them already.
 DO $$

@@ -1,5 +1,6 @@
 """The connection of a batch to the database, and the lock that leaves the batch to one process."""
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import TypeVar
@@ -9,16 +10,21 @@ from saasllm_cli.errors import Conflict, DatabaseUnavailable, SaasllmError
 from saasllm_cli.jobs.runner import SETTLE_SECONDS
 
 T = TypeVar("T")
+CHECK_SECONDS = 5
+BUSY = DatabaseUnavailable(
+    "database_busy", "The lock of the batch is held, perhaps by this process itself.", "Try again."
+)
 
 
 class Session:
-    """The batch's connection, whose lock keeps other processes from the same batch; opened again where it is lost."""
+    """The batch's connection, opened again where it is lost, and the lock that keeps other processes from the batch."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self._lock_name = f"batch {name}"
         self._stack = ExitStack()
         self._db: database.Database | None = None
-        self._was_locked = False
+        self._was_held = False
+        self._checked_at = 0.0
 
     def __enter__(self) -> "Session":
         self.ask(lambda _: None)
@@ -42,16 +48,14 @@ class Session:
     def _try(self, work: Callable[[database.Database], T]) -> T:
         with database.translated_errors():
             if self._db is None:
-                self._db = self._stack.enter_context(database.connect(stays=True))
-                if not self._db.one("job.lock_batch", name=self._name)["is_locked"]:
-                    if self._was_locked:  # perhaps by the connection that was lost
-                        raise DatabaseUnavailable(
-                            "database_busy",
-                            "The lock of the batch is held, perhaps by this process itself.",
-                            "Try again.",
-                        )
-                    raise running_elsewhere()
-                self._was_locked = True
+                # Once it was held, it may be so still by the connection that was lost.
+                busy = BUSY if self._was_held else running_elsewhere()
+                self._check_lock = self._stack.enter_context(database.lock(self._lock_name, busy))
+                self._db = self._stack.enter_context(database.connect(stays=True, work=self._lock_name))
+                self._was_held = True
+            elif time.monotonic() > self._checked_at + CHECK_SECONDS:
+                self._check_lock()
+                self._checked_at = time.monotonic()
             return work(self._db)
 
     def _close(self) -> None:
