@@ -42,7 +42,8 @@ DEFAULTS: dict[str, Any] = {
     "application_name": "saasllm",
     "connect_timeout": 10,
     "tcp_user_timeout": 30_000,  # milliseconds, for a network that goes silent
-    # Each statement is planned for its own parameters: of a list's filters only those that are given count.
+    # Each statement is planned for its own parameters: of a list's filters only those that are given count. And behind a
+    # pooler the next one may be in a session that knows no prepared statement.
     "prepare_threshold": None,
 }
 COMPLETION = {"connect_timeout": 2}  # seconds; libpq takes no less
@@ -127,12 +128,10 @@ class Database:
         connection: Connection,
         *before: tuple[str, Row],
         check: tuple[str, Row] | None = None,
-        is_prepared: bool = False,
     ) -> None:
         self._connection = connection
         self._before = [(query(name).sql, parameters) for name, parameters in before]
         self._check = check and (query(check[0]).sql, check[1])
-        self._is_prepared = is_prepared
         self._is_told = False  # whether the transaction that is under way has begun with them
 
     def one(self, name: str, /, **parameters: Any) -> Row:
@@ -245,21 +244,14 @@ class Database:
     def _execute(self, statement: Query, parameters: Row) -> list[Row]:
         if due := self._due():
             with self._connection.pipeline():  # which is one transaction
-                first, *_ = [self._connection.execute(*each) for each in due]
+                for each in due:
+                    self._connection.execute(*each)
                 cursor = self._connection.execute(statement.sql, parameters)
-            if self._check:
-                self._check = None
-                self._prepare(first.fetchone())
+            self._check = None
         else:
             cursor = self._connection.execute(statement.sql, parameters)
         self._is_told = True
         return cursor.fetchall() if statement.cardinality != "none" else []
-
-    def _prepare(self, checked: Row | None) -> None:
-        """Has each statement planned once from now on, where it is wanted and nobody stands between: a pooler gives the
-        next one to another session, which does not know it."""
-        if self._is_prepared and checked and checked["session"] == self._connection.info.backend_pid:
-            self._connection.prepare_threshold = 1
 
 
 def _passes(error: psycopg.Error) -> bool:
@@ -274,10 +266,9 @@ def _passes(error: psycopg.Error) -> bool:
 
 
 @contextmanager
-def connect(stays: bool = False, work: str | None = None) -> Iterator[Database]:
-    """The database of the settings; of a connection that stays for many a statement, each is planned once.
+def connect(work: str | None = None) -> Iterator[Database]:
+    """The database of the settings; `work` is what a `lock` leaves to this process.
 
-    `work` is what a `lock` leaves to this process.
 
     Its first query carries the check of the migrations (where one is pending, or the database has one that this
     program does not know, nothing is done), and says for the audit log who acts by which command.
@@ -293,7 +284,6 @@ def connect(stays: bool = False, work: str | None = None) -> Iterator[Database]:
             ("migrate.act", {"actor": actor, "command": command}),
             *([("lock.enter", {"name": work})] if work else []),
             check=("migrate.check", {"known": known_migrations(), "definitions": definitions}),
-            is_prepared=stays,
         )
 
 

@@ -120,20 +120,6 @@ def test_each_change_has_its_actor(tenant: Run, pool: Callable[[int], None], mon
     assert tenant("audit", "list", "-o", "json").data[0]["actor"] == settings().actor
 
 
-def test_statements_are_prepared_only_where_nobody_stands_between(tenant: Run, pool: Callable[[int], None]) -> None:
-    def prepared() -> int:
-        with database.connect(stays=True) as db:
-            for _ in range(3):
-                db.get("team", "hr")
-            row = db._connection.execute("SELECT count(*) AS n FROM pg_prepared_statements").fetchone()
-            assert row
-            return int(row["n"])
-
-    assert prepared() > 0
-    pool(1)
-    assert prepared() == 0
-
-
 def test_a_batch(tenant: Run, home: Path, pool: Callable[[int], None]) -> None:
     tenant("credits", "add", "hr", 110)
     pool(3)

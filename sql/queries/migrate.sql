@@ -16,9 +16,8 @@ CREATE TABLE IF NOT EXISTS saasllm_definitions (
 );
 
 -- name: check(known, definitions) :one
--- Raises SL001 where a migration or a definition is pending, SL002 where an unknown migration is applied; and says which
--- session of the server has answered.
-SELECT require_migrations(%(known)s, %(definitions)s) AS checked, pg_backend_pid() AS session;
+-- Raises SL001 where a migration or a definition is pending, SL002 where an unknown migration is applied.
+SELECT require_migrations(%(known)s, %(definitions)s) AS checked;
 
 -- name: act(actor, command) :one
 -- For the audit log, until the transaction ends.

@@ -51,7 +51,7 @@ class Session:
                 # Once it was held, it may be so still by the connection that was lost.
                 busy = BUSY if self._was_held else running_elsewhere()
                 self._check_lock = self._stack.enter_context(database.lock(self._lock_name, busy))
-                self._db = self._stack.enter_context(database.connect(stays=True, work=self._lock_name))
+                self._db = self._stack.enter_context(database.connect(self._lock_name))
                 self._was_held = True
             elif time.monotonic() > self._checked_at + CHECK_SECONDS:
                 self._check_lock()
