@@ -252,6 +252,9 @@ def test_out_of_credits_it_stops_and_goes_on_later(tenant: Run, home: Path) -> N
     lines(home, *prompts(15))
     result = tenant(*words("Echo", "-o", "json"))
     assert (result.status, result.error["code"]) == (5, "insufficient_credits")
+    (kept,) = tenant("job", "list", "--refused", "-o", "json").data
+    assert kept["reason"] == "insufficient_credits"
+    assert 1 <= kept["refusals"] <= 5
     assert len(results(home)) == 10
     assert_paid(tenant, home, 10)
     tenant("credits", "add", "hr", 5)
@@ -401,8 +404,12 @@ def test_refused(tenant: Run, home: Path) -> None:
     assert tenant(*words("No")).status == 3
     (home / "out.jsonl.journal").unlink()
     tenant("team", "suspend", "hr")
+    lines(home, *prompts(12))
     assert tenant(*words()).status == 6
     tenant("team", "resume", "hr")
+    (kept,) = tenant("job", "list", "--refused", "-o", "json").data
+    assert (kept["reason"], kept["group_name"]) == ("team_suspended", "Echo")
+    assert 1 <= kept["refusals"] <= 12, "as many as were read until it was known"
     other = tenant(*words("Down", "-o", "json"))
     assert (other.status, other.error["code"]) == (4, "another_batch")
     assert tenant(*words("Echo", "--name", "other", "-o", "json")).error["code"] == "another_batch"

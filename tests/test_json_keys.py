@@ -111,6 +111,9 @@ COMMANDS: dict[str, list[Any]] = {
     "job run --team hr --group Echo --prompt x": [*ANSWER, "credits_remaining"],
     "job get JOB": [*JOB, {"calls": [CALL]}],
     "job list": [JOB],
+    "job list --refused": [
+        ["refusal_id", "team_id", "organization_id", "group_name", "reason", "refusals", "first_at", "last_at"]
+    ],
     "job costs JOB": [["resolved_model", *CALLS_USED]],
     "job annotate JOB --metadata a=b": JOB,
     "credits refund --job JOB": ENTRY,
@@ -157,6 +160,7 @@ COMMANDS: dict[str, list[Any]] = {
 # So that they have something to do.
 BEFORE = {
     "credits allocate --as-of 2026-01-01": "UPDATE teams SET status = 'suspended' WHERE team_id = 't'",
+    "job list --refused": "INSERT INTO job_refusals (team_id, reason) VALUES ('hr', 'team_suspended')",
     "credits verify": "SET session_replication_role = replica; UPDATE team_credits SET credits_used = 1",
     "migrate up": "DROP SCHEMA public CASCADE; CREATE SCHEMA public",
     "migrate adopt": "DROP TABLE saasllm_migrations",

@@ -52,9 +52,11 @@ from saasllm_cli.commands.inputs import (
     counted,
     identifier,
     job_id_of,
+    job_name,
     label,
     merged,
     noun,
+    number,
     require_some,
 )
 from saasllm_cli.errors import CheckFailed, InsufficientCredits, InvalidInput, NoAnswer
@@ -370,11 +372,30 @@ def list_(
     since: Since = None,
     until: Until = None,
     sort: TimeOrder = "newest",
-    after: Annotated[JobName | None, typer.Option(**A_JOB, help="Show the page after this job.")] = None,
+    after: Annotated[str | None, typer.Option(metavar="ID", help="Show the page after this ID.")] = None,
     limit: Limit = 100,
+    is_refused: Annotated[
+        bool, typer.Option("--refused", help="List jobs that were refused instead, counted by reason and hour.")
+    ] = False,
     output: Output = None,
 ) -> None:
-    """List jobs."""
+    """List jobs.
+
+    A job that is refused (for lack of credits, or because its team is suspended or may not use the group) is never
+    created. With --refused, see what was refused: a row for each team, group, reason and hour in UTC.
+    """
+    page: dict[str, Any] = {"since": since, "until": until, "sort": sort, "limit": limit}
+    of: dict[str, Any] = {"team_id": team, "organization_id": org, "group_name": group}
+    if is_refused:
+        own = {"--status": status, "--job-type": job_type, "--external-task-id": external_task_id}
+        if wrong := [option for option, value in (own | {"--metadata": metadata or None}).items() if value is not None]:
+            raise InvalidInput("usage", f"--refused cannot be combined with {wrong[0]}.", f"Remove {wrong[0]}.")
+        counts = ("refusal_id", "last_at", "reason", "refusals", "team_id", "group_name", "first_at")
+        with database.connect() as db:
+            within = {"team": team, "organization": org, "group": group}
+            refusals = db.stream("job.refused", within, **of, **page, after=None if after is None else number(after))
+            show(refusals, output, counts, essential=("team_id", "reason", "refusals", "last_at", "group_name"))
+        return
     columns = (
         "job_id",
         "created_at",
@@ -386,23 +407,18 @@ def list_(
         "error_message",
     )
     essential = ("job_id", "created_at", "status", "error_message")
-    after_id = None if after is None else job_id_of(after)
+    after_id = None if after is None else job_id_of(job_name(after))
     with database.connect() as db:
         jobs = db.stream(
             "job.list",
             {"team": team, "organization": org, "job": after_id},
-            team_id=team,
-            organization_id=org,
+            **of,
+            **page,
             status=status,
-            group_name=group,
             job_type=job_type,
             external_task_id=external_task_id,
             metadata=merged(metadata) or None,
-            since=since,
-            until=until,
-            sort=sort,
             after=after_id,
-            limit=limit,
         )
         show(jobs, output, columns, essential)
 

@@ -41,6 +41,11 @@ CANCEL_SECONDS = 5.0
 # The lease outlives the deadline by the time to load litellm and to settle.
 LEASE_MARGIN_SECONDS = 120.0
 SWEEP_CHUNK = 1000  # jobs that are locked at a time
+# Why a job of a team and a group that are there is refused at its beginning.
+REFUSALS = (
+    *("organization_suspended", "team_suspended", "group_not_assigned", "group_inactive", "no_active_model"),
+    "insufficient_credits",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +221,13 @@ def sweep(team_id: str | None) -> int:
     return count
 
 
+def keep_refusal(db: database.Database, team_id: str, group_name: str | None, outcome: str, refusals: int = 1) -> None:
+    """Leaves a trace of jobs that were refused, if they were. The refusal is told, whether that succeeds or not."""
+    if outcome in REFUSALS:
+        with suppress(SaasllmError), database.translated_errors():
+            db.none("job.keep_refusal", team_id=team_id, group_name=group_name, reason=outcome, refusals=refusals)
+
+
 def new_job_id() -> UUID:
     """A UUID of version 7: its first 48 bits are the time, so that new jobs lie together in the index."""
     number = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
@@ -228,7 +240,7 @@ def _begin(job_id: UUID, request: JobRequest) -> database.Row:
 
     Where the answer is lost on the way, it asks again: under the same id the job is begun once.
     """
-    parameters = {
+    parameters: dict[str, Any] = {
         "job_id": job_id,
         "team_id": request.team_id,
         "group_name": request.call.group_name if request.call else None,
@@ -250,6 +262,7 @@ def _begin(job_id: UUID, request: JobRequest) -> database.Row:
                 # Another process may have swept them first: so it is asked again, whoever did.
                 db.one("job.sweep", team_id=request.team_id, row_limit=SWEEP_CHUNK)
                 begun = db.one("job.begin", **parameters)
+            keep_refusal(db, request.team_id, parameters["group_name"], begun["outcome"])
         return begun
 
     try:
