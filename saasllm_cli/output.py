@@ -60,6 +60,7 @@ HEADINGS = {
     "credits_expired": "expired",
     "credits_free": "free",
     "credits_granted": "granted",
+    "credits_net": "net",
     "credits_per_day": "per_day",
     "credits_remaining": "remaining",
     "credits_reserved": "reserved",

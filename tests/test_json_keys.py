@@ -38,7 +38,9 @@ ANSWER = [
     *("total_tokens", "cost_usd", "latency_ms", "attempts"),
 ]
 JOBS_USED = ["jobs", "jobs_completed", "jobs_failed", "jobs_cancelled", "jobs_open"]
-CREDITS_USED = ["credits_added", "credits_deducted", "credits_refunded", "credits_adjusted", "credits_expired"]
+CREDITS_USED = [
+    *("credits_added", "credits_deducted", "credits_refunded", "credits_net", "credits_adjusted", "credits_expired"),
+]
 CALLS_USED = [
     *("calls", "failed_calls", "prompt_tokens", "completion_tokens", "total_tokens", "cost_usd", "unpriced_calls"),
 ]

@@ -237,7 +237,7 @@ VIEWS = {
     "org list": "org status created",
     f"org get {ORG}": "",
     f"org usage {ORG}": "",
-    f"org usage {ORG} --by team": "team jobs tokens cost_usd deducted",
+    f"org usage {ORG} --by team": "team jobs tokens cost_usd deducted net",
     "group list": "group status models",
     f"group get {GROUPS[0]}": "",
     f"group resolve {GROUPS[0]}": "model priority",

@@ -256,7 +256,10 @@ def usage(
     """Show a team's usage in a period.
 
     Shows jobs, credits, calls, tokens and cost by day, job type and model. Each counts at its own time in UTC: a job
-    when it was created, a call when it was made, a credit when it moved. For an invoice, use credits_deducted.
+    when it was created, a call when it was made, a credit when it moved.
+
+    For an invoice, use credits_net: the credits deducted for jobs less those refunded. A refund counts in the period in
+    which it was made.
     """
     asked = span(period, from_, to)
     with database.connect() as db:
