@@ -315,7 +315,7 @@ def test_the_admin_does_all_but_change_the_schema(tenant: Run, as_role: As, sql:
         "team suspend ops",
         "team resume ops",
         "team delete hr --purge --confirm hr",
-        "org delete other --purge --confirm other",
+        "org delete other --purge --redact --confirm other",
         "audit list --limit all",
     )
     assert tenant("apply", "-f", "-", stdin="organizations: [{organization_id: filed}]").status == 0
@@ -329,6 +329,8 @@ def test_the_admin_does_all_but_change_the_schema(tenant: Run, as_role: As, sql:
     ):
         with refused():
             admin.execute(change)
+    with pytest.raises(psycopg.DatabaseError, match="audit_log is append-only"):
+        admin.execute("UPDATE audit_log SET command = 'x'")
     assert sql.execute("SELECT count(*) AS n FROM jobs").fetchone() == {"n": 0}
 
 

@@ -32,7 +32,7 @@ from saasllm_cli.commands.inputs import (
     same_or_conflict,
     unique,
 )
-from saasllm_cli.commands.purge import Confirm, Purge, is_purge
+from saasllm_cli.commands.purge import Confirm, Purge, Redact, is_purge
 from saasllm_cli.commands.purge import purge as purge_all
 from saasllm_cli.commands.usage import By, From, InPeriod, To, show_usage, span
 from saasllm_cli.errors import Conflict, not_found
@@ -221,14 +221,23 @@ def resume(team_id: TeamId, output: Output = None) -> None:
 
 
 @app.command(epilog="saasllm team delete team_test --purge --confirm team_test")
-def delete(team_id: TeamId, purge: Purge = False, confirm_: Confirm = None, yes: Yes = False) -> None:
+def delete(
+    team_id: TeamId,
+    purge: Purge = False,
+    redact: Redact = False,
+    confirm_: Confirm = None,
+    yes: Yes = False,
+) -> None:
     """Delete a team.
 
     One that has history is only deleted with --purge, which also deletes its jobs, calls and ledger, in one
     transaction. A record of the purge stays in the audit log: see `saasllm audit list --team TEAM`.
+
+    With --redact, the audit log's older records lose the aliases and metadata of the team, and of each command line all
+    but its noun and verb.
     """
-    if is_purge("team", team_id, purge, confirm_):
-        purge_all(team_id=team_id)
+    if is_purge("team", team_id, purge, redact, confirm_):
+        purge_all("team", team_id, redact)
         return
     confirm_delete(f"team {team_id}", yes)
     with database.connect() as db:

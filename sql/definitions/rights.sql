@@ -49,3 +49,5 @@ GRANT INSERT, UPDATE, DELETE ON
 TO saasllm_admin;
 GRANT INSERT, DELETE ON credit_transactions TO saasllm_admin;
 GRANT INSERT (noun, action, organization_id, team_id, group_name, before, after) ON audit_log TO saasllm_admin;
+-- What of it a purge redacts, and nothing else.
+GRANT UPDATE (command, before, after) ON audit_log TO saasllm_admin;
