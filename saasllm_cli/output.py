@@ -227,14 +227,14 @@ def printer() -> Callable[[str], None]:
     return print_piece
 
 
-def note(text: str) -> None:
-    """A word to whoever sits at the terminal or reads the log."""
-    _log("info", text)
+def note(text: str, **fields: Any) -> None:
+    """A word to whoever sits at the terminal or reads the log, which as JSON has the fields of what is told."""
+    _log("info", text, **fields)
 
 
-def warn(text: str) -> None:
+def warn(text: str, **fields: Any) -> None:
     """A word that is not to be overlooked: in red at a terminal."""
-    _log("warning", text, "\x1b[1;31m" if _is_styled(sys.stderr) else "")
+    _log("warning", text, "\x1b[1;31m" if _is_styled(sys.stderr) else "", **fields)
 
 
 def _log(level: str, text: str, style: str = "", **fields: Any) -> None:
@@ -279,7 +279,7 @@ def show_error(error: SaasllmError, as_json: bool) -> None:
     if errors:
         body["errors"] = [asdict(error) for error in errors]
     if _log_format() == "json":
-        _log("error", body.pop("message"), **body)
+        _log("error", body.pop("message"), **body, **error.fields)
     elif as_json:
         _to_stderr(_json({"error": body}) + "\n")
     else:

@@ -221,6 +221,75 @@ def test_refused_before_a_model_is_called(
     ]
 
 
+def logged(run: Run, *words: object, status: int = 0) -> list[dict[str, Any]]:
+    """The records of a command's log, and nothing of a prompt or an answer in them."""
+    result = run("--log-format", "json", *words)
+    assert result.status == status, result
+    assert "tell nobody" not in result.err
+    records = [json.loads(line) for line in result.err.splitlines()]
+    for record in records:
+        assert list(record)[:3] == ["time", "level", "message"]
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", record["time"])
+    return records
+
+
+def test_a_log_in_json_has_fields(tenant: Run, provider: Provider) -> None:
+    with_models(tenant, "offline/fail", "openai/ok", "offline/echo")
+    asked = ["job", "run", "--team", "hr", "--prompt", "tell nobody", "--group"]
+    failed, answered, charged = (
+        {name: value for name, value in record.items() if name not in ("time", "message", "latency_ms")}
+        for record in logged(tenant, *asked, "G")
+        if record["level"] == "info"
+    )
+    (job,) = tenant("job", "list", "-o", "json").data
+    ids = {"job_id": job["job_id"], "team_id": "hr"}
+    error = "503 ServiceUnavailableError: this offline model always fails"
+    assert failed == {"level": "info", **ids, "group_name": "G", "resolved_model": "offline/fail", "error": error}
+    assert answered == {
+        "level": "info",
+        **ids,
+        "group_name": "G",
+        "finish_reason": "stop",
+        "resolved_model": "openai/ok",
+        "prompt_tokens": 12,
+        "completion_tokens": 5,
+        "total_tokens": 17,
+        "cost_usd": None,
+    }
+    assert charged == {"level": "info", **ids, "credits_charged": 1, "credits_remaining": 9}
+
+    (down,) = logged(tenant, *asked, "Down", status=8)
+    assert (down["level"], down["code"], down["team_id"], down["group_name"]) == ("error", "no_answer", "hr", "Down")
+    assert (down["resolved_model"], down["attempts"], down["credits_charged"]) == ("offline/fail/b", 2, 0)
+    assert down["error"] == f"offline/fail/a: {error}; offline/fail/b: {error}"
+    assert tenant("job", "get", down["job_id"], "-o", "json").data["status"] == "failed"
+
+    (unknown,) = logged(tenant, *asked, "No", status=3)
+    assert (unknown["code"], unknown["group_name"]) == ("group_not_found", "No")
+    tenant("credits", "adjust", "hr", "--reason", "x", "--", "-9")
+    (refused,) = logged(tenant, *asked, "Echo", status=5)
+    assert {name: refused[name] for name in ("team_id", "group_name", "credits_remaining", "credits_reserved")} == {
+        "team_id": "hr",
+        "group_name": "Echo",
+        "credits_remaining": 0,
+        "credits_reserved": 0,
+    }
+    tenant("team", "suspend", "hr")
+    (refused,) = logged(tenant, *asked, "Echo", status=6)
+    assert (refused["code"], refused["team_id"], refused["organization_id"]) == ("team_suspended", "hr", "acme")
+    (purged,) = logged(tenant, "team", "delete", "hr", "--purge", "--confirm", "hr")
+    assert (purged["team_id"], purged["teams"], purged["jobs"]) == ("hr", ["hr"], 2)
+
+
+def test_a_log_in_json_of_calls_of_a_job(tenant: Run) -> None:
+    job_id = tenant("job", "create", "--team", "hr").out.strip()
+    (answered,) = logged(tenant, "job", "call", job_id, "--group", "Echo", "--prompt", "tell nobody")
+    assert (answered["job_id"], answered["team_id"], answered["total_tokens"]) == (job_id, "hr", 6)
+    assert tenant("job", "cancel", job_id).status == 0
+    (finished,) = logged(tenant, "job", "fail", job_id, status=4)
+    assert (finished["code"], finished["job_id"]) == ("job_finished", job_id)
+
+
 def refusals(run: Run, *options: object) -> list[dict[str, Any]]:
     """What `job list --refused` tells."""
     result = run("job", "list", "--refused", *options, "-o", "json")

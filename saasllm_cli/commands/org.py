@@ -167,8 +167,10 @@ def delete(
                 f"Organization {organization_id} has {counted(result['teams'], 'team')}.",
                 f"To stop its jobs, run: saasllm org suspend {organization_id}\n"
                 "To delete it with its teams and their history, add: --purge",
+                organization_id=organization_id,
+                teams=result["teams"],
             )
-    note(f"Deleted organization {organization_id}.")
+    note(f"Deleted organization {organization_id}.", organization_id=organization_id)
 
 
 @app.command(epilog="saasllm org usage org_acme_corp --period 2026-11")

@@ -53,7 +53,7 @@ def purge(noun: str, key: str, redact: bool) -> None:
 
     with waiting("Purging …"), database.connect() as db:
         removed = db.transaction(work)["removed"]
-    note(f"Purged {noun} {key}: {_told(removed)}.")
+    note(f"Purged {noun} {key}: {_told(removed)}.", **scope | removed)
 
 
 def _scope(noun: str, key: str) -> dict[str, str | None]:

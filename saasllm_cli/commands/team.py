@@ -198,7 +198,8 @@ def unassign(team_id: TeamId, groups: Groups, output: Output = None) -> None:
         result = db.one("team.unassign", team_id=team_id, group_names=groups)
         team = db.get("team", team_id)
     if result["not_assigned"]:
-        note(f"Was not assigned: {', '.join(result['not_assigned'])}.")
+        names = result["not_assigned"]
+        note(f"Was not assigned: {', '.join(names)}.", team_id=team_id, group_names=names)
     show(team, output)
 
 
@@ -249,8 +250,10 @@ def delete(
                 "team_has_history",
                 f"Team {team_id} has {counted(result['jobs'], 'job')} and {entries}.",
                 f"To stop its jobs, run: saasllm team suspend {team_id}\nTo delete it with its history, add: --purge",
+                team_id=team_id,
+                jobs=result["jobs"],
             )
-    note(f"Deleted team {team_id}.")
+    note(f"Deleted team {team_id}.", team_id=team_id)
 
 
 @app.command(epilog="saasllm team usage team_engineering --from 2026-01 --to 2026-06 -o csv")
