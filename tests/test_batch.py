@@ -21,7 +21,7 @@ import psycopg
 import pytest
 from conftest import Result, start_process
 from provider import ANSWER, Provider
-from test_job import credits_of, with_models
+from test_job import credits_of, logged, with_models
 
 from saasllm_cli.errors import DatabaseUnavailable
 from saasllm_cli.jobs import batch
@@ -419,6 +419,16 @@ def test_refused(tenant: Run, home: Path) -> None:
     assert (foreign.status, foreign.error["code"]) == (2, "out_exists")
     assert (home / "out.jsonl").read_text() == "mine\n"
     assert credits_of(tenant) == (10, 0)
+
+
+def test_a_log_in_json_says_how_each_model_did(tenant: Run, home: Path) -> None:
+    lines(home, *prompts(2))
+    *models, error = logged(tenant, *words("Down"), status=9)
+    assert [(row["team_id"], row["resolved_model"], row["answered"], row["failed"]) for row in models] == [
+        ("hr", "offline/fail/a", 0, 2),
+        ("hr", "offline/fail/b", 0, 2),
+    ]
+    assert (error["code"], error["team_id"], error["group_name"], error["failed"]) == ("some_failed", "hr", "Down", 2)
 
 
 def test_an_output_that_was_cut_is_noticed(tenant: Run, home: Path) -> None:
