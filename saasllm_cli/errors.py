@@ -1,22 +1,24 @@
 """What can go wrong: a code for scripts, an exit status for the shell, a message and a hint for people."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 class SaasllmError(Exception):
     """An unexpected error; its subclasses are the expected ones.
 
     `code` is stable and lower case (`team_not_found`). `message` says what is wrong and with which id, `hint` what to
-    do about it. Neither holds a secret.
+    do about it. `fields` are what they tell as data (`team_id`, `job_id` …), for a log. None of them holds a secret.
     """
 
     exit_status = 1
 
-    def __init__(self, code: str, message: str, hint: str | None = None) -> None:
+    def __init__(self, code: str, message: str, hint: str | None = None, **fields: Any) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.hint = hint
+        self.fields = fields
 
 
 class InvalidInput(SaasllmError):
@@ -95,6 +97,7 @@ class Interrupted(SaasllmError):
 
 
 _COMMANDS = {"organization": "org"}  # where the command has another name than the noun
+_IDS = {"organization": "organization_id", "team": "team_id", "group": "group_name", "job": "job_id"}
 
 
 def not_found(noun: str, name: str) -> NotFound:
@@ -102,6 +105,8 @@ def not_found(noun: str, name: str) -> NotFound:
     hint = "See: saasllm credits transactions TEAM" if noun == "transaction" else f"See: saasllm {command} list"
     error = NotFound(f"{noun}_not_found", f"{noun.capitalize()} {name} not found.", hint)
     error.noun, error.name = noun, name
+    if noun in _IDS and " " not in name:
+        error.fields = {_IDS[noun]: name}
     return error
 
 
@@ -128,4 +133,4 @@ def refused(outcome: str, team: str | None, group: str | None, organization: str
             hint = f"To activate one, run: saasllm group update {group} --activate MODEL"
         case _:
             raise ValueError(outcome)
-    return NotAllowed(outcome, message, hint)
+    return NotAllowed(outcome, message, hint, team_id=team, group_name=group, organization_id=organization)

@@ -60,6 +60,7 @@ HEADINGS = {
     "credits_expired": "expired",
     "credits_free": "free",
     "credits_granted": "granted",
+    "credits_net": "net",
     "credits_per_day": "per_day",
     "credits_remaining": "remaining",
     "credits_reserved": "reserved",
@@ -68,6 +69,7 @@ HEADINGS = {
     "display_name": "name",
     "error_message": "error",
     "failed_calls": "failed",
+    "first_at": "first",
     "group_name": "group",
     "is_active": "active",
     "is_used": "used",
@@ -75,6 +77,7 @@ HEADINGS = {
     "job_type": "type",
     "jobs_completed": "completed",
     "jobs_failed": "failed",
+    "last_at": "last",
     "model_group_used": "group",
     "model_groups": "groups",
     "model_groups_used": "groups",
@@ -84,6 +87,8 @@ HEADINGS = {
     "organization_id": "org",
     "organization_status": "org_status",
     "prompt_tokens": "in",
+    "refusal_id": "id",
+    "refusals": "times",
     "resolved_model": "model",
     "runs_out_on": "runs_out",
     "team_alias": "alias",
@@ -222,14 +227,14 @@ def printer() -> Callable[[str], None]:
     return print_piece
 
 
-def note(text: str) -> None:
-    """A word to whoever sits at the terminal or reads the log."""
-    _log("info", text)
+def note(text: str, **fields: Any) -> None:
+    """A word to whoever sits at the terminal or reads the log, which as JSON has the fields of what is told."""
+    _log("info", text, **fields)
 
 
-def warn(text: str) -> None:
+def warn(text: str, **fields: Any) -> None:
     """A word that is not to be overlooked: in red at a terminal."""
-    _log("warning", text, "\x1b[1;31m" if _is_styled(sys.stderr) else "")
+    _log("warning", text, "\x1b[1;31m" if _is_styled(sys.stderr) else "", **fields)
 
 
 def _log(level: str, text: str, style: str = "", **fields: Any) -> None:
@@ -274,7 +279,7 @@ def show_error(error: SaasllmError, as_json: bool) -> None:
     if errors:
         body["errors"] = [asdict(error) for error in errors]
     if _log_format() == "json":
-        _log("error", body.pop("message"), **body)
+        _log("error", body.pop("message"), **body, **error.fields)
     elif as_json:
         _to_stderr(_json({"error": body}) + "\n")
     else:

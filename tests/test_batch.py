@@ -21,7 +21,7 @@ import psycopg
 import pytest
 from conftest import Result, start_process
 from provider import ANSWER, Provider
-from test_job import credits_of, with_models
+from test_job import credits_of, logged, with_models
 
 from saasllm_cli.errors import DatabaseUnavailable
 from saasllm_cli.jobs import batch
@@ -252,6 +252,9 @@ def test_out_of_credits_it_stops_and_goes_on_later(tenant: Run, home: Path) -> N
     lines(home, *prompts(15))
     result = tenant(*words("Echo", "-o", "json"))
     assert (result.status, result.error["code"]) == (5, "insufficient_credits")
+    (kept,) = tenant("job", "list", "--refused", "-o", "json").data
+    assert kept["reason"] == "insufficient_credits"
+    assert 1 <= kept["refusals"] <= 5
     assert len(results(home)) == 10
     assert_paid(tenant, home, 10)
     tenant("credits", "add", "hr", 5)
@@ -401,8 +404,12 @@ def test_refused(tenant: Run, home: Path) -> None:
     assert tenant(*words("No")).status == 3
     (home / "out.jsonl.journal").unlink()
     tenant("team", "suspend", "hr")
+    lines(home, *prompts(12))
     assert tenant(*words()).status == 6
     tenant("team", "resume", "hr")
+    (kept,) = tenant("job", "list", "--refused", "-o", "json").data
+    assert (kept["reason"], kept["group_name"]) == ("team_suspended", "Echo")
+    assert 1 <= kept["refusals"] <= 12, "as many as were read until it was known"
     other = tenant(*words("Down", "-o", "json"))
     assert (other.status, other.error["code"]) == (4, "another_batch")
     assert tenant(*words("Echo", "--name", "other", "-o", "json")).error["code"] == "another_batch"
@@ -412,6 +419,16 @@ def test_refused(tenant: Run, home: Path) -> None:
     assert (foreign.status, foreign.error["code"]) == (2, "out_exists")
     assert (home / "out.jsonl").read_text() == "mine\n"
     assert credits_of(tenant) == (10, 0)
+
+
+def test_a_log_in_json_says_how_each_model_did(tenant: Run, home: Path) -> None:
+    lines(home, *prompts(2))
+    *models, error = logged(tenant, *words("Down"), status=9)
+    assert [(row["team_id"], row["resolved_model"], row["answered"], row["failed"]) for row in models] == [
+        ("hr", "offline/fail/a", 0, 2),
+        ("hr", "offline/fail/b", 0, 2),
+    ]
+    assert (error["code"], error["team_id"], error["group_name"], error["failed"]) == ("some_failed", "hr", "Down", 2)
 
 
 def test_an_output_that_was_cut_is_noticed(tenant: Run, home: Path) -> None:

@@ -212,9 +212,151 @@ def test_refused_before_a_model_is_called(
     tenant: Run, sql: psycopg.Connection, provider: Provider, change: str, refusal: tuple[int, str]
 ) -> None:
     sql.execute(change)
-    result = job_run(tenant, "Echo", "--prompt", "x", "-o", "json")
-    assert (result.status, result.error["code"]) == refusal
+    for _ in range(2):
+        result = job_run(tenant, "Echo", "--prompt", "x", "-o", "json")
+        assert (result.status, result.error["code"]) == refusal
     assert tenant("job", "list", "-o", "json").data == []
+    assert [(row["group_name"], row["reason"], row["refusals"]) for row in refusals(tenant)] == [
+        ("Echo", refusal[1], 2)
+    ]
+
+
+def logged(run: Run, *words: object, status: int = 0) -> list[dict[str, Any]]:
+    """The records of a command's log, and nothing of a prompt or an answer in them."""
+    result = run("--log-format", "json", *words)
+    assert result.status == status, result
+    assert "tell nobody" not in result.err
+    records = [json.loads(line) for line in result.err.splitlines()]
+    for record in records:
+        assert list(record)[:3] == ["time", "level", "message"]
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", record["time"])
+    return records
+
+
+def test_a_log_in_json_has_fields(tenant: Run, provider: Provider) -> None:
+    with_models(tenant, "offline/fail", "openai/ok", "offline/echo")
+    asked = ["job", "run", "--team", "hr", "--prompt", "tell nobody", "--group"]
+    failed, answered, charged = (
+        {name: value for name, value in record.items() if name not in ("time", "message", "latency_ms")}
+        for record in logged(tenant, *asked, "G")
+        if record["level"] == "info"
+    )
+    (job,) = tenant("job", "list", "-o", "json").data
+    ids = {"job_id": job["job_id"], "team_id": "hr"}
+    error = "503 ServiceUnavailableError: this offline model always fails"
+    assert failed == {"level": "info", **ids, "group_name": "G", "resolved_model": "offline/fail", "error": error}
+    assert answered == {
+        "level": "info",
+        **ids,
+        "group_name": "G",
+        "finish_reason": "stop",
+        "resolved_model": "openai/ok",
+        "prompt_tokens": 12,
+        "completion_tokens": 5,
+        "total_tokens": 17,
+        "cost_usd": None,
+    }
+    assert charged == {"level": "info", **ids, "credits_charged": 1, "credits_remaining": 9}
+
+    (down,) = logged(tenant, *asked, "Down", status=8)
+    assert (down["level"], down["code"], down["team_id"], down["group_name"]) == ("error", "no_answer", "hr", "Down")
+    assert (down["resolved_model"], down["attempts"], down["credits_charged"]) == ("offline/fail/b", 2, 0)
+    assert down["error"] == f"offline/fail/a: {error}; offline/fail/b: {error}"
+    assert tenant("job", "get", down["job_id"], "-o", "json").data["status"] == "failed"
+
+    (unknown,) = logged(tenant, *asked, "No", status=3)
+    assert (unknown["code"], unknown["group_name"]) == ("group_not_found", "No")
+    tenant("credits", "adjust", "hr", "--reason", "x", "--", "-9")
+    (refused,) = logged(tenant, *asked, "Echo", status=5)
+    assert {name: refused[name] for name in ("team_id", "group_name", "credits_remaining", "credits_reserved")} == {
+        "team_id": "hr",
+        "group_name": "Echo",
+        "credits_remaining": 0,
+        "credits_reserved": 0,
+    }
+    tenant("team", "suspend", "hr")
+    (refused,) = logged(tenant, *asked, "Echo", status=6)
+    assert (refused["code"], refused["team_id"], refused["organization_id"]) == ("team_suspended", "hr", "acme")
+    (purged,) = logged(tenant, "team", "delete", "hr", "--purge", "--confirm", "hr")
+    assert (purged["team_id"], purged["teams"], purged["jobs"]) == ("hr", ["hr"], 2)
+
+
+def test_a_log_in_json_of_calls_of_a_job(tenant: Run) -> None:
+    job_id = tenant("job", "create", "--team", "hr").out.strip()
+    (answered,) = logged(tenant, "job", "call", job_id, "--group", "Echo", "--prompt", "tell nobody")
+    assert (answered["job_id"], answered["team_id"], answered["total_tokens"]) == (job_id, "hr", 6)
+    assert tenant("job", "cancel", job_id).status == 0
+    (finished,) = logged(tenant, "job", "fail", job_id, status=4)
+    assert (finished["code"], finished["job_id"]) == ("job_finished", job_id)
+
+
+def refusals(run: Run, *options: object) -> list[dict[str, Any]]:
+    """What `job list --refused` tells."""
+    result = run("job", "list", "--refused", *options, "-o", "json")
+    assert result.status == 0, result
+    rows: list[dict[str, Any]] = result.data
+    return rows
+
+
+def test_what_was_refused_is_told_by_hour(tenant: Run, sql: psycopg.Connection) -> None:
+    tenant("org", "create", "other")
+    tenant("team", "create", "it", "--org", "other", "--group", "Echo")
+    job_run(tenant, "Echo", "--prompt", "x")
+    assert refusals(tenant) == []
+    tenant("team", "suspend", "hr")
+    for _ in range(2):
+        job_run(tenant, "Echo", "--prompt", "x")
+    sql.execute(
+        "UPDATE job_refusals SET hour = hour - interval '1 day', first_at = first_at - interval '1 day',"
+        " last_at = last_at - interval '1 day'"
+    )
+    job_run(tenant, "Echo", "--prompt", "x")
+    for _ in range(2):
+        assert tenant("job", "create", "--team", "hr").status == 6
+    assert tenant("job", "run", "--team", "it", "--group", "Echo", "--prompt", "x").status == 5
+
+    rows = refusals(tenant)
+    assert [(row["team_id"], row["organization_id"], row["group_name"], row["refusals"]) for row in rows] == [
+        ("it", "other", "Echo", 1),
+        ("hr", "acme", None, 2),
+        ("hr", "acme", "Echo", 1),
+        ("hr", "acme", "Echo", 2),
+    ]
+    assert rows[1]["first_at"] < rows[1]["last_at"]
+    assert refusals(tenant, "--since", "2h") == rows[:3]
+    assert refusals(tenant, "--until", rows[2]["first_at"]) == rows[3:]
+    assert refusals(tenant, "--team", "it") == refusals(tenant, "--org", "other") == rows[:1]
+    assert refusals(tenant, "--team", "hr", "--group", "Echo") == rows[2:]
+    assert tenant("job", "list", "--refused", "--group", "No").status == 3
+    for option in ("--status=failed", "--job-type=x", "--external-task-id=x", "--metadata=a=b"):
+        refused = tenant("job", "list", "--refused", option, "-o", "json")
+        assert (refused.status, refused.error["code"]) == (2, "usage"), option
+        assert option.partition("=")[0] in refused.error["message"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["team delete it --yes", "team delete it --purge --confirm it", "group delete G --force --yes"],
+)
+def test_what_was_refused_leaves_with_its_team_and_its_group(tenant: Run, change: str) -> None:
+    tenant("group", "create", "G", "--model", "offline/echo")
+    tenant("team", "create", "it", "--org", "acme", "--group", "G")
+    assert tenant("job", "run", "--team", "it", "--group", "G", "--prompt", "x").status == 5
+    assert len(refusals(tenant)) == 1
+    assert tenant(*change.split()).status == 0
+    assert refusals(tenant) == []
+
+
+def test_a_trace_that_cannot_be_written_hides_no_refusal(tenant: Run, sql: psycopg.Connection) -> None:
+    tenant("team", "suspend", "hr")
+    with sql.transaction():
+        sql.execute("INSERT INTO job_refusals (team_id, reason) VALUES ('hr', 'team_suspended')")
+        waited = tenant("job", "create", "--team", "hr", "-o", "json")
+    assert (waited.status, waited.error["code"]) == (6, "team_suspended")
+    assert [row["refusals"] for row in refusals(tenant)] == [1]
+    sql.execute("DROP TABLE job_refusals CASCADE")
+    gone = tenant("job", "create", "--team", "hr", "-o", "json")
+    assert (gone.status, gone.error["code"]) == (6, "team_suspended")
 
 
 def test_unknown_team_and_group(tenant: Run) -> None:

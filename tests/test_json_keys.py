@@ -38,7 +38,9 @@ ANSWER = [
     *("total_tokens", "cost_usd", "latency_ms", "attempts"),
 ]
 JOBS_USED = ["jobs", "jobs_completed", "jobs_failed", "jobs_cancelled", "jobs_open"]
-CREDITS_USED = ["credits_added", "credits_deducted", "credits_refunded", "credits_adjusted", "credits_expired"]
+CREDITS_USED = [
+    *("credits_added", "credits_deducted", "credits_refunded", "credits_net", "credits_adjusted", "credits_expired"),
+]
 CALLS_USED = [
     *("calls", "failed_calls", "prompt_tokens", "completion_tokens", "total_tokens", "cost_usd", "unpriced_calls"),
 ]
@@ -111,6 +113,9 @@ COMMANDS: dict[str, list[Any]] = {
     "job run --team hr --group Echo --prompt x": [*ANSWER, "credits_remaining"],
     "job get JOB": [*JOB, {"calls": [CALL]}],
     "job list": [JOB],
+    "job list --refused": [
+        ["refusal_id", "team_id", "organization_id", "group_name", "reason", "refusals", "first_at", "last_at"]
+    ],
     "job costs JOB": [["resolved_model", *CALLS_USED]],
     "job annotate JOB --metadata a=b": JOB,
     "credits refund --job JOB": ENTRY,
@@ -157,6 +162,7 @@ COMMANDS: dict[str, list[Any]] = {
 # So that they have something to do.
 BEFORE = {
     "credits allocate --as-of 2026-01-01": "UPDATE teams SET status = 'suspended' WHERE team_id = 't'",
+    "job list --refused": "INSERT INTO job_refusals (team_id, reason) VALUES ('hr', 'team_suspended')",
     "credits verify": "SET session_replication_role = replica; UPDATE team_credits SET credits_used = 1",
     "migrate up": "DROP SCHEMA public CASCADE; CREATE SCHEMA public",
     "migrate adopt": "DROP TABLE saasllm_migrations",

@@ -26,6 +26,8 @@ def many(tenant: Run, sql: psycopg.Connection) -> Run:
         INSERT INTO jobs (team_id, organization_id, lease_expires_at, created_at)
         SELECT 'hr', 'acme', now() + interval '1 hour', now() - ((n * 3) % 5) * interval '1 hour'
         FROM generate_series(1, 5) n;
+        INSERT INTO job_refusals (team_id, reason) SELECT 't' || n, 'team_suspended' FROM generate_series(1, 4) n;
+        INSERT INTO job_refusals (team_id, reason) SELECT 'hr', 'insufficient_credits';
         """
     )
     for amount in (1, 2, 3, 4):
@@ -38,6 +40,7 @@ LISTS = {
     "team list": ("team_id", "created_at", ("id", "newest", "oldest")),
     "group list": ("group_name", "created_at", ("id", "newest", "oldest")),
     "job list": ("job_id", "created_at", ("newest", "oldest")),
+    "job list --refused": ("refusal_id", "refusal_id", ("newest", "oldest")),
     "credits transactions hr": ("transaction_id", "created_at", ("newest", "oldest")),
     "audit list": ("audit_id", "audit_id", ("newest", "oldest")),
 }

@@ -237,7 +237,7 @@ VIEWS = {
     "org list": "org status created",
     f"org get {ORG}": "",
     f"org usage {ORG}": "",
-    f"org usage {ORG} --by team": "team jobs tokens cost_usd deducted",
+    f"org usage {ORG} --by team": "team jobs tokens cost_usd deducted net",
     "group list": "group status models",
     f"group get {GROUPS[0]}": "",
     f"group resolve {GROUPS[0]}": "model priority",
@@ -249,6 +249,7 @@ VIEWS = {
     "credits forecast": "team remaining runs_out",
     "credits allocate --dry-run": "",
     "job list": "job created status error",
+    "job list --refused": "last reason times team",
     "job get {failed}": "",
     "job costs {failed}": "model calls failed",
     "audit list": "actor action record",
@@ -277,6 +278,7 @@ def filled(saasllm: Run, home: Path) -> dict[str, str]:
     ):
         assert saasllm(*shlex.split(command)).status == 0, command
     assert saasllm("job", "run", "--team", TEAM, "--group", GROUPS[1], "--prompt", "x").status == 8
+    assert saasllm("job", "run", "--team", TEAM, "--group", GROUPS[0], "--prompt", "x").status == 6
     return {"failed": saasllm("job", "list", "--status", "failed", "-o", "json").data[0]["job_id"]}
 
 

@@ -1,12 +1,15 @@
 """A purge removes a tenant with its history, and nothing else; nothing else removes history."""
 
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import psycopg
 import pytest
 from conftest import Result
 
+from saasllm_cli.commands import inputs
 from saasllm_cli.errors import Conflict, NotFound, SaasllmError
 from saasllm_cli.jobs import runner
 from saasllm_cli.jobs.calls import CallRequest
@@ -134,6 +137,107 @@ def test_only_when_it_is_meant(used: Run, sql: psycopg.Connection, options: tupl
     assert state(sql) == before
 
 
+GOING = "1 team, 3 jobs, 3 calls, 2 ledger entries, 9 unused credits"
+
+
+@pytest.mark.parametrize("redact", [(), ("--redact",)])
+def test_what_will_go_is_said_before_it_is_asked_for(
+    used: Run, sql: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, redact: tuple[str, ...]
+) -> None:
+    going = GOING + ", 3 redacted audit records" * len(redact)
+    before = state(sql)
+    refused = used("team", "delete", "hr", "--purge", *redact)
+    assert (refused.status, state(sql)) == (2, before)
+    assert f"Purge team hr with all its history ({going})?" in refused.err
+    assert "--confirm hr" in refused.err
+    assert "(2 teams, 4 jobs, 4 calls, 4 ledger entries, 13 unused" in used("org", "delete", "acme", "--purge").err
+    assert used("org", "delete", "no", "--purge").status == used("team", "delete", "no", "--purge").status == 3
+
+    questions = []
+    monkeypatch.setattr(inputs, "asked", lambda question, *_: questions.append(question) or "hr")
+    purged = used("team", "delete", "hr", "--purge", *redact)
+    assert (purged.status, purged.err) == (0, f"Purged team hr: {going}.\n")
+    assert going in questions[0]
+
+
+PERSONS = """\
+organizations:
+- {organization_id: jane, name: Jane Doe, metadata: {mail: jane@doe.example}}
+- {organization_id: joe, name: Joe Bloggs}
+teams:
+- {team_id: jane-1, organization_id: jane, team_alias: "Jane Doe, private", model_groups: [Echo], credits: 3}
+- {team_id: jane-2, organization_id: jane, team_alias: "Jane Doe, at work", metadata: {phone: "+49 30 Doe"}}
+"""
+
+
+@pytest.fixture
+def persons(used: Run) -> Run:
+    assert used("apply", "-f", "-", stdin=PERSONS).status == 0
+    used("team", "update", "jane-1", "--alias", "Jane D.", "--metadata", "name=Doe")
+    used("org", "update", "jane", "--name", "Jane Doe-Smith")
+    used("credits", "schedule", "jane-1", "--amount", 5, "--every", "monthly", "--mode", "add")
+    used("job", "run", "--team", "jane-1", "--group", "Echo", "--prompt", "x")
+    return used
+
+
+def audited(run: Run, *options: str) -> dict[int, dict[str, Any]]:
+    rows = run("audit", "list", *options, "--limit", "all", "-o", "json").data
+    return {row["audit_id"]: row for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("purge", "options", "left"),
+    [
+        ("org delete jane --purge --redact --confirm jane", ("--org", "jane"), ()),
+        (
+            "team delete jane-1 --purge --redact --confirm jane-1",
+            ("--team", "jane-1"),
+            ("Jane Doe-Smith", "at work", "mail"),
+        ),
+        ("org delete jane --purge --confirm jane", (), ("Jane Doe-Smith", "at work", "private", "mail", "Jane D.")),
+    ],
+)
+def test_names_leave_the_audit_log_with_the_tenant(
+    persons: Run, purge: str, options: tuple[str, ...], left: tuple[str, ...]
+) -> None:
+    before, redacted = audited(persons), audited(persons, *options) if options else {}
+    purged = persons(*purge.split())
+    assert purged.status == 0
+    assert ("redacted" in purged.err) == bool(redacted)
+    assert not redacted or f"{len(redacted)} redacted audit records." in purged.err
+    after = audited(persons)
+    record = after.pop(max(after))
+    assert record["action"] == "purge"
+    assert record["before"].get("audit_records", 0) == len(redacted)
+    assert after.keys() == before.keys()
+    for audit_id, row in after.items():
+        if audit_id not in redacted:
+            assert row == before[audit_id]
+            continue
+        kept = {name: value for name, value in row.items() if name not in ("command", "before", "after")}
+        assert kept.items() <= before[audit_id].items()
+        assert row["command"] in [
+            f"saasllm {words} [redacted]" for words in ("apply", "team update", "org update", "credits schedule")
+        ]
+        for side in ("before", "after"):
+            was = before[audit_id][side]
+            assert row[side] == (was and {k: v for k, v in was.items() if k not in ("name", "team_alias", "metadata")})
+    text = json.dumps([row for row in after.values() if row["organization_id"] == "jane"])
+    found = {word for word in ("Jane Doe-Smith", "at work", "private", "mail", "Jane D.") if word in text}
+    assert found == set(left)
+
+
+def test_a_tenant_that_was_purged_earlier_is_redacted(persons: Run) -> None:
+    for command in ("delete jane --purge --confirm", "create", "delete jane --purge --redact --confirm"):
+        assert persons("org", *command.split(), "jane").status == 0
+    assert "Doe" not in json.dumps(audited(persons))
+
+
+def test_only_a_purge_redacts(used: Run) -> None:
+    refused = used("team", "delete", "hr", "--redact", "--yes")
+    assert (refused.status, "--redact requires --purge" in refused.err) == (2, True)
+
+
 def test_what_is_not_there(used: Run) -> None:
     assert used("team", "delete", "no", "--purge", "--confirm", "no").status == 3
     assert used("org", "delete", "no", "--purge", "--confirm", "no").status == 3
@@ -184,7 +288,9 @@ ATTACKS = {
     )
     + "; COMMIT; BEGIN; "
     + DELETE,
-    "the record afterwards": "UPDATE audit_log SET action = 'purge'",
+    "the record afterwards": "UPDATE audit_log SET action = 'purge', before = '{}', after = NULL,"
+    " purged_by = pg_current_xact_id() WHERE noun = 'team'; " + DELETE,
+    "a record of a team that is not there": PURGE.replace("'hr'", "'no'"),
     "truncate": "TRUNCATE credit_transactions, jobs, llm_calls CASCADE",
 }
 
@@ -192,10 +298,50 @@ ATTACKS = {
 @pytest.mark.parametrize("statements", ATTACKS.values(), ids=ATTACKS.keys())
 def test_history_does_not_leave_otherwise(used: Run, sql: psycopg.Connection, statements: str) -> None:
     before = {name: rows for name, rows in state(sql).items() if name != "llm_calls"}
-    with pytest.raises(psycopg.Error, match=r"DELETE is not allowed|append-only|violates foreign key"):
+    with pytest.raises(
+        psycopg.Error, match=r"(DELETE|UPDATE) is not allowed|append-only|violates foreign key|no team no"
+    ):
         sql.execute("BEGIN; " + statements + "; COMMIT")  # type: ignore[arg-type]
     sql.execute("ROLLBACK")
     assert {name: rows for name, rows in state(sql).items() if name != "llm_calls"} == before
+
+
+REDACT = (
+    "UPDATE audit_log SET command = redacted_command(command), before = redacted_record(before),"
+    " after = redacted_record(after) WHERE action <> 'purge' AND team_id = 'hr'"
+)
+REDACTING = PURGE.replace("'{}'", """'{"audit_records": 1}'""")
+EDITS = {
+    "alone": REDACT,
+    "while the team is there": REDACTING + "; " + REDACT,
+    "before the team is gone": REDACTING + "; " + REDACT + "; " + DELETE,
+    "a purge that does not tell of it": PURGE + "; " + DELETE + "; " + REDACT,
+    "another team": REDACTING + "; " + DELETE + "; " + REDACT.replace("'hr'", "'it'"),
+    "the whole organization": REDACTING + "; " + DELETE + "; " + REDACT.replace("team_id = 'hr'", "true"),
+    "who it was": REDACTING + "; " + DELETE + "; " + REDACT.replace("SET ", "SET actor = 'x', "),
+    "when it was": REDACTING + "; " + DELETE + "; " + REDACT.replace("SET ", "SET created_at = '2020-01-01', "),
+    "which one it was": REDACTING + "; " + DELETE + "; " + REDACT.replace("SET ", "SET group_name = 'x', "),
+    "to another text": REDACTING + "; " + DELETE + "; " + REDACT.replace("redacted_command(command)", "'x'"),
+    "more than names": REDACTING + "; " + DELETE + "; " + REDACT.replace("redacted_record(after)", "'{}'"),
+    "the purge itself": REDACTING + "; " + DELETE + "; " + REDACT.replace("action <>", "action ="),
+    "by an earlier purge": REDACTING + "; " + DELETE + "; COMMIT; BEGIN; " + REDACT,
+    "by a purge of what is gone": f"{PURGE}; {DELETE}; COMMIT; BEGIN; {REDACTING}; {REDACT}",
+}
+
+
+@pytest.mark.parametrize("statements", EDITS.values(), ids=EDITS.keys())
+def test_the_audit_log_is_not_redacted_otherwise(used: Run, sql: psycopg.Connection, statements: str) -> None:
+    log = "SELECT * FROM audit_log WHERE action <> 'purge' ORDER BY audit_id"
+    before = sql.execute(log).fetchall()
+    with pytest.raises(psycopg.Error, match=r"append-only: UPDATE is not allowed|there is no team hr to purge"):
+        sql.execute("BEGIN; " + statements + "; COMMIT")  # type: ignore[arg-type]
+    sql.execute("ROLLBACK")
+    assert sql.execute(log).fetchall() == before
+
+
+def test_another_client_purges_and_redacts(used: Run, sql: psycopg.Connection) -> None:
+    sql.execute(f"BEGIN; {REDACTING}; {DELETE}; {REDACT}; COMMIT")  # type: ignore[arg-type]
+    assert not any("team_alias" in row["after"] for row in audited(used, "--team", "hr").values() if row["after"])
 
 
 def test_the_record_of_an_earlier_purge_is_none(used: Run, sql: psycopg.Connection) -> None:

@@ -68,7 +68,7 @@ def test_what_is_there_may_be_read_by_each(tenant: Run, sql: Sql) -> None:
     assert relations == []
 
 
-def test_the_runner_runs_jobs(tenant: Run, as_role: As, home: Path) -> None:
+def test_the_runner_runs_jobs(tenant: Run, as_role: As, sql: Sql, home: Path) -> None:
     charged_job()
     as_role("saasllm_runner")
     all_pass(
@@ -85,6 +85,11 @@ def test_the_runner_runs_jobs(tenant: Run, as_role: As, home: Path) -> None:
         "job sweep",
     )
     assert tenant("job", "run", "--team", "hr", "--group", "Down", "--prompt", "hi").status == 8
+    sql.execute("UPDATE model_groups SET status = 'inactive'")
+    for _ in range(2):
+        assert tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "hi").status == 6
+    sql.execute("UPDATE model_groups SET status = 'active'")
+    assert tenant("job", "list", "--refused", "-o", "json").data[0]["refusals"] == 2
     for end in ("complete", "fail", "cancel"):
         job = tenant("job", "create", "--team", "hr").out.strip()
         all_pass(
@@ -245,6 +250,15 @@ def test_the_runner_leaves_nothing_that_cannot_be_read_or_removed(tenant: Run, a
     with pytest.raises(psycopg.errors.CheckViolation):
         runner.execute(call, [job, "infinity"])
     runner.execute(call, [job, "2026-01-01"])
+    for column in ("hour", "first_at", "last_at"):
+        with refused():
+            runner.execute(f"INSERT INTO job_refusals (team_id, reason, {column}) VALUES ('hr', 'x', now())")
+    runner.execute("INSERT INTO job_refusals (team_id, reason) VALUES ('hr', 'team_suspended')")
+    for change in ("last_at = 'infinity'", "last_at = '-infinity'", "refusals = 0"):
+        with pytest.raises(psycopg.errors.CheckViolation):
+            runner.execute(f"UPDATE job_refusals SET {change}")
+    with pytest.raises(psycopg.errors.CheckViolation):
+        runner.execute("INSERT INTO job_refusals (team_id, reason) VALUES ('hr', 'x')")
     os.environ["SAASLLM_DATABASE_URL"] = os.environ["SAASLLM_DATABASE_URL"].replace("saasllm_runner_user@", "postgres@")
     settings.cache_clear()
     all_pass(tenant, "job list", "credits transactions hr", "team delete hr --purge --confirm hr")
@@ -301,7 +315,7 @@ def test_the_admin_does_all_but_change_the_schema(tenant: Run, as_role: As, sql:
         "team suspend ops",
         "team resume ops",
         "team delete hr --purge --confirm hr",
-        "org delete other --purge --confirm other",
+        "org delete other --purge --redact --confirm other",
         "audit list --limit all",
     )
     assert tenant("apply", "-f", "-", stdin="organizations: [{organization_id: filed}]").status == 0
@@ -315,6 +329,8 @@ def test_the_admin_does_all_but_change_the_schema(tenant: Run, as_role: As, sql:
     ):
         with refused():
             admin.execute(change)
+    with pytest.raises(psycopg.DatabaseError, match="audit_log is append-only"):
+        admin.execute("UPDATE audit_log SET command = 'x'")
     assert sql.execute("SELECT count(*) AS n FROM jobs").fetchone() == {"n": 0}
 
 

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 import simplejson
 import typer
-from conftest import Result
+from conftest import Result, charged_job
 from test_output import Terminal
 
 from saasllm_cli.commands.inputs import period
@@ -20,7 +20,7 @@ from saasllm_cli.jobs.calls import CallRequest
 Run = Callable[..., Result]
 TOTALS = [
     *("jobs", "jobs_completed", "jobs_failed", "jobs_cancelled", "jobs_open"),
-    *("credits_added", "credits_deducted", "credits_refunded", "credits_adjusted", "credits_expired"),
+    *("credits_added", "credits_deducted", "credits_refunded", "credits_net", "credits_adjusted", "credits_expired"),
     *("calls", "failed_calls", "prompt_tokens", "completion_tokens", "total_tokens", "cost_usd", "unpriced_calls"),
 ]
 
@@ -74,7 +74,9 @@ def test_a_month_of_a_team(used: Run) -> None:
         *("months", "days", "job_types", "models"),
     ]
     assert (report["since"], report["until"]) == ("2026-03-01T00:00:00Z", "2026-04-01T00:00:00Z")
-    whole = dict(zip(TOTALS, [3, 0, 1, 1, 1, 5, 0, 0, -2, 0, 9, 3, 33, 33, 66, Decimal("0.00000003"), 3], strict=True))
+    whole = dict(
+        zip(TOTALS, [3, 0, 1, 1, 1, 5, 0, 0, 0, -2, 0, 9, 3, 33, 33, 66, Decimal("0.00000003"), 3], strict=True)
+    )
     assert {field: report[field] for field in TOTALS} == whole
     assert report["months"] == [{"month": "2026-03", **whole}]
     assert [day["day"] for day in report["days"]] == [f"2026-03-{day:02}" for day in range(1, 32)]
@@ -137,6 +139,21 @@ def test_the_rows_of_an_invoice(used: Run) -> None:
     ]
     assert [row["credits_expired"] for row in rows(invoice)] == ["0", "0", "3", "0"]
     assert rows(invoice)[1]["cost_usd"] == "0.00000003"
+
+
+@pytest.mark.parametrize("command", ["team usage hr", "org usage acme"])
+def test_an_invoice_counts_what_was_deducted_less_what_was_refunded(tenant: Run, command: str) -> None:
+    charged_job()
+    charged_job()
+    tenant("credits", "refund", "--job", charged_job())
+    (month,) = rows(tenant(*command.split(), "--by", "month", "-o", "csv"))
+    assert (month["credits_deducted"], month["credits_refunded"], month["credits_net"]) == ("3", "1", "2")
+    whole = tenant(*command.split(), "-o", "json").data
+    assert (whole["credits_net"], whole["days"][-1]["credits_net"]) == (2, 2)
+    assert tenant(*command.split(), "--by", "month").out.split() == [
+        *("month", "jobs", "tokens", "cost_usd", "deducted", "net"),
+        *(month["month"], "3", "0", "0", "3", "2"),
+    ]
 
 
 def test_an_organization_is_the_sum_of_its_teams(used: Run) -> None:

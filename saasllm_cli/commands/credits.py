@@ -201,6 +201,8 @@ def check(
             "insufficient_credits",
             f"Team {team_id} has {counted(free, 'free credit')}, but {need} are needed.",
             f"Run: saasllm credits add {team_id} AMOUNT",
+            team_id=team_id,
+            credits_free=free,
         )
 
 
@@ -444,7 +446,7 @@ def _repair(db: database.Database, team_ids: list[str], output: Format | None) -
     if (output or settings().output) is Format.TABLE:
         for row in repaired[:MOST_NAMED]:
             entry = f"transaction {row['transaction_id']}" if row["transaction_id"] else "recounted"
-            note(f"{row['team_id']}: adjusted by {row['credits_amount']:+} ({entry})")
+            note(f"{row['team_id']}: adjusted by {row['credits_amount']:+} ({entry})", **row)
         note(f"Repaired {counted(len(repaired), 'team')}.")
 
 
@@ -508,7 +510,7 @@ def _unschedule(team_id: str) -> None:
         removed = db.maybe("credits.unschedule", team_id=team_id)
         if removed is None:
             db.get("team", team_id)
-    note(f"Removed the schedule of team {team_id}." if removed else f"Team {team_id} has no schedule.")
+    note(f"Removed the schedule of team {team_id}." if removed else f"Team {team_id} has no schedule.", team_id=team_id)
 
 
 def _first_day(period_: str) -> tuple[date, str]:
@@ -540,7 +542,7 @@ def _show_allocation(result: "Allocation", dry_run: bool, output: Format | None)
         f"{len(result.failed)} failed"
     )
     for row in (result.skipped + result.failed)[:MOST_NAMED]:
-        note(f"{row['team_id']} {row['period']}: {row['reason']}")
+        note(f"{row['team_id']} {row['period']}: {row['reason']}", **row)
     _tell_more(len(result.skipped) + len(result.failed))
 
 

@@ -202,8 +202,10 @@ def delete(
                 "group_in_use",
                 f"Group {group_name} is assigned to {counted(len(result['teams']), 'team')}: {some(result['teams'])}.",
                 f"Run: saasllm team unassign TEAM {group_name}; or add --force",
+                group_name=group_name,
+                teams=result["teams"],
             )
-    note(f"Deleted group {group_name}.")
+    note(f"Deleted group {group_name}.", group_name=group_name)
 
 
 @app.command(epilog="saasllm group resolve ResumeAgent --team team_engineering")

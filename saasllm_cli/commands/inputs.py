@@ -313,7 +313,8 @@ def tell_inactive(group_names: list[str]) -> None:
     if group_names:
         note(
             f"Warning: no model is active in {some(group_names)}. Jobs are refused until you run: saasllm group update "
-            f"{group_names[0] if len(group_names) == 1 else 'GROUP'} --activate MODEL"
+            f"{group_names[0] if len(group_names) == 1 else 'GROUP'} --activate MODEL",
+            group_names=group_names,
         )
 
 

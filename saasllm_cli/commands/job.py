@@ -52,9 +52,11 @@ from saasllm_cli.commands.inputs import (
     counted,
     identifier,
     job_id_of,
+    job_name,
     label,
     merged,
     noun,
+    number,
     require_some,
 )
 from saasllm_cli.errors import CheckFailed, InsufficientCredits, InvalidInput, NoAnswer
@@ -74,6 +76,11 @@ INCOMPLETE = {
     "length": "it was cut off at the maximum length",
     "content_filter": "the provider's content filter cut it",
 }
+# What is told of a call that answered.
+MEASURES = (
+    *("finish_reason", "resolved_model", "prompt_tokens", "completion_tokens", "total_tokens", "cost_usd"),
+    "latency_ms",
+)
 Status = Literal["pending", "in_progress", "completed", "failed", "cancelled"]
 
 Job = Annotated[
@@ -145,12 +152,17 @@ def run(
     with waiting(""):
         result = runner.run(request, on_progress=progress, on_text=on_text)
     if result.is_repeated and output is Format.TABLE:
-        note(f"Job {result.job_id} was already completed and charged under this key. Its answer was not kept.")
+        note(
+            f"Job {result.job_id} was already completed and charged under this key. Its answer was not kept.",
+            job_id=result.job_id,
+            team_id=team,
+        )
         return
     charged = {"credits_remaining": result.credits_remaining}
     _show_result(result, group, charged, output, is_shown=on_text is not None)
     if output is Format.TABLE:
-        note(f"One credit charged, {result.credits_remaining} left.")
+        ids = {"job_id": result.job_id, "team_id": team}
+        note(f"One credit charged, {result.credits_remaining} left.", **ids, credits_charged=1, **charged)
 
 
 @app.command(epilog="JOB=$(saasllm job create --team team_engineering)")
@@ -303,28 +315,37 @@ def batch(
     )
     with waiting("Starting …"):
         summary = batches.run(request, on_progress=_batch_progress(source))
+    ids = {"team_id": team, "group_name": group}
     if (output or settings().output) is Format.TABLE:
         print_sentence(
             f"{summary.completed} completed, {summary.failed} failed, {summary.skipped} already done, "
             f"${summary.cost_usd.normalize():f}"
         )
         for model, use in summary.models.items():
-            note(f"{model}: {use.answered} answered, {use.failed} failed")
+            counts = {"answered": use.answered, "failed": use.failed}
+            note(f"{model}: {use.answered} answered, {use.failed} failed", **ids, resolved_model=model, **counts)
     else:
         show(asdict(summary), output)
     if summary.not_sent:
-        warn(f"litellm did not pass on to every model: {', '.join(summary.not_sent)}")
+        warn(f"litellm did not pass on to every model: {', '.join(summary.not_sent)}", **ids, not_sent=summary.not_sent)
     for model, times in summary.passed_over.items():
-        note(f"{model} kept failing or was busy; skipped it {counted(times, 'time')}.")
+        told = f"{model} kept failing or was busy; skipped it {counted(times, 'time')}."
+        note(told, **ids, resolved_model=model, times=times)
     if summary.is_out_of_credits:
         raise InsufficientCredits(
             "insufficient_credits",
             f"Team {team} has no free credits for the remaining lines.",
             f"Run: saasllm credits add {team} AMOUNT; then run the same command again.",
+            **ids,
         )
     if summary.failed:
         raise CheckFailed(
-            "some_failed", f"{counted(summary.failed, 'line')} failed; see {out}.", "To retry them, add: --retry-failed"
+            "some_failed",
+            f"{counted(summary.failed, 'line')} failed; see {out}.",
+            "To retry them, add: --retry-failed",
+            **ids,
+            completed=summary.completed,
+            failed=summary.failed,
         )
 
 
@@ -370,11 +391,30 @@ def list_(
     since: Since = None,
     until: Until = None,
     sort: TimeOrder = "newest",
-    after: Annotated[JobName | None, typer.Option(**A_JOB, help="Show the page after this job.")] = None,
+    after: Annotated[str | None, typer.Option(metavar="ID", help="Show the page after this ID.")] = None,
     limit: Limit = 100,
+    is_refused: Annotated[
+        bool, typer.Option("--refused", help="List jobs that were refused instead, counted by reason and hour.")
+    ] = False,
     output: Output = None,
 ) -> None:
-    """List jobs."""
+    """List jobs.
+
+    A job that is refused (for lack of credits, or because its team is suspended or may not use the group) is never
+    created. With --refused, see what was refused: a row for each team, group, reason and hour in UTC.
+    """
+    page: dict[str, Any] = {"since": since, "until": until, "sort": sort, "limit": limit}
+    of: dict[str, Any] = {"team_id": team, "organization_id": org, "group_name": group}
+    if is_refused:
+        own = {"--status": status, "--job-type": job_type, "--external-task-id": external_task_id}
+        if wrong := [option for option, value in (own | {"--metadata": metadata or None}).items() if value is not None]:
+            raise InvalidInput("usage", f"--refused cannot be combined with {wrong[0]}.", f"Remove {wrong[0]}.")
+        counts = ("refusal_id", "last_at", "reason", "refusals", "team_id", "group_name", "first_at")
+        with database.connect() as db:
+            within = {"team": team, "organization": org, "group": group}
+            refusals = db.stream("job.refused", within, **of, **page, after=None if after is None else number(after))
+            show(refusals, output, counts, essential=("team_id", "reason", "refusals", "last_at", "group_name"))
+        return
     columns = (
         "job_id",
         "created_at",
@@ -386,23 +426,18 @@ def list_(
         "error_message",
     )
     essential = ("job_id", "created_at", "status", "error_message")
-    after_id = None if after is None else job_id_of(after)
+    after_id = None if after is None else job_id_of(job_name(after))
     with database.connect() as db:
         jobs = db.stream(
             "job.list",
             {"team": team, "organization": org, "job": after_id},
-            team_id=team,
-            organization_id=org,
+            **of,
+            **page,
             status=status,
-            group_name=group,
             job_type=job_type,
             external_task_id=external_task_id,
             metadata=merged(metadata) or None,
-            since=since,
-            until=until,
-            sort=sort,
             after=after_id,
-            limit=limit,
         )
         show(jobs, output, columns, essential)
 
@@ -471,6 +506,7 @@ def _show_job(job_id: UUID, output: Format | None) -> None:
 def _show_result(result: "JobResult", group: str, further: dict[str, Any], output: Format, is_shown: bool) -> None:
     """The answer, of which a stream has shown the text already, and on stderr how it came; else raises why not."""
     last = result.calls[-1] if result.calls else None
+    ids = {"job_id": result.job_id, "team_id": result.team_id, "group_name": group}
     if result.answer is None and not result.is_repeated:
         if is_shown:
             note("")  # a part of an answer may stand in the line
@@ -479,18 +515,22 @@ def _show_result(result: "JobResult", group: str, further: dict[str, Any], outpu
             "no_answer",
             f"No model of group {group} answered; nothing was charged (job {result.job_id}).{attempts}",
             f"See: saasllm job get {result.job_id}",
+            **ids,
+            **{name: getattr(last, name, None) for name in MEASURES},
+            attempts=len(result.calls),
+            credits_charged=0,
+            error="; ".join(f"{call.resolved_model}: {call.error}" for call in result.calls),
         )
     if last is not None and result.answer is not None and result.answer.not_sent:
-        warn(f"litellm did not pass on to {last.resolved_model}: {', '.join(result.answer.not_sent)}")
+        told = f"litellm did not pass on to {last.resolved_model}: {', '.join(result.answer.not_sent)}"
+        warn(told, **ids, resolved_model=last.resolved_model, not_sent=result.answer.not_sent)
     if output is not Format.TABLE:
-        names = ["finish_reason", "resolved_model", "prompt_tokens", "completion_tokens", "total_tokens", "cost_usd"]
-        names += ["latency_ms"]
         fields: dict[str, Any] = {
             "job_id": result.job_id,
             "status": result.status if result.unsettled is None else "in_progress",
             "content": getattr(result.answer, "content", None),
             "tool_calls": getattr(result.answer, "tool_calls", None),
-            **{name: getattr(last, name, None) for name in names},
+            **{name: getattr(last, name, None) for name in MEASURES},
             "attempts": len(result.calls),
         }
         show(fields | further, output)
@@ -502,14 +542,20 @@ def _show_result(result: "JobResult", group: str, further: dict[str, Any], outpu
         if result.answer.tool_calls:
             show(result.answer.tool_calls, Format.JSON)
         for call in result.calls[:-1]:
-            note(f"{call.resolved_model} failed: {call.error}")
+            attempt = {"resolved_model": call.resolved_model, "latency_ms": call.latency_ms, "error": call.error}
+            note(f"{call.resolved_model} failed: {call.error}", **ids, **attempt)
         cost = "cost unknown" if last.cost_usd is None else f"${last.cost_usd:f}"
         parts = (last.prompt_tokens, last.completion_tokens)
         tokens = "tokens unknown" if parts == (None, None) else " + ".join(str(part or 0) for part in parts) + " tokens"
-        note(f"{last.resolved_model} · {tokens} · {cost} · {last.latency_ms / 1000:.2f} s · job {result.job_id}")
+        note(
+            f"{last.resolved_model} · {tokens} · {cost} · {last.latency_ms / 1000:.2f} s · job {result.job_id}",
+            **ids,
+            **{name: getattr(last, name) for name in MEASURES},
+        )
     if last is not None and last.finish_reason in INCOMPLETE:
-        warn(f"The answer is incomplete: {INCOMPLETE[last.finish_reason]}.")
+        warn(f"The answer is incomplete: {INCOMPLETE[last.finish_reason]}.", **ids, finish_reason=last.finish_reason)
     if result.unsettled is not None:
+        result.unsettled.fields |= ids
         result.unsettled.message += (
             f" The answer is above, but job {result.job_id} is still open: it could not be settled."
         )

@@ -26,7 +26,7 @@ from saasllm_cli.commands.inputs import (
     require_some,
     same_or_conflict,
 )
-from saasllm_cli.commands.purge import Confirm, Purge, is_purge
+from saasllm_cli.commands.purge import Confirm, Purge, Redact, is_purge
 from saasllm_cli.commands.purge import purge as purge_all
 from saasllm_cli.commands.usage import ByTeam, From, InPeriod, To, show_usage, span
 from saasllm_cli.errors import Conflict
@@ -139,14 +139,23 @@ def resume(organization_id: OrganizationId, output: Output = None) -> None:
 
 
 @app.command(epilog="saasllm org delete org_test --purge --confirm org_test")
-def delete(organization_id: OrganizationId, purge: Purge = False, confirm_: Confirm = None, yes: Yes = False) -> None:
+def delete(
+    organization_id: OrganizationId,
+    purge: Purge = False,
+    redact: Redact = False,
+    confirm_: Confirm = None,
+    yes: Yes = False,
+) -> None:
     """Delete an organization.
 
     One that has teams is only deleted with --purge, which also deletes its teams and all their history, in one
     transaction. A record of the purge stays in the audit log: see `saasllm audit list --org ORG`.
+
+    With --redact, the audit log's older records lose the names, aliases and metadata of the organization and its teams,
+    and of each command line all but its noun and verb.
     """
-    if is_purge("organization", organization_id, purge, confirm_):
-        purge_all(organization_id=organization_id)
+    if is_purge("organization", organization_id, purge, redact, confirm_):
+        purge_all("organization", organization_id, redact)
         return
     confirm_delete(f"organization {organization_id}", yes)
     with database.connect() as db:
@@ -158,8 +167,10 @@ def delete(organization_id: OrganizationId, purge: Purge = False, confirm_: Conf
                 f"Organization {organization_id} has {counted(result['teams'], 'team')}.",
                 f"To stop its jobs, run: saasllm org suspend {organization_id}\n"
                 "To delete it with its teams and their history, add: --purge",
+                organization_id=organization_id,
+                teams=result["teams"],
             )
-    note(f"Deleted organization {organization_id}.")
+    note(f"Deleted organization {organization_id}.", organization_id=organization_id)
 
 
 @app.command(epilog="saasllm org usage org_acme_corp --period 2026-11")
@@ -174,7 +185,10 @@ def usage(
     """Show an organization's usage in a period.
 
     Shows jobs, credits, calls, tokens and cost by day, job type, model and team. Each counts at its own time in UTC: a
-    job when it was created, a call when it was made, a credit when it moved. For an invoice, use credits_deducted.
+    job when it was created, a call when it was made, a credit when it moved.
+
+    For an invoice, use credits_net: the credits deducted for jobs less those refunded. A refund counts in the period in
+    which it was made.
     """
     asked = span(period, from_, to)
     with database.connect() as db:

@@ -10,43 +10,65 @@ from saasllm_cli.errors import InvalidInput, not_found
 from saasllm_cli.output import note, waiting
 
 Purge = Annotated[bool, typer.Option("--purge", help="Delete it with all its history: jobs, calls and ledger.")]
+Redact = Annotated[
+    bool, typer.Option("--redact", help="With --purge, also remove its names and metadata from the audit log.")
+]
 Confirm = Annotated[
     str | None,
     typer.Option("--confirm", metavar="ID", help="With --purge, confirm by repeating the ID."),
 ]
 
 
-def is_purge(noun: str, key: str, purge: bool, confirm: str | None) -> bool:
-    """Whether a purge is asked for; then its id must have been typed once more, or is asked for."""
+def is_purge(noun: str, key: str, purge: bool, redact: bool, confirm: str | None) -> bool:
+    """Whether a purge is asked for; then its id must have been typed once more, or is asked for with what will go."""
     if not purge:
+        if redact:
+            raise InvalidInput("usage", "--redact requires --purge.", "Add --purge, or remove --redact.")
         if confirm is not None:
             raise InvalidInput(
                 "usage", "--confirm requires --purge.", "Add --purge, or use --yes instead of --confirm."
             )
         return False
     require_profile(f"Purge {noun} {key}")
-    question = f"Purge {noun} {key} with all its history? To confirm, type its ID."
+    question = ""
+    if confirm is None:
+        with database.connect() as db:
+            db.get(noun, key)
+            going = _told(db.one("team.history", **_scope(noun, key), is_redacting=redact)["removed"])
+        question = f"Purge {noun} {key} with all its history ({going})? This cannot be undone. To confirm, type its ID."
     typed_again(key, question, f"--confirm {key}", confirm)
     return True
 
 
-def purge(organization_id: str | None = None, team_id: str | None = None) -> None:
+def purge(noun: str, key: str, redact: bool) -> None:
     """Removes the organization or the team, and says what was removed."""
-    noun, key = ("organization", organization_id) if organization_id else ("team", team_id)
-    scope = {"organization_id": organization_id, "team_id": team_id}
+    scope = _scope(noun, key)
 
     def work() -> database.Row:
-        if organization_id:  # locked, no team comes to it any more
-            db.found("org.lock", noun, organization_id, organization_id=organization_id)
-        if not db.many("team.lock_to_purge", **scope) and team_id:
-            raise not_found(noun, team_id)
-        return db.one("team.purge", **scope)
+        if noun == "organization":  # locked, no team comes to it any more
+            db.found("org.lock", noun, key, organization_id=key)
+        if not db.many("team.lock_to_purge", **scope) and noun == "team":
+            raise not_found(noun, key)
+        return db.one("team.purge", **scope, is_redacting=redact)
 
     with waiting("Purging …"), database.connect() as db:
         removed = db.transaction(work)["removed"]
-    entries = counted(removed["credit_transactions"], "ledger entry", "ledger entries")
-    note(
-        f"Purged {noun} {key}: {counted(len(removed['teams']), 'team')}, {counted(removed['jobs'], 'job')}, "
-        f"{counted(removed['llm_calls'], 'call')}, {entries}, "
-        f"{counted(removed['credits_remaining'], 'unused credit')}."
-    )
+    note(f"Purged {noun} {key}: {_told(removed)}.", **scope | removed)
+
+
+def _scope(noun: str, key: str) -> dict[str, str | None]:
+    return {"organization_id": None, "team_id": None, f"{noun}_id": key}
+
+
+def _told(removed: database.Row) -> str:
+    """What goes, or has gone, in words."""
+    parts = [
+        counted(len(removed["teams"]), "team"),
+        counted(removed["jobs"], "job"),
+        counted(removed["llm_calls"], "call"),
+        counted(removed["credit_transactions"], "ledger entry", "ledger entries"),
+        counted(removed["credits_remaining"], "unused credit"),
+    ]
+    if "audit_records" in removed:
+        parts.append(counted(removed["audit_records"], "redacted audit record"))
+    return ", ".join(parts)

@@ -32,7 +32,7 @@ from saasllm_cli.commands.inputs import (
     same_or_conflict,
     unique,
 )
-from saasllm_cli.commands.purge import Confirm, Purge, is_purge
+from saasllm_cli.commands.purge import Confirm, Purge, Redact, is_purge
 from saasllm_cli.commands.purge import purge as purge_all
 from saasllm_cli.commands.usage import By, From, InPeriod, To, show_usage, span
 from saasllm_cli.errors import Conflict, not_found
@@ -198,7 +198,8 @@ def unassign(team_id: TeamId, groups: Groups, output: Output = None) -> None:
         result = db.one("team.unassign", team_id=team_id, group_names=groups)
         team = db.get("team", team_id)
     if result["not_assigned"]:
-        note(f"Was not assigned: {', '.join(result['not_assigned'])}.")
+        names = result["not_assigned"]
+        note(f"Was not assigned: {', '.join(names)}.", team_id=team_id, group_names=names)
     show(team, output)
 
 
@@ -221,14 +222,23 @@ def resume(team_id: TeamId, output: Output = None) -> None:
 
 
 @app.command(epilog="saasllm team delete team_test --purge --confirm team_test")
-def delete(team_id: TeamId, purge: Purge = False, confirm_: Confirm = None, yes: Yes = False) -> None:
+def delete(
+    team_id: TeamId,
+    purge: Purge = False,
+    redact: Redact = False,
+    confirm_: Confirm = None,
+    yes: Yes = False,
+) -> None:
     """Delete a team.
 
     One that has history is only deleted with --purge, which also deletes its jobs, calls and ledger, in one
     transaction. A record of the purge stays in the audit log: see `saasllm audit list --team TEAM`.
+
+    With --redact, the audit log's older records lose the aliases and metadata of the team, and of each command line all
+    but its noun and verb.
     """
-    if is_purge("team", team_id, purge, confirm_):
-        purge_all(team_id=team_id)
+    if is_purge("team", team_id, purge, redact, confirm_):
+        purge_all("team", team_id, redact)
         return
     confirm_delete(f"team {team_id}", yes)
     with database.connect() as db:
@@ -240,8 +250,10 @@ def delete(team_id: TeamId, purge: Purge = False, confirm_: Confirm = None, yes:
                 "team_has_history",
                 f"Team {team_id} has {counted(result['jobs'], 'job')} and {entries}.",
                 f"To stop its jobs, run: saasllm team suspend {team_id}\nTo delete it with its history, add: --purge",
+                team_id=team_id,
+                jobs=result["jobs"],
             )
-    note(f"Deleted team {team_id}.")
+    note(f"Deleted team {team_id}.", team_id=team_id)
 
 
 @app.command(epilog="saasllm team usage team_engineering --from 2026-01 --to 2026-06 -o csv")
@@ -256,7 +268,10 @@ def usage(
     """Show a team's usage in a period.
 
     Shows jobs, credits, calls, tokens and cost by day, job type and model. Each counts at its own time in UTC: a job
-    when it was created, a call when it was made, a credit when it moved. For an invoice, use credits_deducted.
+    when it was created, a call when it was made, a credit when it moved.
+
+    For an invoice, use credits_net: the credits deducted for jobs less those refunded. A refund counts in the period in
+    which it was made.
     """
     asked = span(period, from_, to)
     with database.connect() as db:

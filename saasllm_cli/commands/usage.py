@@ -35,11 +35,11 @@ ByTeam = Annotated[Literal["month", "day", "job_type", "model", "team"] | None, 
 
 # What a table shows of each part, and what it draws as bars.
 COLUMNS = {
-    "months": ("month", "jobs", "total_tokens", "cost_usd", "credits_deducted"),
-    "days": ("day", "jobs", "total_tokens", "cost_usd", "credits_deducted"),
+    "months": ("month", "jobs", "total_tokens", "cost_usd", "credits_deducted", "credits_net"),
+    "days": ("day", "jobs", "total_tokens", "cost_usd", "credits_deducted", "credits_net"),
     "job_types": ("job_type", "jobs", "jobs_completed", "jobs_failed"),
     "models": ("resolved_model", "calls", "failed_calls", "total_tokens", "cost_usd"),
-    "teams": ("team_id", "jobs", "total_tokens", "cost_usd", "credits_deducted"),
+    "teams": ("team_id", "jobs", "total_tokens", "cost_usd", "credits_deducted", "credits_net"),
 }
 BARS = {
     "months": "credits_deducted",

@@ -41,6 +41,11 @@ CANCEL_SECONDS = 5.0
 # The lease outlives the deadline by the time to load litellm and to settle.
 LEASE_MARGIN_SECONDS = 120.0
 SWEEP_CHUNK = 1000  # jobs that are locked at a time
+# Why a job of a team and a group that are there is refused at its beginning.
+REFUSALS = (
+    *("organization_suspended", "team_suspended", "group_not_assigned", "group_inactive", "no_active_model"),
+    "insufficient_credits",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,7 @@ class JobResult:
     """
 
     job_id: UUID
+    team_id: str
     status: str
     answer: Answer | None
     calls: list[Call]
@@ -104,7 +110,7 @@ def run(
         with signals({signal.SIGTERM: interrupt}):  # cron and supervisors send it: as clean as Ctrl-C
             begun = _begin(job_id, request)
             if begun["outcome"] == "key_in_use":
-                return _first_result(begun["existing_job_id"], begun["credits_remaining"])
+                return _first_result(begun["existing_job_id"], request.team_id, begun["credits_remaining"])
             answer = ask(begun["model_names"], request.call, calls, on_progress, on_text)
             with signals(UNINTERRUPTED):
                 result = _settled(job_id, request.team_id, answer, calls)
@@ -171,8 +177,10 @@ def call(
     except KeyboardInterrupt:
         with suppress(SaasllmError), signals(UNINTERRUPTED):
             record()
-        raise Interrupted("interrupted", f"The call was interrupted. Job {job_id} is still open.") from None
-    result = JobResult(job_id, "in_progress", answer, calls)
+        raise Interrupted(
+            "interrupted", f"The call was interrupted. Job {job_id} is still open.", job_id=job_id
+        ) from None
+    result = JobResult(job_id, started["team_id"], "in_progress", answer, calls)
     try:
         with signals(UNINTERRUPTED):
             recorded = record()
@@ -198,6 +206,7 @@ def finish(job_id: UUID, status: str, error_message: str | None = None) -> None:
             "no_call_succeeded",
             f"Job {job_id} cannot be completed: none of its calls succeeded.",
             f"Run: saasllm job fail {job_id}",
+            job_id=job_id,
         )
     settled = _settle(job_id, status, error_message, [], SETTLE_SECONDS)
     if not settled["settled"]:
@@ -216,6 +225,13 @@ def sweep(team_id: str | None) -> int:
     return count
 
 
+def keep_refusal(db: database.Database, team_id: str, group_name: str | None, outcome: str, refusals: int = 1) -> None:
+    """Leaves a trace of jobs that were refused, if they were. The refusal is told, whether that succeeds or not."""
+    if outcome in REFUSALS:
+        with suppress(SaasllmError), database.translated_errors():
+            db.none("job.keep_refusal", team_id=team_id, group_name=group_name, reason=outcome, refusals=refusals)
+
+
 def new_job_id() -> UUID:
     """A UUID of version 7: its first 48 bits are the time, so that new jobs lie together in the index."""
     number = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
@@ -228,7 +244,7 @@ def _begin(job_id: UUID, request: JobRequest) -> database.Row:
 
     Where the answer is lost on the way, it asks again: under the same id the job is begun once.
     """
-    parameters = {
+    parameters: dict[str, Any] = {
         "job_id": job_id,
         "team_id": request.team_id,
         "group_name": request.call.group_name if request.call else None,
@@ -250,6 +266,7 @@ def _begin(job_id: UUID, request: JobRequest) -> database.Row:
                 # Another process may have swept them first: so it is asked again, whoever did.
                 db.one("job.sweep", team_id=request.team_id, row_limit=SWEEP_CHUNK)
                 begun = db.one("job.begin", **parameters)
+            keep_refusal(db, request.team_id, parameters["group_name"], begun["outcome"])
         return begun
 
     try:
@@ -273,18 +290,24 @@ def _raise_refusal(begun: database.Row, request: JobRequest) -> None:
                 f"{begun['credits_reserved']} of them reserved by running jobs.",
                 f"Run: saasllm credits add {request.team_id} AMOUNT"
                 + (" (or wait for its running jobs)" if begun["credits_reserved"] else ""),
+                team_id=request.team_id,
+                group_name=request.call.group_name if request.call else None,
+                credits_remaining=begun["credits_remaining"],
+                credits_reserved=begun["credits_reserved"],
             )
         case "key_in_use" if begun["existing_request_hash"] != request.hash():
             raise Conflict(
                 "idempotency_key_reused",
                 f"This idempotency key was already used for another request (job {begun['existing_job_id']}).",
                 "Use a new key for a new request.",
+                job_id=begun["existing_job_id"],
             )
         case "key_in_use" if request.call and begun["existing_status"] != "completed":
             raise Conflict(
                 "job_in_progress",
                 f"The job with this idempotency key is still {begun['existing_status']}.",
                 f"See: saasllm job get {begun['existing_job_id']}",
+                job_id=begun["existing_job_id"],
             )
         case "key_in_use":
             return
@@ -293,12 +316,12 @@ def _raise_refusal(begun: database.Row, request: JobRequest) -> None:
             raise refused(outcome, request.team_id, group_name, begun["organization_id"])
 
 
-def _first_result(job_id: UUID, credits_remaining: int) -> JobResult:
+def _first_result(job_id: UUID, team_id: str, credits_remaining: int) -> JobResult:
     with database.connect() as db:
         rows = db.many("job.calls", job_id=job_id)
     fields = Call.__dataclass_fields__.keys() - {"began"}
     calls = [Call(began=0, **{name: row[name] for name in fields}) for row in rows]
-    return JobResult(job_id, "completed", None, calls, credits_remaining, is_repeated=True)
+    return JobResult(job_id, team_id, "completed", None, calls, credits_remaining, is_repeated=True)
 
 
 def _no_call(job_id: UUID, outcome: str, team_id: str | None, group_name: str | None) -> SaasllmError:
@@ -307,12 +330,15 @@ def _no_call(job_id: UUID, outcome: str, team_id: str | None, group_name: str | 
         case "job_not_found":
             return not_found("job", str(job_id))
         case "job_finished":
-            return Conflict(outcome, f"Job {job_id} is already finished.", f"See: saasllm job get {job_id}")
+            return Conflict(
+                outcome, f"Job {job_id} is already finished.", f"See: saasllm job get {job_id}", job_id=job_id
+            )
         case "lease_lost":
             return Conflict(
                 outcome,
                 f"Job {job_id} has expired or is already finished; nothing is charged for it.",
                 "Create a new job, with a longer --lease if there is more time between its calls.",
+                job_id=job_id,
             )
         case _:
             return refused(outcome, team_id, group_name, None)
@@ -347,9 +373,10 @@ def _cancelled(job_id: UUID, calls: list[Call], is_begun: bool) -> Interrupted:
             status = _settle(job_id, "cancelled", "Interrupted.", calls, 0)["status"]
     match status:
         case "cancelled":
-            return Interrupted("interrupted", f"Job {job_id} was cancelled; nothing was charged.")
+            return Interrupted("interrupted", f"Job {job_id} was cancelled; nothing was charged.", job_id=job_id)
         case "completed":
-            return Interrupted("interrupted", f"Job {job_id} was completed and charged before it could be cancelled.")
+            message = f"Job {job_id} was completed and charged before it could be cancelled."
+            return Interrupted("interrupted", message, job_id=job_id)
         case _:  # there is no such job, or no database to ask
             return Interrupted("interrupted", "Interrupted; nothing was charged.")
 
@@ -359,7 +386,7 @@ def _settled(job_id: UUID, team_id: str, answer: Answer | None, calls: list[Call
     error_message = None
     if answer is None:
         error_message = "; ".join(f"{call.resolved_model}: {call.error}" for call in calls)
-    result = JobResult(job_id, status, answer, calls, error_message=error_message)
+    result = JobResult(job_id, team_id, status, answer, calls, error_message=error_message)
     try:
         settled = _settle(job_id, status, error_message, calls, SETTLE_SECONDS)
     except SaasllmError as error:  # an answer that is there is not lost for it
@@ -370,6 +397,8 @@ def _settled(job_id: UUID, team_id: str, answer: Answer | None, calls: list[Call
             "job_purged",
             f"Job {job_id} is gone: its team was purged in the meantime. Nothing was charged.",
             f"See: saasllm audit list --team {team_id}",
+            job_id=job_id,
+            team_id=team_id,
         )
     # Settled before, with an answer that was lost on the way: the same status tells.
     if not settled["settled"] and settled["status"] != status:
@@ -378,6 +407,8 @@ def _settled(job_id: UUID, team_id: str, answer: Answer | None, calls: list[Call
             f"Job {job_id} expired or was finished before it could be settled: it is {settled['status']}, and nothing "
             "was charged.",
             "This machine may have been asleep. Run the job again.",
+            job_id=job_id,
+            team_id=team_id,
         )
     result.credits_remaining = settled["credits_remaining"]
     return result

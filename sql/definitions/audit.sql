@@ -3,7 +3,7 @@
 -- session's zone.
 
 
--- The audit log is append-only.
+-- The audit log is append-only. (A purge may redact what it keeps of its tenant: purge.sql.)
 
 CREATE FUNCTION refuse_audit_log_change() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -12,7 +12,7 @@ BEGIN
 END
 $$;
 
-CREATE TRIGGER audit_log_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON audit_log
+CREATE TRIGGER audit_log_append_only BEFORE DELETE OR TRUNCATE ON audit_log
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_audit_log_change();
 -- As with the ledger, nothing comes through a parent table, for which triggers of statements would not fire.
 CREATE TRIGGER audit_log_has_no_parent AFTER DELETE ON audit_log

@@ -99,6 +99,19 @@ SELECT
     lease_expires_at
 FROM jobs;
 
+CREATE VIEW job_refusal_details AS
+SELECT
+    r.refusal_id,
+    r.team_id,
+    t.organization_id,
+    r.group_name,
+    r.reason,
+    r.refusals,
+    r.first_at,
+    r.last_at
+FROM job_refusals r
+JOIN teams t USING (team_id);
+
 CREATE VIEW llm_call_details AS
 SELECT
     call_id,

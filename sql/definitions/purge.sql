@@ -2,14 +2,31 @@
 --
 -- It is one statement that deletes all of that and leaves one record in the audit log. The database admits no other
 -- DELETE of jobs and ledger rows: their team must be gone when the statement ends, so that no part of a ledger can be
--- taken out of it, and the record must name it.
+-- taken out of it, and the record must name it. With the same record, names and metadata leave the audit log.
 
 
--- The record is signed with its transaction.
+-- The record is signed with its transaction, and written while there is something to purge: what is gone afterwards has
+-- gone in this transaction.
 
 CREATE FUNCTION sign_purge() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    IF NOT EXISTS (
+        SELECT
+        FROM ONLY public.organizations o
+        WHERE o.organization_id = NEW.organization_id
+          AND (
+              NEW.team_id IS NULL
+              OR EXISTS (
+                  SELECT
+                  FROM ONLY public.teams t
+                  WHERE t.team_id = NEW.team_id AND t.organization_id = NEW.organization_id
+              )
+          )
+    ) THEN
+        RAISE EXCEPTION 'there is no % % to purge', NEW.noun, coalesce(NEW.team_id, NEW.organization_id)
+            USING ERRCODE = 'SL007';
+    END IF;
     NEW.purged_by := pg_current_xact_id(); -- whatever a client has put there
     RETURN NEW;
 END
@@ -98,3 +115,57 @@ $$;
 -- Before each row: at the end of the statement a new team may have its opening credits already.
 CREATE TRIGGER teams_begin_without_history BEFORE INSERT ON teams
     FOR EACH ROW EXECUTE FUNCTION require_no_history();
+
+
+-- What a purge may take out of the audit log: names, aliases and metadata. Who changed which record when, and by which
+-- command, stays; of the command its noun and verb, for a name may be among the other words.
+
+CREATE FUNCTION redacted_record(record jsonb) RETURNS jsonb
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+RETURN record - ARRAY['name', 'team_alias', 'metadata'];
+
+CREATE FUNCTION redacted_command(command text) RETURNS text
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+RETURN coalesce(substring(command FROM '^saasllm(?: [a-z][a-z-]*){1,2}(?= |$)') || ' ', '') || '[redacted]';
+
+CREATE FUNCTION require_redaction() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF EXISTS (
+        SELECT
+        FROM (SELECT *, to_jsonb(old_rows) AS record FROM old_rows) o
+        FULL JOIN (SELECT audit_id, to_jsonb(new_rows) AS record FROM new_rows) n USING (audit_id)
+        WHERE n.record IS DISTINCT FROM o.record || jsonb_build_object(
+                'command', public.redacted_command(o.command),
+                'before', public.redacted_record(o.before),
+                'after', public.redacted_record(o.after)
+            )
+           OR o.record ->> 'action' = 'purge'
+           OR NOT EXISTS (
+               SELECT
+               FROM ONLY public.audit_log p
+               WHERE p.action = 'purge'
+                 AND p.purged_by = pg_current_xact_id()
+                 AND p.before ? 'audit_records' -- it says that it has redacted some
+                 AND p.organization_id = o.organization_id
+                 AND CASE
+                     WHEN p.team_id IS NULL THEN NOT EXISTS (
+                         SELECT FROM ONLY public.organizations x WHERE x.organization_id = p.organization_id
+                     )
+                     ELSE p.team_id = o.team_id AND NOT EXISTS (
+                         SELECT FROM ONLY public.teams t WHERE t.team_id = p.team_id
+                     )
+                 END
+           )
+    ) THEN
+        RAISE EXCEPTION 'audit_log is append-only: UPDATE is not allowed'
+            USING ERRCODE = 'SL007',
+                  HINT = 'To redact it, delete the tenant: saasllm team delete TEAM --purge --redact';
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER audit_log_redact AFTER UPDATE ON audit_log
+    REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION require_redaction();

@@ -5,9 +5,9 @@
 
 REVOKE ALL ON
     saasllm_migrations, saasllm_definitions, organizations, model_groups, model_group_models, teams, team_model_groups,
-    team_credits, credit_transactions, credit_schedules, jobs, llm_calls, audit_log,
-    organization_details, model_group_details, team_details, credit_details, job_details, llm_call_details,
-    organization_records, model_group_records, team_records
+    team_credits, credit_transactions, credit_schedules, jobs, job_refusals, llm_calls, audit_log,
+    organization_details, model_group_details, team_details, credit_details, job_details, job_refusal_details,
+    llm_call_details, organization_records, model_group_records, team_records
 FROM saasllm_admin, saasllm_runner, saasllm_readonly;
 
 GRANT USAGE ON SCHEMA public TO saasllm_admin, saasllm_runner, saasllm_readonly;
@@ -15,12 +15,12 @@ GRANT USAGE ON SCHEMA public TO saasllm_admin, saasllm_runner, saasllm_readonly;
 -- All of them look at everything.
 GRANT SELECT ON
     saasllm_migrations, saasllm_definitions, organizations, model_groups, model_group_models, teams, team_model_groups,
-    team_credits, credit_transactions, credit_schedules, jobs, llm_calls, audit_log,
-    organization_details, model_group_details, team_details, credit_details, job_details, llm_call_details,
-    organization_records, model_group_records, team_records
+    team_credits, credit_transactions, credit_schedules, jobs, job_refusals, llm_calls, audit_log,
+    organization_details, model_group_details, team_details, credit_details, job_details, job_refusal_details,
+    llm_call_details, organization_records, model_group_records, team_records
 TO saasllm_admin, saasllm_runner, saasllm_readonly;
 
--- saasllm_runner runs jobs: it reserves credits, and enters what jobs cost. It moves balances only as the ledger says,
+-- saasllm_runner runs jobs: it reserves credits, enters what jobs cost, and counts those that were refused. It moves balances only as the ledger says,
 -- and the ledger takes nothing else from whoever may not change teams.
 GRANT INSERT (
     job_id, team_id, organization_id, job_type, status, external_task_id, model_groups_used, metadata, started_at,
@@ -29,6 +29,8 @@ GRANT INSERT (
 GRANT UPDATE (
     status, started_at, completed_at, credit_applied, error_message, lease_expires_at, model_groups_used, metadata
 ) ON jobs TO saasllm_runner;
+GRANT INSERT (team_id, group_name, reason, refusals) ON job_refusals TO saasllm_runner;
+GRANT UPDATE (refusals, last_at) ON job_refusals TO saasllm_runner;
 GRANT INSERT (
     job_id, team_id, model_group_used, resolved_model, attempt, prompt_tokens, completion_tokens, total_tokens,
     cost_usd, latency_ms, purpose, finish_reason, error, prompt, answer, created_at
@@ -43,7 +45,9 @@ GRANT UPDATE (credits_allocated, credits_used, credits_reserved, last_entry_no) 
 -- its whole team.
 GRANT INSERT, UPDATE, DELETE ON
     organizations, model_groups, model_group_models, teams, team_model_groups, team_credits, credit_schedules, jobs,
-    llm_calls
+    job_refusals, llm_calls
 TO saasllm_admin;
 GRANT INSERT, DELETE ON credit_transactions TO saasllm_admin;
 GRANT INSERT (noun, action, organization_id, team_id, group_name, before, after) ON audit_log TO saasllm_admin;
+-- What of it a purge redacts, and nothing else.
+GRANT UPDATE (command, before, after) ON audit_log TO saasllm_admin;

@@ -42,3 +42,26 @@ ALTER TABLE llm_calls
 
 -- What a team has called in a period.
 CREATE INDEX llm_calls_by_team ON llm_calls (team_id, created_at);
+
+-- Jobs that were refused at their beginning, counted: a client that asks again and again fills no table.
+CREATE TABLE job_refusals (
+    refusal_id bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    team_id    identifier  NOT NULL REFERENCES teams ON DELETE CASCADE,
+    group_name identifier  REFERENCES model_groups ON DELETE CASCADE, -- none of a job whose calls were to follow
+    reason     text        NOT NULL,
+    hour       timestamptz NOT NULL DEFAULT date_trunc('hour', now(), 'UTC'),
+    refusals   bigint      NOT NULL DEFAULT 1,
+    first_at   timestamptz NOT NULL DEFAULT now(),
+    last_at    timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT job_refusals_reason CHECK (
+        reason IN (
+            'organization_suspended', 'team_suspended', 'group_not_assigned', 'group_inactive', 'no_active_model',
+            'insufficient_credits'
+        )
+    ),
+    CONSTRAINT job_refusals_number CHECK (refusals >= 1),
+    CONSTRAINT job_refusals_times CHECK (first_at >= '1970-01-01' AND last_at >= first_at AND last_at < '9999-01-01')
+);
+
+CREATE UNIQUE INDEX job_refusals_once_an_hour ON job_refusals (team_id, hour, reason, coalesce(group_name, ''));
+CREATE INDEX job_refusals_by_group ON job_refusals (group_name);

@@ -156,6 +156,16 @@ LEFT JOIN known USING (place)
 LEFT JOIN begun ON begun.job_id = asked.job_id
 ORDER BY place;
 
+-- name: keep_refusal(team_id, group_name, reason, refusals) :none
+-- Counts jobs that were refused in this hour. Another that counts, or deletes the team, is waited for only so long: the
+-- refusal is still to be told.
+INSERT INTO job_refusals AS kept (team_id, group_name, reason, refusals)
+SELECT %(team_id)s, %(group_name)s, %(reason)s, %(refusals)s
+FROM set_config('lock_timeout', '1s', true)
+ON CONFLICT (team_id, hour, reason, coalesce(group_name, '')) DO UPDATE
+SET refusals = kept.refusals + excluded.refusals,
+    last_at = greatest(kept.last_at, excluded.last_at);
+
 -- name: start_call(job_id, group_name, lease_seconds) :one
 -- The models of a group for a call of an open job, which it holds under a lease of at least so long; else the one
 -- condition that failed. A team that was suspended meanwhile may finish its job.
@@ -478,6 +488,25 @@ ORDER BY
     CASE WHEN %(sort)s::text = 'oldest' THEN job_id END,
     created_at DESC,
     job_id DESC
+LIMIT %(row_limit)s;
+
+-- name: refused(team_id, organization_id, group_name, since, until, sort, after, row_limit) :many
+-- Jobs that were refused, counted by hour: the newest first, or the oldest; behind the row `after`.
+SELECT *
+FROM job_refusal_details
+WHERE (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
+  AND (%(organization_id)s::text IS NULL OR organization_id = %(organization_id)s)
+  AND (%(group_name)s::text IS NULL OR group_name = %(group_name)s)
+  AND (%(since)s::timestamptz IS NULL OR last_at >= %(since)s)
+  AND (%(until)s::timestamptz IS NULL OR first_at < %(until)s)
+  AND CASE
+      WHEN %(after)s::bigint IS NULL THEN true
+      WHEN %(sort)s::text = 'oldest' THEN refusal_id > %(after)s
+      ELSE refusal_id < %(after)s
+  END
+ORDER BY
+    CASE WHEN %(sort)s::text = 'oldest' THEN refusal_id END,
+    refusal_id DESC
 LIMIT %(row_limit)s;
 
 -- name: annotate(job_id, metadata, unset_metadata) :maybe

@@ -195,8 +195,38 @@ WHERE team_id IN (SELECT team_id FROM asked) AND (SELECT count(*) FROM balance) 
 ORDER BY team_id
 FOR UPDATE;
 
--- name: purge(organization_id, team_id) :one
--- Deletes the team, or the organization with all its teams, and all their history. What is left is one record of it.
+-- name: history(organization_id, team_id, is_redacting) :one
+-- How much a purge would remove now; no teams where there is no such team or organization.
+WITH asked AS (
+    SELECT team_id FROM teams WHERE team_id = %(team_id)s OR organization_id = %(organization_id)s
+)
+SELECT jsonb_build_object(
+    'teams', (SELECT coalesce(jsonb_agg(team_id), '[]') FROM asked),
+    'jobs', (SELECT count(*) FROM jobs WHERE team_id IN (SELECT team_id FROM asked)),
+    'llm_calls', (SELECT count(*) FROM llm_calls WHERE team_id IN (SELECT team_id FROM asked)),
+    'credit_transactions', (SELECT count(*) FROM credit_transactions WHERE team_id IN (SELECT team_id FROM asked)),
+    'credits_remaining', (
+        SELECT coalesce(sum(credits_remaining), 0) FROM team_credits WHERE team_id IN (SELECT team_id FROM asked)
+    )
+) || CASE
+    WHEN %(is_redacting)s THEN jsonb_build_object(
+        'audit_records', (
+            SELECT count(*)
+            FROM audit_log
+            WHERE action <> 'purge'
+              AND CASE
+                  WHEN %(team_id)s::text IS NULL THEN organization_id = %(organization_id)s
+                  ELSE team_id = %(team_id)s
+                      AND organization_id = (SELECT organization_id FROM teams WHERE team_id = %(team_id)s)
+              END
+        )
+    )
+    ELSE '{}'
+END AS removed;
+
+-- name: purge(organization_id, team_id, is_redacting) :one
+-- Deletes the team, or the organization with all its teams, and all their history. What is left is one record of it, and
+-- what the audit log has of them; where it is redacted, without names and metadata.
 WITH purged AS (
     SELECT t.team_id, t.organization_id, c.credits_remaining
     FROM teams t
@@ -217,11 +247,16 @@ transactions AS (
 finished AS (
     DELETE FROM jobs WHERE team_id IN (SELECT team_id FROM purged) RETURNING 1
 ),
-deleted AS (
-    DELETE FROM teams WHERE team_id IN (SELECT team_id FROM purged)
-),
-organization AS (
-    DELETE FROM organizations WHERE organization_id = %(organization_id)s
+redacted AS (
+    UPDATE audit_log
+    SET command = redacted_command(command),
+        before = redacted_record(before),
+        after = redacted_record(after)
+    WHERE %(is_redacting)s
+      AND action <> 'purge'
+      AND organization_id = coalesce(%(organization_id)s::text, (SELECT min(organization_id) FROM purged))
+      AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
+    RETURNING 1
 ),
 record AS (
     INSERT INTO audit_log (noun, action, organization_id, team_id, before)
@@ -236,9 +271,18 @@ record AS (
             'llm_calls', (SELECT count(*) FROM calls),
             'credit_transactions', (SELECT count(*) FROM transactions),
             'credits_remaining', coalesce(sum(credits_remaining), 0)
-        )
+        ) || CASE
+            WHEN %(is_redacting)s THEN jsonb_build_object('audit_records', (SELECT count(*) FROM redacted))
+            ELSE '{}'
+        END
     FROM purged
     RETURNING before
+),
+deleted AS ( -- behind the record, which tells only of what is there
+    DELETE FROM teams WHERE team_id IN (SELECT team_id FROM purged) AND EXISTS (SELECT FROM record)
+),
+organization AS (
+    DELETE FROM organizations WHERE organization_id = %(organization_id)s AND EXISTS (SELECT FROM record)
 )
 SELECT before AS removed FROM record;
 

@@ -43,6 +43,7 @@ SELECT
     coalesce(sum(credits_amount) FILTER (WHERE transaction_type = 'allocation'), 0) AS credits_added,
     coalesce(-sum(credits_amount) FILTER (WHERE transaction_type = 'deduction'), 0) AS credits_deducted,
     coalesce(sum(credits_amount) FILTER (WHERE transaction_type = 'refund'), 0) AS credits_refunded,
+    coalesce(-sum(credits_amount) FILTER (WHERE transaction_type IN ('deduction', 'refund')), 0) AS credits_net,
     coalesce(sum(credits_amount) FILTER (WHERE transaction_type = 'adjustment'), 0) AS credits_adjusted,
     coalesce(-sum(credits_amount) FILTER (WHERE transaction_type = 'expiry'), 0) AS credits_expired
 FROM credit_transactions

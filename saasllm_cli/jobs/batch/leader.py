@@ -21,7 +21,7 @@ from saasllm_cli.jobs.batch.lines import Lines
 from saasllm_cli.jobs.batch.session import Session, running_elsewhere
 from saasllm_cli.jobs.batch.tasks import CONFLICT, BatchRequest, Task
 from saasllm_cli.jobs.batch.workers import GATHER_SECONDS, Workers
-from saasllm_cli.jobs.runner import SWEEP_CHUNK, new_job_id
+from saasllm_cli.jobs.runner import SWEEP_CHUNK, keep_refusal, new_job_id
 from saasllm_cli.jobs.signals import signals
 
 LEASE_SECONDS = 120.0
@@ -200,7 +200,7 @@ class _Batch:
             "lease_seconds": LEASE_SECONDS,
         }
         rows = self._session.ask(lambda db: db.many("job.begin_many", **parameters))
-        begun, repeated, unpaid = [], [], []
+        begun, repeated, unpaid, refused_outcomes = [], [], [], []
         for task, row in zip(tasks, rows, strict=True):
             job_id, outcome = task.job["job_id"], row["outcome"]
             if str(row["existing_job_id"]) == job_id:
@@ -220,6 +220,7 @@ class _Batch:
                 case "key_in_use":
                     repeated.append(self._repeated(task, row))
                 case _:
+                    refused_outcomes.append(outcome)
                     ids = self._request.team_id, self._request.group_name, row["organization_id"]
                     self._refusal, self._is_ending = refused(outcome, *ids), True
         self._workers.send(begun)
@@ -228,6 +229,10 @@ class _Batch:
             self._again += unpaid
         elif unpaid:
             self.summary.is_out_of_credits = self._is_ending = True
+            refused_outcomes = ["insufficient_credits"] * len(unpaid)
+        if refused_outcomes:  # one for all of them
+            told = self._request.team_id, self._request.group_name, refused_outcomes[0], len(refused_outcomes)
+            self._session.ask(lambda db: keep_refusal(db, *told))
 
     def _is_new(self, task: Task) -> bool:
         """Whether something is to be done for the line: not where it was done before, or is under way."""
