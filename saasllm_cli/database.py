@@ -42,8 +42,8 @@ DEFAULTS: dict[str, Any] = {
     "application_name": "saasllm",
     "connect_timeout": 10,
     "tcp_user_timeout": 30_000,  # milliseconds, for a network that goes silent
-    # Each statement is planned for its own parameters: of a list's filters only those that are given count. And behind a
-    # pooler the next one may be in a session that knows no prepared statement.
+    # Each statement is planned for its own parameters: of a list's filters only those that are given count. Behind a
+    # pooler, the next one may be in a session that knows no prepared statement.
     "prepare_threshold": None,
 }
 COMPLETION = {"connect_timeout": 2}  # seconds; libpq takes no less
