@@ -140,6 +140,24 @@ def test_which_database_is_meant(
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        *("--profile b db url", "db --profile b url", "db url --profile b", "db url --profile=b"),
+        *("--profile a db url --profile b", "db --profile=a url --profile=b"),
+        "profile show --profile b",
+    ],
+)
+def test_a_profile_is_named_anywhere_on_the_line(run: Run, config: Path, line: str) -> None:
+    config.write_text(
+        '[profiles.a]\ndatabase_url = "postgresql:///a"\n[profiles.b]\ndatabase_url = "postgresql:///b"\n'
+    )
+    result = run(*line.split())
+    assert (result.status, "postgresql:///b" in result.out) == (0, True), result
+    assert run("db", "url", "--profile", "none").status == 3
+    assert "profile" not in run("profile", "show", "a", "-o", "json").err  # what was named for one line ends with it
+
+
+@pytest.mark.parametrize(
     ("text", "status", "told"),
     [
         ("[profiles.b]\n", 3, "Profile a not found. Known profiles: b."),
@@ -215,9 +233,19 @@ def test_what_is_confirmed_is_what_is_used(tenant: Run) -> None:
     assert (refused.status, tenant("team", "get", "hr").status) == (2, 0)
 
 
+def test_the_profile_is_confirmed_anywhere_but_behind_a_verb_with_a_confirm_of_its_own(production: Run) -> None:
+    assert production("group", "create", "Old", "--model", "offline/echo").status == 0
+    assert production("group", "delete", "Old", "--yes", "--confirm=production").status == 0
+    refused = production("team", "delete", "hr", "--purge", "--confirm", "production")
+    assert (refused.status, "--confirm production before the noun" in refused.err) == (2, True)
+    assert "before the noun" in production("team", "delete", "hr", "--yes", "--confirm", "production").err
+    assert production("team", "--confirm", "production", "delete", "hr", "--purge", "--confirm", "hr").status == 0
+
+
 def test_a_flag_is_stronger_than_the_profile(run: Run, config: Path) -> None:
     config.write_text('[profiles.a]\ndatabase_url = "postgresql://127.0.0.1:1/a"\nlog_format = "text"\n')
-    assert json.loads(run("--profile", "a", "--log-format", "json", "org", "list").err)["level"] == "error"
+    for line in ("--profile a --log-format json org list", "org list --log-format=json --profile a"):
+        assert json.loads(run(*line.split()).err)["level"] == "error"
 
 
 def test_an_empty_name_is_no_profile(run: Run) -> None:
@@ -310,4 +338,10 @@ def test_logs_as_lines_of_json(production: Run) -> None:
     assert [json.loads(line)["level"] for line in told.err.splitlines()] == ["warning"]
     for nonsense in (["org", "frobnicate"], ["frobnicate"]):
         assert json.loads(production("--log-format", "json", *nonsense).err)["code"] == "usage"
+    for nonsense in (
+        "org list --nope --log-format json",
+        "org list --log-format=json --nope",
+        "org get --log-format json",
+    ):
+        assert json.loads(production(*nonsense.split()).err)["code"] == "usage"
     assert json.loads(production("--log-format", "json", "team").err)["message"].startswith("Usage: ")

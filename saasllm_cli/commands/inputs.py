@@ -44,6 +44,10 @@ class Verb(TyperCommand):
             for example in (self.epilog or "").splitlines():
                 formatter.write(f"{'':{formatter.current_indent}}{example}\n")
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        super().format_options(ctx, formatter)
+        formatter.write("\nGlobal options: see saasllm --help\n")
+
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
