@@ -15,6 +15,7 @@ import typer
 from typer._click.exceptions import ClickException, NoArgsIsHelpError
 from typer.core import TyperGroup
 
+from saasllm_cli import completion
 from saasllm_cli.context import command_line, confirm_flag, debug_flag, log_format_flag, profile_flag
 from saasllm_cli.errors import InvalidInput, NotFound, SaasllmError
 
@@ -88,6 +89,10 @@ class Root(TyperGroup):
                 shared.name = f"root_{option.name}"  # `profile use` has an argument `profile`
                 shared.hidden, shared.expose_value = True, False
                 command.params.append(shared)
+
+    def _main_shell_completion(self, *given: Any, **named: Any) -> None:
+        completion.register()
+        super()._main_shell_completion(*given, **named)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         # The inherited one imports every noun for its help.

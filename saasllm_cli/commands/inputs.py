@@ -32,6 +32,7 @@ from saasllm_cli.settings import Format, settings
 
 EVERY_ROW = 10**18
 MOST_CANDIDATES = 5
+MOST_COMPLETED = 50  # jobs
 RESERVED_KEYS = "opening:"
 AGES = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -186,10 +187,23 @@ def job_name(value: str) -> JobName:
         return JobName(value, job_id := UUID(text), job_id)
     digits = text.replace("-", "")
     if re.fullmatch("[0-9a-f]{4,31}", digits):
-        low, high = UUID(digits.ljust(32, "0")), UUID(digits.ljust(32, "f"))
+        low, high = _jobs_from(digits)
         if text == digits or str(low).startswith(text):
             return JobName(value, low, high)
     raise typer.BadParameter(f"{value!r} is not a job ID, or the beginning of one (at least 4 digits).")
+
+
+def _jobs_from(digits: str) -> tuple[UUID, UUID]:
+    """The first and the last ID that begins so."""
+    return UUID(digits.ljust(32, "0")), UUID(digits.ljust(32, "f"))
+
+
+def _complete_job(incomplete: str) -> list[str]:
+    """The newest jobs whose IDs begin so."""
+    with suppress(Exception), database.connect_to_complete() as db:
+        low, high = _jobs_from(incomplete.replace("-", ""))
+        return [str(job["job_id"]) for job in db.many("job.named", low=low, high=high, row_limit=MOST_COMPLETED)]
+    return []
 
 
 def job_id_of(name: JobName) -> UUID:
@@ -442,7 +456,7 @@ AN_ORGANIZATION: dict[str, Any] = {
 }
 A_TEAM: dict[str, Any] = {"metavar": "TEAM", "parser": identifier, "autocompletion": completed_by("team.complete")}
 A_GROUP: dict[str, Any] = {"metavar": "GROUP", "parser": identifier, "autocompletion": completed_by("group.complete")}
-A_JOB: dict[str, Any] = {"metavar": "JOB", "parser": job_name}
+A_JOB: dict[str, Any] = {"metavar": "JOB", "parser": job_name, "autocompletion": _complete_job}
 OrganizationId = Annotated[str, typer.Argument(**AN_ORGANIZATION, show_default=False, help="Organization ID.")]
 TeamId = Annotated[str, typer.Argument(**A_TEAM, show_default=False, help="Team ID.")]
 GroupName = Annotated[str, typer.Argument(**A_GROUP, show_default=False, help="Group name.")]
