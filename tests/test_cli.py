@@ -1,3 +1,4 @@
+import io
 import re
 import shlex
 import subprocess
@@ -234,6 +235,42 @@ def test_a_closed_stream(tenant: Run, closed: int, status: int) -> None:
 def test_a_full_disk_under_the_log_changes_no_exit_status(tenant: Run) -> None:
     command = f"{sys.executable} -m saasllm_cli team get nobody 2> /dev/full"
     assert subprocess.run(["sh", "-c", command], check=False).returncode == 3
+
+
+QUIET = {
+    "credits allocate": "granted 0 credits for 0 periods",
+    "job sweep": "No job has expired.",
+    "credits verify": "Ledger, balances and jobs agree.",
+    "credits check --below 1": "No team has fewer than 1 free credits.",
+    "migrate up": "No pending migrations.",
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+    def reconfigure(self, **_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("command", QUIET)
+def test_cron_sends_no_mail_of_nothing(tenant: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    assert tenant(*command.split()) == (0, "", "")
+    verbose = tenant(*command.split(), "--verbose")
+    assert (verbose.status, verbose.out, QUIET[command] in verbose.err) == (0, "", True)
+    asked = tenant(*command.split(), "-o", "json")
+    assert (asked.status, asked.err) == (0, "")
+    assert not asked.data or not any(asked.data[name] for name in asked.data.keys() & {"granted", "swept"})
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    assert cli.run(command.split()) == 0
+    assert QUIET[command] in terminal.getvalue()
+
+
+def test_what_the_readme_gives_to_cron_is_quiet() -> None:
+    commands = re.findall(r"^\S+ \S+ \* \* \* .*/saasllm (.*)", reference.README.read_text(), re.MULTILINE)
+    assert commands
+    assert set(commands) <= QUIET.keys()
 
 
 def test_the_compose_file_is_what_the_readme_says() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -276,7 +277,20 @@ def test_nothing_of_the_database_comes_from_elsewhere(
     assert run("--profile", "a", "profile", "show", "-o", "json").data["protected"] is True
 
 
-def test_a_protected_profile_is_named_before_a_change_and_not_before_a_look(production: Run) -> None:
+def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+def test_cron_gets_no_mail_of_a_protected_profile(production: Run) -> None:
+    for command in ("credits allocate", "job sweep", "migrate up", "team update hr --alias x", "credits verify"):
+        assert production(*command.split()).err == "", command
+
+
+def test_a_protected_profile_is_named_before_a_change_and_not_before_a_look(
+    production: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_a_terminal(monkeypatch)
     for look in (
         "team get hr",
         "team list",
@@ -304,7 +318,10 @@ DESTROYS = [
 
 
 @pytest.mark.parametrize("command", DESTROYS)
-def test_what_destroys_is_confirmed(production: Run, migrated_database: str, command: str) -> None:
+def test_what_destroys_is_confirmed(
+    production: Run, monkeypatch: pytest.MonkeyPatch, migrated_database: str, command: str
+) -> None:
+    at_a_terminal(monkeypatch)
     words = command.format(database=migrated_database).split()
     manifest = "organizations: [{organization_id: acme}]"
     refused = production(*words, stdin=manifest)
@@ -316,7 +333,7 @@ def test_what_destroys_is_confirmed(production: Run, migrated_database: str, com
     assert production("team", "create", "ops", "--org", "acme").status == 0
     done = production("--confirm", "production", *words, stdin=manifest)
     assert done.status == (4 if command.startswith("group") else 0), done  # it is in use
-    assert done.err.startswith("production (protected)\n")
+    assert done.err.count("production (protected)\n") == 1
 
 
 def test_the_audit_log_has_the_words_from_the_noun_on(production: Run) -> None:
@@ -326,7 +343,8 @@ def test_the_audit_log_has_the_words_from_the_noun_on(production: Run) -> None:
     assert "secret" not in production("audit", "list", "--limit", "all", "-o", "jsonl").out
 
 
-def test_logs_as_lines_of_json(production: Run) -> None:
+def test_logs_as_lines_of_json(production: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_a_terminal(monkeypatch)
     changed = production("--log-format", "json", "team", "delete", "hr", "--yes")
     lines = [json.loads(line) for line in changed.err.splitlines()]
     assert [list(line) for line in lines] == [
@@ -334,8 +352,8 @@ def test_logs_as_lines_of_json(production: Run) -> None:
         ["time", "level", "message", "code", "hint"],
     ]
     assert [line["level"] for line in lines] == ["warning", "error"]
-    told = production("--log-format", "json", "credits", "allocate")
-    assert [json.loads(line)["level"] for line in told.err.splitlines()] == ["warning"]
+    told = production("--log-format", "json", "credits", "allocate", "--dry-run")
+    assert [json.loads(line)["level"] for line in told.err.splitlines()] == ["warning", "info"]
     for nonsense in (["org", "frobnicate"], ["frobnicate"]):
         assert json.loads(production("--log-format", "json", *nonsense).err)["code"] == "usage"
     for nonsense in (

@@ -369,8 +369,8 @@ _is_announced: ContextVar[bool] = ContextVar("is_announced", default=False)
 
 
 def _announce() -> None:
-    """Says once a command where a change will be made, if that is protected."""
-    if settings().protected and not _is_announced.get():
+    """Says once a command at a terminal where a change will be made, if that is protected."""
+    if settings().protected and sys.stderr.isatty() and not _is_announced.get():
         warn(f"{settings().profile} (protected)")
         _is_announced.set(True)
 
@@ -427,6 +427,9 @@ UnsetMetadata = Annotated[
     list[str], typer.Option("--unset-metadata", metavar="KEY", help="Remove a metadata key; repeatable.")
 ]
 Yes = Annotated[bool, typer.Option("--yes", help="Skip the confirmation prompt.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Say so if there is nothing to do, as is always said at a terminal.")
+]
 Limit = Annotated[
     int,
     typer.Option("--limit", parser=row_limit, metavar="N|all", help="Maximum number of rows to show, or all."),
