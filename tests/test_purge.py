@@ -135,8 +135,10 @@ def test_only_when_it_is_meant(used: Run, sql: psycopg.Connection, options: tupl
 
 
 def test_what_is_not_there(used: Run) -> None:
-    assert used("team", "delete", "no", "--purge", "--confirm", "no").status == 3
-    assert used("org", "delete", "no", "--purge", "--confirm", "no").status == 3
+    for noun in ("team", "org"):
+        assert used(noun, "delete", "no", "--purge", "--confirm", "no").status == 3
+        gone = used(noun, "delete", "no", "--purge", "--confirm", "no", "--if-exists")
+        assert (gone.status, "no not found. Nothing was deleted." in gone.err) == (0, True)
 
 
 def test_a_job_that_runs_meanwhile_says_that_its_team_is_gone(used: Run) -> None:

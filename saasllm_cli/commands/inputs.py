@@ -3,8 +3,8 @@
 import json
 import re
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 
 from saasllm_cli import database
 from saasllm_cli.context import confirm_flag
-from saasllm_cli.errors import Conflict, Interrupted, InvalidInput, not_found
+from saasllm_cli.errors import Conflict, Interrupted, InvalidInput, NotFound, not_found
 from saasllm_cli.output import note, timestamp, warn
 from saasllm_cli.rules import (
     DAY,
@@ -383,6 +383,17 @@ def confirm_delete(what: str, yes: bool) -> None:
     confirm(f"Delete {what}?", yes)
 
 
+@contextmanager
+def missing_allowed(if_exists: bool, noun: str) -> Iterator[None]:
+    """Where --if-exists was given, it is only said that what is to be deleted is not there."""
+    try:
+        yield
+    except NotFound as error:
+        if not if_exists or error.noun != noun:
+            raise
+        note(f"{error.message} Nothing was deleted.")
+
+
 def confirm(question: str, yes: bool) -> None:
     """Asks before something is destroyed; where nobody can answer, the flag must have."""
     if not yes and not asked(question, "--yes", typer.confirm):
@@ -410,6 +421,7 @@ Output = Annotated[
 IfNotExists = Annotated[
     bool, typer.Option("--if-not-exists", help="Succeed if it already exists with the same values.")
 ]
+IfExists = Annotated[bool, typer.Option("--if-exists", help="Succeed if it does not exist.")]
 Metadata = Annotated[
     list[dict],  # type: ignore[type-arg] # typer takes no further type inside
     typer.Option(
@@ -463,6 +475,9 @@ A_JOB: dict[str, Any] = {"metavar": "JOB", "parser": job_name, "autocompletion":
 OrganizationId = Annotated[str, typer.Argument(**AN_ORGANIZATION, show_default=False, help="Organization ID.")]
 TeamId = Annotated[str, typer.Argument(**A_TEAM, show_default=False, help="Team ID.")]
 GroupName = Annotated[str, typer.Argument(**A_GROUP, show_default=False, help="Group name.")]
+GroupNames = Annotated[
+    list[str], typer.Argument(**A_GROUP | {"metavar": "GROUP..."}, show_default=False, help="Group names.")
+]
 OrgFilter = Annotated[str | None, typer.Option("--org", **AN_ORGANIZATION, help="Limit to this organization.")]
 TeamFilter = Annotated[str | None, typer.Option("--team", **A_TEAM, help="Limit to this team.")]
 GroupFilter = Annotated[str | None, typer.Option("--group", **A_GROUP, help="Filter by model group.")]

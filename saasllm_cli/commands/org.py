@@ -7,6 +7,7 @@ import typer
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import (
     After,
+    IfExists,
     IfNotExists,
     Limit,
     Metadata,
@@ -22,6 +23,7 @@ from saasllm_cli.commands.inputs import (
     counted,
     label,
     merged,
+    missing_allowed,
     noun,
     require_some,
     same_or_conflict,
@@ -139,17 +141,24 @@ def resume(organization_id: OrganizationId, output: Output = None) -> None:
 
 
 @app.command(epilog="saasllm org delete org_test --purge --confirm org_test")
-def delete(organization_id: OrganizationId, purge: Purge = False, confirm_: Confirm = None, yes: Yes = False) -> None:
+def delete(
+    organization_id: OrganizationId,
+    purge: Purge = False,
+    confirm_: Confirm = None,
+    if_exists: IfExists = False,
+    yes: Yes = False,
+) -> None:
     """Delete an organization.
 
     One that has teams is only deleted with --purge, which also deletes its teams and all their history, in one
     transaction. A record of the purge stays in the audit log: see `saasllm audit list --org ORG`.
     """
     if is_purge("organization", organization_id, purge, confirm_):
-        purge_all(organization_id=organization_id)
+        with missing_allowed(if_exists, "organization"):
+            purge_all(organization_id=organization_id)
         return
     confirm_delete(f"organization {organization_id}", yes)
-    with database.connect() as db:
+    with missing_allowed(if_exists, "organization"), database.connect() as db:
         result = db.one("org.delete", organization_id=organization_id)
         if not result["deleted"]:
             db.get("organization", organization_id)
@@ -159,7 +168,7 @@ def delete(organization_id: OrganizationId, purge: Purge = False, confirm_: Conf
                 f"To stop its jobs, run: saasllm org suspend {organization_id}\n"
                 "To delete it with its teams and their history, add: --purge",
             )
-    note(f"Deleted organization {organization_id}.")
+        note(f"Deleted organization {organization_id}.")
 
 
 @app.command(epilog="saasllm org usage org_acme_corp --period 2026-11")

@@ -10,6 +10,8 @@ from saasllm_cli.commands.inputs import (
     AN_ORGANIZATION,
     After,
     GroupFilter,
+    GroupNames,
+    IfExists,
     IfNotExists,
     Limit,
     Metadata,
@@ -27,6 +29,7 @@ from saasllm_cli.commands.inputs import (
     credits_from,
     label,
     merged,
+    missing_allowed,
     noun,
     require_some,
     same_or_conflict,
@@ -40,10 +43,6 @@ from saasllm_cli.output import note, show
 from saasllm_cli.settings import Format
 
 app = noun()
-
-Groups = Annotated[
-    list[str], typer.Argument(**A_GROUP | {"metavar": "GROUP..."}, show_default=False, help="Group names.")
-]
 
 
 @app.command(
@@ -174,7 +173,7 @@ def update(
 @app.command(epilog="saasllm team assign team_engineering RAGAgent")
 def assign(
     team_id: TeamId,
-    groups: Groups,
+    groups: GroupNames,
     replace: Annotated[bool, typer.Option("--replace", help="Unassign all other groups.")] = False,
     output: Output = None,
 ) -> None:
@@ -189,7 +188,7 @@ def assign(
 
 
 @app.command(epilog="saasllm team unassign team_engineering RAGAgent")
-def unassign(team_id: TeamId, groups: Groups, output: Output = None) -> None:
+def unassign(team_id: TeamId, groups: GroupNames, output: Output = None) -> None:
     """Stop a team from using groups.
 
     Running jobs finish.
@@ -197,6 +196,8 @@ def unassign(team_id: TeamId, groups: Groups, output: Output = None) -> None:
     with database.connect() as db:
         result = db.one("team.unassign", team_id=team_id, group_names=groups)
         team = db.get("team", team_id)
+    if missing := result["missing_groups"]:
+        raise not_found("group", ", ".join(missing))
     if result["not_assigned"]:
         note(f"Was not assigned: {', '.join(result['not_assigned'])}.")
     show(team, output)
@@ -221,17 +222,24 @@ def resume(team_id: TeamId, output: Output = None) -> None:
 
 
 @app.command(epilog="saasllm team delete team_test --purge --confirm team_test")
-def delete(team_id: TeamId, purge: Purge = False, confirm_: Confirm = None, yes: Yes = False) -> None:
+def delete(
+    team_id: TeamId,
+    purge: Purge = False,
+    confirm_: Confirm = None,
+    if_exists: IfExists = False,
+    yes: Yes = False,
+) -> None:
     """Delete a team.
 
     One that has history is only deleted with --purge, which also deletes its jobs, calls and ledger, in one
     transaction. A record of the purge stays in the audit log: see `saasllm audit list --team TEAM`.
     """
     if is_purge("team", team_id, purge, confirm_):
-        purge_all(team_id=team_id)
+        with missing_allowed(if_exists, "team"):
+            purge_all(team_id=team_id)
         return
     confirm_delete(f"team {team_id}", yes)
-    with database.connect() as db:
+    with missing_allowed(if_exists, "team"), database.connect() as db:
         result = db.one("team.delete", team_id=team_id)
         if not result["deleted"]:
             db.get("team", team_id)
@@ -241,7 +249,7 @@ def delete(team_id: TeamId, purge: Purge = False, confirm_: Confirm = None, yes:
                 f"Team {team_id} has {counted(result['jobs'], 'job')} and {entries}.",
                 f"To stop its jobs, run: saasllm team suspend {team_id}\nTo delete it with its history, add: --purge",
             )
-    note(f"Deleted team {team_id}.")
+        note(f"Deleted team {team_id}.")
 
 
 @app.command(epilog="saasllm team usage team_engineering --from 2026-01 --to 2026-06 -o csv")
