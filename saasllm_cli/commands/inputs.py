@@ -384,12 +384,12 @@ def confirm_delete(what: str, yes: bool) -> None:
 
 
 @contextmanager
-def missing_allowed(if_exists: bool, noun: str) -> Iterator[None]:
+def missing_allowed(if_exists: bool) -> Iterator[None]:
     """Where --if-exists was given, it is only said that what is to be deleted is not there."""
     try:
         yield
     except NotFound as error:
-        if not if_exists or error.noun != noun:
+        if not if_exists:
             raise
         note(f"{error.message} Nothing was deleted.")
 

@@ -154,11 +154,11 @@ def delete(
     transaction. A record of the purge stays in the audit log: see `saasllm audit list --org ORG`.
     """
     if is_purge("organization", organization_id, purge, confirm_):
-        with missing_allowed(if_exists, "organization"):
+        with missing_allowed(if_exists):
             purge_all(organization_id=organization_id)
         return
     confirm_delete(f"organization {organization_id}", yes)
-    with missing_allowed(if_exists, "organization"), database.connect() as db:
+    with missing_allowed(if_exists), database.connect() as db:
         result = db.one("org.delete", organization_id=organization_id)
         if not result["deleted"]:
             db.get("organization", organization_id)

@@ -235,11 +235,11 @@ def delete(
     transaction. A record of the purge stays in the audit log: see `saasllm audit list --team TEAM`.
     """
     if is_purge("team", team_id, purge, confirm_):
-        with missing_allowed(if_exists, "team"):
+        with missing_allowed(if_exists):
             purge_all(team_id=team_id)
         return
     confirm_delete(f"team {team_id}", yes)
-    with missing_allowed(if_exists, "team"), database.connect() as db:
+    with missing_allowed(if_exists), database.connect() as db:
         result = db.one("team.delete", team_id=team_id)
         if not result["deleted"]:
             db.get("team", team_id)
