@@ -439,9 +439,7 @@ UnsetMetadata = Annotated[
     list[str], typer.Option("--unset-metadata", metavar="KEY", help="Remove a metadata key; repeatable.")
 ]
 Yes = Annotated[bool, typer.Option("--yes", help="Skip the confirmation prompt.")]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", help="Say so if there is nothing to do, as is always said at a terminal.")
-]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Say so if there is nothing to do (default: at a terminal).")]
 Limit = Annotated[
     int,
     typer.Option("--limit", parser=row_limit, metavar="N|all", help="Maximum number of rows to show, or all."),
