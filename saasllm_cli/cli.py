@@ -1,5 +1,6 @@
 """The root command, and the one place where an error becomes an exit status."""
 
+import copy
 import errno
 import gc
 import importlib
@@ -14,6 +15,7 @@ import typer
 from typer._click.exceptions import ClickException, NoArgsIsHelpError
 from typer.core import TyperGroup
 
+from saasllm_cli import completion
 from saasllm_cli.context import command_line, confirm_flag, debug_flag, log_format_flag, profile_flag
 from saasllm_cli.errors import InvalidInput, NotFound, SaasllmError
 
@@ -38,16 +40,17 @@ EXAMPLES = """\
   saasllm migrate up
   saasllm job run --help
 """
-# The options before the noun, and what holds them for the command.
-FLAGS: dict[ContextVar[Any], str] = {
-    profile_flag: "profile",
-    confirm_flag: "confirm",
-    log_format_flag: "log_format",
-    debug_flag: "debug",
+# The options that are understood anywhere on the line, and what holds them for the command.
+FLAGS: dict[str, ContextVar[Any]] = {
+    "--profile": profile_flag,
+    "--confirm": confirm_flag,
+    "--log-format": log_format_flag,
+    "--debug": debug_flag,
 }
-ROOT_OPTIONS = ["--" + name.replace("_", "-") for name in FLAGS.values()]
 SETTING_FLAGS = (profile_flag, log_format_flag)  # which the settings read
-UNEXPECTED = "This is a bug in saasllm. To see a traceback, run: saasllm --debug …"
+# Where an amount is never negative.
+ONLY_UP = ("saasllm credits add", "saasllm credits refund", "saasllm credits schedule")
+UNEXPECTED = "This is a bug in saasllm. To see a traceback, add: --debug"
 
 
 class Root(TyperGroup):
@@ -60,12 +63,6 @@ class Root(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
         command_line.set((*ctx._protected_args, *ctx.args))
-        # Here, for the callback is called only when the command is found, and that it is not is told by them, too.
-        for flag, name in FLAGS.items():
-            if (given := ctx.params.get(name)) not in (None, False):
-                flag.set(given)
-                if flag in SETTING_FLAGS:
-                    _read_settings_anew()
         return rest
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
@@ -79,7 +76,23 @@ class Root(TyperGroup):
         command.name = cmd_name
         if isinstance(command, TyperGroup):  # a noun that is its own verb has a help of its own
             command.help = NOUNS[cmd_name]
+        for behind in (command, *getattr(command, "commands", {}).values()):
+            self._share_flags(behind)
         return command
+
+    def _share_flags(self, command: Any) -> None:
+        """Lets it take the options of the root, too, but where it has one of that name, such as a purge's --confirm."""
+        own = {name for option in command.params for name in option.opts}
+        for option in self.params:
+            if option.opts[0] in FLAGS.keys() - own:
+                shared: Any = copy.copy(option)
+                shared.name = f"root_{option.name}"  # `profile use` has an argument `profile`
+                shared.hidden, shared.expose_value = True, False
+                command.params.append(shared)
+
+    def _main_shell_completion(self, *given: Any, **named: Any) -> None:
+        completion.register()
+        super()._main_shell_completion(*given, **named)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         # The inherited one imports every noun for its help.
@@ -100,7 +113,8 @@ class Root(TyperGroup):
 app = typer.Typer(
     cls=Root,
     name="saasllm",
-    help="Run a multi-tenant LLM product on nothing but PostgreSQL.",
+    help="Run a multi-tenant LLM product on nothing but PostgreSQL.\n\n"
+    "--profile, --confirm, --log-format and --debug may also follow the command.",
     no_args_is_help=True,
     rich_markup_mode=None,  # plain help: rich would take as long to import as all the rest
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -121,6 +135,14 @@ def _complete_profile(incomplete: str) -> list[str]:
     return complete(incomplete)
 
 
+def _keep(parameter: typer.CallbackParam, given: Any) -> Any:
+    """Holds an option for the command at once: whatever is told of the rest of the line is told by it."""
+    if given not in (None, False):
+        FLAGS[parameter.opts[0]].set(given)
+        _read_settings_anew()
+    return given
+
+
 @app.callback()
 def root(
     profile: Annotated[
@@ -128,28 +150,43 @@ def root(
         typer.Option(
             "--profile",
             metavar="NAME",
+            callback=_keep,
+            is_eager=True,
             autocompletion=_complete_profile,
             help="Use the database of this profile.",
         ),
     ] = None,
     confirm: Annotated[
         str | None,
-        typer.Option("--confirm", metavar="PROFILE", help="Confirm a destructive command on this protected profile."),
+        typer.Option(
+            "--confirm",
+            metavar="PROFILE",
+            callback=_keep,
+            is_eager=True,
+            help="Confirm a destructive command on this protected profile.",
+        ),
     ] = None,
     log_format: Annotated[
         Literal["text", "json"] | None,
-        typer.Option("--log-format", help="Format of messages on stderr (default: $SAASLLM_LOG_FORMAT, else text)."),
+        typer.Option(
+            "--log-format",
+            callback=_keep,
+            is_eager=True,
+            help="Format of messages on stderr (default: $SAASLLM_LOG_FORMAT, else text).",
+        ),
     ] = None,
     debug: Annotated[
         bool,
-        typer.Option("--debug", envvar="SAASLLM_DEBUG", help="Show a traceback on errors."),
+        typer.Option(
+            "--debug", envvar="SAASLLM_DEBUG", callback=_keep, is_eager=True, help="Show a traceback on errors."
+        ),
     ] = False,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    pass  # what they mean is seen to before the command is looked for
+    pass  # what they mean is seen to while they are read, wherever they stand
 
 
 def run(arguments: list[str]) -> int:
@@ -220,14 +257,18 @@ def _tell(error: Exception, arguments: list[str]) -> int:
             note(error.format_message())
             return error.exit_code
         case ClickException():
-            context = getattr(error, "ctx", None)
-            told = InvalidInput(
-                "usage",
-                _plain(error.format_message()),
-                f"Put {option} before the noun: saasllm {option} …"
-                if (option := getattr(error, "option_name", None)) in ROOT_OPTIONS
-                else f"See: {context.command_path if context else 'saasllm'} --help",
-            )
+            line, context = "\0".join(arguments), getattr(error, "ctx", None)
+            if re.search(r"\0--log-format[\0=]json(\0|$)", line):  # behind a word that is wrong, it was not read
+                log_format_flag.set("json")
+                _read_settings_anew()
+            command = context.command_path if context else "saasllm"
+            message, hint = _plain(error.format_message()), f"See: {command} --help"
+            if command in ONLY_UP and (negative := re.search(r"[\0=](-\d[\d.]*)(\0|$)", line)):
+                # Click takes it for options of one letter, and names the first.
+                message = re.sub(r"(?<=negative number: ).*", f"{negative[1]}.", message)
+                if negative[1] in message:
+                    hint = f"To take credits away, run: saasllm credits adjust TEAM {negative[1]} --reason TEXT"
+            told = InvalidInput("usage", message, hint)
         case BrokenPipeError():  # whoever read our output has seen enough
             discard(sys.stdout)
             return 0

@@ -232,6 +232,12 @@ def note(text: str, **fields: Any) -> None:
     _log("info", text, **fields)
 
 
+def remark(text: str, verbose: bool) -> None:
+    """A word for a terminal, or for who asked for it: of each other one cron would send a mail."""
+    if verbose or sys.stderr.isatty():
+        note(text)
+
+
 def warn(text: str, **fields: Any) -> None:
     """A word that is not to be overlooked: in red at a terminal."""
     _log("warning", text, "\x1b[1;31m" if _is_styled(sys.stderr) else "", **fields)

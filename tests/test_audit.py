@@ -62,7 +62,8 @@ def test_each_change_is_one_record(saasllm: Run, changes: Callable[..., list[tup
         "credits add hr 5": [],
         "team create it --org acme --group H": [("team", "create"), ("assignment", "create")],
         "team delete it --yes": [("assignment", "delete"), ("team", "delete")],
-        "group delete H --yes": [("group", "delete")],
+        "group create I --model a": [("group", "create")],
+        "group delete H I --yes": [("group", "delete"), ("group", "delete")],
     }
     for command, records in expected.items():
         assert saasllm(*command.split()).status == 0, command

@@ -548,8 +548,10 @@ def test_a_lost_lease(tenant: Run, sql: psycopg.Connection) -> None:
     for result in (call(tenant, job_id, "Echo", "-o", "json"), tenant("job", "complete", job_id, "-o", "json")):
         assert (result.status, result.error["code"]) == (4, "lease_lost")
     assert tenant("job", "sweep", "--team", "no").status == 3
-    assert tenant("job", "sweep", "-o", "json").data == {"swept": 1}
-    assert tenant("job", "sweep").out == "Swept 0 jobs.\n"
+    assert tenant("job", "sweep") == (0, "", "Swept 1 job.\n")
+    assert tenant("job", "sweep") == (0, "", "")
+    assert tenant("job", "sweep", "--verbose") == (0, "", "No job has expired.\n")
+    assert tenant("job", "sweep", "-o", "json").data == {"swept": 0}
     assert credits_of(tenant) == (10, 0)
     assert tenant("job", "get", job_id, "-o", "json").data["status"] == "failed"
 

@@ -1,3 +1,4 @@
+import io
 import re
 import shlex
 import subprocess
@@ -130,8 +131,24 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_it(
     monkeypatch.setattr("saasllm_cli.database.query", lambda _: 1 / 0)
     result = run("org", "list", "-o", "json")
     assert (result.status, result.error["code"]) == (1, "unexpected")
-    assert cli.run(["--debug", "org", "list"]) == 1
-    assert "ZeroDivisionError" in capfd.readouterr().err
+    for line in ("--debug org list", "org --debug list", "org list --debug", "doctor --debug"):
+        assert cli.run(line.split()) == 1
+        assert "ZeroDivisionError" in capfd.readouterr().err, line
+    assert run("org", "list", "--search", "--debug").status == 1
+
+
+def test_the_global_options_are_no_values_and_nothing_behind_two_dashes(tenant: Run) -> None:
+    asked = tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "--debug", "--system", "--profile=x")
+    assert (asked.status, asked.out) == (0, "--debug\n")
+    assert "'--debug' is not a valid ID" in tenant("org", "get", "--", "--debug").err
+    assert "Unexpected argument: --profile=x" in tenant("org", "list", "--", "--profile=x").err
+
+
+def test_help_names_the_global_options_once(run: Run) -> None:
+    for words in ("team list", "credits add", "doctor"):
+        told = run(*words.split(), "--help").out
+        assert told.count("Global options: see saasllm --help") == 1
+        assert "--profile" not in told
 
 
 def test_a_plain_verb_loads_nothing_heavy(tenant: Run) -> None:
@@ -220,6 +237,42 @@ def test_a_full_disk_under_the_log_changes_no_exit_status(tenant: Run) -> None:
     assert subprocess.run(["sh", "-c", command], check=False).returncode == 3
 
 
+QUIET = {
+    "credits allocate": "granted 0 credits for 0 periods",
+    "job sweep": "No job has expired.",
+    "credits verify": "Ledger, balances and jobs agree.",
+    "credits check --below 1": "No team has fewer than 1 free credits.",
+    "migrate up": "No pending migrations.",
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+    def reconfigure(self, **_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("command", QUIET)
+def test_cron_sends_no_mail_of_nothing(tenant: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    assert tenant(*command.split()) == (0, "", "")
+    verbose = tenant(*command.split(), "--verbose")
+    assert (verbose.status, verbose.out, QUIET[command] in verbose.err) == (0, "", True)
+    asked = tenant(*command.split(), "-o", "json")
+    assert (asked.status, asked.err) == (0, "")
+    assert not asked.data or not any(asked.data[name] for name in asked.data.keys() & {"granted", "swept"})
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    assert cli.run(command.split()) == 0
+    assert QUIET[command] in terminal.getvalue()
+
+
+def test_what_the_readme_gives_to_cron_is_quiet() -> None:
+    commands = re.findall(r"^\S+ \S+ \* \* \* .*/saasllm (.*)", reference.README.read_text(), re.MULTILINE)
+    assert commands
+    assert set(commands) <= QUIET.keys()
+
+
 def test_the_compose_file_is_what_the_readme_says() -> None:
     path = Path(__file__).parent.parent / "docker-compose.yml"
     compose = yaml.safe_load(path.read_text())
@@ -275,12 +328,22 @@ def test_the_forms_and_the_workflow_are_whole() -> None:
     assert ElementTree.parse(folder / "terminal.svg").getroot().tag.endswith("svg")
 
 
+ADJUST = "To take credits away, run: saasllm credits adjust TEAM {} --reason TEXT"
+
+
 @pytest.mark.parametrize(
     ("words", "message", "hint"),
     [
-        ("org list --profile x", "No such option: --profile", "Put --profile before the noun: saasllm --profile …"),
         ("org list x", "Unexpected argument: x.", "See: saasllm org list --help"),
-        ("credits add hr -5", "Unexpected negative number: -5.", "See: saasllm credits add --help"),
+        ("credits add hr -25", "Unexpected negative number: -25.", ADJUST.format(-25)),
+        ("credits refund --job 0198 -25", "Unexpected negative number: -25.", ADJUST.format(-25)),
+        (
+            "credits schedule hr --amount=-5",
+            "Invalid value for '--amount': '-5' is not a whole number from 1 to 1000000000000000.",
+            ADJUST.format(-5),
+        ),
+        ("credits add hr -5 --nope", "Unexpected negative number: -5.", ADJUST.format(-5)),
+        ("credits add hr --nope -5", "No such option: --nope", "See: saasllm credits add --help"),
         ("job run --timeout x", "Invalid value for '--timeout': 'x' is not a number.", "See: saasllm job run --help"),
     ],
 )

@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import charged_job
 
+from saasllm_cli import cli
+
+FILES = ["/"]
 PROGRAM = str(Path(sys.executable).parent / "saasllm")
 
 
@@ -52,15 +56,61 @@ def complete(line: str, shell: str = "bash", **environment: str) -> list[str]:
         ("saasllm job list --status c", ["completed", "cancelled"]),
         ("saasllm org list -o j", ["json", "jsonl"]),
         ("saasllm team get %", []),
+        ("saasllm job get x", []),
+        ("saasllm team create new --alias ", []),
+        ("saasllm group set-models Echo ", []),
+        ("saasllm apply -f ", FILES),
+        ("saasllm apply -f t", FILES),
+        ("saasllm job run --prompt-file ", FILES),
+        ("saasllm job run --prompt-file = c", FILES),  # so bash splits --prompt-file=c
+        ("saasllm job call --messages=c", FILES),
+        ("saasllm job batch ", FILES),
+        ("saasllm job batch cvs.jsonl --out ", FILES),
+        ("saasllm job batch cvs.jsonl --team h", ["hr"]),
+        ("saasllm profile add new --password-file ", FILES),
+        ("saasllm db restore ", FILES),
     ],
 )
-def test_words_and_ids(tenant, line: str, offered: list[str]) -> None:
+def test_words_ids_and_files(tenant, line: str, offered: list[str]) -> None:
     assert complete(line) == offered
 
 
-def test_the_other_shells(tenant) -> None:
+def test_the_newest_jobs(tenant) -> None:
+    tenant("credits", "add", "hr", 50)
+    jobs = [str(charged_job()) for _ in range(52)][::-1]
+    assert jobs == sorted(jobs, reverse=True)
+    for line in ("job get ", "job costs ", "job list --after ", "credits refund --job "):
+        assert complete("saasllm " + line) == jobs[:50], line
+    assert complete(f"saasllm job get {jobs[-1]}") == jobs[-1:]
+    assert complete(f"saasllm job get {jobs[0][:9]}")[0] == jobs[0]
+    assert complete(f"saasllm job cancel {jobs[0]}0") == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("--profile ", "--profile st", "team --profile st", "team get hr --profile st", "team get --profile = st"),
+        *("profile use st", "profile show st"),
+    ],
+)
+def test_profiles(home: Path, line: str) -> None:
+    text = "".join(f'[profiles.{name}]\ndatabase_url = "postgresql:///x"\n' for name in ("staging", "stable"))
+    (home / ".config/saasllm/config.toml").write_text(text)
+    assert complete("saasllm " + line) == ["staging", "stable"]
+
+
+def test_zsh(tenant) -> None:
     assert complete("saasllm team get h", "zsh") == ["_arguments '*: :((\"hr\"))'"]
+    assert complete("saasllm team get x", "zsh") == []
+    assert complete("saasllm apply -f t", "zsh") == ["_files"]
+
+
+def test_fish(tenant) -> None:
     assert complete("saasllm team get h", "fish") == ["hr"]
+    is_args = {"_TYPER_COMPLETE_FISH_ACTION": "is-args"}
+    assert complete("saasllm team get x", "fish", **is_args) == []
+    with pytest.raises(subprocess.CalledProcessError):  # not its own words, but files
+        complete("saasllm apply -f t", "fish", **is_args)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +137,20 @@ def test_it_starts_no_server(home: Path) -> None:
 def test_in_bash(tenant) -> None:
     script = (
         f'set -e; source <(_SAASLLM_COMPLETE=source_bash "{PROGRAM}"); complete -p saasllm; '
-        f'COMP_WORDS=(saasllm team get h); COMP_CWORD=3; _saasllm_completion "{PROGRAM}"; echo "${{COMPREPLY[*]}}"'
+        'compopt() { echo "$@"; }; '
+        'for line in "team get h" "team get x" "apply -f t"; do '
+        f'COMP_WORDS=(saasllm $line); COMP_CWORD=3; _saasllm_completion "{PROGRAM}"; echo "${{COMPREPLY[*]}}"; done'
     )
     done = subprocess.run(["bash", "--norc", "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["complete -o default -F _saasllm_completion saasllm", "hr"]
+    told = ["complete -o nosort -F _saasllm_completion saasllm", "hr", "", "-o default", ""]
+    assert (done.stdout.splitlines(), done.stderr) == (told, "")
+
+
+@pytest.mark.parametrize(("shell", "told"), [("bash", "-o nosort"), ("fish", "--keep-order")])
+def test_what_is_installed(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], shell: str, told: str
+) -> None:
+    monkeypatch.setattr("typer.completion._get_shell_name", lambda: shell)
+    with pytest.raises(SystemExit):
+        cli.run(["--show-completion"])
+    assert told in capfd.readouterr().out

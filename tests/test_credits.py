@@ -177,7 +177,8 @@ def test_a_credit_of_an_expired_lease_is_free(tenant: Run, sql: psycopg.Connecti
         " VALUES ('hr', 'acme', now())"
     )
     assert tenant("credits", "check", "hr", "--need", 1).status == 0
-    assert tenant("credits", "check", "--below", 1).status == 0
+    assert tenant("credits", "check", "--below", 1) == (0, "", "")
+    assert tenant("credits", "check", "--below", 1, "--verbose").err == "No team has fewer than 1 free credits.\n"
     assert tenant("credits", "check", "hr", "--need", 2).status == 5
 
 

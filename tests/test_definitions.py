@@ -71,7 +71,7 @@ def test_a_change_is_pending_until_it_is_applied_and_nothing_else_is_touched(
         result = tenant(*command.split(), "-o", "json")
         assert (result.status, result.error["code"]) == (7, "migrations_pending")
         assert "definitions/ledger.sql" in result.error["message"]
-    assert tenant("migrate", "up", "--dry-run").out == "Definitions pending: definitions/ledger.sql\n"
+    assert tenant("migrate", "up", "--dry-run").out.endswith("\ndefinitions/ledger.sql  pending\n")
     assert objects(sql) == before
 
     assert [row["migration"] for row in tenant("migrate", "up", "-o", "json").data] == ["definitions/ledger.sql"]
@@ -82,7 +82,7 @@ def test_a_change_is_pending_until_it_is_applied_and_nothing_else_is_touched(
     assert refused.value.diag.message_hint == "Enter another one."
     assert tenant("migrate", "verify").status == 0
     assert tenant("team", "list").status == 0
-    assert tenant("migrate", "up").out == "No pending migrations.\n"
+    assert tenant("migrate", "up").err == ""
 
 
 def test_what_is_gone_from_the_files_is_gone_from_the_database(tenant: Run, sql: Sql, definitions: Path) -> None:
@@ -299,7 +299,7 @@ def test_what_is_built_on_a_definition_by_us_goes_with_it_and_is_made_again(
     ):
         file.write_text(text)
         result = tenant("migrate", "up")
-        assert (result.err, result.status) == ("", 0)
+        assert (result.err.splitlines()[1:], result.status) == (["All migrations completed."], 0)
         assert objects(sql).keys() == built
         assert tenant("migrate", "verify").status == 0
     file.unlink()
@@ -375,12 +375,9 @@ def test_reset_drops_what_was_defined_and_is_gone(tenant: Run, sql: Sql, definit
 def test_two_at_once(tenant: Run, sql: Sql) -> None:
     sql.execute("UPDATE saasllm_definitions SET checksum = 'other' WHERE definition = 'definitions/ledger.sql'")
     processes = [start_process("migrate", "up") for _ in range(2)]
-    outputs = sorted(process.communicate()[0] for process in processes)
+    outputs = sorted(process.communicate()[1] for process in processes)
     assert [process.returncode for process in processes] == [0, 0]
-    assert outputs == [
-        "Definitions completed: definitions/ledger.sql\nAll migrations completed.\n",
-        "No pending migrations.\n",
-    ]
+    assert outputs == ["", "Definitions completed: definitions/ledger.sql\nAll migrations completed.\n"]
 
 
 def test_a_lock_that_is_held_ends_in_an_error(

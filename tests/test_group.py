@@ -1,10 +1,11 @@
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
-from conftest import Result
+from conftest import Result, start_process
 from provider import Provider
 
 from saasllm_cli import cli, database
@@ -111,6 +112,46 @@ def test_delete_refuses_a_group_in_use_unless_forced(tenant: Run) -> None:
     assert tenant("group", "delete", "Echo", "--yes", "--force").status == 0
     assert tenant("team", "get", "hr", "-o", "json").data["model_groups"] == ["Down"]
     assert tenant("group", "delete", "Echo", "--yes").status == 3
+
+
+def test_several_are_deleted_or_none(tenant: Run) -> None:
+    def there() -> list[str]:
+        return [group["group_name"] for group in tenant("group", "list", "-o", "json").data]
+
+    for name in ("A", "B", "C"):
+        tenant("group", "create", name, "--model", "offline/echo")
+    before = there()
+    refused = tenant("group", "delete", "A", "No", "Echo", "Nix", "Down", "--yes")
+    assert (refused.status, refused.err.splitlines()[0]) == (
+        3,
+        "Error: Group No, Nix not found. Group Down is assigned to 1 team: hr. Group Echo is assigned to 1 team: hr.",
+    )
+    assert tenant("group", "delete", "A", "No", "--yes", "--force").status == 3
+    assert tenant("group", "delete", "A", "Echo", "--yes", "--if-exists").status == 4
+    assert "given twice" in tenant("group", "delete", "A", "A", "--yes").err
+    assert there() == before
+    assert tenant("group", "delete", "A", "B", "--yes") == (0, "", "Deleted groups A, B.\n")
+    done = tenant("group", "delete", "C", "Echo", "No", "--yes", "--force", "--if-exists")
+    assert done == (0, "", "Group No not found.\nDeleted groups C, Echo.\n")
+    assert there() == ["Down"]
+    assert tenant("team", "get", "hr", "-o", "json").data["model_groups"] == ["Down"]
+    again = tenant("group", "delete", "C", "No", "--if-exists")
+    assert again == (0, "", "Group C, No not found.\nNothing was deleted.\n")
+
+
+def test_of_two_who_delete_the_same_the_second_misses_it(tenant: Run, sql: psycopg.Connection) -> None:
+    for name in ("A", "B"):
+        tenant("group", "create", name, "--model", "offline/echo")
+    with psycopg.connect(os.environ["SAASLLM_DATABASE_URL"]) as first:
+        first.execute("DELETE FROM model_groups WHERE group_name = 'A'")
+        second = start_process("group", "delete", "B", "A", "--yes")
+        until = time.monotonic() + 20
+        while not sql.execute("SELECT pid FROM pg_locks WHERE NOT granted").fetchone():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    _, told = second.communicate()
+    assert (second.returncode, "Group A not found." in told) == (3, True)
+    assert tenant("group", "get", "B").status == 0
 
 
 def test_a_deleted_group_stays_in_the_history(tenant: Run) -> None:

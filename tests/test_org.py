@@ -134,6 +134,8 @@ def test_delete_only_without_teams_and_only_when_meant(tenant: Run) -> None:
     assert tenant("org", "delete", "empty", "--yes").status == 0
     assert tenant("org", "get", "empty").status == 3
     assert tenant("org", "delete", "empty", "--yes").status == 3
+    gone = tenant("org", "delete", "empty", "--if-exists")
+    assert gone == (0, "", "Organization empty not found. Nothing was deleted.\n")
     used = tenant("org", "delete", "acme", "--yes")
     assert used.status == 4
     assert "1 team" in used.err

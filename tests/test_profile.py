@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,24 @@ def test_which_database_is_meant(
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        *("--profile b db url", "db --profile b url", "db url --profile b", "db url --profile=b"),
+        *("--profile a db url --profile b", "db --profile=a url --profile=b"),
+        "profile show --profile b",
+    ],
+)
+def test_a_profile_is_named_anywhere_on_the_line(run: Run, config: Path, line: str) -> None:
+    config.write_text(
+        '[profiles.a]\ndatabase_url = "postgresql:///a"\n[profiles.b]\ndatabase_url = "postgresql:///b"\n'
+    )
+    result = run(*line.split())
+    assert (result.status, "postgresql:///b" in result.out) == (0, True), result
+    assert run("db", "url", "--profile", "none").status == 3
+    assert "profile" not in run("profile", "show", "a", "-o", "json").err  # what was named for one line ends with it
+
+
+@pytest.mark.parametrize(
     ("text", "status", "told"),
     [
         ("[profiles.b]\n", 3, "Profile a not found. Known profiles: b."),
@@ -215,9 +234,19 @@ def test_what_is_confirmed_is_what_is_used(tenant: Run) -> None:
     assert (refused.status, tenant("team", "get", "hr").status) == (2, 0)
 
 
+def test_the_profile_is_confirmed_anywhere_but_behind_a_verb_with_a_confirm_of_its_own(production: Run) -> None:
+    assert production("group", "create", "Old", "--model", "offline/echo").status == 0
+    assert production("group", "delete", "Old", "--yes", "--confirm=production").status == 0
+    refused = production("team", "delete", "hr", "--purge", "--confirm", "production")
+    assert (refused.status, "--confirm production before the noun" in refused.err) == (2, True)
+    assert "before the noun" in production("team", "delete", "hr", "--yes", "--confirm", "production").err
+    assert production("team", "--confirm", "production", "delete", "hr", "--purge", "--confirm", "hr").status == 0
+
+
 def test_a_flag_is_stronger_than_the_profile(run: Run, config: Path) -> None:
     config.write_text('[profiles.a]\ndatabase_url = "postgresql://127.0.0.1:1/a"\nlog_format = "text"\n')
-    assert json.loads(run("--profile", "a", "--log-format", "json", "org", "list").err)["level"] == "error"
+    for line in ("--profile a --log-format json org list", "org list --log-format=json --profile a"):
+        assert json.loads(run(*line.split()).err)["level"] == "error"
 
 
 def test_an_empty_name_is_no_profile(run: Run) -> None:
@@ -248,7 +277,20 @@ def test_nothing_of_the_database_comes_from_elsewhere(
     assert run("--profile", "a", "profile", "show", "-o", "json").data["protected"] is True
 
 
-def test_a_protected_profile_is_named_before_a_change_and_not_before_a_look(production: Run) -> None:
+def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+def test_cron_gets_no_mail_of_a_protected_profile(production: Run) -> None:
+    for command in ("credits allocate", "job sweep", "migrate up", "team update hr --alias x", "credits verify"):
+        assert production(*command.split()).err == "", command
+
+
+def test_a_protected_profile_is_named_before_a_change_and_not_before_a_look(
+    production: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_a_terminal(monkeypatch)
     for look in (
         "team get hr",
         "team list",
@@ -276,7 +318,10 @@ DESTROYS = [
 
 
 @pytest.mark.parametrize("command", DESTROYS)
-def test_what_destroys_is_confirmed(production: Run, migrated_database: str, command: str) -> None:
+def test_what_destroys_is_confirmed(
+    production: Run, monkeypatch: pytest.MonkeyPatch, migrated_database: str, command: str
+) -> None:
+    at_a_terminal(monkeypatch)
     words = command.format(database=migrated_database).split()
     manifest = "organizations: [{organization_id: acme}]"
     refused = production(*words, stdin=manifest)
@@ -288,7 +333,7 @@ def test_what_destroys_is_confirmed(production: Run, migrated_database: str, com
     assert production("team", "create", "ops", "--org", "acme").status == 0
     done = production("--confirm", "production", *words, stdin=manifest)
     assert done.status == (4 if command.startswith("group") else 0), done  # it is in use
-    assert done.err.startswith("production (protected)\n")
+    assert done.err.count("production (protected)\n") == 1
 
 
 def test_the_audit_log_has_the_words_from_the_noun_on(production: Run) -> None:
@@ -298,7 +343,8 @@ def test_the_audit_log_has_the_words_from_the_noun_on(production: Run) -> None:
     assert "secret" not in production("audit", "list", "--limit", "all", "-o", "jsonl").out
 
 
-def test_logs_as_lines_of_json(production: Run) -> None:
+def test_logs_as_lines_of_json(production: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_a_terminal(monkeypatch)
     changed = production("--log-format", "json", "team", "delete", "hr", "--yes")
     lines = [json.loads(line) for line in changed.err.splitlines()]
     assert [list(line) for line in lines] == [
@@ -306,8 +352,14 @@ def test_logs_as_lines_of_json(production: Run) -> None:
         ["time", "level", "message", "code", "hint"],
     ]
     assert [line["level"] for line in lines] == ["warning", "error"]
-    told = production("--log-format", "json", "credits", "allocate")
-    assert [json.loads(line)["level"] for line in told.err.splitlines()] == ["warning"]
+    told = production("--log-format", "json", "credits", "allocate", "--dry-run")
+    assert [json.loads(line)["level"] for line in told.err.splitlines()] == ["warning", "info"]
     for nonsense in (["org", "frobnicate"], ["frobnicate"]):
         assert json.loads(production("--log-format", "json", *nonsense).err)["code"] == "usage"
+    for nonsense in (
+        "org list --nope --log-format json",
+        "org list --log-format=json --nope",
+        "org get --log-format json",
+    ):
+        assert json.loads(production(*nonsense.split()).err)["code"] == "usage"
     assert json.loads(production("--log-format", "json", "team").err)["message"].startswith("Usage: ")

@@ -239,8 +239,10 @@ def test_only_a_purge_redacts(used: Run) -> None:
 
 
 def test_what_is_not_there(used: Run) -> None:
-    assert used("team", "delete", "no", "--purge", "--confirm", "no").status == 3
-    assert used("org", "delete", "no", "--purge", "--confirm", "no").status == 3
+    for noun in ("team", "org"):
+        assert used(noun, "delete", "no", "--purge", "--confirm", "no").status == 3
+        gone = used(noun, "delete", "no", "--purge", "--if-exists")
+        assert (gone.status, "no not found. Nothing was deleted." in gone.err) == (0, True)
 
 
 def test_a_job_that_runs_meanwhile_says_that_its_team_is_gone(used: Run) -> None:

@@ -360,7 +360,7 @@ def test_a_role_that_may_make_none_migrates_all_the_same(empty_database: str, ru
 
 def test_who_does_not_own_the_tables_migrates_only_where_nothing_is_pending(tenant: Run, as_role: As, sql: Sql) -> None:
     as_role("saasllm_admin")
-    assert tenant("migrate", "up").out == "No pending migrations.\n"
+    assert tenant("migrate", "up", "--verbose").err == "No pending migrations.\n"
     sql.execute("GRANT CREATE ON SCHEMA public TO saasllm_admin; GRANT INSERT ON saasllm_definitions TO saasllm_admin")
     changed = (
         "UPDATE saasllm_definitions SET checksum = '', objects = objects || '{\"function refuse_ledger_change\": \"\"}'"

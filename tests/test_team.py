@@ -102,9 +102,14 @@ def test_of_two_who_replace_at_once_one_wins(tenant: Run, monkeypatch: pytest.Mo
 
 
 def test_unassign(tenant: Run) -> None:
-    result = tenant("team", "unassign", "hr", "Echo", "No", "-o", "json")
+    for verb in ("assign", "unassign"):
+        refused = tenant("team", verb, "hr", "Echo", "No", "-o", "json")
+        assert (refused.status, refused.error["message"]) == (3, "Group No not found.")
+        assert tenant("team", "get", "hr", "-o", "json").data["model_groups"] == ["Down", "Echo"]
+    tenant("group", "create", "Other", "--model", "offline/echo")
+    result = tenant("team", "unassign", "hr", "Echo", "Other", "-o", "json")
     assert (result.status, result.data["model_groups"]) == (0, ["Down"])
-    assert "No" in result.err
+    assert result.err == "Was not assigned: Other.\n"
     assert tenant("team", "unassign", "nobody", "Echo").status == 3
 
 
@@ -125,6 +130,10 @@ def test_delete_only_without_history(tenant: Run) -> None:
     assert tenant("team", "delete", "new").status == 2
     assert tenant("team", "delete", "new", "--yes").status == 0
     assert tenant("team", "delete", "new", "--yes").status == 3
+    gone = tenant("team", "delete", "new", "--if-exists")
+    assert gone == (0, "", "Team new not found. Nothing was deleted.\n")
+    assert tenant("team", "delete", "new", "--yes", "--if-exists", "--profile", "no").status == 3
+    assert tenant("team", "delete", "hr", "--yes", "--if-exists").status == 4
     used = tenant("team", "delete", "hr", "--yes")
     assert used.status == 4
     assert "0 jobs and 1 ledger entry." in used.err

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.models import TyperPath
 
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import Output, Yes, confirm, noun, require_profile, some, tell_inactive
@@ -25,6 +26,7 @@ def apply(
         typer.Option(
             "--file",
             "-f",
+            click_type=TyperPath(readable=False),  # for completion; what cannot be read is told by its reader
             metavar="FILE",
             help="YAML, JSON or JSON Lines file, folder of such files, or - for stdin; repeatable.",
         ),

@@ -1,5 +1,6 @@
 """The prepaid credits of teams, and the ledger of all their movements."""
 
+import sys
 from dataclasses import asdict
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,6 +23,7 @@ from saasllm_cli.commands.inputs import (
     TeamId,
     TimeOrder,
     Until,
+    Verbose,
     Yes,
     confirm,
     counted,
@@ -41,7 +43,7 @@ from saasllm_cli.errors import (
     SaasllmError,
     not_found,
 )
-from saasllm_cli.output import note, print_sentence, progress, show, waiting
+from saasllm_cli.output import note, progress, remark, show, waiting
 from saasllm_cli.rules import MOST_CREDITS
 from saasllm_cli.settings import Format, settings
 
@@ -174,11 +176,13 @@ def check(
         ),
     ] = None,
     org: OrgFilter = None,
+    verbose: Verbose = False,
     output: Output = None,
 ) -> None:
     """Check for enough credits, or list teams that run low.
 
-    Credits that are reserved only by expired jobs count as free, as they do when a job starts.
+    Run --below from cron: if no team runs low, it prints nothing. Credits that are reserved only by expired jobs count
+    as free, as they do when a job starts.
     """
     if (team_id is None) != (need is None) or (need is None) == (below is None) or (org and below is None):
         raise InvalidInput(
@@ -189,6 +193,9 @@ def check(
     with database.connect() as db:
         if below is not None:
             teams = db.stream("credits.below", {"organization": org}, credits=below, organization_id=org)
+            if teams.is_empty and (output or settings().output) is Format.TABLE:
+                remark(f"No team has fewer than {below} free credits.", verbose)
+                return
             show(teams, output, essential=("team_id", "credits_free"))
             if not teams.is_empty:
                 raise CheckFailed("credits_low", f"Some teams have fewer than {below} free credits.")
@@ -325,12 +332,14 @@ def allocate(
     org: OrgFilter = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be granted, and to whom.")] = False,
     yes: Yes = False,
+    verbose: Verbose = False,
     output: Output = None,
 ) -> None:
     """Grant scheduled credits to all teams that are due.
 
-    Run it from cron, as often as you like: each period is granted once. Suspended teams are skipped; once resumed, they
-    get the periods they missed, as far as --catch-up goes. Exit 9 if the credits of a team could not be granted.
+    Run it from cron, as often as you like: each period is granted once, and if none is due, nothing is printed.
+    Suspended teams are skipped; once resumed, they get the periods they missed, as far as --catch-up goes. Exit 9 if
+    the credits of a team could not be granted.
 
     A period in the future is only granted after confirmation, because that uses up the schedules until then.
     """
@@ -349,10 +358,10 @@ def allocate(
         result = allocation.allocate(
             *(day_, catch_up, every, org, team),
             is_rehearsal=dry_run,
-            on_wait=lambda: note("Waiting for another allocation to finish …"),
+            on_wait=lambda: remark("Waiting for another allocation to finish …", verbose),
             on_progress=progress,
         )
-    _show_allocation(result, dry_run, output)
+    _show_allocation(result, dry_run, verbose, output)
     if result.failed:
         raise CheckFailed("some_failed", f"The credits of {counted(len(result.failed), 'team')} could not be granted.")
 
@@ -400,18 +409,20 @@ def verify(
         typer.Option("--repair", help="Enter the differences of balances in the ledger, as adjustments."),
     ] = False,
     yes: Yes = False,
+    verbose: Verbose = False,
     output: Output = None,
 ) -> None:
     """Check balances, reservations and jobs against the ledger.
 
-    Replays the whole ledger. Exit 9 if anything differs. --repair changes no existing entry and leaves each team's
-    balance as it is; if that is wrong, correct it with `saasllm credits adjust`.
+    Replays the whole ledger. Run it from cron: if all agree, it prints nothing. Exit 9 if anything differs. --repair
+    changes no existing entry and leaves each team's balance as it is; if that is wrong, correct it with `saasllm
+    credits adjust`.
     """
     with database.connect() as db:
         with waiting("Replaying the ledger …"):
             problems = db.stream("credits.verify", {"team": team_id}, team_id=team_id)
         if problems.is_empty and (output or settings().output) is Format.TABLE:
-            note("Ledger, balances and jobs agree.")
+            remark("Ledger, balances and jobs agree.", verbose)
             return
         if not repair:
             show(problems, output)
@@ -525,7 +536,7 @@ def _first_day(period_: str) -> tuple[date, str]:
         raise
 
 
-def _show_allocation(result: "Allocation", dry_run: bool, output: Format | None) -> None:
+def _show_allocation(result: "Allocation", dry_run: bool, verbose: bool, output: Format | None) -> None:
     if (output or settings().output) is not Format.TABLE:
         totals = asdict(result)
         if not dry_run:  # else they stand in the ledger
@@ -535,8 +546,10 @@ def _show_allocation(result: "Allocation", dry_run: bool, output: Format | None)
     if result.grants:
         show(result.grants[:MOST_NAMED], output)
         _tell_more(len(result.grants))
+    if not (result.granted or result.full or result.failed or dry_run or verbose or sys.stderr.isatty()):
+        return  # also where a suspended team is skipped, which is so at each run
     told, expired = ("would grant", "expire") if dry_run else ("granted", "expired")
-    print_sentence(
+    note(
         f"{result.as_of}: {told} {counted(result.credits_granted, 'credit')} for {counted(result.granted, 'period')}, "
         f"{expired} {result.credits_expired}; {result.full} had enough, {len(result.skipped)} skipped, "
         f"{len(result.failed)} failed"

@@ -11,6 +11,8 @@ from saasllm_cli.commands.inputs import (
     A_TEAM,
     After,
     GroupName,
+    GroupNames,
+    IfExists,
     IfNotExists,
     Limit,
     Order,
@@ -29,7 +31,7 @@ from saasllm_cli.commands.inputs import (
     tell_inactive,
     unique,
 )
-from saasllm_cli.errors import CheckFailed, Conflict, NoAnswer, NotFound, refused
+from saasllm_cli.errors import CheckFailed, Conflict, NoAnswer, NotFound, not_found, refused
 from saasllm_cli.output import note, show, waiting
 
 app = noun()
@@ -185,27 +187,44 @@ def set_models(
 
 @app.command(epilog="saasllm group delete ResumeAgent --yes")
 def delete(
-    group_name: GroupName,
+    groups: GroupNames,
     force: Annotated[bool, typer.Option("--force", help="Delete it even if teams use it.")] = False,
+    if_exists: IfExists = False,
     yes: Yes = False,
 ) -> None:
-    """Delete a model group.
+    """Delete model groups.
 
-    A group that teams use is only deleted with --force. Past calls keep its name.
+    A group that teams use is only deleted with --force. Of several groups, either all are deleted or none. Past calls
+    keep their names.
     """
-    confirm_delete(f"group {group_name}", yes)
+    group_names = unique(groups, "GROUP")
     with database.connect() as db:
-        result = db.one("group.delete", group_name=group_name, unassign=force)
-        if not result["deleted"]:
-            db.get("group", group_name)
-            raise Conflict(
-                "group_in_use",
-                f"Group {group_name} is assigned to {counted(len(result['teams']), 'team')}: {some(result['teams'])}.",
-                f"Run: saasllm team unassign TEAM {group_name}; or add --force",
-                group_name=group_name,
-                teams=result["teams"],
-            )
-    note(f"Deleted group {group_name}.", group_name=group_name)
+        # What is not there needs no confirmation.
+        if not if_exists or db.many("group.existing", group_names=group_names):
+            confirm_delete(_named(group_names), yes)
+        result = db.one("group.delete", group_names=group_names, unassign=force, if_exists=if_exists)
+    in_use = [
+        f"Group {group['group_name']} is assigned to {counted(len(group['teams']), 'team')}: {some(group['teams'])}."
+        for group in result["used"]
+    ]
+    if result["missing"] and not if_exists:
+        error = not_found("group", ", ".join(result["missing"]))
+        error.message = " ".join([error.message, *in_use])
+        raise error
+    if in_use:
+        name = result["used"][0]["group_name"] if len(in_use) == 1 else "GROUP"
+        raise Conflict(
+            "group_in_use",
+            " ".join(in_use),
+            f"Run: saasllm team unassign TEAM {name}; or add --force",
+            groups=result["used"],
+        )
+    if result["missing"]:
+        note(not_found("group", ", ".join(result["missing"])).message)
+    note(
+        f"Deleted {_named(result['deleted'])}." if result["deleted"] else "Nothing was deleted.",
+        group_names=result["deleted"],
+    )
 
 
 @app.command(epilog="saasllm group resolve ResumeAgent --team team_engineering")
@@ -249,6 +268,10 @@ def test_(
         raise NoAnswer("no_answer", f"No model of group {group_name} answered.")
     if failed:
         raise CheckFailed("some_failed", f"{len(failed)} of {len(models)} models did not answer: {some(failed)}.")
+
+
+def _named(group_names: list[str]) -> str:
+    return f"{'group' if len(group_names) == 1 else 'groups'} {', '.join(group_names)}"
 
 
 def _updated(db: database.Database, group_name: str, changes: Mapping[str, object]) -> database.Row:

@@ -3,8 +3,8 @@
 import json
 import re
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 
 from saasllm_cli import database
 from saasllm_cli.context import confirm_flag
-from saasllm_cli.errors import Conflict, Interrupted, InvalidInput, not_found
+from saasllm_cli.errors import Conflict, Interrupted, InvalidInput, NotFound, not_found
 from saasllm_cli.output import note, timestamp, warn
 from saasllm_cli.rules import (
     DAY,
@@ -32,6 +32,7 @@ from saasllm_cli.settings import Format, settings
 
 EVERY_ROW = 10**18
 MOST_CANDIDATES = 5
+MOST_COMPLETED = 50  # jobs
 RESERVED_KEYS = "opening:"
 AGES = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -43,6 +44,10 @@ class Verb(TyperCommand):
         with formatter.section("Examples"):
             for example in (self.epilog or "").splitlines():
                 formatter.write(f"{'':{formatter.current_indent}}{example}\n")
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        super().format_options(ctx, formatter)
+        formatter.write("\nGlobal options: see saasllm --help\n")
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
@@ -182,10 +187,23 @@ def job_name(value: str) -> JobName:
         return JobName(value, job_id := UUID(text), job_id)
     digits = text.replace("-", "")
     if re.fullmatch("[0-9a-f]{4,31}", digits):
-        low, high = UUID(digits.ljust(32, "0")), UUID(digits.ljust(32, "f"))
+        low, high = _jobs_from(digits)
         if text == digits or str(low).startswith(text):
             return JobName(value, low, high)
     raise typer.BadParameter(f"{value!r} is not a job ID, or the beginning of one (at least 4 digits).")
+
+
+def _jobs_from(digits: str) -> tuple[UUID, UUID]:
+    """The first and the last ID that begins so."""
+    return UUID(digits.ljust(32, "0")), UUID(digits.ljust(32, "f"))
+
+
+def _complete_job(incomplete: str) -> list[str]:
+    """The newest jobs whose IDs begin so."""
+    with suppress(Exception), database.connect_to_complete() as db:
+        low, high = _jobs_from(incomplete.replace("-", ""))
+        return [str(job["job_id"]) for job in db.many("job.named", low=low, high=high, row_limit=MOST_COMPLETED)]
+    return []
 
 
 def job_id_of(name: JobName) -> UUID:
@@ -352,8 +370,8 @@ _is_announced: ContextVar[bool] = ContextVar("is_announced", default=False)
 
 
 def _announce() -> None:
-    """Says once a command where a change will be made, if that is protected."""
-    if settings().protected and not _is_announced.get():
+    """Says once a command at a terminal where a change will be made, if that is protected."""
+    if settings().protected and sys.stderr.isatty() and not _is_announced.get():
         warn(f"{settings().profile} (protected)")
         _is_announced.set(True)
 
@@ -361,9 +379,25 @@ def _announce() -> None:
 database.before_change = _announce
 
 
+def require(noun: str, key: str) -> None:
+    with database.connect() as db:
+        db.get(noun, key)
+
+
 def confirm_delete(what: str, yes: bool) -> None:
     require_profile(f"Delete {what}")
     confirm(f"Delete {what}?", yes)
+
+
+@contextmanager
+def missing_allowed(if_exists: bool) -> Iterator[None]:
+    """Where --if-exists was given, it is only said that what is to be deleted is not there."""
+    try:
+        yield
+    except NotFound as error:
+        if not if_exists:
+            raise
+        note(f"{error.message} Nothing was deleted.")
 
 
 def confirm(question: str, yes: bool) -> None:
@@ -393,6 +427,7 @@ Output = Annotated[
 IfNotExists = Annotated[
     bool, typer.Option("--if-not-exists", help="Succeed if it already exists with the same values.")
 ]
+IfExists = Annotated[bool, typer.Option("--if-exists", help="Succeed if it does not exist.")]
 Metadata = Annotated[
     list[dict],  # type: ignore[type-arg] # typer takes no further type inside
     typer.Option(
@@ -410,6 +445,7 @@ UnsetMetadata = Annotated[
     list[str], typer.Option("--unset-metadata", metavar="KEY", help="Remove a metadata key; repeatable.")
 ]
 Yes = Annotated[bool, typer.Option("--yes", help="Skip the confirmation prompt.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Say so if there is nothing to do (default: at a terminal).")]
 Limit = Annotated[
     int,
     typer.Option("--limit", parser=row_limit, metavar="N|all", help="Maximum number of rows to show, or all."),
@@ -439,10 +475,13 @@ AN_ORGANIZATION: dict[str, Any] = {
 }
 A_TEAM: dict[str, Any] = {"metavar": "TEAM", "parser": identifier, "autocompletion": completed_by("team.complete")}
 A_GROUP: dict[str, Any] = {"metavar": "GROUP", "parser": identifier, "autocompletion": completed_by("group.complete")}
-A_JOB: dict[str, Any] = {"metavar": "JOB", "parser": job_name}
+A_JOB: dict[str, Any] = {"metavar": "JOB", "parser": job_name, "autocompletion": _complete_job}
 OrganizationId = Annotated[str, typer.Argument(**AN_ORGANIZATION, show_default=False, help="Organization ID.")]
 TeamId = Annotated[str, typer.Argument(**A_TEAM, show_default=False, help="Team ID.")]
 GroupName = Annotated[str, typer.Argument(**A_GROUP, show_default=False, help="Group name.")]
+GroupNames = Annotated[
+    list[str], typer.Argument(**A_GROUP | {"metavar": "GROUP..."}, show_default=False, help="Group names.")
+]
 OrgFilter = Annotated[str | None, typer.Option("--org", **AN_ORGANIZATION, help="Limit to this organization.")]
 TeamFilter = Annotated[str | None, typer.Option("--team", **A_TEAM, help="Limit to this team.")]
 GroupFilter = Annotated[str | None, typer.Option("--group", **A_GROUP, help="Filter by model group.")]

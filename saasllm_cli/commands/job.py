@@ -49,6 +49,7 @@ from saasllm_cli.commands.inputs import (
     TimeOrder,
     UnsetMetadata,
     Until,
+    Verbose,
     counted,
     identifier,
     job_id_of,
@@ -60,7 +61,7 @@ from saasllm_cli.commands.inputs import (
     require_some,
 )
 from saasllm_cli.errors import CheckFailed, InsufficientCredits, InvalidInput, NoAnswer
-from saasllm_cli.output import note, print_answer, print_line, print_sentence, progress, show, waiting, warn
+from saasllm_cli.output import note, print_answer, print_line, print_sentence, progress, remark, show, waiting, warn
 from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
@@ -350,20 +351,22 @@ def batch(
 
 
 @app.command(epilog="saasllm job sweep")
-def sweep(team: TeamFilter = None, output: Output = None) -> None:
+def sweep(team: TeamFilter = None, verbose: Verbose = False, output: Output = None) -> None:
     """Fail expired jobs and free their credits.
 
-    Run it from cron, as often as you like. A job expires when its lease runs out, because its process was killed or
-    because it was left alone.
+    Run it from cron, as often as you like: if no job has expired, it prints nothing. A job expires when its lease runs
+    out, because its process was killed or because it was left alone.
     """
     from saasllm_cli.jobs import runner
 
     with waiting("Sweeping …"):
         swept = runner.sweep(team)
-    if (output or settings().output) is Format.TABLE:
-        print_line(f"Swept {counted(swept, 'job')}.")
-    else:
+    if (output or settings().output) is not Format.TABLE:
         show({"swept": swept}, output)
+    elif swept:
+        note(f"Swept {counted(swept, 'job')}.")
+    else:
+        remark("No job has expired.", verbose)
 
 
 @app.command(epilog="saasllm job get 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d -o json | jq '.calls[].error'")

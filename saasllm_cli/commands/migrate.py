@@ -5,12 +5,13 @@ from typing import Annotated
 import typer
 
 from saasllm_cli import migrations
-from saasllm_cli.commands.inputs import Output, noun, require_profile
-from saasllm_cli.output import note, print_line, show
+from saasllm_cli.commands.inputs import Output, Verbose, noun, require_profile
+from saasllm_cli.output import note, remark, show
 from saasllm_cli.settings import Format, settings
 
 app = noun()
 
+WAITING = "Waiting for another migration to finish …"
 To = Annotated[str | None, typer.Option(metavar="NUMBER", help="Stop after this migration (default: the latest).")]
 
 
@@ -18,35 +19,29 @@ To = Annotated[str | None, typer.Option(metavar="NUMBER", help="Stop after this 
 def up(
     to: To = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be applied.")] = False,
+    verbose: Verbose = False,
     output: Output = None,
 ) -> None:
     """Apply pending migrations.
 
     Migrations change tables. Definitions (functions, triggers, views and rights) are applied whenever they have
-    changed. Safe to run again, and on several machines at once. Never deletes data.
+    changed. Safe to run again, and on several machines at once: if nothing is pending, it prints nothing. Never deletes
+    data.
     """
-    done = "pending" if dry_run else "completed"
     as_text = (output or settings().output) is Format.TABLE
 
     def tell(name: str) -> None:
         if as_text:
-            print_line(f"{'Definitions' if '/' in name else 'Migration'} {done}: {name}")
+            note(f"{'Definitions' if '/' in name else 'Migration'} completed: {name}")
 
-    names = migrations.up(to, dry_run=dry_run, on_done=tell, on_wait=_tell_wait)
-    if not as_text:
-        show(
-            [{"migration": name, "status": "pending" if dry_run else "applied"} for name in names],
-            output,
-        )
-        return
-    if dry_run:
-        for name in names:
-            tell(name)
-    if not names:
-        print_line("No pending migrations.")
-    elif not dry_run:
+    names = migrations.up(to, dry_run=dry_run, on_done=tell, on_wait=lambda: remark(WAITING, verbose))
+    if not as_text or (dry_run and names):
+        show([{"migration": name, "status": "pending" if dry_run else "applied"} for name in names], output)
+    elif not names:
+        remark("No pending migrations.", verbose or dry_run)
+    else:
         is_all = to is None or names[-1].startswith("definitions/")
-        print_line("All migrations completed." if is_all else f"Migrations completed up to {names[-1]}.")
+        note("All migrations completed." if is_all else f"Migrations completed up to {names[-1]}.")
 
 
 @app.command(epilog="saasllm migrate status -o json | jq -r '.[] | select(.status == \"pending\") | .migration'")
@@ -96,4 +91,4 @@ def reset(
 
 
 def _tell_wait() -> None:
-    note("Waiting for another migration to finish …")
+    note(WAITING)

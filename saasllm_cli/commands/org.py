@@ -7,6 +7,7 @@ import typer
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import (
     After,
+    IfExists,
     IfNotExists,
     Limit,
     Metadata,
@@ -22,7 +23,9 @@ from saasllm_cli.commands.inputs import (
     counted,
     label,
     merged,
+    missing_allowed,
     noun,
+    require,
     require_some,
     same_or_conflict,
 )
@@ -144,6 +147,7 @@ def delete(
     purge: Purge = False,
     redact: Redact = False,
     confirm_: Confirm = None,
+    if_exists: IfExists = False,
     yes: Yes = False,
 ) -> None:
     """Delete an organization.
@@ -154,23 +158,26 @@ def delete(
     With --redact, the audit log's older records lose the names, aliases and metadata of the organization and its teams,
     and of each command line all but its noun and verb.
     """
-    if is_purge("organization", organization_id, purge, redact, confirm_):
-        purge_all("organization", organization_id, redact)
-        return
-    confirm_delete(f"organization {organization_id}", yes)
-    with database.connect() as db:
-        result = db.one("org.delete", organization_id=organization_id)
-        if not result["deleted"]:
-            db.get("organization", organization_id)
-            raise Conflict(
-                "organization_in_use",
-                f"Organization {organization_id} has {counted(result['teams'], 'team')}.",
-                f"To stop its jobs, run: saasllm org suspend {organization_id}\n"
-                "To delete it with its teams and their history, add: --purge",
-                organization_id=organization_id,
-                teams=result["teams"],
-            )
-    note(f"Deleted organization {organization_id}.", organization_id=organization_id)
+    with missing_allowed(if_exists):
+        if if_exists:
+            require("organization", organization_id)  # what is not there needs no confirmation
+        if is_purge("organization", organization_id, purge, redact, confirm_):
+            purge_all("organization", organization_id, redact)
+            return
+        confirm_delete(f"organization {organization_id}", yes)
+        with database.connect() as db:
+            result = db.one("org.delete", organization_id=organization_id)
+            if not result["deleted"]:
+                db.get("organization", organization_id)
+                raise Conflict(
+                    "organization_in_use",
+                    f"Organization {organization_id} has {counted(result['teams'], 'team')}.",
+                    f"To stop its jobs, run: saasllm org suspend {organization_id}\n"
+                    "To delete it with its teams and their history, add: --purge",
+                    organization_id=organization_id,
+                    teams=result["teams"],
+                )
+        note(f"Deleted organization {organization_id}.", organization_id=organization_id)
 
 
 @app.command(epilog="saasllm org usage org_acme_corp --period 2026-11")

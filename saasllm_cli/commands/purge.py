@@ -26,7 +26,9 @@ def is_purge(noun: str, key: str, purge: bool, redact: bool, confirm: str | None
             raise InvalidInput("usage", "--redact requires --purge.", "Add --purge, or remove --redact.")
         if confirm is not None:
             raise InvalidInput(
-                "usage", "--confirm requires --purge.", "Add --purge, or use --yes instead of --confirm."
+                "usage",
+                "--confirm requires --purge.",
+                "Add --purge, or use --yes instead. To confirm a protected profile, put --confirm before the noun.",
             )
         return False
     require_profile(f"Purge {noun} {key}")

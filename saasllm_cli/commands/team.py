@@ -10,6 +10,8 @@ from saasllm_cli.commands.inputs import (
     AN_ORGANIZATION,
     After,
     GroupFilter,
+    GroupNames,
+    IfExists,
     IfNotExists,
     Limit,
     Metadata,
@@ -27,7 +29,9 @@ from saasllm_cli.commands.inputs import (
     credits_from,
     label,
     merged,
+    missing_allowed,
     noun,
+    require,
     require_some,
     same_or_conflict,
     unique,
@@ -40,10 +44,6 @@ from saasllm_cli.output import note, show
 from saasllm_cli.settings import Format
 
 app = noun()
-
-Groups = Annotated[
-    list[str], typer.Argument(**A_GROUP | {"metavar": "GROUP..."}, show_default=False, help="Group names.")
-]
 
 
 @app.command(
@@ -174,7 +174,7 @@ def update(
 @app.command(epilog="saasllm team assign team_engineering RAGAgent")
 def assign(
     team_id: TeamId,
-    groups: Groups,
+    groups: GroupNames,
     replace: Annotated[bool, typer.Option("--replace", help="Unassign all other groups.")] = False,
     output: Output = None,
 ) -> None:
@@ -189,7 +189,7 @@ def assign(
 
 
 @app.command(epilog="saasllm team unassign team_engineering RAGAgent")
-def unassign(team_id: TeamId, groups: Groups, output: Output = None) -> None:
+def unassign(team_id: TeamId, groups: GroupNames, output: Output = None) -> None:
     """Stop a team from using groups.
 
     Running jobs finish.
@@ -197,6 +197,8 @@ def unassign(team_id: TeamId, groups: Groups, output: Output = None) -> None:
     with database.connect() as db:
         result = db.one("team.unassign", team_id=team_id, group_names=groups)
         team = db.get("team", team_id)
+    if missing := result["missing_groups"]:
+        raise not_found("group", ", ".join(missing))
     if result["not_assigned"]:
         names = result["not_assigned"]
         note(f"Was not assigned: {', '.join(names)}.", team_id=team_id, group_names=names)
@@ -227,6 +229,7 @@ def delete(
     purge: Purge = False,
     redact: Redact = False,
     confirm_: Confirm = None,
+    if_exists: IfExists = False,
     yes: Yes = False,
 ) -> None:
     """Delete a team.
@@ -237,23 +240,26 @@ def delete(
     With --redact, the audit log's older records lose the aliases and metadata of the team, and of each command line all
     but its noun and verb.
     """
-    if is_purge("team", team_id, purge, redact, confirm_):
-        purge_all("team", team_id, redact)
-        return
-    confirm_delete(f"team {team_id}", yes)
-    with database.connect() as db:
-        result = db.one("team.delete", team_id=team_id)
-        if not result["deleted"]:
-            db.get("team", team_id)
-            entries = counted(result["transactions"], "ledger entry", "ledger entries")
-            raise Conflict(
-                "team_has_history",
-                f"Team {team_id} has {counted(result['jobs'], 'job')} and {entries}.",
-                f"To stop its jobs, run: saasllm team suspend {team_id}\nTo delete it with its history, add: --purge",
-                team_id=team_id,
-                jobs=result["jobs"],
-            )
-    note(f"Deleted team {team_id}.", team_id=team_id)
+    with missing_allowed(if_exists):
+        if if_exists:
+            require("team", team_id)  # what is not there needs no confirmation
+        if is_purge("team", team_id, purge, redact, confirm_):
+            purge_all("team", team_id, redact)
+            return
+        confirm_delete(f"team {team_id}", yes)
+        with database.connect() as db:
+            result = db.one("team.delete", team_id=team_id)
+            if not result["deleted"]:
+                db.get("team", team_id)
+                entries = counted(result["transactions"], "ledger entry", "ledger entries")
+                raise Conflict(
+                    "team_has_history",
+                    f"Team {team_id} has {counted(result['jobs'], 'job')} and {entries}.",
+                    f"To stop its jobs, run: saasllm team suspend {team_id}\nTo delete it with its history, add: --purge",
+                    team_id=team_id,
+                    jobs=result["jobs"],
+                )
+        note(f"Deleted team {team_id}.", team_id=team_id)
 
 
 @app.command(epilog="saasllm team usage team_engineering --from 2026-01 --to 2026-06 -o csv")

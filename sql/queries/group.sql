@@ -127,23 +127,52 @@ inserted AS (
 )
 SELECT count(*) AS models FROM inserted;
 
--- name: delete(group_name, unassign) :one
--- Deletes a group that no team uses, or unassigns it first; says whether it did and which teams used it.
-WITH users AS (
-    SELECT team_id FROM team_model_groups WHERE group_name = %(group_name)s
+-- name: existing(group_names) :many
+SELECT group_name FROM model_groups WHERE group_name = ANY (%(group_names)s::text[]);
+
+-- name: delete(group_names, unassign, if_exists) :one
+-- Deletes groups that no team uses, or unassigns them first. All or none: nothing is done where one is used or missing,
+-- but where only those that exist are meant. Says which are deleted, which are missing, and which are used by whom.
+-- Of two who delete the same at once the second waits, and then misses what the first has deleted.
+WITH present AS (
+    SELECT group_name
+    FROM model_groups
+    WHERE group_name = ANY (%(group_names)s::text[])
+    ORDER BY group_name
+    FOR UPDATE
+),
+missing AS (
+    SELECT asked.group_name
+    FROM unnest(%(group_names)s::text[]) AS asked (group_name)
+    WHERE asked.group_name NOT IN (SELECT group_name FROM present)
+),
+target AS (
+    SELECT group_name FROM present WHERE %(if_exists)s OR NOT EXISTS (SELECT FROM missing)
+),
+users AS (
+    SELECT group_name, team_id FROM team_model_groups WHERE group_name IN (SELECT group_name FROM present)
 ),
 unassigned AS (
-    DELETE FROM team_model_groups WHERE group_name = %(group_name)s AND %(unassign)s RETURNING team_id
+    DELETE FROM team_model_groups
+    WHERE group_name IN (SELECT group_name FROM target) AND %(unassign)s
+    RETURNING team_id
 ),
 deleted AS (
     DELETE FROM model_groups
-    WHERE group_name = %(group_name)s
+    WHERE group_name IN (SELECT group_name FROM target)
       AND (SELECT count(*) FROM unassigned) = (SELECT count(*) FROM users)
     RETURNING group_name
 )
 SELECT
-    EXISTS (SELECT FROM deleted) AS deleted,
-    ARRAY(SELECT team_id::text FROM users ORDER BY team_id) AS teams;
+    ARRAY(SELECT group_name::text FROM deleted ORDER BY group_name) AS deleted,
+    ARRAY(SELECT group_name FROM missing) AS missing,
+    ARRAY(
+        SELECT json_build_object('group_name', group_name, 'teams', json_agg(team_id ORDER BY team_id))
+        FROM users
+        WHERE NOT %(unassign)s
+        GROUP BY group_name
+        ORDER BY group_name
+    ) AS used;
 
 -- name: complete(prefix) :many
 -- The first ids that begin so, for a shell; '~' comes after every character of an id.

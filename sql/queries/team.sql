@@ -137,17 +137,26 @@ assigned AS (
 SELECT ARRAY(SELECT group_name FROM missing) AS missing_groups;
 
 -- name: unassign(team_id, group_names) :one
--- Takes these groups from the team; says which of them it did not have.
-WITH unassigned AS (
-    DELETE FROM team_model_groups
-    WHERE team_id = %(team_id)s AND group_name = ANY (%(group_names)s::text[])
-    RETURNING group_name
-)
-SELECT ARRAY(
+-- Takes these groups from the team; says which of them it did not have. Nothing is done where one of them is missing.
+WITH missing AS (
     SELECT asked.group_name
     FROM unnest(%(group_names)s::text[]) AS asked (group_name)
-    WHERE asked.group_name NOT IN (SELECT group_name FROM unassigned)
-) AS not_assigned;
+    WHERE NOT EXISTS (SELECT FROM model_groups g WHERE g.group_name = asked.group_name)
+),
+unassigned AS (
+    DELETE FROM team_model_groups
+    WHERE team_id = %(team_id)s
+      AND group_name = ANY (%(group_names)s::text[])
+      AND NOT EXISTS (SELECT FROM missing)
+    RETURNING group_name
+)
+SELECT
+    ARRAY(SELECT group_name FROM missing) AS missing_groups,
+    ARRAY(
+        SELECT asked.group_name
+        FROM unnest(%(group_names)s::text[]) AS asked (group_name)
+        WHERE asked.group_name NOT IN (SELECT group_name FROM unassigned)
+    ) AS not_assigned;
 
 -- name: delete(team_id) :one
 -- Deletes a team without history; says whether it did and what history there is.
