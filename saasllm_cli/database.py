@@ -132,6 +132,7 @@ class Database:
         self._connection = connection
         self._before = [(query(name).sql, parameters) for name, parameters in before]
         self._check = check and (query(check[0]).sql, check[1])
+        self._has_streamed = False
         self._is_told = False  # whether the transaction that is under way has begun with them
 
     def one(self, name: str, /, **parameters: Any) -> Row:
@@ -168,6 +169,7 @@ class Database:
             parameters["row_limit"] = limit + 1
         statement = _checked(name, "many", parameters)
         self._run_check()
+        self._has_streamed = True
         rows = Rows(
             self._connection.cursor().stream(statement.sql, parameters),
             lambda: [column.name for column in self._connection.execute(statement.sql, parameters).description or ()],
@@ -243,7 +245,8 @@ class Database:
 
     def _execute(self, statement: Query, parameters: Row) -> list[Row]:
         if due := self._due():
-            with self._connection.pipeline():  # which is one transaction
+            # A pipeline is one transaction, too, but behind a stream libpq would give its rows one by one.
+            with self._connection.transaction() if self._has_streamed else self._connection.pipeline():
                 for each in due:
                     self._connection.execute(*each)
                 cursor = self._connection.execute(statement.sql, parameters)

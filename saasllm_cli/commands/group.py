@@ -198,10 +198,9 @@ def delete(
     keep their names.
     """
     group_names = unique(groups, "GROUP")
+    if not if_exists or _existing(group_names):  # what is not there needs no confirmation
+        confirm_delete(_named(group_names), yes)
     with database.connect() as db:
-        # What is not there needs no confirmation.
-        if not if_exists or db.many("group.existing", group_names=group_names):
-            confirm_delete(_named(group_names), yes)
         result = db.one("group.delete", group_names=group_names, unassign=force, if_exists=if_exists)
     in_use = [
         f"Group {group['group_name']} is assigned to {counted(len(group['teams']), 'team')}: {some(group['teams'])}."
@@ -213,18 +212,19 @@ def delete(
         raise error
     if in_use:
         name = result["used"][0]["group_name"] if len(in_use) == 1 else "GROUP"
-        raise Conflict(
-            "group_in_use",
-            " ".join(in_use),
-            f"Run: saasllm team unassign TEAM {name}; or add --force",
-            groups=result["used"],
-        )
+        hint = f"Run: saasllm team unassign TEAM {name}; or add --force"
+        raise Conflict("group_in_use", " ".join(in_use), hint, groups=result["used"])
     if result["missing"]:
         note(not_found("group", ", ".join(result["missing"])).message)
     note(
         f"Deleted {_named(result['deleted'])}." if result["deleted"] else "Nothing was deleted.",
         group_names=result["deleted"],
     )
+
+
+def _existing(group_names: list[str]) -> list[database.Row]:
+    with database.connect() as db:
+        return db.many("group.existing", group_names=group_names)
 
 
 @app.command(epilog="saasllm group resolve ResumeAgent --team team_engineering")

@@ -395,7 +395,7 @@ def missing_allowed(if_exists: bool) -> Iterator[None]:
     try:
         yield
     except NotFound as error:
-        if not if_exists:
+        if not if_exists or error.noun is None:  # as of a profile
             raise
         note(f"{error.message} Nothing was deleted.")
 

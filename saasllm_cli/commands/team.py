@@ -255,7 +255,8 @@ def delete(
                 raise Conflict(
                     "team_has_history",
                     f"Team {team_id} has {counted(result['jobs'], 'job')} and {entries}.",
-                    f"To stop its jobs, run: saasllm team suspend {team_id}\nTo delete it with its history, add: --purge",
+                    f"To stop its jobs, run: saasllm team suspend {team_id}\n"
+                    "To delete it with its history, add: --purge",
                     team_id=team_id,
                     jobs=result["jobs"],
                 )
