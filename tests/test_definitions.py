@@ -409,14 +409,14 @@ def test_a_rule_of_the_ledger_changes_while_jobs_run(tenant: Run, sql: Sql, defi
         ("ledger.sql", TRIGGER_REMOVED, ""),
     )
     stop = threading.Event()
-    begun_once = threading.Barrier(9)
+    begun_once = threading.Barrier(9, timeout=60)
     charged: list[int] = []
     failures: list[Exception] = []
 
     def client() -> None:
         count = 0
         try:
-            with database.connect(stays=True) as db:
+            with database.connect() as db:
                 db.get("team", "hr")
                 begun_once.wait()  # the clients are of the program as it is; what is changed is a copy
                 while not stop.is_set():

@@ -138,10 +138,10 @@ def test_a_batch(tenant: Run, home: Path, pool: Callable[[int], None]) -> None:
 
 def test_many_migrate_at_once(empty_database: str, run: Run, pool: Callable[[int], None]) -> None:
     pool(3)
-    processes = [start_process("migrate", "up") for _ in range(4)]
+    processes = [start_process("migrate", "up", "--verbose") for _ in range(4)]
     outputs = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, outputs
-    lines = [line for out, _ in outputs for line in out.splitlines() if " completed: " in line]
+    lines = [line for _, err in outputs for line in err.splitlines() if " completed: " in line]
     assert sorted(lines) == sorted(map(completed, ALL))
     assert any("Waiting for another migration" in err for _, err in outputs)
 

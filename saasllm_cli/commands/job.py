@@ -394,7 +394,10 @@ def list_(
     since: Since = None,
     until: Until = None,
     sort: TimeOrder = "newest",
-    after: Annotated[str | None, typer.Option(metavar="ID", help="Show the page after this ID.")] = None,
+    after: Annotated[
+        str | None,
+        typer.Option(metavar="ID", autocompletion=A_JOB["autocompletion"], help="Show the page after this ID."),
+    ] = None,
     limit: Limit = 100,
     is_refused: Annotated[
         bool, typer.Option("--refused", help="List jobs that were refused instead, counted by reason and hour.")
