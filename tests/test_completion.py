@@ -96,7 +96,7 @@ def test_the_newest_jobs(tenant) -> None:
 def test_profiles(home: Path, line: str) -> None:
     text = "".join(f'[profiles.{name}]\ndatabase_url = "postgresql:///x"\n' for name in ("staging", "stable"))
     (home / ".config/saasllm/config.toml").write_text(text)
-    assert complete("saasllm " + line) == ["staging", "stable"]
+    assert complete("saasllm " + line) == ["staging", "stable"] + ["embedded"] * line.endswith(" ")
 
 
 def test_zsh(tenant) -> None:

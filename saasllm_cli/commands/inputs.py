@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 from uuid import UUID
 
@@ -15,7 +16,7 @@ from typer.core import TyperCommand
 
 from saasllm_cli import database
 from saasllm_cli.context import confirm_flag
-from saasllm_cli.errors import Conflict, Interrupted, InvalidInput, NotFound, not_found
+from saasllm_cli.errors import Conflict, DatabaseUnavailable, Interrupted, InvalidInput, NotFound, not_found
 from saasllm_cli.output import note, timestamp, warn
 from saasllm_cli.rules import (
     DAY,
@@ -28,7 +29,7 @@ from saasllm_cli.rules import (
     exact,
     is_label,
 )
-from saasllm_cli.settings import Format, settings
+from saasllm_cli.settings import EMBEDDED, Format, settings
 
 EVERY_ROW = 10**18
 MOST_CANDIDATES = 5
@@ -377,6 +378,25 @@ def _announce() -> None:
 
 
 database.before_change = _announce
+
+
+@contextmanager
+def _first_start(folder: Path) -> Iterator[None]:
+    """A URL that was forgotten is not to pass for an empty database, least of all where nobody looks."""
+    hint = ""
+    if not settings().names_embedded:
+        if not sys.stdin.isatty() and not sys.stderr.isatty():
+            raise DatabaseUnavailable(
+                "no_database",
+                "No database is configured.",
+                f"Set SAASLLM_DATABASE_URL to its URL, or to {EMBEDDED} for a new embedded PostgreSQL.",
+            )
+        hint = " To use another database, set SAASLLM_DATABASE_URL."
+    yield
+    note(f"Started a new embedded PostgreSQL in {folder}.{hint}")
+
+
+database.first_start = _first_start
 
 
 def require(noun: str, key: str) -> None:

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 import typer
 
 from saasllm_cli import database
-from saasllm_cli.commands.inputs import Output, identifier, noun
+from saasllm_cli.commands.inputs import IfExists, Output, identifier, noun
 from saasllm_cli.errors import Conflict, InvalidInput, NotFound
 from saasllm_cli.output import note, show
 from saasllm_cli.settings import (
     CONFIG_FILE,
+    EMBEDDED,
     Format,
     as_settings,
     edited_config_file,
@@ -25,7 +26,7 @@ app = noun()
 
 def complete(incomplete: str) -> list[str]:
     with suppress(Exception):
-        return [name for name in profiles() if name.startswith(incomplete)]
+        return [name for name in (*profiles(), EMBEDDED) if name.startswith(incomplete)]
     return []
 
 
@@ -71,7 +72,7 @@ def add(
     if protected:
         table["protected"] = True
     with edited_config_file() as config:
-        if profile in profiles():
+        if profile in (EMBEDDED, *profiles()):
             raise Conflict("profile_exists", f"Profile {profile} already exists.", f"To change it, edit {CONFIG_FILE}.")
         config.setdefault("profiles", {})[profile] = table
     _show(_shown(profile, table), output)
@@ -88,7 +89,8 @@ def list_(output: Output = None) -> None:
 def use(profile: Annotated[str, typer.Argument(**A_PROFILE, show_default=False, help="Name of the profile.")]) -> None:
     """Set the default profile.
 
-    --profile, and a profile or database URL in the environment or in .env, take precedence.
+    The profile `embedded` is always there: it is the embedded PostgreSQL. --profile, and a profile or database URL in
+    the environment or in .env, take precedence.
     """
     as_settings(profile)
     with edited_config_file() as config:
@@ -98,6 +100,28 @@ def use(profile: Annotated[str, typer.Argument(**A_PROFILE, show_default=False, 
         note(f"The default profile is now {profile}.")
     else:
         note(f"The default profile is now {profile}, but here --profile, the environment or .env overrides it.")
+
+
+@app.command(epilog="saasllm profile remove staging")
+def remove(
+    profile: Annotated[str, typer.Argument(**A_PROFILE, show_default=False, help="Name of the profile.")],
+    if_exists: IfExists = False,
+) -> None:
+    """Remove a profile.
+
+    The database and the password file stay. A default profile that is removed is the default no more.
+    """
+    with edited_config_file() as config:
+        if profile not in profiles():
+            error = no_such_profile(profile, profiles())
+            if not if_exists:
+                raise error
+            note(error.message)
+            return
+        del config["profiles"][profile]
+        if was_default := config.get("profile") == profile:
+            del config["profile"]
+    note(f"Removed profile {profile}." + (" There is no default profile now." if was_default else ""))
 
 
 @app.command("show", epilog="saasllm profile show production")
@@ -111,9 +135,9 @@ def show_one(
     profile = profile or settings().profile
     if profile is None:
         raise NotFound("no_profile", "No profile is in use.", "See: saasllm profile list, and saasllm db status")
-    if profile not in profiles():
+    if profile not in (EMBEDDED, *profiles()):
         raise no_such_profile(profile, profiles())
-    _show(_shown(profile, profiles()[profile]), output)
+    _show(_shown(profile, profiles().get(profile, {"database_url": EMBEDDED})), output)
 
 
 def _used() -> str | None:
@@ -135,6 +159,8 @@ def _shown(name: str, table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _url(text: str) -> str:
+    if text == EMBEDDED:
+        return text
     try:
         return database.url(database.parsed(text, "It"))
     except InvalidInput:

@@ -359,7 +359,7 @@ def _recorded(
 
 
 def _rows(calls: list[Call]) -> str:
-    return json.dumps([asdict(call) for call in calls], default=str)
+    return json.dumps([asdict(call) for call in calls], default=str, ensure_ascii=False)
 
 
 def _cancelled(job_id: UUID, calls: list[Call], is_begun: bool) -> Interrupted:

@@ -137,7 +137,7 @@ class _Batch:
         job_ids = [*self._running, *(task.job["job_id"] for task in self._answered)]
         cancelled = [_settlement(job_id, "cancelled", "Interrupted.", []) for job_id in job_ids]
         with suppress(SaasllmError):
-            self._session.ask(lambda db: db.many("job.settle_many", results=json.dumps(cancelled)))
+            self._session.ask(lambda db: db.many("job.settle_many", results=json.dumps(cancelled, ensure_ascii=False)))
 
     def _key(self, id_: str) -> str:
         return f"batch:{self._name}:{id_}"
@@ -272,7 +272,9 @@ class _Batch:
             for task in tasks
             if (result := task.result)
         ]
-        rows = self._session.ask(lambda db: db.many("job.settle_many", results=json.dumps(results, default=str)))
+        rows = self._session.ask(
+            lambda db: db.many("job.settle_many", results=json.dumps(results, default=str, ensure_ascii=False))
+        )
         self._answered = self._answered[MOST_SETTLED:]
         statuses = {str(row["job_id"]): row["status"] for row in rows}
         done = []
