@@ -1,14 +1,16 @@
 """Completion, as a shell asks for it."""
 
-import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
 from conftest import charged_job
 
 from saasllm_cli import cli
+from saasllm_cli.settings import settings
 
 FILES = ["/"]
 PROGRAM = str(Path(sys.executable).parent / "saasllm")
@@ -16,6 +18,12 @@ PROGRAM = str(Path(sys.executable).parent / "saasllm")
 
 def complete(line: str, shell: str = "bash", **environment: str) -> list[str]:
     """What is offered for the last word of a line; nothing may be said beside it."""
+    status, offered = completed(line, shell, **environment)
+    assert status == 0
+    return offered
+
+
+def completed(line: str, shell: str, **environment: str) -> tuple[object, list[str]]:
     words = line.split(" ")
     asked = {
         "_SAASLLM_COMPLETE": f"complete_{shell}",
@@ -24,16 +32,17 @@ def complete(line: str, shell: str = "bash", **environment: str) -> list[str]:
         "_TYPER_COMPLETE_ARGS": line,
         "_TYPER_COMPLETE_FISH_ACTION": "get-args",
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "saasllm_cli"],
-        env=os.environ | asked | environment,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=20,
-    )
-    assert done.stderr == ""
-    return [line for line in done.stdout.splitlines() if line]
+    out, err = TextIOWrapper(BytesIO(), encoding="utf-8"), TextIOWrapper(BytesIO(), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        for name, value in (asked | environment).items():
+            patch.setenv(name, value)
+        settings.cache_clear()
+        with pytest.raises(SystemExit) as leaving:
+            cli.run([])
+    settings.cache_clear()
+    told, said = (stream.flush() or stream.buffer.getvalue().decode() for stream in (out, err))
+    assert said == ""
+    return leaving.value.code or 0, [line for line in told.splitlines() if line]
 
 
 @pytest.mark.parametrize(
@@ -108,9 +117,8 @@ def test_zsh(tenant) -> None:
 def test_fish(tenant) -> None:
     assert complete("saasllm team get h", "fish") == ["hr"]
     is_args = {"_TYPER_COMPLETE_FISH_ACTION": "is-args"}
-    assert complete("saasllm team get x", "fish", **is_args) == []
-    with pytest.raises(subprocess.CalledProcessError):  # not its own words, but files
-        complete("saasllm apply -f t", "fish", **is_args)
+    assert completed("saasllm team get x", "fish", **is_args) == (0, [])
+    assert completed("saasllm apply -f t", "fish", **is_args) == (1, [])  # not its own words, but files
 
 
 @pytest.mark.parametrize(
