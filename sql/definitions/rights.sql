@@ -20,8 +20,8 @@ GRANT SELECT ON
     llm_call_details, organization_records, model_group_records, team_records
 TO saasllm_admin, saasllm_runner, saasllm_readonly;
 
--- saasllm_runner runs jobs: it reserves credits, enters what jobs cost, and counts those that were refused. It moves balances only as the ledger says,
--- and the ledger takes nothing else from whoever may not change teams.
+-- saasllm_runner runs jobs: it reserves credits, enters what jobs cost, and counts those that were refused. It moves
+-- balances only as the ledger says, and the ledger takes nothing else from whoever may not change teams.
 GRANT INSERT (
     job_id, team_id, organization_id, job_type, status, external_task_id, model_groups_used, metadata, started_at,
     lease_expires_at, idempotency_key, request_hash

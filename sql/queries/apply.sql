@@ -1,6 +1,6 @@
 -- Manifests: what the files say is staged, compared with what is there, and written where it differs; each step for all
--- records at once. The staging tables are temporary, and end with the transaction: behind a pooler, the next one may be in
--- another session.
+-- records at once. The staging tables are temporary, and end with the transaction: behind a pooler, the next
+-- one may be in another session.
 
 -- name: create_staged() :none
 -- The records of the files: `fields` are those that a record gives, `source`, `document`, `section` and `place` tell
