@@ -1,7 +1,9 @@
 """Batches: each line is paid for once and written once, whoever crashes when."""
 
 import errno
+import importlib
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -38,6 +40,23 @@ FIELDS = [
     "completion_tokens",
     *("cost_usd", "error"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def forked_workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of a batch within this process come from it by a fork, so that litellm is loaded once for all of them.
+
+    Those that are processes of their own, and whoever asks for `spawned_workers`, start them as users do.
+    """
+    if "spawned_workers" not in request.fixturenames:
+        if "provider" in request.fixturenames:
+            importlib.import_module("saasllm_cli.jobs.llm")
+        monkeypatch.setattr("saasllm_cli.jobs.batch.workers.get_context", lambda _: multiprocessing.get_context("fork"))
+
+
+@pytest.fixture
+def spawned_workers() -> None:
+    pass
 
 
 def lines(home: Path, *content: object) -> None:
@@ -690,7 +709,7 @@ def test_a_model_that_is_used_up_is_passed_over(
     assert asked[model] <= FAILURES - 1 + 16 + seconds / CLOSED_SECONDS
 
 
-def test_the_pace_is_that_of_the_models(tenant: Run, provider: Provider, home: Path) -> None:
+def test_the_pace_is_that_of_the_models(spawned_workers: None, tenant: Run, provider: Provider, home: Path) -> None:
     """What is loaded before the first call takes longer than these calls."""
     with_models(tenant, "openai/ok")
     lines(home, *prompts(10))

@@ -88,7 +88,7 @@ def slow_statements(seconds: float) -> Iterator[None]:
 
 def test_processes_that_are_killed(account: Run, sql: psycopg.Connection, is_thorough: bool) -> None:
     """At any moment of their lives. What was to be added is added again at once, while the server may still do it."""
-    teams, rounds = 500, 80 if is_thorough else 12
+    teams, rounds = 500, 80 if is_thorough else 8
     sql.execute(
         "INSERT INTO teams (team_id, organization_id, team_alias)"
         f" SELECT 't' || n, 'acme', 'x' FROM generate_series(1, {teams}) n;"
