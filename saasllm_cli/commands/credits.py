@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import asdict
-from datetime import UTC, date, datetime
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import UUID
 
@@ -308,7 +308,6 @@ def schedule(
             mode=mode,
             credits_max=max_,
             starts_on=starts,
-            today=datetime.now(UTC).date(),
         )
         team = db.get("team", team_id)
     show({"team_id": team_id, "organization_id": team["organization_id"], **team["schedule"]}, output)

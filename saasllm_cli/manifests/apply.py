@@ -2,7 +2,6 @@
 one transaction of the caller's."""
 
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 
 from saasllm_cli.database import NEAR, Database, Row, Rows, lock
 from saasllm_cli.errors import Conflict, InvalidFiles
@@ -107,7 +106,7 @@ def write(
         on_progress("Writing …")
         for name in WRITES:
             db.none(name)
-        db.none("apply.set_schedules", today=datetime.now(UTC).date())
+        db.none("apply.set_schedules")
         if to_prune is not None and db.one("apply.delete_teams")["deleted"] != len(to_prune["deleted"]):
             raise _changed_meanwhile()
         return db.many("apply.totals")

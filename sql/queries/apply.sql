@@ -293,14 +293,14 @@ FROM change
 WHERE noun = 'team' AND action = 'create' AND (after ->> 'credits')::bigint > 0
 ORDER BY id;
 
--- name: set_schedules(today) :none
+-- name: set_schedules() :none
 -- As `credits schedule` does.
 INSERT INTO credit_schedules (team_id, credits_amount, every, mode, credits_max, next_on)
 SELECT
     id, s.credits_amount, s.every, s.mode, s.credits_max,
     coalesce(
         period_start(s.every, s.next_on),
-        period_after(s.every, period_start(s.every, %(today)s), 1)
+        period_after(s.every, period_start(s.every, (now() AT TIME ZONE 'UTC')::date), 1)
     )
 FROM change
 CROSS JOIN LATERAL jsonb_to_record(after -> 'schedule')

@@ -402,15 +402,15 @@ FROM (
 WHERE c.team_id = open_job.team_id
 RETURNING c.team_id;
 
--- name: schedule(team_id, credits_amount, every, mode, credits_max, starts_on, today) :maybe
--- Sets the team's schedule. Its first period is the one of `starts_on`, else the next one after today; a schedule that
--- is changed goes on with its next period, as far as that is one of its new length.
+-- name: schedule(team_id, credits_amount, every, mode, credits_max, starts_on) :maybe
+-- Sets the team's schedule. Its first period is the one of `starts_on`, else the next one after today, by the database;
+-- a schedule that is changed goes on with its next period, as far as that is one of its new length.
 INSERT INTO credit_schedules (team_id, credits_amount, every, mode, credits_max, next_on)
 SELECT
     team_id, %(credits_amount)s, %(every)s, %(mode)s, %(credits_max)s,
     CASE
         WHEN %(starts_on)s::date IS NOT NULL THEN period_start(%(every)s, %(starts_on)s)
-        ELSE period_after(%(every)s, period_start(%(every)s, %(today)s), 1)
+        ELSE period_after(%(every)s, period_start(%(every)s, (now() AT TIME ZONE 'UTC')::date), 1)
     END
 FROM teams
 WHERE team_id = %(team_id)s
