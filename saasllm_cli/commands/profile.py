@@ -109,7 +109,7 @@ def remove(
 ) -> None:
     """Remove a profile.
 
-    The database and the password file stay. A default profile that is removed is the default no more.
+    The database and the password file stay. If it was the default profile, there is no default any more.
     """
     with edited_config_file() as config:
         if profile not in profiles():
