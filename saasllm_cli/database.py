@@ -142,6 +142,7 @@ class Database:
         self._before = [(query(name).sql, parameters) for name, parameters in before]
         self._check = check and (query(check[0]).sql, check[1])
         self._has_streamed = False
+        self._is_level_higher = False  # the role's isolation level, as a refusal has shown
         self._is_told = False  # whether the transaction that is under way has begun with them
 
     def one(self, name: str, /, **parameters: Any) -> Row:
@@ -241,6 +242,7 @@ class Database:
                 # Of several queries the first ones are undone too.
                 if is_last or not _passes(error) or self._is_in_transaction():
                     raise
+                self._is_level_higher |= isinstance(error, psycopg.errors.SerializationFailure)
         raise AssertionError
 
     def _is_in_transaction(self) -> bool:
@@ -254,8 +256,10 @@ class Database:
 
     def _execute(self, statement: Query, parameters: Row) -> list[Row]:
         if due := self._due():
-            # A pipeline is one transaction, too, but behind a stream libpq would give its rows one by one.
-            with self._connection.transaction() if self._has_streamed else self._connection.pipeline():
+            # A pipeline is one transaction, too, but one without our isolation level; and behind a stream libpq would
+            # give its rows one by one.
+            is_explicit = self._has_streamed or self._is_level_higher
+            with self._connection.transaction() if is_explicit else self._connection.pipeline():
                 for each in due:
                     self._connection.execute(*each)
                 cursor = self._connection.execute(statement.sql, parameters)
@@ -361,6 +365,8 @@ def raw_connection() -> Iterator[Connection]:
     """A connection without the check of the migrations; the embedded server is started where it serves."""
     with translated_errors():
         connection = _connect()
+    # The statements are made for it: at a higher one, the role's, those that meet would be refused.
+    connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
     connection.adapters.register_dumper(dict, _JsonbDumper)
     psycopg.types.json.set_json_loads(partial(json.loads, parse_float=Decimal), connection)
     # Not psycopg's own exit: it would roll back first, and wait for ever for a stream that was left half read.
@@ -378,7 +384,6 @@ def lock(
     function that raises where it was lost, for a work that goes on for long.
     """
     with raw_connection() as connection:
-        connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED  # idle, it keeps no snapshot
         connection.autocommit = False
         until, is_told = time.monotonic() + seconds, False
 
