@@ -66,6 +66,7 @@ LONGEST_COMMAND = 1000
 # What a database that was never migrated has not: the check, or the records that it reads.
 NOT_MIGRATED = r"\b(require_migrations|saasllm_migrations|saasllm_definitions)\b"
 AWAY = ("database_unreachable", "database_busy")  # perhaps only for a while
+SESSIONS = "Through PgBouncer, a command may need two sessions at once: set default_pool_size to 2 or more."
 SECRET_KEYWORDS = ("password", "sslpassword", "scram_client_key", "scram_server_key", "oauth_client_secret")
 SHORTEST_SECRET = 3  # a piece of one or two letters stands in any message
 
@@ -404,7 +405,7 @@ def lock(
                 on_wait()
                 is_told = True
             time.sleep(0.1)
-        check()
+        connection.execute(query("lock.stay").sql)  # without parameters, too
         yield check
         with suppress(psycopg.Error):
             connection.rollback()
@@ -506,11 +507,16 @@ def _connect() -> Connection:
     except psycopg.OperationalError:
         if settings().server_url is not None:
             raise
+    start_embedded()
+    return psycopg.connect(**keywords, autocommit=True, row_factory=dict_row)
+
+
+def start_embedded() -> None:
+    """For a command that needs it."""
     from saasllm_cli import embedded
 
     with nullcontext() if embedded.has_data() else first_start(embedded.data_dir()):
         embedded.start()
-    return psycopg.connect(**keywords, autocommit=True, row_factory=dict_row)
 
 
 @contextmanager
@@ -569,8 +575,16 @@ def _translated(error: psycopg.Error) -> SaasllmError:
                 "Use a role that may. sql/definitions/rights.sql lists what saasllm_admin, saasllm_runner and "
                 "saasllm_readonly may do.",
             )
-        case _, ("40001" | "40P01" | "55006" | "55P03" | "57014"):
+        case _, ("25P03" | "25P04" | "40001" | "40P01" | "55006" | "55P03" | "57014"):
             return DatabaseUnavailable("database_busy", f"The database gave up: {message}.", "Try again.")
+        case _ if error.diag.message_primary == "query_wait_timeout":  # PgBouncer's
+            return DatabaseUnavailable("database_busy", "The pooler had no session free.", f"Try again. {SESSIONS}")
+        case _ if "server closed the connection" in str(error):  # of what it said before, a pipeline tells nothing
+            return DatabaseUnavailable(
+                "database_unreachable",
+                "The connection to the database was closed.",
+                f"Try again, and see the log of the server or of its pooler. {SESSIONS}",
+            )
         case (("" | "08" | "28" | "3D" | "53" | "57"), _) if isinstance(error, psycopg.OperationalError):
             return DatabaseUnavailable(
                 "database_unreachable",

@@ -2,6 +2,7 @@
 one transaction of the caller's."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime
 
 from saasllm_cli.database import NEAR, Database, Row, Rows, lock
@@ -28,6 +29,7 @@ WRITES = (
 
 def stage(db: Database, sources: list[Source], on_progress: Callable[[str], None]) -> None:
     """Reads the files into the transaction's staging tables. Raises `InvalidFiles` with all that is wrong in them."""
+    db.one("lock.stay")
     db.none("apply.create_staged")
     db.none("apply.create_change")
     db.copy("apply.stage", _counted(records(sources), on_progress))
@@ -91,10 +93,12 @@ def write(
     db: Database,
     sources: list[Source],
     to_prune: Row | None,
+    until_committed: ExitStack,
     on_wait: Callable[[], None],
     on_progress: Callable[[str], None],
 ) -> list[Row]:
-    """Compares and writes what differs, all or nothing, and gives the totals; of two at once, the second waits.
+    """Compares and writes what differs, all or nothing, and gives the totals; of two at once, the second waits until
+    the first is committed.
 
     `to_prune` are the teams that the files do not name and that may go: the `deleted` and the `suspended`. Raises
     `Conflict` where these are others by now.
@@ -113,8 +117,8 @@ def write(
         return db.many("apply.totals")
 
     busy = Conflict("apply_running", "Another `saasllm apply` has been running for an hour.", "Try again later.")
-    with lock("apply", busy, WAIT_SECONDS, on_wait):
-        return db.transaction(work)
+    until_committed.enter_context(lock("apply", busy, WAIT_SECONDS, on_wait))
+    return db.transaction(work)
 
 
 def _changed_meanwhile() -> Conflict:
