@@ -66,7 +66,7 @@ LONGEST_COMMAND = 1000
 # What a database that was never migrated has not: the check, or the records that it reads.
 NOT_MIGRATED = r"\b(require_migrations|saasllm_migrations|saasllm_definitions)\b"
 AWAY = ("database_unreachable", "database_busy")  # perhaps only for a while
-SESSIONS = "Through PgBouncer, a command may need two sessions at once: set default_pool_size to 2 or more."
+SESSIONS = "Through PgBouncer, a command may need two sessions at once: raise default_pool_size."
 SECRET_KEYWORDS = ("password", "sslpassword", "scram_client_key", "scram_server_key", "oauth_client_secret")
 SHORTEST_SECRET = 3  # a piece of one or two letters stands in any message
 
@@ -215,6 +215,10 @@ class Database:
         with self._connection.transaction(force_rollback=is_rehearsal):
             self._is_told = False
             yield
+
+    def hold(self, name: str, busy: SaasllmError, seconds: float, on_wait: Callable[[], None]) -> None:
+        """As `lock`, for the rest of the transaction, and held by it: so it lasts until its commit."""
+        _wait_until(lambda: bool(self.one("lock.hold", name=name)["is_held"]), busy, seconds, on_wait)
 
     def read_one_state(self) -> None:
         """From now on all queries read the same state of the database, and nothing can be changed."""
@@ -386,29 +390,35 @@ def lock(
     """
     with raw_connection() as connection:
         connection.autocommit = False
-        until, is_told = time.monotonic() + seconds, False
 
         def is_held() -> bool:
             row = connection.execute(query("lock.hold").sql, {"name": name}).fetchone()
-            return bool(row and row["is_held"])
+            if row and row["is_held"]:
+                return True
+            connection.rollback()
+            return False
 
         def check() -> None:
             connection.execute(query("lock.check").sql)  # without parameters, which leaves no portal with a snapshot
 
-        # It asks again and again: waiting inside the database, it would hold back the cleaning of old rows, and
-        # deadlock with an index that is built concurrently.
-        while not is_held():
-            connection.rollback()
-            if time.monotonic() > until:
-                raise busy
-            if not is_told:
-                on_wait()
-                is_told = True
-            time.sleep(0.1)
+        _wait_until(is_held, busy, seconds, on_wait)
         connection.execute(query("lock.stay").sql)  # without parameters, too
         yield check
         with suppress(psycopg.Error):
             connection.rollback()
+
+
+def _wait_until(is_held: Callable[[], bool], busy: SaasllmError, seconds: float, on_wait: Callable[[], None]) -> None:
+    """It asks again and again: waiting inside the database, it would hold back the cleaning of old rows, and deadlock
+    with an index that is built concurrently."""
+    until, is_told = time.monotonic() + seconds, False
+    while not is_held():
+        if time.monotonic() > until:
+            raise busy
+        if not is_told:
+            on_wait()
+            is_told = True
+        time.sleep(0.1)
 
 
 def known_migrations() -> list[str]:

@@ -1,6 +1,5 @@
 """Create and change tenants as files say."""
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -61,7 +60,7 @@ def apply(
         raise InvalidInput("no_file", "No file to apply.", "Give one with -f FILE; see --help.")
     form = output or settings().output
     with waiting("Reading …"), database.connect() as db:
-        with ExitStack() as until_committed, db.whole():
+        with db.whole():
             stage(db, sources, progress)
             to_prune = None
             if diff or prune:
@@ -75,7 +74,7 @@ def apply(
                     question = _question(to_prune)
                     require_profile(question)
                     confirm(f"{question}?", yes)
-                totals = write(db, sources, to_prune, until_committed, _tell_wait, progress)
+                totals = write(db, sources, to_prune, _tell_wait, progress)
                 progress("")
             found = changes(db, MOST_SHOWN) if form is Format.TABLE else changes(db)
             found.read()  # it is told when it is done, and while it is told nobody waits for it

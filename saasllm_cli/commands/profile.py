@@ -111,6 +111,10 @@ def remove(
 
     The database and the password file stay. A default profile that is removed is the default no more.
     """
+    if profile == EMBEDDED:
+        raise Conflict(
+            "profile_built_in", "Profile embedded is built in.", "To use another by default, run: saasllm profile use"
+        )
     with edited_config_file() as config:
         if profile not in profiles():
             error = no_such_profile(profile, profiles())

@@ -2,10 +2,9 @@
 one transaction of the caller's."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from datetime import UTC, datetime
 
-from saasllm_cli.database import NEAR, Database, Row, Rows, lock
+from saasllm_cli.database import NEAR, Database, Row, Rows
 from saasllm_cli.errors import Conflict, InvalidFiles
 from saasllm_cli.manifests.definitions import SECTIONS, TOO_LARGE, in_order
 from saasllm_cli.manifests.read import MOST_ERRORS, Record, Source, did_you_mean, invalid, records
@@ -93,7 +92,6 @@ def write(
     db: Database,
     sources: list[Source],
     to_prune: Row | None,
-    until_committed: ExitStack,
     on_wait: Callable[[], None],
     on_progress: Callable[[str], None],
 ) -> list[Row]:
@@ -117,7 +115,7 @@ def write(
         return db.many("apply.totals")
 
     busy = Conflict("apply_running", "Another `saasllm apply` has been running for an hour.", "Try again later.")
-    until_committed.enter_context(lock("apply", busy, WAIT_SECONDS, on_wait))
+    db.hold("apply", busy, WAIT_SECONDS, on_wait)
     return db.transaction(work)
 
 

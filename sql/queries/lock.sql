@@ -1,5 +1,5 @@
--- Locks that leave a work of several transactions to one process at a time. A lock of a session would be nobody's behind
--- a pooler, where the next transaction may be in another session; so a transaction holds it, beside those of the work.
+-- Locks that leave a work to one process at a time. A lock of a session would be nobody's behind a pooler, where the next
+-- transaction may be in another session; so a transaction holds it: that of the work, or beside several one of its own.
 
 -- name: hold(name) :one
 -- Whether this transaction holds the lock of the work now, which it then does until it ends.
