@@ -113,7 +113,9 @@ def remove(
     """
     if profile == EMBEDDED:
         raise Conflict(
-            "profile_built_in", "Profile embedded is built in.", "To use another by default, run: saasllm profile use"
+            "profile_built_in",
+            "Profile embedded is built in.",
+            "To use another by default, run: saasllm profile use PROFILE",
         )
     with edited_config_file() as config:
         if profile not in profiles():
