@@ -11,7 +11,7 @@ import psycopg
 from psycopg.rows import dict_row
 
 from saasllm_cli import database, embedded, migrations
-from saasllm_cli.errors import Conflict, InvalidInput, SaasllmError
+from saasllm_cli.errors import Conflict, InvalidInput, NotFound, SaasllmError
 from saasllm_cli.queries import query
 
 RESTORED = "saasllm_restored"  # where a backup is restored before it takes the database's place
@@ -27,6 +27,10 @@ def backup(path: Path) -> None:
         raise _exists(path)
     if not path.parent.is_dir():
         raise InvalidInput("no_such_folder", f"Folder {path.parent} not found.", "Create it, or choose another file.")
+    if not embedded.has_data():  # as where cron has not the settings: an empty backup would be none
+        raise NotFound(
+            "no_data", f"No database found in {embedded.data_dir()}.", "Set SAASLLM_DATA_DIR to the folder of its data."
+        )
     embedded.start()
     handle, name = mkstemp(dir=path.parent, prefix=f".{path.name}.")  # which is its owner's alone
     os.close(handle)

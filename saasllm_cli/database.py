@@ -66,6 +66,7 @@ LONGEST_COMMAND = 1000
 # What a database that was never migrated has not: the check, or the records that it reads.
 NOT_MIGRATED = r"\b(require_migrations|saasllm_migrations|saasllm_definitions)\b"
 AWAY = ("database_unreachable", "database_busy")  # perhaps only for a while
+SESSIONS = "Through PgBouncer, a command may need two sessions at once: raise default_pool_size."
 SECRET_KEYWORDS = ("password", "sslpassword", "scram_client_key", "scram_server_key", "oauth_client_secret")
 SHORTEST_SECRET = 3  # a piece of one or two letters stands in any message
 
@@ -142,6 +143,7 @@ class Database:
         self._before = [(query(name).sql, parameters) for name, parameters in before]
         self._check = check and (query(check[0]).sql, check[1])
         self._has_streamed = False
+        self._is_level_higher = False  # the role's isolation level, as a refusal has shown
         self._is_told = False  # whether the transaction that is under way has begun with them
 
     def one(self, name: str, /, **parameters: Any) -> Row:
@@ -214,6 +216,10 @@ class Database:
             self._is_told = False
             yield
 
+    def hold(self, name: str, busy: SaasllmError, seconds: float, on_wait: Callable[[], None]) -> None:
+        """As `lock`, for the rest of the transaction, and held by it: so it lasts until its commit."""
+        _wait_until(lambda: bool(self.one("lock.hold", name=name)["is_held"]), busy, seconds, on_wait)
+
     def read_one_state(self) -> None:
         """From now on all queries read the same state of the database, and nothing can be changed."""
         self._connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
@@ -241,6 +247,7 @@ class Database:
                 # Of several queries the first ones are undone too.
                 if is_last or not _passes(error) or self._is_in_transaction():
                     raise
+                self._is_level_higher |= isinstance(error, psycopg.errors.SerializationFailure)
         raise AssertionError
 
     def _is_in_transaction(self) -> bool:
@@ -254,8 +261,10 @@ class Database:
 
     def _execute(self, statement: Query, parameters: Row) -> list[Row]:
         if due := self._due():
-            # A pipeline is one transaction, too, but behind a stream libpq would give its rows one by one.
-            with self._connection.transaction() if self._has_streamed else self._connection.pipeline():
+            # A pipeline is one transaction, too, but one without our isolation level; and behind a stream libpq would
+            # give its rows one by one.
+            is_explicit = self._has_streamed or self._is_level_higher
+            with self._connection.transaction() if is_explicit else self._connection.pipeline():
                 for each in due:
                     self._connection.execute(*each)
                 cursor = self._connection.execute(statement.sql, parameters)
@@ -361,6 +370,8 @@ def raw_connection() -> Iterator[Connection]:
     """A connection without the check of the migrations; the embedded server is started where it serves."""
     with translated_errors():
         connection = _connect()
+    # The statements are made for it: at a higher one, the role's, those that meet would be refused.
+    connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
     connection.adapters.register_dumper(dict, _JsonbDumper)
     psycopg.types.json.set_json_loads(partial(json.loads, parse_float=Decimal), connection)
     # Not psycopg's own exit: it would roll back first, and wait for ever for a stream that was left half read.
@@ -378,31 +389,36 @@ def lock(
     function that raises where it was lost, for a work that goes on for long.
     """
     with raw_connection() as connection:
-        connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED  # idle, it keeps no snapshot
         connection.autocommit = False
-        until, is_told = time.monotonic() + seconds, False
 
         def is_held() -> bool:
             row = connection.execute(query("lock.hold").sql, {"name": name}).fetchone()
-            return bool(row and row["is_held"])
+            if row and row["is_held"]:
+                return True
+            connection.rollback()
+            return False
 
         def check() -> None:
             connection.execute(query("lock.check").sql)  # without parameters, which leaves no portal with a snapshot
 
-        # It asks again and again: waiting inside the database, it would hold back the cleaning of old rows, and
-        # deadlock with an index that is built concurrently.
-        while not is_held():
-            connection.rollback()
-            if time.monotonic() > until:
-                raise busy
-            if not is_told:
-                on_wait()
-                is_told = True
-            time.sleep(0.1)
-        check()
+        _wait_until(is_held, busy, seconds, on_wait)
+        connection.execute(query("lock.stay").sql)  # without parameters, too
         yield check
         with suppress(psycopg.Error):
             connection.rollback()
+
+
+def _wait_until(is_held: Callable[[], bool], busy: SaasllmError, seconds: float, on_wait: Callable[[], None]) -> None:
+    """It asks again and again: waiting inside the database, it would hold back the cleaning of old rows, and deadlock
+    with an index that is built concurrently."""
+    until, is_told = time.monotonic() + seconds, False
+    while not is_held():
+        if time.monotonic() > until:
+            raise busy
+        if not is_told:
+            on_wait()
+            is_told = True
+        time.sleep(0.1)
 
 
 def known_migrations() -> list[str]:
@@ -501,11 +517,16 @@ def _connect() -> Connection:
     except psycopg.OperationalError:
         if settings().server_url is not None:
             raise
+    start_embedded()
+    return psycopg.connect(**keywords, autocommit=True, row_factory=dict_row)
+
+
+def start_embedded() -> None:
+    """For a command that needs it."""
     from saasllm_cli import embedded
 
     with nullcontext() if embedded.has_data() else first_start(embedded.data_dir()):
         embedded.start()
-    return psycopg.connect(**keywords, autocommit=True, row_factory=dict_row)
 
 
 @contextmanager
@@ -564,8 +585,16 @@ def _translated(error: psycopg.Error) -> SaasllmError:
                 "Use a role that may. sql/definitions/rights.sql lists what saasllm_admin, saasllm_runner and "
                 "saasllm_readonly may do.",
             )
-        case _, ("40001" | "40P01" | "55006" | "55P03" | "57014"):
+        case _, ("25P03" | "25P04" | "40001" | "40P01" | "55006" | "55P03" | "57014"):
             return DatabaseUnavailable("database_busy", f"The database gave up: {message}.", "Try again.")
+        case _ if error.diag.message_primary == "query_wait_timeout":  # PgBouncer's
+            return DatabaseUnavailable("database_busy", "The pooler had no session free.", f"Try again. {SESSIONS}")
+        case _ if "server closed the connection" in str(error):  # of what it said before, a pipeline tells nothing
+            return DatabaseUnavailable(
+                "database_unreachable",
+                "The connection to the database was closed.",
+                f"Try again, and see the log of the server or of its pooler. {SESSIONS}",
+            )
         case (("" | "08" | "28" | "3D" | "53" | "57"), _) if isinstance(error, psycopg.OperationalError):
             return DatabaseUnavailable(
                 "database_unreachable",

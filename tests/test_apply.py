@@ -15,6 +15,7 @@ import pytest
 import yaml
 from conftest import Result, start_process
 
+from saasllm_cli.manifests import apply as manifests
 from saasllm_cli.manifests.definitions import schema
 
 Run = Callable[..., Result]
@@ -649,6 +650,31 @@ def test_prune_asks_and_keeps_what_has_history(tenant: Run) -> None:
     assert teams == {"elsewhere": "active", "hr": "suspended", "new": "active"}
     assert totals(applied(tenant, text, "--prune"))["team"] == {"unchanged": 1}  # nothing to ask
     assert tenant("credits", "verify").status == 0
+
+
+def test_prune_waits_for_the_answer(
+    tenant: Run, migrated_database: str, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the database ends what is idle."""
+    sql.execute(f"ALTER DATABASE {migrated_database} SET idle_in_transaction_session_timeout = '100ms'")
+    monkeypatch.setattr("saasllm_cli.commands.apply.confirm", lambda *_: time.sleep(0.5))
+    text = "organizations: [{organization_id: acme}]\nteams: [{team_id: new, organization_id: acme}]\n"
+    assert totals(applied(tenant, text, "--prune"))["team"] == {"created": 1, "suspended": 1}
+
+
+def test_the_next_apply_waits_for_the_commit(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would compare its files with what is about to go."""
+    held = "SELECT count(*) AS held FROM pg_locks WHERE locktype = 'advisory'"
+    found: list[Any] = []
+
+    def watched(*given: Any) -> Any:
+        found.append(sql.execute(held).fetchone())
+        return manifests.changes(*given)
+
+    monkeypatch.setattr("saasllm_cli.commands.apply.changes", watched)
+    applied(tenant, "organizations: [{organization_id: other}]")
+    assert found == [{"held": 1}]
+    assert sql.execute(held).fetchone() == {"held": 0}
 
 
 def test_the_audit_log_has_one_record_of_each_change(saasllm: Run) -> None:

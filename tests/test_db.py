@@ -57,9 +57,15 @@ def test_a_url_that_was_forgotten_is_no_new_database(
         monkeypatch.setenv("SAASLLM_DATABASE_URL", url)
     monkeypatch.setenv("SAASLLM_PROFILE", "")
     settings.cache_clear()
-    for command in ("org list", "migrate up", "credits allocate"):
-        refused = run(*command.split(), "-o", "json")
+    monkeypatch.setattr("os.execve", lambda *_: pytest.fail("psql was started"))
+    monkeypatch.setenv("SAASLLM_OUTPUT", "json")
+    for command in ("org list", "migrate up", "credits allocate", "db shell"):
+        refused = run(*command.split())
         assert (refused.status, refused.error["code"]) == (7, "no_database")
+    refused = run("db", "backup", "empty.backup")
+    assert (refused.status, refused.error["code"]) == (3, "no_data")
+    monkeypatch.delenv("SAASLLM_OUTPUT")
+    settings.cache_clear()
     assert not own_data.exists()
     if url is None:
         assert run("--profile", "embedded", "migrate", "up").status == 0

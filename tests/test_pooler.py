@@ -29,18 +29,19 @@ pytestmark = pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not inst
 
 
 @pytest.fixture
-def pool(data_dir: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+def pool(data_dir: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Puts a pooler with so many sessions before the test's database."""
     started: list[subprocess.Popen[bytes]] = []
     folder = data_dir / "pooler"
 
-    def start(size: int) -> None:
+    def start(size: int, more: str = "") -> None:
         direct = os.environ["SAASLLM_DATABASE_URL"]
         host = psycopg.conninfo.conninfo_to_dict(direct)["host"]
         folder.mkdir(mode=0o700)
         (folder / "ini").write_text(
             f"[databases]\n* = host={host} user=postgres\n[pgbouncer]\nlisten_port = 6543\n"
-            f"unix_socket_dir = {folder}\nauth_type = any\npool_mode = transaction\ndefault_pool_size = {size}\n"
+            f"unix_socket_dir = {folder}\nauth_type = any\npool_mode = transaction\n"
+            f"default_pool_size = {size}\n{more}\n"
         )
         user = {}
         if os.geteuid() == 0:  # as which it does not run
@@ -70,7 +71,7 @@ def pool(data_dir: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "db"], ids=lambda page: page.stem)
 def test_a_page_is_the_same(
-    page: Path, migrated_database: str, home: Path, pool: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    page: Path, migrated_database: str, home: Path, pool: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With two sessions: that of a lock, and one that nobody may keep between two transactions."""
     monkeypatch.setenv("SAASLLM_ACTOR", "ada")
@@ -78,7 +79,7 @@ def test_a_page_is_the_same(
     assert played(page, home) == page.read_text(encoding="utf-8")
 
 
-def test_nothing_is_left_to_the_next(tenant: Run, pool: Callable[[int], None]) -> None:
+def test_nothing_is_left_to_the_next(tenant: Run, pool: Callable[..., None]) -> None:
     """Who comes after a command to its session finds nothing of it: no setting, no lock, no statement, no table."""
     pool(2)
     url = os.environ["SAASLLM_DATABASE_URL"]
@@ -109,7 +110,7 @@ def test_nothing_is_left_to_the_next(tenant: Run, pool: Callable[[int], None]) -
     assert {"saasllm org create other", "saasllm apply -f tenants.yaml"} <= commands
 
 
-def test_each_change_has_its_actor(tenant: Run, pool: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_change_has_its_actor(tenant: Run, pool: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where another has had the session between two transactions of a command."""
     pool(1)
     with database.connect() as db:
@@ -120,7 +121,7 @@ def test_each_change_has_its_actor(tenant: Run, pool: Callable[[int], None], mon
     assert tenant("audit", "list", "-o", "json").data[0]["actor"] == settings().actor
 
 
-def test_a_batch(tenant: Run, home: Path, pool: Callable[[int], None]) -> None:
+def test_a_batch(tenant: Run, home: Path, pool: Callable[..., None]) -> None:
     tenant("credits", "add", "hr", 110)
     pool(3)
     lines(home, *prompts(120))
@@ -136,7 +137,7 @@ def test_a_batch(tenant: Run, home: Path, pool: Callable[[int], None]) -> None:
     assert_paid(tenant, home, 120)
 
 
-def test_many_migrate_at_once(empty_database: str, run: Run, pool: Callable[[int], None]) -> None:
+def test_many_migrate_at_once(empty_database: str, run: Run, pool: Callable[..., None]) -> None:
     pool(3)
     processes = [start_process("migrate", "up", "--verbose") for _ in range(4)]
     outputs = [process.communicate() for process in processes]
@@ -147,7 +148,7 @@ def test_many_migrate_at_once(empty_database: str, run: Run, pool: Callable[[int
 
 
 def test_one_that_is_killed_while_it_migrates_is_not_waited_for(
-    empty_database: str, run: Run, sql: Sql, pool: Callable[[int], None]
+    empty_database: str, run: Run, sql: Sql, pool: Callable[..., None]
 ) -> None:
     run("migrate", "up", "--to", "1")
     pool(2)
@@ -161,10 +162,21 @@ def test_one_that_is_killed_while_it_migrates_is_not_waited_for(
     assert run("migrate", "verify").status == 0
 
 
-def test_two_allocate_at_once(tenant: Run, sql: Sql, pool: Callable[[int], None]) -> None:
+def test_two_allocate_at_once(tenant: Run, sql: Sql, pool: Callable[..., None]) -> None:
     tenant("credits", "schedule", "hr", "--amount", 5, "--every", "daily", "--mode", "add", "--starts", "2026-01-01")
     pool(2)
     processes = [start_process("credits", "allocate", "-o", "json") for _ in range(3)]
     granted = [json.loads(process.communicate()[0])["granted"] for process in processes]
     assert sorted(granted)[:2] == [0, 0]
     assert max(granted) > 0
+
+
+def test_with_one_session(tenant: Run, pool: Callable[..., None]) -> None:
+    """A lock leaves none to the work: that is said when the pooler ends it."""
+    (Path.cwd() / "tenants.yaml").write_text("organizations:\n- {organization_id: other}\n")
+    pool(1, "query_wait_timeout = 1")
+    assert tenant("credits", "add", "hr", 1).status == 0
+    assert tenant("apply", "-f", "tenants.yaml").status == 0  # whose one transaction holds its lock
+    for command in ("credits allocate", "migrate up"):
+        refused = tenant(*command.split())
+        assert (refused.status, "default_pool_size" in refused.err) == (7, True), command

@@ -5,8 +5,10 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
+from typing import Any
 from uuid import UUID
 
+import psycopg
 import pytest
 from conftest import Result, assert_sound, charged_job
 
@@ -18,6 +20,7 @@ from saasllm_cli.jobs import runner
 from saasllm_cli.jobs.calls import CallRequest
 
 Run = Callable[..., Result]
+Sql = psycopg.Connection[dict[str, Any]]
 TURNS = {"begin": 50, "settle": 32, "refund": 10, "add": 6, "verify": 2}  # of a hundred
 
 
@@ -135,3 +138,12 @@ def test_one_key_for_refunds_of_twenty_jobs(tenant: Run) -> None:
 def test_one_key_for_twenty_prompts(tenant: Run) -> None:
     assert at_once(lambda _, number: begin("k", number)).count("idempotency_key_reused") == 19
     assert_sound(tenant, 10)
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+def test_a_higher_isolation_level_of_the_database(tenant: Run, migrated_database: str, sql: Sql, level: str) -> None:
+    """The statements wait for each other there, too, and none is refused for it."""
+    sql.execute(f"ALTER DATABASE {migrated_database} SET default_transaction_isolation = '{level}'")
+    at_once(lambda db, _: [enter(db, "allocation", 1) for _ in range(5)])
+    at_once(lambda db, _: db.transaction(lambda: enter(db, "allocation", 1)))
+    assert_sound(tenant, 130)

@@ -82,7 +82,7 @@ def shell(context: typer.Context) -> None:
     keywords = database.conninfo()
     program = shutil.which("psql")
     if settings().server_url is None:
-        embedded.start()
+        database.start_embedded()
         program = str(embedded.program("psql"))
     if program is None:
         raise DatabaseUnavailable("no_psql", "psql is not installed.", "Install the PostgreSQL client programs.")

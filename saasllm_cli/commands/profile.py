@@ -111,6 +111,12 @@ def remove(
 
     The database and the password file stay. If it was the default profile, there is no default any more.
     """
+    if profile == EMBEDDED:
+        raise Conflict(
+            "profile_built_in",
+            "Profile embedded is built in.",
+            "To use another by default, run: saasllm profile use PROFILE",
+        )
     with edited_config_file() as config:
         if profile not in profiles():
             error = no_such_profile(profile, profiles())

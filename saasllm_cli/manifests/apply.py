@@ -3,7 +3,7 @@ one transaction of the caller's."""
 
 from collections.abc import Callable, Iterator
 
-from saasllm_cli.database import NEAR, Database, Row, Rows, lock
+from saasllm_cli.database import NEAR, Database, Row, Rows
 from saasllm_cli.errors import Conflict, InvalidFiles
 from saasllm_cli.manifests.definitions import SECTIONS, TOO_LARGE, in_order
 from saasllm_cli.manifests.read import MOST_ERRORS, Record, Source, did_you_mean, invalid, records
@@ -27,6 +27,7 @@ WRITES = (
 
 def stage(db: Database, sources: list[Source], on_progress: Callable[[str], None]) -> None:
     """Reads the files into the transaction's staging tables. Raises `InvalidFiles` with all that is wrong in them."""
+    db.one("lock.stay")
     db.none("apply.create_staged")
     db.none("apply.create_change")
     db.copy("apply.stage", _counted(records(sources), on_progress))
@@ -93,7 +94,8 @@ def write(
     on_wait: Callable[[], None],
     on_progress: Callable[[str], None],
 ) -> list[Row]:
-    """Compares and writes what differs, all or nothing, and gives the totals; of two at once, the second waits.
+    """Compares and writes what differs, all or nothing, and gives the totals; of two at once, the second waits until
+    the first is committed.
 
     `to_prune` are the teams that the files do not name and that may go: the `deleted` and the `suspended`. Raises
     `Conflict` where these are others by now.
@@ -112,8 +114,8 @@ def write(
         return db.many("apply.totals")
 
     busy = Conflict("apply_running", "Another `saasllm apply` has been running for an hour.", "Try again later.")
-    with lock("apply", busy, WAIT_SECONDS, on_wait):
-        return db.transaction(work)
+    db.hold("apply", busy, WAIT_SECONDS, on_wait)
+    return db.transaction(work)
 
 
 def _changed_meanwhile() -> Conflict:

@@ -1,15 +1,16 @@
--- Locks that leave a work of several transactions to one process at a time. A lock of a session would be nobody's behind
--- a pooler, where the next transaction may be in another session; so a transaction holds it, beside those of the work.
+-- Locks that leave a work to one process at a time. A lock of a session would be nobody's behind a pooler, where the next
+-- transaction may be in another session; so a transaction holds it: that of the work, or beside several one of its own.
 
 -- name: hold(name) :one
--- Whether this transaction holds the lock of the work now, which it then does until it ends, however long it is idle.
-SELECT
-    pg_try_advisory_xact_lock(hashtext('saasllm'), hashtext(%(name)s)) AS is_held,
-    (
-        SELECT count(set_config(name, '0', true))
-        FROM pg_settings
-        WHERE name IN ('idle_in_transaction_session_timeout', 'transaction_timeout') -- the latter from PostgreSQL 17 on
-    ) AS unlimited;
+-- Whether this transaction holds the lock of the work now, which it then does until it ends.
+SELECT pg_try_advisory_xact_lock(hashtext('saasllm'), hashtext(%(name)s)) AS is_held;
+
+-- name: stay() :one
+-- Lets this transaction go on for as long as it takes, also idle: it holds a lock, waits for one, or for an answer.
+SELECT count(set_config(name, '0', true)) AS settings
+FROM pg_settings
+-- The latter from PostgreSQL 17 on.
+WHERE name IN ('idle_in_transaction_session_timeout', 'transaction_timeout');
 
 -- name: check() :one
 -- That the transaction with the lock goes on.
