@@ -20,6 +20,13 @@ CREATE TRIGGER audit_log_has_no_parent AFTER DELETE ON audit_log
     FOR EACH ROW WHEN (false) EXECUTE FUNCTION refuse_audit_log_change();
 
 
+-- Its times are the database's, whoever writes.
+
+CREATE TRIGGER audit_log_is_dated BEFORE INSERT ON audit_log
+    FOR EACH ROW WHEN (NEW.created_at NOT BETWEEN transaction_timestamp() AND clock_timestamp())
+    EXECUTE FUNCTION date_by_clock();
+
+
 -- Organizations, teams and assignments: row by row, what it was and what it is. The arguments are the noun and the
 -- column by which a row is found again after an update; without one, an update is a delete and a create. What a purge
 -- removes is told by its one record.
