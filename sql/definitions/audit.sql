@@ -20,7 +20,16 @@ CREATE TRIGGER audit_log_has_no_parent AFTER DELETE ON audit_log
     FOR EACH ROW WHEN (false) EXECUTE FUNCTION refuse_audit_log_change();
 
 
--- Its times are the database's, whoever writes.
+-- Its times are the database's, whoever writes; the ledger's, too. The condition spares the call where the default has
+-- dated the row.
+
+CREATE FUNCTION date_by_clock() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    NEW.created_at := clock_timestamp();
+    RETURN NEW;
+END
+$$;
 
 CREATE TRIGGER audit_log_is_dated BEFORE INSERT ON audit_log
     FOR EACH ROW WHEN (NEW.created_at NOT BETWEEN transaction_timestamp() AND clock_timestamp())

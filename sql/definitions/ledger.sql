@@ -37,15 +37,6 @@ CREATE TRIGGER credit_transactions_has_no_parent AFTER UPDATE ON credit_transact
 -- Its times are the database's, whoever writes: an entry of an earlier month would change what that month has cost, and
 -- one of no month at all (infinity) could not be read.
 
-CREATE FUNCTION date_by_clock() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    NEW.created_at := clock_timestamp();
-    RETURN NEW;
-END
-$$;
-
--- The condition spares the call where the default has dated it.
 CREATE TRIGGER credit_transactions_are_dated BEFORE INSERT ON credit_transactions
     FOR EACH ROW WHEN (NEW.created_at NOT BETWEEN transaction_timestamp() AND clock_timestamp())
     EXECUTE FUNCTION date_by_clock();
