@@ -322,13 +322,14 @@ JOIN teams t USING (team_id)
 WHERE e.organization_id <> t.organization_id
 UNION ALL
 SELECT team_id, 'ledger of no team', max(transaction_id), NULL, 0, count(*)
-FROM entry
-WHERE team_id NOT IN (SELECT team_id FROM teams)
+FROM entry e
+WHERE NOT EXISTS (SELECT FROM teams t WHERE t.team_id = e.team_id)
 GROUP BY team_id
 UNION ALL
 SELECT team_id, 'balance of no team', NULL, NULL, NULL, credits_remaining
-FROM team_credits
-WHERE team_id NOT IN (SELECT team_id FROM teams) AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
+FROM team_credits c
+WHERE NOT EXISTS (SELECT FROM teams t WHERE t.team_id = c.team_id)
+  AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
 UNION ALL
 SELECT j.team_id, 'completed job without its deduction', NULL, j.job_id, 1, 0
 FROM jobs j
