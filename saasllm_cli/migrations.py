@@ -41,6 +41,14 @@ _TRANSACTION_CONTROL = re.compile(
     r"(BEGIN|COMMIT|ROLLBACK|END|ABORT|START\s+TRANSACTION|SAVEPOINT|RELEASE|PREPARE\s+TRANSACTION)\b",
     re.IGNORECASE,
 )
+# Each table has a primary key. Where a name is left to PostgreSQL, it is made of the table's and the column's.
+_RULE = re.compile(
+    r"^(?P<is_new>CREATE)?(?:ALTER)? TABLE (?P<table>\w+)"
+    r"|^    (?P<column>[a-z_]+) .*\bREFERENCES\b"
+    r"|\bCONSTRAINT (?P<constraint>\w+)(?P<unique> UNIQUE)?"
+    r"|^CREATE (?:UNIQUE )?INDEX (?:CONCURRENTLY )?(?P<index>\w+)",
+    re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
@@ -153,6 +161,27 @@ def check_restored(connection: Connection) -> None:
     defining = {key for row in defined for key in row["objects"]}
     if missing := (expected.keys() - _objects(connection).keys()) | (defining - existing.keys()):
         raise CheckFailed("schema_differs", f"It has no {min(missing).rstrip('.')}.")
+
+
+def rules() -> set[str]:
+    """What the files have the database enforce: constraints and indexes by the names that it gives them, and triggers.
+
+    Read from the text, so that every role can ask for it: to build them takes rights that few have.
+    """
+    found = {definition.key for definition in definitions.wanted() if definition.kind == "trigger"}
+    table = ""
+    for rule in (rule for migration in _files() for rule in _RULE.finditer(migration.text)):
+        if rule["table"]:
+            table = rule["table"]
+        if rule["is_new"]:
+            found |= {f"constraint {table}_pkey", f"index {table}_pkey"}
+        if rule["column"]:
+            found.add(f"constraint {table}_{rule['column']}_fkey")
+        if rule["constraint"]:
+            found.add(f"constraint {rule['constraint']}")
+        if rule["index"] or rule["unique"]:
+            found.add(f"index {rule['index'] or rule['constraint']}")
+    return found
 
 
 def grant() -> None:

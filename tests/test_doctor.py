@@ -9,6 +9,7 @@ import psycopg
 import pytest
 from conftest import Result, charged_job
 
+from saasllm_cli import database, migrations
 from saasllm_cli.settings import settings
 
 Run = Callable[..., Result]
@@ -33,6 +34,7 @@ def test_all_in_order(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) ->
         checks = found(tenant)
     finally:
         sql.execute("DROP OWNED BY doctor_owner; DROP ROLE doctor_owner")
+    assert checks.pop("durability")[0] == "warning"  # the tests do without fsync
     assert list(checks) == [
         *("database", "clock", "migrations", "role", "ledger", "leases", "allocations", "providers"),
     ]
@@ -63,6 +65,57 @@ def test_all_that_is_wrong(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatc
 def test_rules_that_are_switched_off(tenant: Run, sql: Sql, migrated_database: str) -> None:
     sql.execute(f"ALTER DATABASE {migrated_database} SET session_replication_role = replica")
     assert found(tenant, 9)["enforcement"][0] == "failed"
+
+
+def test_the_rules_are_those_of_the_files(migrated_database: str, sql: Sql) -> None:
+    with database.connect_unmigrated() as db:
+        enforced = {row["rule"] for row in db.many("doctor.enforced")}
+    assert migrations.rules() == {rule for rule in enforced if " saasllm_" not in rule}  # but the record's own
+
+
+@pytest.mark.parametrize(
+    ("damage", "status", "told"),
+    [
+        ("ALTER TABLE team_credits DISABLE TRIGGER team_credits_guard", 7, "trigger team_credits.team_credits_guard"),
+        ("DROP TRIGGER jobs_stay ON jobs", 7, "trigger jobs.jobs_stay"),
+        (
+            "ALTER TABLE credit_transactions DISABLE TRIGGER ALL; ALTER TABLE credit_transactions ENABLE TRIGGER USER",
+            9,
+            "constraint credit_transactions_job_id_fkey, constraint credit_transactions_team",
+        ),
+        ("ALTER TABLE team_credits DROP CONSTRAINT team_credits_free", 9, "constraint team_credits_free"),
+        (
+            "ALTER TABLE team_credits DROP CONSTRAINT team_credits_used,"
+            " ADD CONSTRAINT team_credits_used CHECK (credits_used >= 0) NOT VALID",
+            9,
+            "constraint team_credits_used",
+        ),
+        (
+            "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'jobs_idempotency_key'::regclass",
+            9,
+            "index jobs_idempotency_key",
+        ),
+        ("DROP INDEX credit_transactions_once_a_period", 9, "index credit_transactions_once_a_period"),
+        ("ALTER DOMAIN identifier DROP CONSTRAINT identifier_form", 9, "constraint identifier_form"),
+    ],
+)
+def test_rules_that_are_not_in_force(tenant: Run, sql: Sql, damage: str, status: int, told: str) -> None:
+    sql.execute(damage)
+    result = tenant("doctor", "-o", "json")
+    assert result.status == status
+    row = {row["check"]: row for row in result.data}["enforcement"]
+    assert (row["status"], row["message"]) == ("failed", f"Missing or disabled: {told}.")
+    if status == 7:
+        assert row["hint"] == "Run: saasllm migrate up"
+        tenant("migrate", "up")
+        assert "enforcement" not in found(tenant)
+
+
+def test_commits_that_do_not_outlive_a_crash(tenant: Run, sql: Sql, migrated_database: str) -> None:
+    sql.execute(f"ALTER DATABASE {migrated_database} SET synchronous_commit = off")
+    row = {row["check"]: row for row in tenant("doctor", "-o", "json").data}["durability"]
+    assert row["status"] == "warning"
+    assert row["message"] == "Off: fsync, synchronous_commit. A crash can lose what was committed."
 
 
 def test_a_role_that_may_not_read(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,29 @@ def test_the_database_refuses(
     assert len(tenant("credits", "transactions", "hr", "-o", "json").data) == 1
 
 
+@pytest.mark.parametrize("time", ["2026-01-31", "2999-01-01", "infinity", "-infinity"])
+def test_an_entry_and_a_record_are_dated_by_the_databases_clock(
+    tenant: Callable[..., Result], sql: psycopg.Connection, time: str
+) -> None:
+    now = " BETWEEN now() AND clock_timestamp() AS is_now"
+    entry = ENTRY.replace("job_id", "created_at") + f"('hr', 'acme', 2, 'allocation', 5, 10, 15, '{time}')"
+    record = f"INSERT INTO audit_log (noun, action, after, created_at) VALUES ('group', 'create', '{{}}', '{time}')"
+    for statement in (entry, record):
+        assert sql.execute(f"{statement} RETURNING created_at {now}").fetchall() == [{"is_now": True}]
+    assert len(tenant("credits", "transactions", "hr", "-o", "json").data) == 2
+
+
+@pytest.mark.parametrize(("default", "found"), [("off", "on"), ("local", "local"), ("remote_apply", "remote_apply")])
+def test_an_entry_outlives_a_crash(
+    tenant: Callable[..., Result], sql: psycopg.Connection, default: str, found: str
+) -> None:
+    sql.execute(f"SET synchronous_commit = {default}")
+    with sql.transaction():
+        sql.execute(ENTRY + "('hr', 'acme', 2, 'allocation', 5, 10, 15, NULL)")
+        assert sql.execute("SHOW synchronous_commit").fetchall() == [{"synchronous_commit": found}]
+    assert sql.execute("SHOW synchronous_commit").fetchall() == [{"synchronous_commit": default}]
+
+
 def test_a_job_is_charged_once(tenant: Callable[..., Result], sql: psycopg.Connection) -> None:
     result = tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x", "-o", "json")
     job_id = result.data["job_id"]

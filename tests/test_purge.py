@@ -15,6 +15,7 @@ from saasllm_cli.jobs import runner
 from saasllm_cli.jobs.calls import CallRequest
 
 Run = Callable[..., Result]
+Sql = psycopg.Connection[dict[str, Any]]
 TABLES = (
     *("organizations", "teams", "team_model_groups", "team_credits", "credit_transactions", "jobs", "llm_calls"),
     *("model_groups", "model_group_models"),
@@ -341,9 +342,110 @@ def test_the_audit_log_is_not_redacted_otherwise(used: Run, sql: psycopg.Connect
     assert sql.execute(log).fetchall() == before
 
 
-def test_another_client_purges_and_redacts(used: Run, sql: psycopg.Connection) -> None:
-    sql.execute(f"BEGIN; {REDACTING}; {DELETE}; {REDACT}; COMMIT")  # type: ignore[arg-type]
+@pytest.mark.parametrize("between", ["", "RELEASE a; SAVEPOINT a;"])
+def test_another_client_purges_and_redacts(used: Run, sql: Sql, between: str) -> None:
+    savepoint = "SAVEPOINT a; " if between else ""
+    sql.execute(f"BEGIN; {savepoint}{REDACTING}; {between}{DELETE}; {between}{REDACT}; COMMIT")  # type: ignore[arg-type]
     assert not any("team_alias" in row["after"] for row in audited(used, "--team", "hr").values() if row["after"])
+
+
+RECORD = (
+    "SET LOCAL session_replication_role = replica; INSERT INTO audit_log (noun, action, organization_id, team_id,"
+    " before, purged_by, created_at) SELECT 'team', 'purge', 'acme', %s, '{\"audit_records\": 1}', %s, %s;"
+    " SET LOCAL session_replication_role = origin"
+)
+UNSIGNED = {
+    "hr": (DELETE, "DELETE is not allowed"),
+    "new": ("DELETE FROM teams WHERE team_id = 'new'; " + REDACT.replace("'hr'", "'new'"), "UPDATE is not allowed"),
+}
+
+
+@pytest.mark.parametrize("team", UNSIGNED)
+def test_a_record_that_was_restored_is_none(used: Run, sql: Sql, team: str) -> None:
+    """In a cluster that is younger, the number of its transaction is still to come."""
+    used("team", "create", "new", "--org", "acme")
+    statements, refusal = UNSIGNED[team]
+    before = state(sql)
+
+    def next_number() -> int:
+        sql.execute("BEGIN")
+        return int(sql.execute("SELECT pg_current_xact_id()::text AS number").fetchall()[0]["number"])
+
+    number, signed_for = 1, 0
+    while number != signed_for:
+        if number > signed_for:  # at first, and when somebody else took it
+            signed_for = next_number() + 3
+            with psycopg.ClientCursor(sql) as cursor:
+                cursor.execute(RECORD + "; COMMIT", [team, str(signed_for), "infinity"])
+        number = next_number()
+        if number != signed_for:
+            sql.execute("ROLLBACK")
+    with pytest.raises(psycopg.Error, match=refusal):
+        sql.execute(statements)  # type: ignore[arg-type]
+    sql.execute("ROLLBACK")
+    assert state(sql) == before
+
+
+@pytest.mark.parametrize("team", UNSIGNED)
+def test_an_old_record_is_none_whatever_its_numbers(used: Run, sql: Sql, team: str) -> None:
+    """They have come round again: the transaction's, and that of the row."""
+    used("team", "create", "new", "--org", "acme")
+    statements, refusal = UNSIGNED[team]
+    before = state(sql)
+    sql.execute("BEGIN")
+    number = sql.execute("SELECT pg_current_xact_id()::text AS number").fetchall()[0]["number"]
+    with psycopg.ClientCursor(sql) as cursor:
+        cursor.execute(RECORD, [team, number, "2026-01-01"])
+    with pytest.raises(psycopg.Error, match=refusal):
+        sql.execute(statements)  # type: ignore[arg-type]
+    sql.execute("ROLLBACK")
+    assert state(sql) == before
+
+
+THEIRS = (
+    "INSERT INTO teams (team_id, organization_id, team_alias) VALUES ('theirs', 'other', 'x');"
+    " INSERT INTO team_model_groups (team_id, group_name) VALUES ('theirs', 'Echo')"
+)
+PURGE_THEIRS = PURGE.replace("'acme', 'hr'", "'other', 'theirs'") + "; DELETE FROM teams WHERE team_id = 'theirs'"
+PURGE_ORG = PURGE.replace("'team', 'purge', 'acme', 'hr'", "'organization', 'purge', 'empty', NULL")
+GONE = [("assignment", "theirs"), ("team", "theirs")]
+# What is deleted beside a purge, and which deletions the audit log must tell of.
+BESIDE = {
+    "nothing": (f"{THEIRS}; {PURGE_THEIRS}", []),
+    "what the team has that stays": (
+        PURGE + "; DELETE FROM team_model_groups WHERE team_id = 'hr' AND group_name = 'Echo'",
+        [("assignment", "hr")],
+    ),
+    "a team of the organization that stays": (
+        f"{THEIRS}; {PURGE_ORG.replace('empty', 'other')}; DELETE FROM teams WHERE team_id = 'theirs'",
+        GONE,
+    ),
+    "a team of another organization": (
+        f"{THEIRS}; {PURGE_ORG}; DELETE FROM organizations WHERE organization_id = 'empty';"
+        " DELETE FROM teams WHERE team_id = 'theirs'",
+        GONE,
+    ),
+    "the same team, made anew": (
+        f"{THEIRS}; {PURGE_THEIRS}; {THEIRS}; DELETE FROM teams WHERE team_id = 'theirs'",
+        GONE,
+    ),
+    "the same organization, made anew": (
+        f"{PURGE_ORG}; DELETE FROM organizations WHERE organization_id = 'empty'; INSERT INTO organizations"
+        " (organization_id, name) VALUES ('empty', 'x'); DELETE FROM organizations WHERE organization_id = 'empty'",
+        [("organization", None)],
+    ),
+}
+
+
+@pytest.mark.parametrize(("statements", "told"), BESIDE.values(), ids=BESIDE.keys())
+def test_its_record_silences_nothing_else(
+    used: Run, sql: Sql, statements: str, told: list[tuple[str, str | None]]
+) -> None:
+    for organization in ("other", "empty"):
+        used("org", "create", organization)
+    sql.execute("BEGIN; " + statements + "; COMMIT")  # type: ignore[arg-type]
+    deletions = sql.execute("SELECT noun, team_id FROM audit_log WHERE action = 'delete' ORDER BY noun")
+    assert [(row["noun"], row["team_id"]) for row in deletions] == told
 
 
 def test_the_record_of_an_earlier_purge_is_none(used: Run, sql: psycopg.Connection) -> None:

@@ -52,11 +52,16 @@ def used(tenant: Run, sql: psycopg.Connection) -> Run:
         ) AS call (model, failure, tokens, cost);
 
         INSERT INTO credit_transactions (team_id, organization_id, entry_no, transaction_type, credits_amount,
-            credits_before, credits_after, created_at)
+            credits_before, credits_after)
         VALUES
-            ('hr', 'acme', 2, 'allocation', 5, 10, 15, '2026-03-01T00:00:00Z'),
-            ('hr', 'acme', 3, 'adjustment', -2, 15, 13, '2026-03-31T23:59:59Z'),
-            ('hr', 'acme', 4, 'expiry', -3, 13, 10, '2026-04-01T00:00:00Z');
+            ('hr', 'acme', 2, 'allocation', 5, 10, 15), ('hr', 'acme', 3, 'adjustment', -2, 15, 13),
+            ('hr', 'acme', 4, 'expiry', -3, 13, 10);
+        SET session_replication_role = replica; -- for the ledger is dated by the clock
+        UPDATE credit_transactions SET created_at = t
+        FROM (VALUES (2, '2026-03-01T00:00:00Z'::timestamptz), (3, '2026-03-31T23:59:59Z'), (4, '2026-04-01T00:00:00Z'))
+            AS dated (no, t)
+        WHERE entry_no = no;
+        RESET session_replication_role;
         """
     )
     return tenant

@@ -78,6 +78,11 @@ DAMAGE = {
     },
     "DROP INDEX credit_transactions_idempotency_key; UPDATE credit_transactions SET idempotency_key = 'k'"
     " WHERE team_id = 'hr'": {"idempotency_key more than once"},
+    "DROP INDEX credit_transactions_once_a_period; UPDATE credit_transactions SET period = '2026-11'"
+    " WHERE team_id = 'hr' AND transaction_type = 'allocation'": {"allocation of a period more than once"},
+    "UPDATE credit_transactions SET organization_id = 'other' WHERE team_id = 'hr' AND entry_no = 3": {
+        "entry of another organization"
+    },
 }
 
 
@@ -91,6 +96,14 @@ def test_it_names_all_that_is_broken(used: Run, sql: psycopg.Connection, damage:
         assert {row["team_id"] for row in result.data} == {"hr"}
         assert result.error["code"] == "credits_differ"
     assert used("credits", "verify", "it").status == 0
+
+
+def test_it_names_what_is_left_of_a_team_that_is_gone(used: Run, sql: psycopg.Connection) -> None:
+    sql.execute("SET session_replication_role = replica; DELETE FROM teams WHERE team_id = 'hr'")
+    result = used("credits", "verify", "-o", "json")
+    assert result.status == 9
+    found = [(row["team_id"], row["problem"], row["expected"], row["found"]) for row in result.data]
+    assert found == [("hr", "ledger of no team", 0, 6), ("hr", "balance of no team", None, 14)]
 
 
 DAMAGE_HR = (

@@ -60,6 +60,8 @@ def _checks() -> Iterator[Check]:
             message, hint = f"{database.where()} is newer than this program: {some(newer)}.", "Upgrade saasllm."
             yield _check("migrations", FAILED, message, hint)
             raise DatabaseUnavailable("database_newer", message, hint)
+        if all(row["applied_at"] for row in states):  # else it lacks what is pending
+            yield from _enforcement(db)
         unsound = [
             f"{row['migration']} {row['status']}" for row in states if row["status"] not in ("applied", "pending")
         ]
@@ -104,6 +106,17 @@ def _server(db: database.Database) -> Iterator[Check]:
     if server["replication_role"] != "origin":
         message = f"session_replication_role is {server['replication_role']}: the rules of the ledger are not enforced."
         yield _check("enforcement", FAILED, message, "Reset it for the role, the database and the server.")
+    if server["not_durable"]:
+        message = f"Off: {some(server['not_durable'])}. A crash can lose what was committed."
+        yield _check("durability", WARNING, message, "Turn it on for the server, the database and the role.")
+
+
+def _enforcement(db: database.Database) -> Iterator[Check]:
+    if lacking := sorted(migrations.rules() - {row["rule"] for row in db.many("doctor.enforced")}):
+        hint = "Create it again as sql/migrations has it, or enable it: ALTER TABLE ... ENABLE TRIGGER ALL"
+        if all(rule.startswith("trigger ") for rule in lacking):
+            hint = "Run: saasllm migrate up"
+        yield _check("enforcement", FAILED, f"Missing or disabled: {some(lacking)}.", hint)
 
 
 def _rights(db: database.Database, server: database.Row) -> Check:

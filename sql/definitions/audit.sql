@@ -20,9 +20,26 @@ CREATE TRIGGER audit_log_has_no_parent AFTER DELETE ON audit_log
     FOR EACH ROW WHEN (false) EXECUTE FUNCTION refuse_audit_log_change();
 
 
+-- Its times are the database's, whoever writes; the ledger's, too. The condition spares the call where the default has
+-- dated the row.
+
+CREATE FUNCTION date_by_clock() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    NEW.created_at := clock_timestamp();
+    RETURN NEW;
+END
+$$;
+
+CREATE TRIGGER audit_log_is_dated BEFORE INSERT ON audit_log
+    FOR EACH ROW WHEN (NEW.created_at NOT BETWEEN transaction_timestamp() AND clock_timestamp())
+    EXECUTE FUNCTION date_by_clock();
+
+
 -- Organizations, teams and assignments: row by row, what it was and what it is. The arguments are the noun and the
 -- column by which a row is found again after an update; without one, an update is a delete and a create. What a purge
--- removes is told by its one record.
+-- removes is told by its one record: what is gone with the team or the organization that it names, unless it was made
+-- after that record.
 
 CREATE FUNCTION audit_rows() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
@@ -41,36 +58,45 @@ BEGIN
         FROM (SELECT to_jsonb(new_rows) AS record FROM new_rows) n;
     ELSIF TG_OP = 'DELETE' THEN
         INSERT INTO public.audit_log (noun, action, organization_id, team_id, group_name, before)
-        SELECT
-            TG_ARGV[0], 'delete',
-            coalesce(
-                o.record ->> 'organization_id',
-                (SELECT t.organization_id FROM public.teams t WHERE t.team_id = o.record ->> 'team_id'),
-                -- Where the team is going with it, its last record knows.
-                (
-                    SELECT l.organization_id
-                    FROM public.audit_log l
-                    WHERE l.noun = 'team' AND l.team_id = o.record ->> 'team_id'
-                    ORDER BY l.audit_id DESC
-                    LIMIT 1
-                )
-            ),
-            o.record ->> 'team_id', o.record ->> 'group_name', o.record
-        FROM (SELECT to_jsonb(old_rows) AS record FROM old_rows) o
+        SELECT TG_ARGV[0], 'delete', organization_id, team_id, group_name, record
+        FROM (
+            SELECT
+                coalesce(
+                    record ->> 'organization_id',
+                    (SELECT t.organization_id FROM public.teams t WHERE t.team_id = record ->> 'team_id'),
+                    -- Where the team is going with it, its last record knows.
+                    (
+                        SELECT l.organization_id
+                        FROM public.audit_log l
+                        WHERE l.noun = 'team' AND l.team_id = record ->> 'team_id'
+                        ORDER BY l.audit_id DESC
+                        LIMIT 1
+                    )
+                ) AS organization_id,
+                record ->> 'team_id' AS team_id,
+                record ->> 'group_name' AS group_name,
+                record
+            FROM (SELECT to_jsonb(old_rows) AS record FROM old_rows) o
+        ) gone
         WHERE NOT EXISTS (
             SELECT
-            FROM public.audit_log p
-            WHERE p.action = 'purge'
-              AND p.purged_by = pg_current_xact_id()
-              AND (
-                  p.team_id = o.record ->> 'team_id'
-                  OR (p.team_id IS NULL AND p.organization_id = o.record ->> 'organization_id')
-                  -- An assignment does not know its organization: it is gone with its team.
-                  OR (
-                      p.team_id IS NULL
-                      AND TG_ARGV[0] = 'assignment'
-                      AND NOT EXISTS (SELECT FROM public.teams t WHERE t.team_id = o.record ->> 'team_id')
+            FROM public.purges_of_transaction p
+            WHERE p.organization_id = gone.organization_id
+              AND CASE
+                  WHEN p.team_id IS NULL THEN NOT EXISTS (
+                      SELECT FROM ONLY public.organizations x WHERE x.organization_id = p.organization_id
                   )
+                  ELSE p.team_id = gone.team_id AND NOT EXISTS (
+                      SELECT FROM ONLY public.teams t WHERE t.team_id = p.team_id
+                  )
+              END
+              AND NOT EXISTS (
+                  SELECT
+                  FROM public.audit_log l
+                  WHERE l.organization_id = gone.organization_id
+                    AND l.audit_id > p.audit_id
+                    AND (l.noun, l.action) = (TG_ARGV[0], 'create')
+                    AND (l.team_id, l.group_name) IS NOT DISTINCT FROM (gone.team_id, gone.group_name)
               )
         );
     ELSE

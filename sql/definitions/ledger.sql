@@ -34,8 +34,18 @@ CREATE TRIGGER credit_transactions_has_no_parent AFTER UPDATE ON credit_transact
     FOR EACH ROW WHEN (false) EXECUTE FUNCTION refuse_ledger_change();
 
 
+-- Its times are the database's, whoever writes: an entry of an earlier month would change what that month has cost, and
+-- one of no month at all (infinity) could not be read.
+
+CREATE TRIGGER credit_transactions_are_dated BEFORE INSERT ON credit_transactions
+    FOR EACH ROW WHEN (NEW.created_at NOT BETWEEN transaction_timestamp() AND clock_timestamp())
+    EXECUTE FUNCTION date_by_clock();
+
+
 -- Ledger rows move the balances: deductions and refunds credits_used, the others credits_allocated. The rows of a team
 -- must continue its chain, and what a job costs must be charged for a completed job of that team.
+--
+-- What it has moved outlives a crash from its commit on, also where the server, the role or the session does without.
 
 CREATE FUNCTION move_balances() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_mergejoin = off AS $$
@@ -44,6 +54,10 @@ DECLARE
     refused_job  text;
     is_given     boolean; -- something other than what jobs cost
 BEGIN
+    IF current_setting('synchronous_commit') = 'off' THEN
+        PERFORM set_config('synchronous_commit', 'on', true);
+    END IF;
+
     WITH linked AS (
         SELECT
             team_id, entry_no, transaction_type, credits_amount, credits_before,

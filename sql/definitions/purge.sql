@@ -35,6 +35,18 @@ $$;
 CREATE TRIGGER audit_log_sign_purge BEFORE INSERT ON audit_log
     FOR EACH ROW WHEN (NEW.action = 'purge') EXECUTE FUNCTION sign_purge();
 
+-- The records of this transaction. The signature alone does not say so: a restore brings it along, and in a cluster that
+-- is younger its number is still to come. So the row must also be no older than the transaction: by the number that wrote
+-- it (a savepoint has one of its own, and a later one), and, as those come round again, by its time.
+
+CREATE VIEW purges_of_transaction AS
+SELECT audit_id, organization_id, team_id, before
+FROM ONLY audit_log
+WHERE action = 'purge'
+  AND purged_by = pg_current_xact_id()
+  AND age(xmin) <= 0
+  AND created_at >= transaction_timestamp();
+
 
 -- What is history leaves only in a purge.
 
@@ -48,10 +60,8 @@ BEGIN
     WHERE EXISTS (SELECT FROM ONLY public.teams t WHERE t.team_id = gone.team_id)
        OR NOT EXISTS (
            SELECT
-           FROM ONLY public.audit_log p
-           WHERE p.action = 'purge'
-             AND p.purged_by = pg_current_xact_id()
-             AND p.organization_id = gone.organization_id
+           FROM public.purges_of_transaction p
+           WHERE p.organization_id = gone.organization_id
              AND (
                  p.team_id = gone.team_id
                  OR (
@@ -143,10 +153,8 @@ BEGIN
            OR o.record ->> 'action' = 'purge'
            OR NOT EXISTS (
                SELECT
-               FROM ONLY public.audit_log p
-               WHERE p.action = 'purge'
-                 AND p.purged_by = pg_current_xact_id()
-                 AND p.before ? 'audit_records' -- it says that it has redacted some
+               FROM public.purges_of_transaction p
+               WHERE p.before ? 'audit_records' -- it says that it has redacted some
                  AND p.organization_id = o.organization_id
                  AND CASE
                      WHEN p.team_id IS NULL THEN NOT EXISTS (

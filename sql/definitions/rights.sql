@@ -7,7 +7,7 @@ REVOKE ALL ON
     saasllm_migrations, saasllm_definitions, organizations, model_groups, model_group_models, teams, team_model_groups,
     team_credits, credit_transactions, credit_schedules, jobs, job_refusals, llm_calls, audit_log,
     organization_details, model_group_details, team_details, credit_details, job_details, job_refusal_details,
-    llm_call_details, organization_records, model_group_records, team_records
+    llm_call_details, organization_records, model_group_records, team_records, purges_of_transaction
 FROM saasllm_admin, saasllm_runner, saasllm_readonly;
 
 GRANT USAGE ON SCHEMA public TO saasllm_admin, saasllm_runner, saasllm_readonly;
@@ -17,7 +17,7 @@ GRANT SELECT ON
     saasllm_migrations, saasllm_definitions, organizations, model_groups, model_group_models, teams, team_model_groups,
     team_credits, credit_transactions, credit_schedules, jobs, job_refusals, llm_calls, audit_log,
     organization_details, model_group_details, team_details, credit_details, job_details, job_refusal_details,
-    llm_call_details, organization_records, model_group_records, team_records
+    llm_call_details, organization_records, model_group_records, team_records, purges_of_transaction
 TO saasllm_admin, saasllm_runner, saasllm_readonly;
 
 -- saasllm_runner runs jobs: it reserves credits, enters what jobs cost, and counts those that were refused. It moves

@@ -240,8 +240,8 @@ LIMIT %(row_limit)s;
 -- that the database enforces, proven from the data alone.
 WITH entry AS (
     SELECT
-        transaction_id, team_id, entry_no, job_id, transaction_type, credits_amount, credits_before, credits_after,
-        idempotency_key,
+        transaction_id, team_id, organization_id, entry_no, job_id, transaction_type, credits_amount, credits_before,
+        credits_after, idempotency_key, period,
         lag(entry_no, 1, 0::bigint) OVER chain AS previous_no,
         lag(credits_after, 1, 0::bigint) OVER chain AS previous_after
     FROM credit_transactions
@@ -309,6 +309,27 @@ FROM entry
 WHERE idempotency_key IS NOT NULL
 GROUP BY idempotency_key
 HAVING count(*) > 1
+UNION ALL
+SELECT team_id, transaction_type || ' of a period more than once', max(transaction_id), NULL, 1, count(*)
+FROM entry
+WHERE period IS NOT NULL
+GROUP BY team_id, period, transaction_type
+HAVING count(*) > 1
+UNION ALL
+SELECT e.team_id, 'entry of another organization', e.transaction_id, e.job_id, NULL, NULL
+FROM entry e
+JOIN teams t USING (team_id)
+WHERE e.organization_id <> t.organization_id
+UNION ALL
+SELECT team_id, 'ledger of no team', max(transaction_id), NULL, 0, count(*)
+FROM entry e
+WHERE NOT EXISTS (SELECT FROM teams t WHERE t.team_id = e.team_id)
+GROUP BY team_id
+UNION ALL
+SELECT team_id, 'balance of no team', NULL, NULL, NULL, credits_remaining
+FROM team_credits c
+WHERE NOT EXISTS (SELECT FROM teams t WHERE t.team_id = c.team_id)
+  AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
 UNION ALL
 SELECT j.team_id, 'completed job without its deduction', NULL, j.job_id, 1, 0
 FROM jobs j

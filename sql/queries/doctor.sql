@@ -8,7 +8,31 @@ SELECT
     current_user AS role,
     (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AS is_superuser,
     pg_is_in_recovery() AS is_replica,
-    current_setting('session_replication_role') AS replication_role;
+    current_setting('session_replication_role') AS replication_role,
+    ARRAY(
+        SELECT name
+        FROM unnest(ARRAY['fsync', 'full_page_writes', 'synchronous_commit']) AS name
+        WHERE current_setting(name) = 'off'
+    ) AS not_durable;
+
+-- name: enforced() :many
+-- The rules that are in force: constraints, indexes and triggers. A foreign key is one as long as its triggers are.
+SELECT 'constraint ' || n.conname AS rule
+FROM pg_constraint n
+WHERE n.connamespace = 'public'::regnamespace
+  AND n.contype NOT IN ('n', 't') -- the column has its NOT NULL, and a trigger is one of the others
+  AND n.convalidated
+  AND NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgconstraint = n.oid AND t.tgenabled NOT IN ('O', 'A'))
+UNION ALL
+SELECT 'index ' || c.relname
+FROM pg_index i
+JOIN pg_class c ON c.oid = i.indexrelid
+WHERE c.relnamespace = 'public'::regnamespace AND i.indisvalid AND i.indisready
+UNION ALL
+SELECT 'trigger ' || c.relname || '.' || t.tgname
+FROM pg_trigger t
+JOIN pg_class c ON c.oid = t.tgrelid
+WHERE c.relnamespace = 'public'::regnamespace AND NOT t.tgisinternal AND t.tgenabled IN ('O', 'A');
 
 -- name: rights() :one
 -- The tables of saasllm that the role may not read, and what it may do.
