@@ -3,6 +3,7 @@
 import errno
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -15,6 +16,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
+from decimal import Decimal
 from itertools import count, cycle
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,8 @@ from provider import ANSWER, Provider
 from test_job import credits_of, logged, with_models
 
 from saasllm_cli.errors import DatabaseUnavailable
-from saasllm_cli.jobs import batch
+from saasllm_cli.jobs import batch, offline
+from saasllm_cli.jobs.answers import Answer
 from saasllm_cli.jobs.batch import BatchRequest, journal, leader
 from saasllm_cli.jobs.batch.journal import Journal
 from saasllm_cli.jobs.batch.session import Session
@@ -200,6 +204,38 @@ def test_a_wrong_line_does_not_stop_the_others(tenant: Run, home: Path) -> None:
         assert (row["status"], row["job_id"]) == ("failed", None)
         assert told in row["error"]
     assert_paid(tenant, home, 10)
+
+
+NONSENSE: dict[str, dict[str, Any]] = {
+    "a negative count": {"prompt_tokens": -5, "total_tokens": -5},
+    "a huge count": {"completion_tokens": 2**70},
+    "no cost": {"cost_usd": Decimal("NaN")},
+    "a negative cost": {"cost_usd": Decimal(-1)},
+    "an infinite cost": {"cost_usd": Decimal("Infinity")},
+    "an absurd cost": {"cost_usd": Decimal("1e90000")},
+    "a hostile word": {"finish_reason": "a\0\ud800" + "x" * 10**6},
+    "half a character": {"content": "\ud800"},
+    "half a tool": {"tool_calls": [{"function": {"arguments": "\udfff", "strict": math.inf}}]},
+}
+
+
+def test_what_a_provider_tells_stops_nothing(tenant: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its nonsense is not kept, and its answer is charged."""
+    complete = offline.complete
+
+    async def told(model: str, messages: Any, *further: Any) -> Answer:
+        return replace(await complete(model, messages, *further), **NONSENSE[messages[-1]["content"]])
+
+    monkeypatch.setattr(offline, "complete", told)
+    tenant("credits", "add", "hr", 2 * len(NONSENSE) - 10)
+    lines(home, *({"id": prompt, "prompt": prompt} for prompt in NONSENSE))
+    result = tenant(*words())
+    assert (result.status, result.err) == (0, f"offline/echo: {len(NONSENSE)} answered, 0 failed\n")
+    assert_paid(tenant, home, 2 * len(NONSENSE))
+    for prompt in NONSENSE:
+        assert tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", prompt).status == 0
+    assert credits_of(tenant) == (0, 0)
+    assert tenant("credits", "verify").status == 0
 
 
 SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
