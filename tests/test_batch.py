@@ -28,6 +28,7 @@ from conftest import Result, start_process
 from provider import ANSWER, Provider
 from test_job import credits_of, logged, with_models
 
+from saasllm_cli.database import exact_json
 from saasllm_cli.errors import DatabaseUnavailable
 from saasllm_cli.jobs import batch, offline
 from saasllm_cli.jobs.answers import Answer
@@ -37,6 +38,7 @@ from saasllm_cli.jobs.batch.session import Session
 from saasllm_cli.jobs.batch.tasks import CONFLICT
 from saasllm_cli.jobs.batch.workers import Workers
 from saasllm_cli.jobs.calls import CLOSED_SECONDS, FAILURES
+from saasllm_cli.rules import json_bytes
 
 Run = Callable[..., Result]
 FIELDS = [
@@ -169,6 +171,15 @@ WRONG = {
     '{"id": "a", "prompt": "x", "metadata": 7}': "metadata",
     '{"id": "a", "prompt": "x", "metadata": {"b": "\\u0000"}}': "metadata",
     '{"id": "a", "prompt": "x", "metadata": {"b": NaN}}': "JSON",
+    **{
+        '{"id": "a", "prompt": "x", "metadata": {"b": ' + large + "}}": told
+        for large, told in {
+            '"' + "é" * 40_000 + '"': "at most 64 KiB",
+            "[" + "1,1," * 12_000 + "1]": "at most 64 KiB",
+            "[" + "1e300," * 300 + "1]": "at most 64 KiB",
+            "[" * 99 + "]" * 99: "levels deep",
+        }.items()
+    },
     '{"id": "a", "prompt": "x", "metadata": {"b": "\\ud800"}}': "JSON",
     '{"id": "a", "prompt": "x", "messages": 5}': "messages",
     '{"id": "a", "prompt": "x", "tools": ' + "[" * 5000 + "]" * 5000 + "}": "JSON",
@@ -195,7 +206,7 @@ WRONG = {
 
 def test_a_wrong_line_does_not_stop_the_others(tenant: Run, home: Path) -> None:
     wrong = [line.replace('"a"', f'"{number}"') for number, line in enumerate(WRONG)]
-    lines(home, *wrong, {"id": "good", "prompt": "x"})
+    lines(home, *wrong, {"id": "good", "prompt": "x", "metadata": {"b": ["é" * 32_500, 1e300, -1.5e-7, "\x7f"]}})
     result = tenant(*words("Echo", "-o", "json"))
     assert (result.status, result.error["code"], result.data["failed"]) == (9, "some_failed", len(WRONG))
     found = results(home)
@@ -204,6 +215,14 @@ def test_a_wrong_line_does_not_stop_the_others(tenant: Run, home: Path) -> None:
         assert (row["status"], row["job_id"]) == ("failed", None)
         assert told in row["error"]
     assert_paid(tenant, home, 10)
+
+
+def test_metadata_are_measured_as_the_database_does(sql: psycopg.Connection[dict[str, Any]]) -> None:
+    text = {'é"\\': "\x01\n\x7f😀\u2028", "": [], "b": {}, "c": [None, True, False, {"d": [1]}]}
+    numbers = [0, -7, 10**30, 0.5, 1e22, -1.5e-7, 5e-324, Decimal("1.50"), Decimal("1e100"), Decimal("-1e-100")]
+    written = "SELECT octet_length(%s::jsonb::text) AS bytes"
+    for value in (text, numbers, *numbers, text | {"e": numbers}):
+        assert sql.execute(written, [exact_json(value)]).fetchone() == {"bytes": json_bytes(value)}, value
 
 
 NONSENSE: dict[str, dict[str, Any]] = {

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, TypeAlias
 
-
 MOST_TOKENS = 2**31 - 1  # what a column of the database holds
 DEAREST = Decimal(10**6)  # US dollars: no call costs as much
 LONGEST_WORD = 200

@@ -63,12 +63,15 @@ class JobRequest:
 
     def hash(self) -> str:
         """The same for the same request, to tell a repetition from another request under the same key."""
+        import simplejson  # metadata have decimals
+
         asked = asdict(self)
         del asked["lease"], asked["idempotency_key"]
         if self.call is not None:
             asked |= asked.pop("call")
             del asked["timeout"]
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        text = simplejson.dumps(asked, sort_keys=True, use_decimal=True, allow_nan=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from saasllm_cli.jobs import chat
 from saasllm_cli.jobs.batch.tasks import BatchRequest, Task
 from saasllm_cli.jobs.calls import CallRequest
 from saasllm_cli.jobs.runner import JobRequest
-from saasllm_cli.rules import METADATA_BYTES
+from saasllm_cli.rules import METADATA_BYTES, METADATA_DEPTH, depth, json_bytes
 
 READ_AHEAD = 200  # lines
 LONGEST_ID = 200
@@ -112,8 +112,10 @@ def _job_request(content: dict[str, Any], batch: BatchRequest) -> JobRequest:
     metadata = content.pop("metadata", None) or {}
     text = json.dumps(metadata, allow_nan=False, ensure_ascii=False)
     text.encode()  # half of a surrogate pair is no text
-    if not isinstance(metadata, dict) or "\\u0000" in text or len(text) > METADATA_BYTES:
+    if not isinstance(metadata, dict) or "\\u0000" in text or json_bytes(metadata) > METADATA_BYTES:
         raise InvalidInput("invalid_line", "The metadata must be an object of at most 64 KiB, without NUL characters.")
+    if depth(metadata) > METADATA_DEPTH:
+        raise InvalidInput("invalid_line", f"The metadata is nested more than {METADATA_DEPTH} levels deep.")
     for name, value in content.items():
         if not isinstance(value, str) or not value.strip() or len(value) > LONGEST_ID:
             raise InvalidInput("invalid_line", f"{name} must be text of 1 to {LONGEST_ID} characters.")
