@@ -549,14 +549,14 @@ def _translated(error: psycopg.Error) -> SaasllmError:
             return InsufficientCredits("insufficient_credits", "The team does not have that many free credits.")
         case _, ("23503" | "23505"):  # only where another client was quicker: the statements look before they write
             return Conflict("refused_by_database", f"The database refused this: {message}.", "Try again.")
-        case "23", _:
-            return InvalidInput("refused_by_database", f"The database refused this: {message}.")
         case _, ("22P05" | "22021"):
             return InvalidInput(
                 "unknown_character",
                 f"The database cannot store a character: {message}.",
                 "Use a database whose encoding is UTF8.",
             )
+        case (("22" | "23" | "54"), _):  # what it was given is at fault
+            return InvalidInput("refused_by_database", f"The database refused this: {message}.")
         case _, "42501":
             return DatabaseUnavailable(
                 "permission_denied",

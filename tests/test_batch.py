@@ -39,6 +39,7 @@ from saasllm_cli.jobs.batch.tasks import CONFLICT
 from saasllm_cli.jobs.batch.workers import Workers
 from saasllm_cli.jobs.calls import CLOSED_SECONDS, FAILURES
 from saasllm_cli.rules import json_bytes
+from saasllm_cli.settings import settings
 
 Run = Callable[..., Result]
 FIELDS = [
@@ -255,6 +256,60 @@ def test_what_a_provider_tells_stops_nothing(tenant: Run, home: Path, monkeypatc
         assert tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", prompt).status == 0
     assert credits_of(tenant) == (0, 0)
     assert tenant("credits", "verify").status == 0
+
+
+def refusing(sql: psycopg.Connection[dict[str, Any]], table: str, condition: str) -> None:
+    """Has the database refuse rows, as it would what no client has thought of."""
+    sql.execute(f"ALTER TABLE {table} ADD CONSTRAINT poison CHECK ({condition})")
+
+
+@pytest.mark.parametrize(("poison", "left_out"), [("answer <> 'Hello 4'", 3), ("prompt_tokens IS NULL", 9)])
+def test_what_cannot_be_stored_of_an_answer_is_left_out(
+    tenant: Run, home: Path, sql: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, poison: str, left_out: int
+) -> None:
+    monkeypatch.setenv("SAASLLM_KEEP_CONTENT", "100")
+    settings.cache_clear()
+    refusing(sql, "llm_calls", poison)
+    lines(home, *prompts(7))
+    assert tenant(*words()).status == 0
+    assert {row["content"] for row in results(home).values()} == {f"Hello {number}" for number in range(7)}
+    assert tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "Hello 4").status == 0
+    job_id = tenant("job", "create", "--team", "hr").out.strip()
+    assert tenant("job", "call", job_id, "--group", "Echo", "--prompt", "Hello 4").status == 0
+    assert tenant("job", "complete", job_id).status == 0
+    assert credits_of(tenant) == (1, 0)
+    calls = sql.execute("SELECT answer, error FROM llm_calls").fetchall()
+    assert [call["error"] for call in calls] == [None] * 9
+    assert sum(call["answer"] is None for call in calls) == left_out
+
+
+def test_a_line_that_cannot_be_settled_hinders_no_other(tenant: Run, home: Path, sql: psycopg.Connection) -> None:
+    """Its answer is kept, and settled when the database takes it: without asking the provider again."""
+    refusing(sql, "jobs", "NOT (external_task_id = 'poison' AND status = 'completed')")
+    lines(home, *prompts(4), *(line | {"external_task_id": "poison"} for line in prompts(2, 4)))
+    for _ in range(2):
+        result = tenant(*words())
+        assert (result.status, "2 lines could not be settled" in result.err) == (9, True)
+        assert results(home).keys() == {f"line-{number}" for number in range(4)}
+    single = ("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x", "--external-task-id", "poison")
+    told = tenant(*single)
+    assert (told.status, told.out, "is still open" in told.err) == (7, "x\n", True)
+    sql.execute("ALTER TABLE jobs DROP CONSTRAINT poison")
+    sql.execute("UPDATE model_group_models SET model_name = 'offline/fail' WHERE group_name = 'Echo'")
+    sql.execute("UPDATE jobs SET lease_expires_at = now() WHERE lease_expires_at IS NOT NULL")
+    assert tenant(*words()).status == 0
+    assert {row["content"] for row in results(home).values()} == {f"Hello {number}" for number in range(6)}
+    assert_paid(tenant, home, 10)
+
+
+def test_a_line_that_cannot_be_begun_hinders_no_other(tenant: Run, home: Path, sql: psycopg.Connection) -> None:
+    refusing(sql, "jobs", "external_task_id <> 'poison'")
+    lines(home, *prompts(4), {"id": "bad", "prompt": "x", "external_task_id": "poison"}, *prompts(3, 4))
+    assert tenant(*words()).status == 9
+    bad = results(home)["bad"]
+    assert (bad["status"], "The database refused this" in bad["error"]) == ("failed", True)
+    assert len(results(home)) == 8
+    assert_paid(tenant, home, 10)
 
 
 SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}

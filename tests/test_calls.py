@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from importlib.metadata import version
@@ -575,7 +576,7 @@ def test_the_calls_of_one_request_are_written_once(tenant: Run) -> None:
     job_id = created(tenant)
     result = call(tenant, job_id, "Echo", "-o", "json")
     (made,) = calls_of(tenant, job_id)
-    began = Call("Echo", "offline/echo", 1, 0.0)
+    began = asdict(Call("Echo", "offline/echo", 1, 0.0))
     started_at = runner.datetime.fromisoformat(str(made["created_at"]))
     recorded = runner._until_it_answers(
         5, lambda db: runner._recorded(db, result.data["job_id"], started_at, [began], 900)

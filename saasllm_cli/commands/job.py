@@ -332,6 +332,13 @@ def batch(
     for model, times in summary.passed_over.items():
         told = f"{model} kept failing or was busy; skipped it {counted(times, 'time')}."
         note(told, **ids, resolved_model=model, times=times)
+    if summary.unsettled:
+        warn(
+            f"{counted(summary.unsettled, 'line')} could not be settled. {summary.unsettled_error} "
+            f"The answers are kept in {out}.journal; run the same command again to settle them.",
+            **ids,
+            unsettled=summary.unsettled,
+        )
     if summary.is_out_of_credits:
         raise InsufficientCredits(
             "insufficient_credits",
@@ -347,6 +354,15 @@ def batch(
             **ids,
             completed=summary.completed,
             failed=summary.failed,
+        )
+    if summary.unsettled:
+        raise CheckFailed(
+            "some_unsettled",
+            f"{counted(summary.unsettled, 'line')} could not be settled.",
+            "Run the same command again.",
+            **ids,
+            completed=summary.completed,
+            unsettled=summary.unsettled,
         )
 
 
