@@ -571,6 +571,74 @@ def test_an_output_that_was_cut_is_noticed(tenant: Run, home: Path) -> None:
     assert (home / "out.jsonl").read_text() == content
 
 
+def test_the_output_and_its_journal_are_moved_together(many: Run, home: Path) -> None:
+    """Two files are all that there is, also when the batch was killed between its writes."""
+    process = start_process(*words("Echo", "--concurrency", 8))
+    until_written(home, 30, process)
+    while not stopped_between_its_writes(process, home):
+        pass
+    assert sorted(path.name for path in home.glob("out.jsonl*")) == ["out.jsonl", "out.jsonl.journal"]
+    process.kill()
+    process.wait()
+    whole = [line for line in (home / "out.jsonl").read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    (home / "new").mkdir()
+    for name in ("out.jsonl", "out.jsonl.journal"):
+        (home / name).rename(home / "new" / name)
+    for path in home.glob("out.jsonl*"):
+        path.unlink()
+    command = [word.replace("out.jsonl", "new/out.jsonl") for word in words()]
+    assert many(*command).status == 0
+    assert (home / "new/out.jsonl").read_bytes().startswith(b"".join(whole[:30]))
+    (home / "new/out.jsonl").rename(home / "out.jsonl")
+    assert_paid(many, home, 120)
+
+
+def test_a_journal_that_does_not_belong_to_the_output(tenant: Run, home: Path) -> None:
+    """It is told, and nothing is cut off, overwritten or paid again."""
+    out, beside = home / "out.jsonl", home / "out.jsonl.journal"
+    lines(home, *prompts(2))
+    assert tenant(*words()).status == 0
+    older = beside.read_bytes()
+    lines(home, *prompts(4))
+    assert tenant(*words()).status == 0
+    written, newest = out.read_bytes(), beside.read_bytes()
+    with closing(sqlite3.connect(home / "foreign")) as foreign:
+        foreign.execute("CREATE TABLE mine (a)")
+    wrong = {
+        older: "journal_outdated",
+        b"": "wrong_journal",
+        b"mine\n" * 1000: "wrong_journal",
+        newest[:5000]: "wrong_journal",
+        (home / "foreign").read_bytes(): "wrong_journal",
+    }
+    for content, code in wrong.items():
+        beside.write_bytes(content)
+        result = tenant(*words("Echo", "-o", "json"))
+        assert (result.status, result.error["code"]) == (4, code)
+        assert (out.read_bytes(), beside.read_bytes() == content or content is older) == (written, True)
+    beside.write_bytes(newest)
+    out.unlink()
+    alone = tenant(*words("Echo", "-o", "json"))
+    assert (alone.status, alone.error["code"], out.exists()) == (4, "output_changed", False)
+    out.write_bytes(written)
+    assert tenant(*words()).status == 0
+    assert out.read_bytes() == written
+    assert credits_of(tenant) == (6, 0)
+
+
+def test_an_output_has_one_journal_by_whatever_name_it_is_called(many: Run, home: Path) -> None:
+    lines(home, *prompts(60))
+    process = start_process(*words("Echo", "--concurrency", 2))
+    until_written(home, 10, process)
+    (home / "link.jsonl").symlink_to("out.jsonl")
+    linked = [word.replace("out.jsonl", "link.jsonl") for word in words("Echo", "-o", "json")]
+    second = many(*linked)
+    assert (second.status, second.error["code"]) == (4, "batch_running")
+    process.communicate(timeout=120)
+    assert many(*linked).data["skipped"] == 60
+    assert_paid(many, home, 120)
+
+
 def test_stdin_and_a_name(tenant: Run, home: Path) -> None:
     command = ("job", "batch", "-", "--out", "out.jsonl", "--team", "hr", "--group", "Echo", "--name", "cvs")
     text = "".join(json.dumps(line) + "\n" for line in prompts(3))
@@ -714,8 +782,10 @@ def test_a_database_that_goes_away(many: Run, home: Path, sql: psycopg.Connectio
 
 def test_a_disk_that_has_no_room_for_the_journal(many: Run, home: Path) -> None:
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
+    half = prompts(60)
+    lines(home, *half, {"id": "large", "prompt": "x", "metadata": {"a": "x" * 60_000}}, *prompts(59, 60))
     process = start_process(*words("Echo", "--concurrency", 8, "-o", "json"), preexec_fn=limit)
     _, err = process.communicate(timeout=120)
     error = json.loads(err)["error"]

@@ -304,7 +304,7 @@ def batch(
     request = batches.BatchRequest(
         source=source,
         folder=file.parent,
-        out=out,
+        out=Path(os.path.realpath(out)),  # by whatever name it is called, it is one file
         team_id=team,
         group_name=group,
         name=name,
