@@ -655,7 +655,8 @@ def test_stdin_and_a_name(tenant: Run, home: Path) -> None:
         capture_output=True,
         check=False,
     )
-    assert (again.returncode, "2 completed" in again.stdout) == (9, True)
+    assert (again.returncode, again.stdout) == (9, "0 completed, 1 failed, 2 already done, $0\n")
+    assert "2 lines of this batch already completed and charged in another run" in again.stderr
     rows = [(row["status"], row["content"]) for row in results(home).values()]
     assert sorted(rows) == [("completed", None)] * 2 + [("failed", None)], "the answers were in the output that is gone"
     assert results(home)["line-2"]["error"] == CONFLICT

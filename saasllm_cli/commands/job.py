@@ -332,6 +332,13 @@ def batch(
     for model, times in summary.passed_over.items():
         told = f"{model} kept failing or was busy; skipped it {counted(times, 'time')}."
         note(told, **ids, resolved_model=model, times=times)
+    if summary.answered_elsewhere:
+        warn(
+            f"{counted(summary.answered_elsewhere, 'line')} of this batch already completed and charged in another "
+            f"run; the answers are not in {out}.",
+            **ids,
+            answered_elsewhere=summary.answered_elsewhere,
+        )
     if summary.unsettled:
         warn(
             f"{counted(summary.unsettled, 'line')} could not be settled. {summary.unsettled_error} "

@@ -172,6 +172,8 @@ def call(
             group_name=request.group_name,
             lease_seconds=max(lease, request.timeout + LEASE_MARGIN_SECONDS),
         )
+    if started["outcome"] == "lease_lost":
+        raise _lost(job_id)
     if started["outcome"] != "started":
         raise _no_call(job_id, started["outcome"], started["team_id"], request.group_name)
 
@@ -199,7 +201,7 @@ def call(
         result.unsettled = _unsettled(error)
         return result
     if recorded is None:
-        raise _no_call(job_id, "lease_lost", started["team_id"], request.group_name)
+        raise _lost(job_id)
     result.lease_expires_at = recorded["lease_expires_at"]
     return result
 
@@ -347,12 +349,26 @@ def _no_call(job_id: UUID, outcome: str, team_id: str | None, group_name: str | 
         case "lease_lost":
             return Conflict(
                 outcome,
-                f"Job {job_id} has expired or is already finished; nothing is charged for it.",
+                f"Job {job_id} has expired; nothing is charged for it.",
                 "Create a new job, with a longer --lease if there is more time between its calls.",
                 job_id=job_id,
             )
         case _:
             return refused(outcome, team_id, group_name, None)
+
+
+def _lost(job_id: UUID) -> SaasllmError:
+    """What has become of a job that a call does not hold any more."""
+    job = _until_it_answers(SETTLE_SECONDS, lambda db: db.get("job", job_id))
+    if job["status"] in ("pending", "in_progress"):
+        return _no_call(job_id, "lease_lost", None, None)
+    charged = "its credit is charged" if job["status"] == "completed" else "nothing is charged for it"
+    return Conflict(
+        "job_finished",
+        f"Job {job_id} was already {job['status']} when this call ended; {charged}. The call was not recorded.",
+        f"See: saasllm job get {job_id}",
+        job_id=job_id,
+    )
 
 
 def _recorded(
@@ -440,8 +456,8 @@ def _settled(job_id: UUID, team_id: str, answer: Answer | None, calls: list[Call
     if not settled["settled"] and settled["status"] != status:
         raise Conflict(
             "lease_lost",
-            f"Job {job_id} expired or was finished before it could be settled: it is {settled['status']}, and nothing "
-            "was charged.",
+            f"Job {job_id} expired or was finished before it could be settled: it is {settled['status']}, and "
+            f"{'was' if settled['status'] == 'completed' else 'nothing was'} charged.",
             "This machine may have been asleep. Run the job again.",
             job_id=job_id,
             team_id=team_id,

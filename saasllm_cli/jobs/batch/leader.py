@@ -18,7 +18,7 @@ from saasllm_cli.errors import DatabaseUnavailable, Interrupted, InvalidInput, S
 from saasllm_cli.jobs.batch.journal import MAKE_ROOM, Journal, is_locked
 from saasllm_cli.jobs.batch.lines import Lines
 from saasllm_cli.jobs.batch.session import Session, running_elsewhere
-from saasllm_cli.jobs.batch.tasks import CONFLICT, BatchRequest, Task
+from saasllm_cli.jobs.batch.tasks import CONFLICT, ELSEWHERE, BatchRequest, Task
 from saasllm_cli.jobs.batch.workers import GATHER_SECONDS, Workers
 from saasllm_cli.jobs.runner import SWEEP_CHUNK, as_far_as_stored, as_json, keep_refusal, new_job_id, settlement
 from saasllm_cli.jobs.signals import signals
@@ -34,7 +34,8 @@ class Summary:
 
     `models` says of each model of which an answer was asked in this run how often it gave one and how often it failed;
     `not_sent` are parameters of lines that not every provider got; `unsettled` lines were answered, but the database
-    refused to settle them: their answers stay in the journal.
+    refused to settle them: their answers stay in the journal. `answered_elsewhere` are those of the skipped lines whose
+    answers are not in this output: the batch of this name wrote them into another.
     """
 
     completed: int = 0
@@ -47,6 +48,7 @@ class Summary:
     not_sent: list[str] = field(default_factory=list)
     unsettled: int = 0
     unsettled_error: str | None = None
+    answered_elsewhere: int = 0
 
 
 @dataclass(slots=True)
@@ -271,8 +273,7 @@ class _Batch:
         if row["existing_request_hash"] != task.request_hash:
             task.end("failed", error=CONFLICT)
         elif row["existing_status"] == "completed":
-            error = "completed and charged before; its answer is not in this output"
-            task.end("completed", error=error, job_id=str(row["existing_job_id"]))
+            task.end("completed", error=ELSEWHERE, job_id=str(row["existing_job_id"]))
         else:  # somebody has taken the batch while this process had lost its connection
             raise running_elsewhere()
         return task
@@ -337,7 +338,10 @@ class _Batch:
         self._journal.write(tasks)
         for task in tasks:
             assert task.result is not None
-            if task.result["status"] == "completed":
+            if task.result["error"] == ELSEWHERE:
+                self.summary.skipped += 1
+                self.summary.answered_elsewhere += 1
+            elif task.result["status"] == "completed":
                 self.summary.completed += 1
             else:
                 self.summary.failed += 1
