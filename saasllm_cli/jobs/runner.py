@@ -36,6 +36,7 @@ from saasllm_cli.jobs.signals import UNINTERRUPTED, interrupt, signals
 T = TypeVar("T")
 
 BEGIN_SECONDS = 10.0
+ANSWER_SECONDS = 60.0  # in which the database answers, though others hold its locks
 SETTLE_SECONDS = 30.0
 CANCEL_SECONDS = 5.0
 # The lease outlives the deadline by the time to load litellm and to settle.
@@ -165,7 +166,7 @@ def call(
     job stays open then, but for a lost lease. That no model answered is a result.
     """
     calls: list[Call] = []
-    with database.connect() as db:
+    with database.patience(ANSWER_SECONDS), database.connect() as db:
         started = db.one(
             "job.start_call",
             job_id=job_id,
@@ -211,7 +212,7 @@ def finish(job_id: UUID, status: str, error_message: str | None = None) -> None:
 
     Raises `NotFound`, and `Conflict` where it is finished already, its lease is lost, or none of its calls succeeded.
     """
-    with database.connect() as db:
+    with database.patience(ANSWER_SECONDS), database.connect() as db:
         job = db.get("job", job_id)
         is_answered = any(row["error"] is None for row in db.many("job.calls", job_id=job_id))
     if status == "completed" and job["completed_at"] is None and not is_answered:
@@ -272,7 +273,7 @@ def _begin(job_id: UUID, request: JobRequest) -> database.Row:
 
     def ask(_: float) -> database.Row:
         nonlocal is_asked
-        with database.connect() as db:
+        with database.patience(ANSWER_SECONDS), database.connect() as db:
             is_asked = True
             begun = db.one("job.begin", **parameters)
             if begun["outcome"] == "insufficient_credits" or begun["existing_is_expired"]:

@@ -69,6 +69,8 @@ def run(request: BatchRequest, on_progress: Callable[[Summary, float], None] = l
             stack.enter_context(signals(dict.fromkeys((signal.SIGINT, signal.SIGTERM), batch.interrupt)))
             try:
                 batch.run()
+            except KeyboardInterrupt:
+                raise  # the leases free the credits of what is under way
             except BaseException:
                 batch.cancel()
                 raise
@@ -105,6 +107,8 @@ class _Batch:
         self._received = 0
 
     def interrupt(self, *_: object) -> None:
+        if self._is_interrupted:
+            raise KeyboardInterrupt  # again: whoever asks twice waits for nothing any more
         self._is_interrupted = True  # and no exception: what is being written is written to its end
 
     def run(self) -> None:
