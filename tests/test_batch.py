@@ -166,6 +166,7 @@ WRONG = {
     "[1]": "a JSON object",
     '{"prompt": "x"}': "The id",
     '{"id": 7, "prompt": "x"}': "The id",
+    '{"id": "", "prompt": "x"}': "The id",
     '{"id": "a"}': "messages",
     '{"id": "a", "prompt": " "}': "The prompt",
     '{"id": "a", "promt": "x"}': "'promt'",
@@ -624,6 +625,23 @@ def test_a_journal_that_does_not_belong_to_the_output(tenant: Run, home: Path) -
     assert tenant(*words()).status == 0
     assert out.read_bytes() == written
     assert credits_of(tenant) == (6, 0)
+
+
+def test_a_new_output_that_was_left_behind(tenant: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed when the output without its failed lines is written, and not yet in its place."""
+    lines(home, {"id": "", "prompt": "x"}, *prompts(3))
+    assert tenant(*words()).status == 9
+    written = (home / "out.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_leave_out_failed", crashing_after(Journal._leave_out_failed))
+        assert tenant(*words("Echo", "--retry-failed")).status == 1
+    (home / "out.jsonl.tmp").rename(home / "behind")
+    result = tenant(*words("Echo", "-o", "json"))
+    assert (result.status, result.error["code"], (home / "out.jsonl").read_bytes()) == (4, "output_changed", written)
+    (home / "behind").rename(home / "out.jsonl.tmp")
+    assert tenant(*words()).status == 9
+    assert {row["status"] for row in results(home).values()} == {"completed", "failed"}
+    assert_paid(tenant, home, 10)
 
 
 def test_an_output_has_one_journal_by_whatever_name_it_is_called(many: Run, home: Path) -> None:

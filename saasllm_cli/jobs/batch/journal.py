@@ -114,7 +114,7 @@ class Journal:
     def _no_journal(self, path: Path, what: str) -> Conflict:
         return Conflict(
             "wrong_journal",
-            f"{path} {what}. Nothing was changed.",
+            f"{path} {what}. The output stays as it is.",
             f"Put the journal of {self._request.out} back, or choose another --out.",
         )
 
@@ -135,8 +135,10 @@ class Journal:
     def _replace(self) -> None:
         ((size, is_replaced),) = self._db.execute("SELECT out_size, is_replaced FROM batch")
         if is_replaced:
-            with suppress(FileNotFoundError):
+            if self._rest.exists():
                 self._rest.replace(self._request.out)
+            elif self._out.seek(0, os.SEEK_END) != size:  # nor has it been replaced already
+                raise self._output_changed(f"was to be replaced by {self._rest}, which is missing")
             self._out.close()
             self._out = self._request.out.open("r+b")
             self._db.execute("UPDATE batch SET is_replaced = 0")
@@ -146,7 +148,7 @@ class Journal:
         if unknown := sum(map(self._is_unknown, self._out)):
             raise Conflict(
                 "journal_outdated",
-                f"{self._request.out} has {unknown} answers of which its journal does not know. Nothing was changed.",
+                f"{self._request.out} has {unknown} answers of which its journal does not know. It stays as it is.",
                 f"Put the journal that belongs to it back, or choose another --out, with --name {self.name}.",
             )
         self._out.truncate(size)

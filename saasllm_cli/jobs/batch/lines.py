@@ -61,7 +61,7 @@ def _task(line: bytes, number: int, batch: BatchRequest) -> Task:
         if not isinstance(content, dict):
             raise InvalidInput("invalid_line", "The line must be a JSON object.")
         id_ = content.pop("custom_id", None) or content.pop("id", None)
-        if not isinstance(id_, str) or len(id_) > LONGEST_ID:
+        if not isinstance(id_, str) or not 1 <= len(id_) <= LONGEST_ID:
             raise InvalidInput("invalid_line", f"The id (or custom_id) must be text of 1 to {LONGEST_ID} characters.")
         task.id = chat.text(id_, "the id")
         request = _job_request(content, batch)
