@@ -2,12 +2,14 @@
 
 import json
 import logging
+import math
 import os
 import re
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from decimal import Decimal
 from functools import partial
 from itertools import chain, islice
@@ -16,6 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlencode
 
 import psycopg
+from psycopg.abc import PQGen
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import dict_row
 from psycopg.types.json import JsonbDumper
@@ -38,11 +41,14 @@ for _name in ("HOST", "HOSTADDR", "PORT", "SERVICE", "DATABASE", "USER", "OPTION
 
 Row = dict[str, Any]
 Connection = psycopg.Connection[Row]
+_patience: ContextVar[float | None] = ContextVar("patience", default=None)
 
 DEFAULTS: dict[str, Any] = {
     "application_name": "saasllm",
     "connect_timeout": 10,
-    "tcp_user_timeout": 30_000,  # milliseconds, for a network that goes silent
+    # For a network that goes silent: while something is sent (milliseconds), and while an answer is awaited (seconds).
+    "tcp_user_timeout": 30_000,
+    "keepalives_idle": 30,
     # Each statement is planned for its own parameters: of a list's filters only those that are given count. Behind a
     # pooler, the next one may be in a session that knows no prepared statement.
     "prepare_threshold": None,
@@ -89,6 +95,38 @@ def exact_json(value: Any) -> str:
 
     # Not as escapes, of which a database of another encoding would understand none.
     return str(simplejson.dumps(value, use_decimal=True, ensure_ascii=False))
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Within it, no answer of the database is awaited longer: a server that takes what it is asked, and says nothing,
+    is away as any other."""
+    token = _patience.set(seconds)
+    try:
+        yield
+    finally:
+        _patience.reset(token)
+
+
+class _PatientConnection(psycopg.Connection[Row]):
+    def wait(self, gen: PQGen[T], *options: Any, **named: Any) -> T:
+        if (seconds := _patience.get()) is not None:
+            gen = self._within(seconds, gen)
+        return super().wait(gen, *options, **named)
+
+    def _within(self, seconds: float, gen: PQGen[T]) -> PQGen[T]:
+        """The same steps; it is asked for the next one now and then, also where nothing has come."""
+        until = time.monotonic() + seconds
+        try:
+            wanted = next(gen)
+            while True:
+                ready = yield wanted
+                if not ready and time.monotonic() > until:
+                    self.pgconn.finish()  # or what is to end it would wait, too
+                    raise psycopg.OperationalError(f"it gave no answer within {seconds:.0f} s")
+                wanted = gen.send(ready)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
 
 
 class _JsonbDumper(JsonbDumper):
@@ -330,7 +368,7 @@ def until_it_answers(seconds: float, work: Callable[[float], T]) -> T:
 @contextmanager
 def connect_to_settle(seconds: float) -> Iterator[Database]:
     """The database for what was begun and is to be ended, whatever has been migrated since, within a bound."""
-    with raw_connection() as connection:
+    with patience(seconds + 1), raw_connection() as connection:  # the server is to say itself that it is too late
         yield Database(connection, _limit(seconds))
 
 
@@ -505,20 +543,21 @@ def url(conninfo: dict[str, Any]) -> str:
 
 def _keywords() -> dict[str, Any]:
     # Whatever the server, its database or role say, all text is UTF-8.
-    return DEFAULTS | conninfo() | {"client_encoding": "UTF8"}
+    seconds = {} if (bound := _patience.get()) is None else {"connect_timeout": min(10, math.ceil(bound))}
+    return DEFAULTS | seconds | conninfo() | {"client_encoding": "UTF8"}
 
 
 def _connect() -> Connection:
     keywords = _keywords()
     try:
-        return psycopg.connect(**keywords, autocommit=True, row_factory=dict_row)
+        return _PatientConnection.connect(**keywords, autocommit=True, row_factory=dict_row)
     except psycopg.ProgrammingError:  # an option of the URL has no sense
         raise _invalid_url(url_name()) from None
     except psycopg.OperationalError:
         if settings().server_url is not None:
             raise
     start_embedded()
-    return psycopg.connect(**keywords, autocommit=True, row_factory=dict_row)
+    return _PatientConnection.connect(**keywords, autocommit=True, row_factory=dict_row)
 
 
 def start_embedded() -> None:
@@ -570,14 +609,14 @@ def _translated(error: psycopg.Error) -> SaasllmError:
             return InsufficientCredits("insufficient_credits", "The team does not have that many free credits.")
         case _, ("23503" | "23505"):  # only where another client was quicker: the statements look before they write
             return Conflict("refused_by_database", f"The database refused this: {message}.", "Try again.")
-        case "23", _:
-            return InvalidInput("refused_by_database", f"The database refused this: {message}.")
         case _, ("22P05" | "22021"):
             return InvalidInput(
                 "unknown_character",
                 f"The database cannot store a character: {message}.",
                 "Use a database whose encoding is UTF8.",
             )
+        case (("22" | "23" | "54"), _):  # what it was given is at fault
+            return InvalidInput("refused_by_database", f"The database refused this: {message}.")
         case _, "42501":
             return DatabaseUnavailable(
                 "permission_denied",

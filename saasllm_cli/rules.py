@@ -1,7 +1,9 @@
 """The database's rules for ids, names and metadata, told here for better messages."""
 
+import json
 import re
 import unicodedata
+from collections.abc import Sized
 from decimal import Decimal
 from typing import Any
 
@@ -27,6 +29,23 @@ def depth(value: Any) -> int:
     """How deep lists and objects are nested in it."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return 0 if items is None else 1 + max(map(depth, items), default=0)
+
+
+def json_bytes(value: Any) -> int:
+    """How many bytes a value of JSON has as the database writes it, and counts it: with a space behind each comma and
+    colon, text in UTF-8, and every number in full."""
+    match value:
+        case dict():
+            return sum(json_bytes(key) + 2 + json_bytes(item) for key, item in value.items()) + _between(value)
+        case list():
+            return sum(map(json_bytes, value)) + _between(value)
+        case float() | Decimal():
+            return len(f"{Decimal(str(value)):f}")
+    return len(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+
+
+def _between(items: Sized) -> int:
+    return 2 + 2 * max(len(items) - 1, 0)
 
 
 def is_label(text: str) -> bool:

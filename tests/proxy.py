@@ -29,6 +29,8 @@ class Proxy:
         self.connections = 0
         self.round_trips = 0  # that of a connection's beginning is one
         self.is_hasty = False
+        self.hush: bytes | None = None  # a piece of the statements that are taken, and never answered
+        self.hushed = 0
         folder.mkdir()
         handler = type("Bound", (_Connection,), {"proxy": self, "address": str(server / SOCKET)})
         self._server = ThreadingUnixStreamServer(str(folder / SOCKET), handler)
@@ -65,6 +67,9 @@ class _Connection(BaseRequestHandler):
                 is_answering = source is server
                 if source is self.request:
                     asked += data
+                    if self.proxy.hush and self.proxy.hush in asked:
+                        self.proxy.hushed += 1
+                        continue
                     server.sendall(data)
                     if self.proxy.is_hasty and self.proxy.lose and self.proxy.lose in asked and asked.endswith(SYNC):
                         self.proxy.has_lost()

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -15,6 +16,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
+from decimal import Decimal
 from itertools import count, cycle
 from pathlib import Path
 from typing import Any
@@ -25,14 +28,18 @@ from conftest import Result, start_process
 from provider import ANSWER, Provider
 from test_job import credits_of, logged, with_models
 
+from saasllm_cli.database import exact_json
 from saasllm_cli.errors import DatabaseUnavailable
-from saasllm_cli.jobs import batch
+from saasllm_cli.jobs import batch, offline
+from saasllm_cli.jobs.answers import Answer
 from saasllm_cli.jobs.batch import BatchRequest, journal, leader
 from saasllm_cli.jobs.batch.journal import Journal
 from saasllm_cli.jobs.batch.session import Session
 from saasllm_cli.jobs.batch.tasks import CONFLICT
 from saasllm_cli.jobs.batch.workers import Workers
 from saasllm_cli.jobs.calls import CLOSED_SECONDS, FAILURES
+from saasllm_cli.rules import json_bytes
+from saasllm_cli.settings import settings
 
 Run = Callable[..., Result]
 FIELDS = [
@@ -159,12 +166,22 @@ WRONG = {
     "[1]": "a JSON object",
     '{"prompt": "x"}': "The id",
     '{"id": 7, "prompt": "x"}': "The id",
+    '{"id": "", "prompt": "x"}': "The id",
     '{"id": "a"}': "messages",
     '{"id": "a", "prompt": " "}': "The prompt",
     '{"id": "a", "promt": "x"}': "'promt'",
     '{"id": "a", "prompt": "x", "metadata": 7}': "metadata",
     '{"id": "a", "prompt": "x", "metadata": {"b": "\\u0000"}}': "metadata",
     '{"id": "a", "prompt": "x", "metadata": {"b": NaN}}': "JSON",
+    **{
+        '{"id": "a", "prompt": "x", "metadata": {"b": ' + large + "}}": told
+        for large, told in {
+            '"' + "é" * 40_000 + '"': "at most 64 KiB",
+            "[" + "1,1," * 12_000 + "1]": "at most 64 KiB",
+            "[" + "1e300," * 300 + "1]": "at most 64 KiB",
+            "[" * 99 + "]" * 99: "levels deep",
+        }.items()
+    },
     '{"id": "a", "prompt": "x", "metadata": {"b": "\\ud800"}}': "JSON",
     '{"id": "a", "prompt": "x", "messages": 5}': "messages",
     '{"id": "a", "prompt": "x", "tools": ' + "[" * 5000 + "]" * 5000 + "}": "JSON",
@@ -191,7 +208,7 @@ WRONG = {
 
 def test_a_wrong_line_does_not_stop_the_others(tenant: Run, home: Path) -> None:
     wrong = [line.replace('"a"', f'"{number}"') for number, line in enumerate(WRONG)]
-    lines(home, *wrong, {"id": "good", "prompt": "x"})
+    lines(home, *wrong, {"id": "good", "prompt": "x", "metadata": {"b": ["é" * 32_500, 1e300, -1.5e-7, "\x7f"]}})
     result = tenant(*words("Echo", "-o", "json"))
     assert (result.status, result.error["code"], result.data["failed"]) == (9, "some_failed", len(WRONG))
     found = results(home)
@@ -199,6 +216,100 @@ def test_a_wrong_line_does_not_stop_the_others(tenant: Run, home: Path) -> None:
     for row, told in zip(found.values(), WRONG.values(), strict=True):
         assert (row["status"], row["job_id"]) == ("failed", None)
         assert told in row["error"]
+    assert_paid(tenant, home, 10)
+
+
+def test_metadata_are_measured_as_the_database_does(sql: psycopg.Connection[dict[str, Any]]) -> None:
+    text = {'é"\\': "\x01\n\x7f😀\u2028", "": [], "b": {}, "c": [None, True, False, {"d": [1]}]}
+    numbers = [0, -7, 10**30, 0.5, 1e22, -1.5e-7, 5e-324, Decimal("1.50"), Decimal("1e100"), Decimal("-1e-100")]
+    written = "SELECT octet_length(%s::jsonb::text) AS bytes"
+    for value in (text, numbers, *numbers, text | {"e": numbers}):
+        assert sql.execute(written, [exact_json(value)]).fetchone() == {"bytes": json_bytes(value)}, value
+
+
+NONSENSE: dict[str, dict[str, Any]] = {
+    "a negative count": {"prompt_tokens": -5, "total_tokens": -5},
+    "a huge count": {"completion_tokens": 2**70},
+    "no cost": {"cost_usd": Decimal("NaN")},
+    "a negative cost": {"cost_usd": Decimal(-1)},
+    "an infinite cost": {"cost_usd": Decimal("Infinity")},
+    "an absurd cost": {"cost_usd": Decimal("1e90000")},
+    "a hostile word": {"finish_reason": "a\0\ud800" + "x" * 10**6},
+    "half a character": {"content": "\ud800"},
+    "half a tool": {"tool_calls": [{"function": {"arguments": "\udfff", "strict": math.inf}}]},
+}
+
+
+def test_what_a_provider_tells_stops_nothing(tenant: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its nonsense is not kept, and its answer is charged."""
+    complete = offline.complete
+
+    async def told(model: str, messages: Any, *further: Any) -> Answer:
+        return replace(await complete(model, messages, *further), **NONSENSE[messages[-1]["content"]])
+
+    monkeypatch.setattr(offline, "complete", told)
+    tenant("credits", "add", "hr", 2 * len(NONSENSE) - 10)
+    lines(home, *({"id": prompt, "prompt": prompt} for prompt in NONSENSE))
+    result = tenant(*words())
+    assert (result.status, result.err) == (0, f"offline/echo: {len(NONSENSE)} answered, 0 failed\n")
+    assert_paid(tenant, home, 2 * len(NONSENSE))
+    for prompt in NONSENSE:
+        assert tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", prompt).status == 0
+    assert credits_of(tenant) == (0, 0)
+    assert tenant("credits", "verify").status == 0
+
+
+def refusing(sql: psycopg.Connection[dict[str, Any]], table: str, condition: str) -> None:
+    """Has the database refuse rows, as it would what no client has thought of."""
+    sql.execute(f"ALTER TABLE {table} ADD CONSTRAINT poison CHECK ({condition})")
+
+
+@pytest.mark.parametrize(("poison", "left_out"), [("answer <> 'Hello 4'", 3), ("prompt_tokens IS NULL", 9)])
+def test_what_cannot_be_stored_of_an_answer_is_left_out(
+    tenant: Run, home: Path, sql: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, poison: str, left_out: int
+) -> None:
+    monkeypatch.setenv("SAASLLM_KEEP_CONTENT", "100")
+    settings.cache_clear()
+    refusing(sql, "llm_calls", poison)
+    lines(home, *prompts(7))
+    assert tenant(*words()).status == 0
+    assert {row["content"] for row in results(home).values()} == {f"Hello {number}" for number in range(7)}
+    assert tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "Hello 4").status == 0
+    job_id = tenant("job", "create", "--team", "hr").out.strip()
+    assert tenant("job", "call", job_id, "--group", "Echo", "--prompt", "Hello 4").status == 0
+    assert tenant("job", "complete", job_id).status == 0
+    assert credits_of(tenant) == (1, 0)
+    calls = sql.execute("SELECT answer, error FROM llm_calls").fetchall()
+    assert [call["error"] for call in calls] == [None] * 9
+    assert sum(call["answer"] is None for call in calls) == left_out
+
+
+def test_a_line_that_cannot_be_settled_hinders_no_other(tenant: Run, home: Path, sql: psycopg.Connection) -> None:
+    """Its answer is kept, and settled when the database takes it: without asking the provider again."""
+    refusing(sql, "jobs", "NOT (external_task_id = 'poison' AND status = 'completed')")
+    lines(home, *prompts(4), *(line | {"external_task_id": "poison"} for line in prompts(2, 4)))
+    for _ in range(2):
+        result = tenant(*words())
+        assert (result.status, "2 lines could not be settled" in result.err) == (9, True)
+        assert results(home).keys() == {f"line-{number}" for number in range(4)}
+    single = ("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x", "--external-task-id", "poison")
+    told = tenant(*single)
+    assert (told.status, told.out, "is still open" in told.err) == (7, "x\n", True)
+    sql.execute("ALTER TABLE jobs DROP CONSTRAINT poison")
+    sql.execute("UPDATE model_group_models SET model_name = 'offline/fail' WHERE group_name = 'Echo'")
+    sql.execute("UPDATE jobs SET lease_expires_at = now() WHERE lease_expires_at IS NOT NULL")
+    assert tenant(*words()).status == 0
+    assert {row["content"] for row in results(home).values()} == {f"Hello {number}" for number in range(6)}
+    assert_paid(tenant, home, 10)
+
+
+def test_a_line_that_cannot_be_begun_hinders_no_other(tenant: Run, home: Path, sql: psycopg.Connection) -> None:
+    refusing(sql, "jobs", "external_task_id <> 'poison'")
+    lines(home, *prompts(4), {"id": "bad", "prompt": "x", "external_task_id": "poison"}, *prompts(3, 4))
+    assert tenant(*words()).status == 9
+    bad = results(home)["bad"]
+    assert (bad["status"], "The database refused this" in bad["error"]) == ("failed", True)
+    assert len(results(home)) == 8
     assert_paid(tenant, home, 10)
 
 
@@ -461,6 +572,91 @@ def test_an_output_that_was_cut_is_noticed(tenant: Run, home: Path) -> None:
     assert (home / "out.jsonl").read_text() == content
 
 
+def test_the_output_and_its_journal_are_moved_together(many: Run, home: Path) -> None:
+    """Two files are all that there is, also when the batch was killed between its writes."""
+    process = start_process(*words("Echo", "--concurrency", 8))
+    until_written(home, 30, process)
+    while not stopped_between_its_writes(process, home):
+        pass
+    assert sorted(path.name for path in home.glob("out.jsonl*")) == ["out.jsonl", "out.jsonl.journal"]
+    process.kill()
+    process.wait()
+    whole = [line for line in (home / "out.jsonl").read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    (home / "new").mkdir()
+    for name in ("out.jsonl", "out.jsonl.journal"):
+        (home / name).rename(home / "new" / name)
+    for path in home.glob("out.jsonl*"):
+        path.unlink()
+    command = [word.replace("out.jsonl", "new/out.jsonl") for word in words()]
+    assert many(*command).status == 0
+    assert (home / "new/out.jsonl").read_bytes().startswith(b"".join(whole[:30]))
+    (home / "new/out.jsonl").rename(home / "out.jsonl")
+    assert_paid(many, home, 120)
+
+
+def test_a_journal_that_does_not_belong_to_the_output(tenant: Run, home: Path) -> None:
+    """It is told, and nothing is cut off, overwritten or paid again."""
+    out, beside = home / "out.jsonl", home / "out.jsonl.journal"
+    lines(home, *prompts(2))
+    assert tenant(*words()).status == 0
+    older = beside.read_bytes()
+    lines(home, *prompts(4))
+    assert tenant(*words()).status == 0
+    written, newest = out.read_bytes(), beside.read_bytes()
+    with closing(sqlite3.connect(home / "foreign")) as foreign:
+        foreign.execute("CREATE TABLE mine (a)")
+    wrong = {
+        older: "journal_outdated",
+        b"": "wrong_journal",
+        b"mine\n" * 1000: "wrong_journal",
+        newest[:5000]: "wrong_journal",
+        (home / "foreign").read_bytes(): "wrong_journal",
+    }
+    for content, code in wrong.items():
+        beside.write_bytes(content)
+        result = tenant(*words("Echo", "-o", "json"))
+        assert (result.status, result.error["code"]) == (4, code)
+        assert (out.read_bytes(), beside.read_bytes() == content or content is older) == (written, True)
+    beside.write_bytes(newest)
+    out.unlink()
+    alone = tenant(*words("Echo", "-o", "json"))
+    assert (alone.status, alone.error["code"], out.exists()) == (4, "output_changed", False)
+    out.write_bytes(written)
+    assert tenant(*words()).status == 0
+    assert out.read_bytes() == written
+    assert credits_of(tenant) == (6, 0)
+
+
+def test_a_new_output_that_was_left_behind(tenant: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed when the output without its failed lines is written, and not yet in its place."""
+    lines(home, {"id": "", "prompt": "x"}, *prompts(3))
+    assert tenant(*words()).status == 9
+    written = (home / "out.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_leave_out_failed", crashing_after(Journal._leave_out_failed))
+        assert tenant(*words("Echo", "--retry-failed")).status == 1
+    (home / "out.jsonl.tmp").rename(home / "behind")
+    result = tenant(*words("Echo", "-o", "json"))
+    assert (result.status, result.error["code"], (home / "out.jsonl").read_bytes()) == (4, "output_changed", written)
+    (home / "behind").rename(home / "out.jsonl.tmp")
+    assert tenant(*words()).status == 9
+    assert {row["status"] for row in results(home).values()} == {"completed", "failed"}
+    assert_paid(tenant, home, 10)
+
+
+def test_an_output_has_one_journal_by_whatever_name_it_is_called(many: Run, home: Path) -> None:
+    lines(home, *prompts(60))
+    process = start_process(*words("Echo", "--concurrency", 2))
+    until_written(home, 10, process)
+    (home / "link.jsonl").symlink_to("out.jsonl")
+    linked = [word.replace("out.jsonl", "link.jsonl") for word in words("Echo", "-o", "json")]
+    second = many(*linked)
+    assert (second.status, second.error["code"]) == (4, "batch_running")
+    process.communicate(timeout=120)
+    assert many(*linked).data["skipped"] == 60
+    assert_paid(many, home, 120)
+
+
 def test_stdin_and_a_name(tenant: Run, home: Path) -> None:
     command = ("job", "batch", "-", "--out", "out.jsonl", "--team", "hr", "--group", "Echo", "--name", "cvs")
     text = "".join(json.dumps(line) + "\n" for line in prompts(3))
@@ -477,7 +673,8 @@ def test_stdin_and_a_name(tenant: Run, home: Path) -> None:
         capture_output=True,
         check=False,
     )
-    assert (again.returncode, "2 completed" in again.stdout) == (9, True)
+    assert (again.returncode, again.stdout) == (9, "0 completed, 1 failed, 2 already done, $0\n")
+    assert "2 lines of this batch already completed and charged in another run" in again.stderr
     rows = [(row["status"], row["content"]) for row in results(home).values()]
     assert sorted(rows) == [("completed", None)] * 2 + [("failed", None)], "the answers were in the output that is gone"
     assert results(home)["line-2"]["error"] == CONFLICT
@@ -604,8 +801,10 @@ def test_a_database_that_goes_away(many: Run, home: Path, sql: psycopg.Connectio
 
 def test_a_disk_that_has_no_room_for_the_journal(many: Run, home: Path) -> None:
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
+    half = prompts(60)
+    lines(home, *half, {"id": "large", "prompt": "x", "metadata": {"a": "x" * 60_000}}, *prompts(59, 60))
     process = start_process(*words("Echo", "--concurrency", 8, "-o", "json"), preexec_fn=limit)
     _, err = process.communicate(timeout=120)
     error = json.loads(err)["error"]

@@ -10,10 +10,13 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -24,7 +27,7 @@ from test_job import credits_of, job_run, listen_to_ctrl_c, wait_for_request, wi
 from saasllm_cli.errors import Interrupted, InvalidInput
 from saasllm_cli.jobs import chat, runner
 from saasllm_cli.jobs.answers import ModelFailed
-from saasllm_cli.jobs.calls import Call, CallRequest
+from saasllm_cli.jobs.calls import Call, CallRequest, ask
 
 Run = Callable[..., Result]
 NO_JOB = "0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d"
@@ -575,7 +578,7 @@ def test_the_calls_of_one_request_are_written_once(tenant: Run) -> None:
     job_id = created(tenant)
     result = call(tenant, job_id, "Echo", "-o", "json")
     (made,) = calls_of(tenant, job_id)
-    began = Call("Echo", "offline/echo", 1, 0.0)
+    began = asdict(Call("Echo", "offline/echo", 1, 0.0))
     started_at = runner.datetime.fromisoformat(str(made["created_at"]))
     recorded = runner._until_it_answers(
         5, lambda db: runner._recorded(db, result.data["job_id"], started_at, [began], 900)
@@ -607,6 +610,22 @@ def test_a_call_that_is_late_is_not_written(tenant: Run, provider: Provider, sql
     _, err = process.communicate(timeout=30)
     assert (process.returncode, json.loads(err)["error"]["code"]) == (4, "lease_lost")
     assert calls_of(tenant, job_id) == []
+
+
+@pytest.mark.parametrize(("status", "told"), [("completed", "its credit is charged"), ("failed", "nothing is charged")])
+def test_a_call_that_ends_after_its_job(tenant: Run, monkeypatch: pytest.MonkeyPatch, status: str, told: str) -> None:
+    job_id = created(tenant)
+    call(tenant, job_id, "Echo")
+
+    def overtaken(*arguments: Any) -> Any:
+        runner.finish(UUID(job_id), status)
+        return ask(*arguments)
+
+    monkeypatch.setattr(runner, "ask", overtaken)
+    late = call(tenant, job_id, "Echo", "-o", "json")
+    assert (late.status, late.error["code"]) == (4, "job_finished")
+    assert told in late.error["message"]
+    assert len(calls_of(tenant, job_id)) == 1
 
 
 def test_the_request_is_what_a_key_stands_for(tenant: Run) -> None:

@@ -296,6 +296,54 @@ def test_an_answer_that_is_lost(
     assert_sound(account, OPENED + cuts * effect)
 
 
+# What is never answered, and the status and stdout of a job then.
+SILENT = {
+    "a connection": (b"user", (7, "")),
+    "begin": (b"INSERT INTO jobs", (7, "")),
+    "settle": (b"INSERT INTO llm_calls", (7, "x\n")),
+}
+
+
+@pytest.mark.parametrize(("statement", "told"), SILENT.values(), ids=SILENT.keys())
+def test_a_server_that_takes_all_and_says_nothing(
+    account: Run,
+    proxy: Proxy,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    statement: bytes,
+    told: tuple[int, str],
+) -> None:
+    for bound in ("ANSWER_SECONDS", "BEGIN_SECONDS", "SETTLE_SECONDS"):
+        monkeypatch.setattr(runner, bound, 1.0)
+    proxy.hush = statement
+    began = time.monotonic()
+    result = account(*job(1))
+    assert (result.status, result.out) == told, result.err
+    (home / "in.jsonl").write_text('{"id": "1", "prompt": "x"}\n')
+    batch = ("job", "batch", "in.jsonl", "--out", "out.jsonl", "--team", "hr", "--group", "Echo")
+    assert account(*batch).status == 7
+    assert time.monotonic() - began < 30
+    proxy.hush = None
+    assert_sound(account, OPENED)
+    assert account(*batch).status == 0
+    assert_sound(account, OPENED - 1)
+
+
+def test_a_batch_that_waits_for_a_silent_server_can_be_interrupted(account: Run, proxy: Proxy, home: Path) -> None:
+    proxy.hush = b"INSERT INTO jobs"
+    (home / "in.jsonl").write_text('{"id": "1", "prompt": "x"}\n')
+    process = start_process("job", "batch", "in.jsonl", "--out", "o", "--team", "hr", "--group", "Echo", "-o", "json")
+    while not proxy.hushed:
+        assert process.poll() is None
+        time.sleep(0.05)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    out, err = process.communicate(timeout=25)
+    assert (process.returncode, out, "Traceback" in err) == (130, "", False), err
+    assert_sound(account, OPENED)
+
+
 @pytest.mark.parametrize("key", [(), ("--idempotency-key", "k")], ids=["no key", "a key"])
 @pytest.mark.parametrize("verb", ["run", "create"])
 def test_a_begin_whose_answer_is_lost(account: Run, proxy: Proxy, verb: str, key: tuple[str, ...]) -> None:

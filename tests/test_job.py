@@ -456,6 +456,13 @@ def test_the_same_key_is_charged_once(tenant: Run) -> None:
     assert (other.status, other.error["code"]) == (4, "idempotency_key_reused")
 
 
+def test_a_key_stands_for_exact_metadata(tenant: Run) -> None:
+    asked = ("--prompt", "x", "--idempotency-key", "k", "--metadata")
+    statuses = [job_run(tenant, "Echo", *asked, f'{{"a": {value}}}').status for value in ("1.5", "1.5", '"1.5"')]
+    assert statuses == [0, 0, 4]
+    assert credits_of(tenant) == (9, 0)
+
+
 def test_a_key_whose_job_failed_begins_a_new_one(tenant: Run, sql: psycopg.Connection) -> None:
     keyed = ("--prompt", "x", "--idempotency-key", "k", "-o", "json")
     assert job_run(tenant, "Down", *keyed).status == 8

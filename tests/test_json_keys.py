@@ -108,6 +108,7 @@ COMMANDS: dict[str, list[Any]] = {
     "job cancel JOB": JOB,
     "job batch /dev/null --out out.jsonl --team hr --group Echo": [
         *("completed", "failed", "skipped", "cost_usd", "is_out_of_credits", "models", "passed_over", "not_sent"),
+        *("unsettled", "unsettled_error", "answered_elsewhere"),
     ],
     "job sweep": ["swept"],
     "job run --team hr --group Echo --prompt x": [*ANSWER, "credits_remaining"],

@@ -28,6 +28,7 @@ from saasllm_cli.rules import (
     depth,
     exact,
     is_label,
+    json_bytes,
 )
 from saasllm_cli.settings import EMBEDDED, Format, settings
 
@@ -282,7 +283,7 @@ def merged(items: list[dict[str, Any]] | None) -> dict[str, Any]:
         if twice := metadata.keys() & item.keys():
             raise InvalidInput("invalid_metadata", f"--metadata sets {min(twice)!r} twice.", "Give each key once.")
         metadata |= item
-    if len(json.dumps(metadata, ensure_ascii=False, default=str).encode("utf-8", "replace")) > METADATA_BYTES:
+    if json_bytes(metadata) > METADATA_BYTES:
         raise InvalidInput(
             "invalid_metadata",
             "The metadata is larger than 64 KiB.",

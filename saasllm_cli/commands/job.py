@@ -304,7 +304,7 @@ def batch(
     request = batches.BatchRequest(
         source=source,
         folder=file.parent,
-        out=out,
+        out=Path(os.path.realpath(out)),  # by whatever name it is called, it is one file
         team_id=team,
         group_name=group,
         name=name,
@@ -332,6 +332,20 @@ def batch(
     for model, times in summary.passed_over.items():
         told = f"{model} kept failing or was busy; skipped it {counted(times, 'time')}."
         note(told, **ids, resolved_model=model, times=times)
+    if summary.answered_elsewhere:
+        warn(
+            f"{counted(summary.answered_elsewhere, 'line')} of this batch already completed and charged in another "
+            f"run; the answers are not in {out}.",
+            **ids,
+            answered_elsewhere=summary.answered_elsewhere,
+        )
+    if summary.unsettled:
+        warn(
+            f"{counted(summary.unsettled, 'line')} could not be settled. {summary.unsettled_error} "
+            f"The answers are kept in {out}.journal; run the same command again to settle them.",
+            **ids,
+            unsettled=summary.unsettled,
+        )
     if summary.is_out_of_credits:
         raise InsufficientCredits(
             "insufficient_credits",
@@ -347,6 +361,15 @@ def batch(
             **ids,
             completed=summary.completed,
             failed=summary.failed,
+        )
+    if summary.unsettled:
+        raise CheckFailed(
+            "some_unsettled",
+            f"{counted(summary.unsettled, 'line')} could not be settled.",
+            "Run the same command again.",
+            **ids,
+            completed=summary.completed,
+            unsettled=summary.unsettled,
         )
 
 

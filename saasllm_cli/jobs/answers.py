@@ -1,9 +1,14 @@
 """What a model gives when it is asked: an answer, or why there is none."""
 
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, TypeAlias
+
+MOST_TOKENS = 2**31 - 1  # what a column of the database holds
+DEAREST = Decimal(10**6)  # US dollars: no call costs as much
+LONGEST_WORD = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,51 @@ class Answer:
     finish_reason: str | None = None
     refusal: str | None = None
     not_sent: tuple[str, ...] = ()
+
+
+def sane(answer: Answer) -> Answer:
+    """The answer as it can be stored and charged, whatever a provider tells beside it: of a count, a price or a word
+    that makes no sense nothing is left."""
+    cost = answer.cost_usd
+    return replace(
+        answer,
+        content=None if answer.content is None else _sound(answer.content),
+        tool_calls=_sound(answer.tool_calls),
+        prompt_tokens=count(answer.prompt_tokens),
+        completion_tokens=count(answer.completion_tokens),
+        total_tokens=count(answer.total_tokens),
+        cost_usd=cost if cost is not None and cost.is_finite() and 0 <= cost <= DEAREST else None,
+        finish_reason=_word(answer.finish_reason),
+        refusal=None if answer.refusal is None else storable(str(answer.refusal)),
+    )
+
+
+def count(value: object) -> int | None:
+    """A count of tokens, if it is one."""
+    return value if type(value) is int and 0 <= value <= MOST_TOKENS else None
+
+
+def storable(text: str) -> str:
+    """The text without what PostgreSQL cannot hold."""
+    return text.replace("\0", "").encode(errors="replace").decode()
+
+
+def _word(value: object) -> str | None:
+    return storable(value)[:LONGEST_WORD] or None if isinstance(value, str) else None
+
+
+def _sound(value: Any) -> Any:
+    """JSON without halves of characters, which cannot be written; a NUL can, and is a part of the answer."""
+    match value:
+        case str():
+            return value.encode(errors="replace").decode()
+        case list():
+            return [_sound(item) for item in value]
+        case dict():
+            return {_sound(key): _sound(item) for key, item in value.items()}
+        case float() if not math.isfinite(value):
+            return None
+    return value
 
 
 class ModelFailed(Exception):

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 from saasllm_cli.jobs import chat, offline
-from saasllm_cli.jobs.answers import Answer, Complete, ModelFailed
+from saasllm_cli.jobs.answers import Answer, Complete, ModelFailed, sane, storable
 from saasllm_cli.jobs.signals import signals
 from saasllm_cli.settings import settings
 
@@ -170,7 +170,7 @@ async def _attempt(
         async with asyncio.timeout(seconds), traffic.turn(model) if traffic else nullcontext():
             # The timeout of the whole, for that is the same for many calls, and litellm keeps a client with its
             # connections for each timeout.
-            answer = await complete(
+            told = await complete(
                 model, request.messages, request.timeout, request.parameters, shown if on_text else None
             )
     except TimeoutError:
@@ -185,17 +185,18 @@ async def _attempt(
         if shown.error:
             raise shown.error from None
         failure.is_final |= shown.is_begun
-        call.error = str(failure)
+        call.error = storable(str(failure))
         if traffic and not failure.is_final:
             traffic.failed(model, failure.is_rate_limit, failure.retry_after)
         raise
     finally:
         call.latency_ms = round((time.monotonic() - began) * 1000)
+    answer = sane(told)
     call.prompt_tokens = answer.prompt_tokens
     call.completion_tokens = answer.completion_tokens
     call.total_tokens = answer.total_tokens
     call.cost_usd = answer.cost_usd
-    call.finish_reason = _storable(answer.finish_reason) if answer.finish_reason else None
+    call.finish_reason = answer.finish_reason
     call.answer = _kept(answer.content)
     call.error = _emptiness(answer)
     if traffic and call.error:
@@ -321,7 +322,7 @@ def _emptiness(answer: Answer) -> str | None:
     if answer.tool_calls or (answer.content or "").strip():
         return None
     if answer.refusal:
-        return _storable(f"the model refused: {answer.refusal}")[:LONGEST_REFUSAL]
+        return f"the model refused: {answer.refusal}"[:LONGEST_REFUSAL]
     match answer.finish_reason:
         case "length":
             tokens = "" if answer.completion_tokens is None else f" after {answer.completion_tokens} tokens"
@@ -340,12 +341,7 @@ def _unfenced(text: str) -> str:
 
 def _kept(text: str | None) -> str | None:
     """As much of a prompt or an answer as is to be kept: nothing, unless the settings say so."""
-    return _storable((text or "")[: settings().keep_content]) or None
-
-
-def _storable(text: str) -> str:
-    """The text without what PostgreSQL cannot hold."""
-    return text.replace("\0", "").encode(errors="replace").decode()
+    return storable((text or "")[: settings().keep_content]) or None
 
 
 def _mismatch(content: str, schema: dict[str, Any]) -> str | None:
@@ -361,7 +357,7 @@ def _mismatch(content: str, schema: dict[str, Any]) -> str | None:
     if error is None:
         return None
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.instance_path)
-    return _storable(f"the answer does not match the JSON schema at ${place} ({error.kind.name})")
+    return storable(f"the answer does not match the JSON schema at ${place} ({error.kind.name})")
 
 
 def _refuse_constant(name: str) -> None:

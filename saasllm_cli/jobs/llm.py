@@ -18,7 +18,7 @@ from typing import Any
 
 from dotenv import load_dotenv
 
-from saasllm_cli.jobs.answers import Answer, ModelFailed
+from saasllm_cli.jobs.answers import Answer, ModelFailed, count
 
 load_dotenv(".env")  # the providers' keys; the environment wins
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or the import fetches the prices over the network
@@ -213,18 +213,13 @@ def _tokens(usage: Any) -> tuple[int | None, int | None, int | None]:
     """The tokens of the prompt, of the answer and of both, where the provider has counted them.
 
     litellm fills in zeros where it has not, and no prompt has none. A total that is not told is the sum of the parts.
-    An answer is not lost for a nonsensical count.
     """
     prompt, completion, total = (
-        _count(getattr(usage, name, None)) for name in ("prompt_tokens", "completion_tokens", "total_tokens")
+        count(getattr(usage, name, None)) for name in ("prompt_tokens", "completion_tokens", "total_tokens")
     )
     if not (prompt or completion or total):
         return None, None, None
-    return prompt or None, completion, total or _count((prompt or 0) + (completion or 0))
-
-
-def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and 0 <= value < 2**31 else None
+    return prompt or None, completion, total or count((prompt or 0) + (completion or 0))
 
 
 def _cost(model: str, response: Any) -> Decimal | None:

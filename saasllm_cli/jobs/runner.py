@@ -12,7 +12,7 @@ import json
 import secrets
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -36,11 +36,16 @@ from saasllm_cli.jobs.signals import UNINTERRUPTED, interrupt, signals
 T = TypeVar("T")
 
 BEGIN_SECONDS = 10.0
+ANSWER_SECONDS = 60.0  # in which the database answers, though others hold its locks
 SETTLE_SECONDS = 30.0
 CANCEL_SECONDS = 5.0
 # The lease outlives the deadline by the time to load litellm and to settle.
 LEASE_MARGIN_SECONDS = 120.0
 SWEEP_CHUNK = 1000  # jobs that are locked at a time
+# What of a call the rest of its job does not depend on.
+TEXTS = ("purpose", "finish_reason", "error", "prompt", "answer")
+NUMBERS = ("prompt_tokens", "completion_tokens", "total_tokens", "cost_usd")
+NOT_STORABLE = "the reason could not be stored"
 # Why a job of a team and a group that are there is refused at its beginning.
 REFUSALS = (
     *("organization_suspended", "team_suspended", "group_not_assigned", "group_inactive", "no_active_model"),
@@ -63,12 +68,15 @@ class JobRequest:
 
     def hash(self) -> str:
         """The same for the same request, to tell a repetition from another request under the same key."""
+        import simplejson  # metadata have decimals
+
         asked = asdict(self)
         del asked["lease"], asked["idempotency_key"]
         if self.call is not None:
             asked |= asked.pop("call")
             del asked["timeout"]
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        text = simplejson.dumps(asked, sort_keys=True, use_decimal=True, allow_nan=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(slots=True)
@@ -158,18 +166,24 @@ def call(
     job stays open then, but for a lost lease. That no model answered is a result.
     """
     calls: list[Call] = []
-    with database.connect() as db:
+    with database.patience(ANSWER_SECONDS), database.connect() as db:
         started = db.one(
             "job.start_call",
             job_id=job_id,
             group_name=request.group_name,
             lease_seconds=max(lease, request.timeout + LEASE_MARGIN_SECONDS),
         )
+    if started["outcome"] == "lease_lost":
+        raise _lost(job_id)
     if started["outcome"] != "started":
         raise _no_call(job_id, started["outcome"], started["team_id"], request.group_name)
 
     def record() -> database.Row | None:
-        return _until_it_answers(SETTLE_SECONDS, lambda db: _recorded(db, job_id, started["started_at"], calls, lease))
+        def write(form: dict[str, Any]) -> database.Row | None:
+            rows, started_at = form["calls"], started["started_at"]
+            return _until_it_answers(SETTLE_SECONDS, lambda db: _recorded(db, job_id, started_at, rows, lease))
+
+        return as_far_as_stored(settlement(job_id, "in_progress", None, map(asdict, calls)), write)
 
     try:
         with signals({signal.SIGTERM: interrupt}):
@@ -185,10 +199,10 @@ def call(
         with signals(UNINTERRUPTED):
             recorded = record()
     except SaasllmError as error:
-        result.unsettled = error
+        result.unsettled = _unsettled(error)
         return result
     if recorded is None:
-        raise _no_call(job_id, "lease_lost", started["team_id"], request.group_name)
+        raise _lost(job_id)
     result.lease_expires_at = recorded["lease_expires_at"]
     return result
 
@@ -198,7 +212,7 @@ def finish(job_id: UUID, status: str, error_message: str | None = None) -> None:
 
     Raises `NotFound`, and `Conflict` where it is finished already, its lease is lost, or none of its calls succeeded.
     """
-    with database.connect() as db:
+    with database.patience(ANSWER_SECONDS), database.connect() as db:
         job = db.get("job", job_id)
         is_answered = any(row["error"] is None for row in db.many("job.calls", job_id=job_id))
     if status == "completed" and job["completed_at"] is None and not is_answered:
@@ -259,7 +273,7 @@ def _begin(job_id: UUID, request: JobRequest) -> database.Row:
 
     def ask(_: float) -> database.Row:
         nonlocal is_asked
-        with database.connect() as db:
+        with database.patience(ANSWER_SECONDS), database.connect() as db:
             is_asked = True
             begun = db.one("job.begin", **parameters)
             if begun["outcome"] == "insufficient_credits" or begun["existing_is_expired"]:
@@ -336,7 +350,7 @@ def _no_call(job_id: UUID, outcome: str, team_id: str | None, group_name: str | 
         case "lease_lost":
             return Conflict(
                 outcome,
-                f"Job {job_id} has expired or is already finished; nothing is charged for it.",
+                f"Job {job_id} has expired; nothing is charged for it.",
                 "Create a new job, with a longer --lease if there is more time between its calls.",
                 job_id=job_id,
             )
@@ -344,22 +358,61 @@ def _no_call(job_id: UUID, outcome: str, team_id: str | None, group_name: str | 
             return refused(outcome, team_id, group_name, None)
 
 
+def _lost(job_id: UUID) -> SaasllmError:
+    """What has become of a job that a call does not hold any more."""
+    job = _until_it_answers(SETTLE_SECONDS, lambda db: db.get("job", job_id))
+    if job["status"] in ("pending", "in_progress"):
+        return _no_call(job_id, "lease_lost", None, None)
+    charged = "its credit is charged" if job["status"] == "completed" else "nothing is charged for it"
+    return Conflict(
+        "job_finished",
+        f"Job {job_id} was already {job['status']} when this call ended; {charged}. The call was not recorded.",
+        f"See: saasllm job get {job_id}",
+        job_id=job_id,
+    )
+
+
 def _recorded(
-    db: database.Database, job_id: UUID, started_at: datetime, calls: list[Call], lease: float
+    db: database.Database, job_id: UUID, started_at: datetime, calls: list[dict[str, Any]], lease: float
 ) -> database.Row | None:
     """Extends the lease and writes the calls; nothing where the lease is lost. A second time does no harm."""
 
     def work() -> database.Row | None:
         extended = db.maybe("job.extend_lease", job_id=job_id, lease_seconds=lease)
         if extended is not None:
-            db.many("job.record_calls", job_id=job_id, started_at=started_at, calls=_rows(calls))
+            db.many("job.record_calls", job_id=job_id, started_at=started_at, calls=as_json(calls))
         return extended
 
     return db.transaction(work)
 
 
-def _rows(calls: list[Call]) -> str:
-    return json.dumps([asdict(call) for call in calls], default=str, ensure_ascii=False)
+def settlement(
+    job_id: UUID | str, status: str, error_message: str | None, calls: Iterable[dict[str, Any]]
+) -> dict[str, Any]:
+    """What is written of a job at its end; the calls are rows."""
+    return {"job_id": job_id, "status": status, "error_message": error_message, "calls": list(calls)}
+
+
+def as_far_as_stored(told: dict[str, Any], write: Callable[[dict[str, Any]], T]) -> T:
+    """Writes a settlement; where the database refuses what it holds, without its calls' texts, and at last without
+    their numbers, too: a job is not left unsettled for what is told beside it. Raises what refuses even that."""
+    for left_out in ((), TEXTS, (*TEXTS, *NUMBERS)):
+        if left_out:
+            calls = [
+                call | dict.fromkeys(left_out) | {"error": call["error"] and NOT_STORABLE} for call in told["calls"]
+            ]
+            told = told | {"error_message": told["error_message"] and NOT_STORABLE, "calls": calls}
+        try:
+            return write(told)
+        except DatabaseUnavailable:
+            raise
+        except SaasllmError as error:
+            refusal = error
+    raise refusal
+
+
+def as_json(rows: list[dict[str, Any]]) -> str:
+    return json.dumps(rows, default=str, ensure_ascii=False)
 
 
 def _cancelled(job_id: UUID, calls: list[Call], is_begun: bool) -> Interrupted:
@@ -390,7 +443,7 @@ def _settled(job_id: UUID, team_id: str, answer: Answer | None, calls: list[Call
     try:
         settled = _settle(job_id, status, error_message, calls, SETTLE_SECONDS)
     except SaasllmError as error:  # an answer that is there is not lost for it
-        result.unsettled = error
+        result.unsettled = _unsettled(error)
         return result
     if settled["status"] is None:
         raise Conflict(
@@ -404,8 +457,8 @@ def _settled(job_id: UUID, team_id: str, answer: Answer | None, calls: list[Call
     if not settled["settled"] and settled["status"] != status:
         raise Conflict(
             "lease_lost",
-            f"Job {job_id} expired or was finished before it could be settled: it is {settled['status']}, and nothing "
-            "was charged.",
+            f"Job {job_id} expired or was finished before it could be settled: it is {settled['status']}, and "
+            f"{'was' if settled['status'] == 'completed' else 'nothing was'} charged.",
             "This machine may have been asleep. Run the job again.",
             job_id=job_id,
             team_id=team_id,
@@ -414,19 +467,28 @@ def _settled(job_id: UUID, team_id: str, answer: Answer | None, calls: list[Call
     return result
 
 
+def _unsettled(error: SaasllmError) -> DatabaseUnavailable:
+    """Why the database does not know of an answer. That it refuses it is not the user's input."""
+    return error if isinstance(error, DatabaseUnavailable) else DatabaseUnavailable("unsettled", error.message)
+
+
 def _settle(job_id: UUID, status: str, error_message: str | None, calls: list[Call], seconds: float) -> database.Row:
     """Settles the job; a second time does no harm."""
 
-    def settle(db: database.Database) -> database.Row:
-        parameters = {"job_id": job_id, "status": status, "error_message": error_message, "calls": _rows(calls)}
-        settled = db.one("job.settle", **parameters)
-        if settled["status"] in ("pending", "in_progress"):
-            # It waited for another that settles the same job, and told what had been before: asked again, it tells
-            # what is.
-            settled = db.one("job.settle", **parameters)
-        return settled
+    def write(told: dict[str, Any]) -> database.Row:
+        parameters = told | {"calls": as_json(told["calls"])}
 
-    return _until_it_answers(seconds, settle)
+        def settle(db: database.Database) -> database.Row:
+            settled = db.one("job.settle", **parameters)
+            if settled["status"] in ("pending", "in_progress"):
+                # It waited for another that settles the same job, and told what had been before: asked again, it tells
+                # what is.
+                settled = db.one("job.settle", **parameters)
+            return settled
+
+        return _until_it_answers(seconds, settle)
+
+    return as_far_as_stored(settlement(job_id, status, error_message, map(asdict, calls)), write)
 
 
 def _until_it_answers(seconds: float, work: Callable[[database.Database], T]) -> T:

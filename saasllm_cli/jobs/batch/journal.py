@@ -1,7 +1,8 @@
 """What was answered, on disk before it is settled; and which of it is in the output: SQLite beside the output.
 
 A line is added when a model has answered and written when its job is settled. How long the output is is kept in the
-same transaction: what stands behind that was not written to its end, and is cut off when the batch goes on.
+same transaction: what stands behind that was not written to its end, and is cut off when the batch goes on. But for an
+answer of which the journal does not know: then it is not the one that belongs to the output.
 """
 
 import json
@@ -11,25 +12,31 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from decimal import Decimal
-from typing import IO, NamedTuple
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 from saasllm_cli import database
 from saasllm_cli.errors import Conflict, InvalidInput, SaasllmError
 from saasllm_cli.jobs.batch.session import running_elsewhere
 from saasllm_cli.jobs.batch.tasks import CONFLICT, BatchRequest, Task
 
-JOURNAL = """
-PRAGMA journal_mode = WAL;
-PRAGMA synchronous = FULL;
-CREATE TABLE IF NOT EXISTS batch (name TEXT NOT NULL, scope TEXT NOT NULL, out_size INTEGER, is_replaced INTEGER,
-    owner TEXT);
-CREATE TABLE IF NOT EXISTS line (
-    id TEXT, request_hash TEXT, is_written INTEGER, is_failed INTEGER, task TEXT, PRIMARY KEY (id, request_hash)
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS unwritten ON line (id) WHERE NOT is_written;
+# What is committed is in this one file: of a write-ahead log nobody knows who moves the output and its journal. EXTRA
+# syncs the folder, too, so that a commit stays one when the power fails.
+MODE = """
+PRAGMA journal_mode = DELETE;
+PRAGMA synchronous = EXTRA;
 """
-BATCH = "SELECT name, scope FROM batch"
-NEW_BATCH = "INSERT INTO batch SELECT ?, ?, 0, 0, NULL WHERE NOT EXISTS (SELECT 1 FROM batch)"
+TABLES = (
+    "CREATE TABLE batch (name TEXT NOT NULL, scope TEXT NOT NULL, out_size INTEGER, is_replaced INTEGER, owner TEXT)",
+    "CREATE TABLE line (id TEXT, request_hash TEXT, is_written INTEGER, is_failed INTEGER, task TEXT,"
+    " PRIMARY KEY (id, request_hash)) WITHOUT ROWID",
+    "CREATE INDEX unwritten ON line (id) WHERE NOT is_written",
+)
+SHAPE = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid"
+BATCH = "SELECT name, scope, out_size FROM batch"
+NEW_BATCH = "INSERT INTO batch VALUES (?, ?, 0, 0, NULL)"
+UNWRITTEN_OF = "SELECT 1 FROM line WHERE id = ? AND NOT is_written"
+DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 BUSY_SECONDS = 30.0
 MAKE_ROOM = "Free some disk space, then run the same command again to continue."
 
@@ -50,24 +57,28 @@ class Journal:
     def __enter__(self) -> "Journal":
         out = self._request.out
         path = out.with_name(out.name + ".journal")
-        if not path.exists() and out.exists() and out.stat().st_size:
+        has_lines = out.exists() and out.stat().st_size > 0
+        if not path.exists() and has_lines:
             raise InvalidInput(
-                "out_exists", f"{out} already exists and was not written by a batch.", "Choose another --out."
+                "out_exists",
+                f"{out} already exists, and there is no journal of a batch beside it.",
+                f"Choose another --out, or put {path} back if it was moved.",
             )
+        scope = f"{self._request.team_id} {self._request.group_name}"
         try:
-            self._out = out.open("r+b" if out.exists() else "w+b")
             self._db = sqlite3.connect(path, isolation_level=None, timeout=BUSY_SECONDS)
-            self._db.executescript(JOURNAL)
-            scope = f"{self._request.team_id} {self._request.group_name}"
-            # Written only where it is new: another process may be in the middle of a write, and frozen there.
-            if (batch := self._db.execute(BATCH).fetchone()) is None:
-                self._db.execute(NEW_BATCH, (self._request.name or secrets.token_hex(8), scope))
-                batch = self._db.execute(BATCH).fetchone()
+            batch = self._opened(path, scope, has_lines)
+            is_missing = not out.exists()
+            if is_missing and batch[2]:
+                raise self._output_changed("is missing")
+            self._out = out.open("w+b" if is_missing else "r+b")
         except (OSError, sqlite3.Error) as error:
             if is_locked(error):
                 raise running_elsewhere() from error
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGED:
+                raise self._no_journal(path, "is damaged, or no journal of a batch") from error
             raise InvalidInput("unwritable_out", f"Cannot write {out}: {error}.", "Check --out.") from error
-        self.name, its_scope = batch
+        self.name, its_scope, _ = batch
         if its_scope != scope or self._request.name not in (None, self.name):
             raise Conflict(
                 "another_batch",
@@ -75,6 +86,37 @@ class Journal:
                 "Give the same --team, --group and --name, or choose another --out.",
             )
         return self
+
+    def _opened(self, path: Path, scope: str, has_lines: bool) -> tuple[str, str, int]:
+        """The batch's name and scope and the size of its output: what the journal says, or a new one's."""
+        shape = tuple(sql for (sql,) in self._db.execute(SHAPE))
+        if not shape and not has_lines:
+            self._db.executescript(MODE)
+            self._db.execute("BEGIN IMMEDIATE")
+            # Another may have been quicker.
+            shape = tuple(sql for (sql,) in self._db.execute(SHAPE))
+            if not shape:
+                for table in TABLES:
+                    self._db.execute(table)
+                self._db.execute(NEW_BATCH, (self._request.name or secrets.token_hex(8), scope))
+                shape = TABLES
+            self._db.execute("COMMIT")
+        if not shape:
+            raise self._no_journal(path, "is empty")
+        if shape != TABLES:
+            raise self._no_journal(path, "is no journal of a batch")
+        if self._db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+            raise self._no_journal(path, "is damaged")
+        self._db.executescript(MODE)
+        ((name, its_scope, size),) = self._db.execute(BATCH)
+        return name, its_scope, size
+
+    def _no_journal(self, path: Path, what: str) -> Conflict:
+        return Conflict(
+            "wrong_journal",
+            f"{path} {what}. The output stays as it is.",
+            f"Put the journal of {self._request.out} back, or choose another --out.",
+        )
 
     def __exit__(self, *_: object) -> None:
         with suppress(OSError):  # what could not be written is behind the last whole line
@@ -93,16 +135,21 @@ class Journal:
     def _replace(self) -> None:
         ((size, is_replaced),) = self._db.execute("SELECT out_size, is_replaced FROM batch")
         if is_replaced:
-            with suppress(FileNotFoundError):
+            if self._rest.exists():
                 self._rest.replace(self._request.out)
+            elif self._out.seek(0, os.SEEK_END) != size:  # nor has it been replaced already
+                raise self._output_changed(f"was to be replaced by {self._rest}, which is missing")
             self._out.close()
             self._out = self._request.out.open("r+b")
             self._db.execute("UPDATE batch SET is_replaced = 0")
         if self._out.seek(0, os.SEEK_END) < size:
+            raise self._output_changed("has been cut off since the batch wrote it")
+        self._out.seek(size)
+        if unknown := sum(map(self._is_unknown, self._out)):
             raise Conflict(
-                "output_changed",
-                f"{self._request.out} has been cut off since the batch wrote it.",
-                "Restore it, or choose another --out and --name to run (and pay for) all lines again.",
+                "journal_outdated",
+                f"{self._request.out} has {unknown} answers of which its journal does not know. It stays as it is.",
+                f"Put the journal that belongs to it back, or choose another --out, with --name {self.name}.",
             )
         self._out.truncate(size)
         self._out.seek(size)
@@ -119,6 +166,22 @@ class Journal:
         with self._transaction():
             self._db.execute("DELETE FROM line WHERE is_failed")
             self._db.execute("UPDATE batch SET out_size = ?, is_replaced = 1", (size,))
+
+    def _output_changed(self, how: str) -> Conflict:
+        return Conflict(
+            "output_changed",
+            f"{self._request.out} {how}.",
+            "Restore it, or choose another --out and --name to run (and pay for) all lines again.",
+        )
+
+    def _is_unknown(self, line: bytes) -> bool:
+        """Whether a line behind those that were recorded is whole, and an answer that would not be written again."""
+        try:
+            row: Any = json.loads(line) if line.endswith(b"\n") else None
+            is_answer = row["status"] == "completed" and (row["content"], row["tool_calls"]) != (None, None)
+        except (ValueError, LookupError, TypeError):
+            return False
+        return is_answer and not self._db.execute(UNWRITTEN_OF, (row["id"],)).fetchone()
 
     def requests(self, id_: str) -> dict[str, Known]:
         """What there was under an id, by the hashes of the requests."""

@@ -2,7 +2,6 @@
 with what an earlier run has left.
 """
 
-import json
 import signal
 import sqlite3
 import time
@@ -15,13 +14,13 @@ from typing import Any
 from uuid import UUID
 
 from saasllm_cli import database
-from saasllm_cli.errors import Interrupted, SaasllmError, refused
+from saasllm_cli.errors import DatabaseUnavailable, Interrupted, InvalidInput, SaasllmError, refused
 from saasllm_cli.jobs.batch.journal import MAKE_ROOM, Journal, is_locked
 from saasllm_cli.jobs.batch.lines import Lines
 from saasllm_cli.jobs.batch.session import Session, running_elsewhere
-from saasllm_cli.jobs.batch.tasks import CONFLICT, BatchRequest, Task
+from saasllm_cli.jobs.batch.tasks import CONFLICT, ELSEWHERE, BatchRequest, Task
 from saasllm_cli.jobs.batch.workers import GATHER_SECONDS, Workers
-from saasllm_cli.jobs.runner import SWEEP_CHUNK, keep_refusal, new_job_id
+from saasllm_cli.jobs.runner import SWEEP_CHUNK, as_far_as_stored, as_json, keep_refusal, new_job_id, settlement
 from saasllm_cli.jobs.signals import signals
 
 LEASE_SECONDS = 120.0
@@ -34,7 +33,9 @@ class Summary:
     """What has become of the lines so far; `skipped` were completed before, `failed` counts earlier runs, too.
 
     `models` says of each model of which an answer was asked in this run how often it gave one and how often it failed;
-    `not_sent` are parameters of lines that not every provider got.
+    `not_sent` are parameters of lines that not every provider got; `unsettled` lines were answered, but the database
+    refused to settle them: their answers stay in the journal. `answered_elsewhere` are those of the skipped lines whose
+    answers are not in this output: the batch of this name wrote them into another.
     """
 
     completed: int = 0
@@ -45,6 +46,9 @@ class Summary:
     models: dict[str, "ModelUse"] = field(default_factory=dict)
     passed_over: dict[str, int] = field(default_factory=dict)
     not_sent: list[str] = field(default_factory=list)
+    unsettled: int = 0
+    unsettled_error: str | None = None
+    answered_elsewhere: int = 0
 
 
 @dataclass(slots=True)
@@ -65,6 +69,8 @@ def run(request: BatchRequest, on_progress: Callable[[Summary, float], None] = l
             stack.enter_context(signals(dict.fromkeys((signal.SIGINT, signal.SIGTERM), batch.interrupt)))
             try:
                 batch.run()
+            except KeyboardInterrupt:
+                raise  # the leases free the credits of what is under way
             except BaseException:
                 batch.cancel()
                 raise
@@ -101,6 +107,8 @@ class _Batch:
         self._received = 0
 
     def interrupt(self, *_: object) -> None:
+        if self._is_interrupted:
+            raise KeyboardInterrupt  # again: whoever asks twice waits for nothing any more
         self._is_interrupted = True  # and no exception: what is being written is written to its end
 
     def run(self) -> None:
@@ -135,9 +143,9 @@ class _Batch:
             self._settle()
         self._workers.stop()
         job_ids = [*self._running, *(task.job["job_id"] for task in self._answered)]
-        cancelled = [_settlement(job_id, "cancelled", "Interrupted.", []) for job_id in job_ids]
+        cancelled = [settlement(job_id, "cancelled", "Interrupted.", []) for job_id in job_ids]
         with suppress(SaasllmError):
-            self._session.ask(lambda db: db.many("job.settle_many", results=json.dumps(cancelled, ensure_ascii=False)))
+            self._settle_many(cancelled)
 
     def _key(self, id_: str) -> str:
         return f"batch:{self._name}:{id_}"
@@ -193,15 +201,8 @@ class _Batch:
         for task in tasks:
             task.job |= {"job_id": str(new_job_id()), "idempotency_key": self._key(task.id)}
             self._running[task.job["job_id"]] = task  # before it is begun: whatever happens then, it is ended
-        parameters = {
-            "team_id": self._request.team_id,
-            "group_name": self._request.group_name,
-            "jobs": database.exact_json([task.job for task in tasks]),
-            "lease_seconds": LEASE_SECONDS,
-        }
-        rows = self._session.ask(lambda db: db.many("job.begin_many", **parameters))
-        begun, repeated, unpaid, refused_outcomes = [], [], [], []
-        for task, row in zip(tasks, rows, strict=True):
+        begun, finished, unpaid, refused_outcomes = [], [], [], []
+        for task, row in self._begun(tasks):
             job_id, outcome = task.job["job_id"], row["outcome"]
             if str(row["existing_job_id"]) == job_id:
                 outcome = "begun"  # when it was asked before, and the answer was lost
@@ -218,13 +219,18 @@ class _Batch:
                 case "insufficient_credits":
                     unpaid.append(task)
                 case "key_in_use":
-                    repeated.append(self._repeated(task, row))
+                    finished.append(self._repeated(task, row))
+                case "not_storable" if task.result:  # it was answered before its lease was lost
+                    self._leave(InvalidInput(outcome, row["error"]))
+                case "not_storable":
+                    task.end("failed", error=row["error"])
+                    finished.append(task)
                 case _:
                     refused_outcomes.append(outcome)
                     ids = self._request.team_id, self._request.group_name, row["organization_id"]
                     self._refusal, self._is_ending = refused(outcome, *ids), True
         self._workers.send(begun)
-        self._finish(repeated)
+        self._finish(finished)
         if unpaid and self._sweep():
             self._again += unpaid
         elif unpaid:
@@ -233,6 +239,22 @@ class _Batch:
         if refused_outcomes:  # one for all of them
             told = self._request.team_id, self._request.group_name, refused_outcomes[0], len(refused_outcomes)
             self._session.ask(lambda db: keep_refusal(db, *told))
+
+    def _begun(self, tasks: list[Task]) -> list[tuple[Task, database.Row]]:
+        """Begins jobs, and says what has become of each. One that the database cannot store hinders no other."""
+        parameters = {
+            "team_id": self._request.team_id,
+            "group_name": self._request.group_name,
+            "jobs": database.exact_json([task.job for task in tasks]),
+            "lease_seconds": LEASE_SECONDS,
+        }
+        try:
+            rows = self._session.ask(lambda db: db.many("job.begin_many", **parameters))
+        except InvalidInput as refusal:
+            if half := len(tasks) // 2:
+                return self._begun(tasks[:half]) + self._begun(tasks[half:])
+            rows = [{"outcome": "not_storable", "existing_job_id": None, "error": refusal.message}]
+        return list(zip(tasks, rows, strict=True))
 
     def _is_new(self, task: Task) -> bool:
         """Whether something is to be done for the line: not where it was done before, or is under way."""
@@ -255,8 +277,7 @@ class _Batch:
         if row["existing_request_hash"] != task.request_hash:
             task.end("failed", error=CONFLICT)
         elif row["existing_status"] == "completed":
-            error = "completed and charged before; its answer is not in this output"
-            task.end("completed", error=error, job_id=str(row["existing_job_id"]))
+            task.end("completed", error=ELSEWHERE, job_id=str(row["existing_job_id"]))
         else:  # somebody has taken the batch while this process had lost its connection
             raise running_elsewhere()
         return task
@@ -268,18 +289,17 @@ class _Batch:
         tasks = self._answered[:MOST_SETTLED]
         self._journal.add(tasks)
         results = [
-            _settlement(task.job["job_id"], str(result["status"]), result["error"], task.calls)
+            settlement(task.job["job_id"], str(result["status"]), result["error"], task.calls)
             for task in tasks
             if (result := task.result)
         ]
-        rows = self._session.ask(
-            lambda db: db.many("job.settle_many", results=json.dumps(results, default=str, ensure_ascii=False))
-        )
+        statuses = self._settled(results)
         self._answered = self._answered[MOST_SETTLED:]
-        statuses = {str(row["job_id"]): row["status"] for row in rows}
         done = []
         for task in tasks:
             assert task.result is not None
+            if task.job["job_id"] not in statuses:
+                continue  # it stays in the journal, for a later run
             # Of a failed one nothing was to be charged; a completed one is begun once more, and its answer taken.
             if task.result["status"] == "failed" or statuses[task.job["job_id"]] == "completed":
                 done.append(task)
@@ -289,6 +309,32 @@ class _Batch:
         if self._again:
             self._sweep()
 
+    def _settled(self, results: list[dict[str, Any]]) -> dict[str, str | None]:
+        """Settles jobs, and says how each ended. One that the database refuses hinders no other, and is left out."""
+        try:
+            return self._settle_many(results)
+        except DatabaseUnavailable:
+            raise
+        except SaasllmError:
+            if half := len(results) // 2:
+                return self._settled(results[:half]) | self._settled(results[half:])
+        try:
+            return as_far_as_stored(results[0], lambda told: self._settle_many([told]))
+        except DatabaseUnavailable:
+            raise
+        except SaasllmError as refusal:
+            self._leave(refusal)
+            return {}
+
+    def _settle_many(self, results: list[dict[str, Any]]) -> dict[str, str | None]:
+        rows = self._session.ask(lambda db: db.many("job.settle_many", results=as_json(results)))
+        return {str(row["job_id"]): row["status"] for row in rows}
+
+    def _leave(self, refusal: SaasllmError) -> None:
+        """Counts a line whose answer is in the journal and cannot be settled in this run."""
+        self.summary.unsettled += 1
+        self.summary.unsettled_error = refusal.message
+
     def _finish(self, tasks: list[Task]) -> None:
         """Writes results whose jobs are settled, or that have none."""
         if not tasks:
@@ -296,7 +342,10 @@ class _Batch:
         self._journal.write(tasks)
         for task in tasks:
             assert task.result is not None
-            if task.result["status"] == "completed":
+            if task.result["error"] == ELSEWHERE:
+                self.summary.skipped += 1
+                self.summary.answered_elsewhere += 1
+            elif task.result["status"] == "completed":
                 self.summary.completed += 1
             else:
                 self.summary.failed += 1
@@ -317,7 +366,3 @@ class _Batch:
             self._extended_at = time.monotonic()
             job_ids = [UUID(job_id) for job_id in self._running]
             self._session.ask(lambda db: db.many("job.extend_leases", job_ids=job_ids, lease_seconds=LEASE_SECONDS))
-
-
-def _settlement(job_id: str, status: str, error_message: str | None, calls: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"job_id": job_id, "status": status, "error_message": error_message, "calls": calls}

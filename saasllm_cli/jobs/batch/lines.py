@@ -10,7 +10,7 @@ from saasllm_cli.jobs import chat
 from saasllm_cli.jobs.batch.tasks import BatchRequest, Task
 from saasllm_cli.jobs.calls import CallRequest
 from saasllm_cli.jobs.runner import JobRequest
-from saasllm_cli.rules import METADATA_BYTES
+from saasllm_cli.rules import METADATA_BYTES, METADATA_DEPTH, depth, json_bytes
 
 READ_AHEAD = 200  # lines
 LONGEST_ID = 200
@@ -61,7 +61,7 @@ def _task(line: bytes, number: int, batch: BatchRequest) -> Task:
         if not isinstance(content, dict):
             raise InvalidInput("invalid_line", "The line must be a JSON object.")
         id_ = content.pop("custom_id", None) or content.pop("id", None)
-        if not isinstance(id_, str) or len(id_) > LONGEST_ID:
+        if not isinstance(id_, str) or not 1 <= len(id_) <= LONGEST_ID:
             raise InvalidInput("invalid_line", f"The id (or custom_id) must be text of 1 to {LONGEST_ID} characters.")
         task.id = chat.text(id_, "the id")
         request = _job_request(content, batch)
@@ -112,8 +112,10 @@ def _job_request(content: dict[str, Any], batch: BatchRequest) -> JobRequest:
     metadata = content.pop("metadata", None) or {}
     text = json.dumps(metadata, allow_nan=False, ensure_ascii=False)
     text.encode()  # half of a surrogate pair is no text
-    if not isinstance(metadata, dict) or "\\u0000" in text or len(text) > METADATA_BYTES:
+    if not isinstance(metadata, dict) or "\\u0000" in text or json_bytes(metadata) > METADATA_BYTES:
         raise InvalidInput("invalid_line", "The metadata must be an object of at most 64 KiB, without NUL characters.")
+    if depth(metadata) > METADATA_DEPTH:
+        raise InvalidInput("invalid_line", f"The metadata is nested more than {METADATA_DEPTH} levels deep.")
     for name, value in content.items():
         if not isinstance(value, str) or not value.strip() or len(value) > LONGEST_ID:
             raise InvalidInput("invalid_line", f"{name} must be text of 1 to {LONGEST_ID} characters.")

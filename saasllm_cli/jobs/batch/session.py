@@ -7,10 +7,11 @@ from typing import TypeVar
 
 from saasllm_cli import database
 from saasllm_cli.errors import Conflict, DatabaseUnavailable, SaasllmError
-from saasllm_cli.jobs.runner import SETTLE_SECONDS
+from saasllm_cli.jobs import runner
 
 T = TypeVar("T")
 CHECK_SECONDS = 5
+CLOSE_SECONDS = 2
 BUSY = DatabaseUnavailable(
     "database_busy", "The lock of the batch is held, perhaps by this process itself.", "Try again."
 )
@@ -43,10 +44,10 @@ class Session:
                 self._close()
                 raise
 
-        return database.until_it_answers(SETTLE_SECONDS, attempt)
+        return database.until_it_answers(runner.SETTLE_SECONDS, attempt)
 
     def _try(self, work: Callable[[database.Database], T]) -> T:
-        with database.translated_errors():
+        with database.patience(runner.ANSWER_SECONDS), database.translated_errors():
             if self._db is None:
                 # Once it was held, it may be so still by the connection that was lost.
                 busy = BUSY if self._was_held else running_elsewhere()
@@ -60,7 +61,7 @@ class Session:
 
     def _close(self) -> None:
         self._db = None
-        with suppress(SaasllmError):
+        with suppress(SaasllmError), database.patience(CLOSE_SECONDS):
             self._stack.close()
 
 

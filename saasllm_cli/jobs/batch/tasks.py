@@ -7,6 +7,7 @@ from typing import IO, Any
 from saasllm_cli.jobs.runner import JobRequest
 
 CONFLICT = "conflict: another request in this batch has the same id"
+ELSEWHERE = "completed and charged before; its answer is not in this output"
 
 
 @dataclass(frozen=True, slots=True)
