@@ -6,7 +6,7 @@ nothing. The model follows the README, not the SQL.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import date, datetime, time, timedelta
+from datetime import date, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -129,24 +129,15 @@ class Job:
     status: str = "in_progress"  # "expired": its lease has, and it was not swept yet
 
 
-class Clock:
-    """Stands in for `datetime` where a command asks what day it is."""
-
-    today: date
-
-    def now(self, zone: Any) -> datetime:
-        return datetime.combine(self.today, time(), zone)
-
-
 class Credits(RuleBasedStateMachine):
     """Two teams of an organization. Each rule takes a step, and works out by the model what is to come of it."""
 
     jobs = Bundle("jobs")
 
-    def __init__(self, run: Run, sql: psycopg.Connection[Any], clock: Clock) -> None:
+    def __init__(self, run: Run, sql: psycopg.Connection[Any]) -> None:
         super().__init__()
-        self.run, self.sql, self.clock = run, sql, clock
-        self.clock.today = date(2026, 12, 20)
+        self.run, self.sql = run, sql
+        self.today = date(2026, 12, 20)
         self.is_suspended = False  # the organization
         self.teams: dict[str, Team] = {}
         self.answers: dict[str | None, tuple[str, Any]] = {}  # by the key: what was typed, and what it showed
@@ -231,17 +222,19 @@ class Credits(RuleBasedStateMachine):
         old, new = team and team.schedule, None
         line = f"credits schedule {team_id} "
         if amount:
-            new = Schedule(amount, every, mode, None, following(every, period_start(every, self.clock.today)))
+            new = Schedule(amount, every, mode, None, following(every, period_start(every, self.today)))
             line += f"--amount {amount} --every {every} --mode {mode}"
             if mode == "add" and room is not None:
                 new.credits_max = amount + room
                 line += f" --max {new.credits_max}"
             if days is not None:
-                starts = self.clock.today + timedelta(days=days)
+                starts = self.today + timedelta(days=days)
                 new.next_on = period_start(every, starts)
                 line += f" --starts {starts}"
             elif old and old.every == every:
                 new.next_on = old.next_on
+            else:  # as it would begin by itself, if that were today
+                line += f" --starts {new.next_on}"
         self.command(line if new else line + "--off", None if team else "team_not_found")
         if team:
             team.schedule = new
@@ -250,7 +243,7 @@ class Credits(RuleBasedStateMachine):
 
     @rule(days=DAYS, catch_up=st.integers(0, 3), team_id=st.none() | TEAMS, is_rehearsed=st.booleans())
     def allocate(self, days: int, catch_up: int, team_id: str | None, is_rehearsed: bool) -> None:
-        today = self.clock.today = self.clock.today + timedelta(days=days)
+        today = self.today = self.today + timedelta(days=days)
         line = f"credits allocate --as-of {today} --catch-up {catch_up} --yes" + (
             f" --team {team_id}" if team_id else ""
         )
@@ -372,12 +365,10 @@ class Credits(RuleBasedStateMachine):
 
 
 def test_random_sequences(saasllm: Run, sql: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-    monkeypatch.setattr("saasllm_cli.commands.credits.datetime", clock)
     monkeypatch.setenv("SAASLLM_OUTPUT", "json")
     settings.cache_clear()
     saasllm("group", "create", "Echo", "--model", "offline/echo")
-    run_machine(lambda: Credits(saasllm, sql, clock))
+    run_machine(lambda: Credits(saasllm, sql))
 
 
 def period_start(every: str, day: date) -> date:

@@ -469,7 +469,9 @@ def _settled(job_id: UUID, team_id: str, answer: Answer | None, calls: list[Call
 
 def _unsettled(error: SaasllmError) -> DatabaseUnavailable:
     """Why the database does not know of an answer. That it refuses it is not the user's input."""
-    return error if isinstance(error, DatabaseUnavailable) else DatabaseUnavailable("unsettled", error.message)
+    return (
+        error if isinstance(error, DatabaseUnavailable) else DatabaseUnavailable("unsettled", error.message, error.hint)
+    )
 
 
 def _settle(job_id: UUID, status: str, error_message: str | None, calls: list[Call], seconds: float) -> database.Row:
