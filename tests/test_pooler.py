@@ -18,6 +18,7 @@ from test_migrate import ALL, completed, wait_until
 from test_transcripts import PAGES, played
 
 from saasllm_cli import database
+from saasllm_cli.errors import Conflict
 from saasllm_cli.settings import settings
 
 Run = Callable[..., Result]
@@ -139,12 +140,16 @@ def test_a_batch(tenant: Run, home: Path, pool: Callable[..., None]) -> None:
 
 def test_many_migrate_at_once(empty_database: str, run: Run, pool: Callable[..., None]) -> None:
     pool(3)
-    processes = [start_process("migrate", "up", "--verbose") for _ in range(4)]
+    with database.lock("migrate", Conflict("busy", "Busy.")):
+        processes = [start_process("migrate", "up", "--verbose") for _ in range(4)]
+        assert all(
+            "Waiting for another migration" in str(process.stderr and process.stderr.readline())
+            for process in processes
+        )
     outputs = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, outputs
     lines = [line for _, err in outputs for line in err.splitlines() if " completed: " in line]
     assert sorted(lines) == sorted(map(completed, ALL))
-    assert any("Waiting for another migration" in err for _, err in outputs)
 
 
 def test_one_that_is_killed_while_it_migrates_is_not_waited_for(
