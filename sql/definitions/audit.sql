@@ -81,15 +81,9 @@ BEGIN
         WHERE NOT EXISTS (
             SELECT
             FROM public.purges_of_transaction p
-            WHERE p.organization_id = gone.organization_id
-              AND CASE
-                  WHEN p.team_id IS NULL THEN NOT EXISTS (
-                      SELECT FROM ONLY public.organizations x WHERE x.organization_id = p.organization_id
-                  )
-                  ELSE p.team_id = gone.team_id AND NOT EXISTS (
-                      SELECT FROM ONLY public.teams t WHERE t.team_id = p.team_id
-                  )
-              END
+            WHERE p.is_done
+              AND p.organization_id = gone.organization_id
+              AND (p.team_id IS NULL OR p.team_id = gone.team_id)
               AND NOT EXISTS (
                   SELECT
                   FROM public.audit_log l

@@ -35,13 +35,21 @@ $$;
 CREATE TRIGGER audit_log_sign_purge BEFORE INSERT ON audit_log
     FOR EACH ROW WHEN (NEW.action = 'purge') EXECUTE FUNCTION sign_purge();
 
--- The records of this transaction. The signature alone does not say so: a restore brings it along, and in a cluster that
--- is younger its number is still to come. So the row must also be no older than the transaction: by the number that wrote
--- it (a savepoint has one of its own, and a later one), and, as those come round again, by its time.
+-- The records of this transaction, and whether what they name is gone. The signature alone does not say whose they are:
+-- a restore brings it along, and in a cluster that is younger its number is still to come. So the row must also be no
+-- older than the transaction: by the number that wrote it (a savepoint has one of its own, and a later one), and, as
+-- those come round again, by its time.
 
 CREATE VIEW purges_of_transaction AS
-SELECT audit_id, organization_id, team_id, before
-FROM ONLY audit_log
+SELECT
+    audit_id, organization_id, team_id, before,
+    CASE
+        WHEN team_id IS NULL THEN NOT EXISTS (
+            SELECT FROM ONLY organizations o WHERE o.organization_id = p.organization_id
+        )
+        ELSE NOT EXISTS (SELECT FROM ONLY teams t WHERE t.team_id = p.team_id)
+    END AS is_done
+FROM ONLY audit_log p
 WHERE action = 'purge'
   AND purged_by = pg_current_xact_id()
   AND age(xmin) <= 0
@@ -61,16 +69,9 @@ BEGIN
        OR NOT EXISTS (
            SELECT
            FROM public.purges_of_transaction p
-           WHERE p.organization_id = gone.organization_id
-             AND (
-                 p.team_id = gone.team_id
-                 OR (
-                     p.team_id IS NULL
-                     AND NOT EXISTS (
-                         SELECT FROM ONLY public.organizations o WHERE o.organization_id = gone.organization_id
-                     )
-                 )
-             )
+           WHERE p.is_done
+             AND p.organization_id = gone.organization_id
+             AND (p.team_id IS NULL OR p.team_id = gone.team_id)
        );
 
     IF kept IS NOT NULL THEN
@@ -155,15 +156,9 @@ BEGIN
                SELECT
                FROM public.purges_of_transaction p
                WHERE p.before ? 'audit_records' -- it says that it has redacted some
+                 AND p.is_done
                  AND p.organization_id = o.organization_id
-                 AND CASE
-                     WHEN p.team_id IS NULL THEN NOT EXISTS (
-                         SELECT FROM ONLY public.organizations x WHERE x.organization_id = p.organization_id
-                     )
-                     ELSE p.team_id = o.team_id AND NOT EXISTS (
-                         SELECT FROM ONLY public.teams t WHERE t.team_id = p.team_id
-                     )
-                 END
+                 AND (p.team_id IS NULL OR p.team_id = o.team_id)
            )
     ) THEN
         RAISE EXCEPTION 'audit_log is append-only: UPDATE is not allowed'
