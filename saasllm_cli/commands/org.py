@@ -29,8 +29,7 @@ from saasllm_cli.commands.inputs import (
     require_some,
     same_or_conflict,
 )
-from saasllm_cli.commands.purge import Confirm, Purge, Redact, is_purge
-from saasllm_cli.commands.purge import purge as purge_all
+from saasllm_cli.commands.purge import Confirm, Purge, Redact, purged
 from saasllm_cli.commands.usage import ByTeam, From, InPeriod, To, show_usage, span
 from saasllm_cli.errors import Conflict
 from saasllm_cli.output import note, show
@@ -161,8 +160,7 @@ def delete(
     with missing_allowed(if_exists):
         if if_exists:
             require("organization", organization_id)  # what is not there needs no confirmation
-        if is_purge("organization", organization_id, purge, redact, confirm_):
-            purge_all("organization", organization_id, redact)
+        if purged("organization", organization_id, purge, redact, confirm_):
             return
         confirm_delete(f"organization {organization_id}", yes)
         with database.connect() as db:

@@ -19,9 +19,9 @@ Confirm = Annotated[
 ]
 
 
-def is_purge(noun: str, key: str, purge: bool, redact: bool, confirm: str | None) -> bool:
-    """Whether a purge is asked for; then its id must have been typed once more, or is asked for with what will go."""
-    if not purge:
+def purged(noun: str, key: str, is_asked_for: bool, redact: bool, confirm: str | None) -> bool:
+    """Whether a purge is asked for, and done; its id must have been typed once more, or is asked for with what goes."""
+    if not is_asked_for:
         if redact:
             raise InvalidInput("usage", "--redact requires --purge.", "Add --purge, or remove --redact.")
         if confirm is not None:
@@ -39,10 +39,11 @@ def is_purge(noun: str, key: str, purge: bool, redact: bool, confirm: str | None
             going = _told(db.one("team.history", **_scope(noun, key), is_redacting=redact)["removed"])
         question = f"Purge {noun} {key} with all its history ({going})? This cannot be undone. To confirm, type its ID."
     typed_again(key, question, f"--confirm {key}", confirm)
+    _purge(noun, key, redact)
     return True
 
 
-def purge(noun: str, key: str, redact: bool) -> None:
+def _purge(noun: str, key: str, redact: bool) -> None:
     """Removes the organization or the team, and says what was removed."""
     scope = _scope(noun, key)
 

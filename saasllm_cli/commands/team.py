@@ -36,8 +36,7 @@ from saasllm_cli.commands.inputs import (
     same_or_conflict,
     unique,
 )
-from saasllm_cli.commands.purge import Confirm, Purge, Redact, is_purge
-from saasllm_cli.commands.purge import purge as purge_all
+from saasllm_cli.commands.purge import Confirm, Purge, Redact, purged
 from saasllm_cli.commands.usage import By, From, InPeriod, To, show_usage, span
 from saasllm_cli.errors import Conflict, not_found
 from saasllm_cli.output import note, show
@@ -243,8 +242,7 @@ def delete(
     with missing_allowed(if_exists):
         if if_exists:
             require("team", team_id)  # what is not there needs no confirmation
-        if is_purge("team", team_id, purge, redact, confirm_):
-            purge_all("team", team_id, redact)
+        if purged("team", team_id, purge, redact, confirm_):
             return
         confirm_delete(f"team {team_id}", yes)
         with database.connect() as db:
