@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from decimal import Decimal
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlencode
@@ -72,6 +72,7 @@ LONGEST_COMMAND = 1000
 # What a database that was never migrated has not: the check, or the records that it reads.
 NOT_MIGRATED = r"\b(require_migrations|saasllm_migrations|saasllm_definitions)\b"
 AWAY = ("database_unreachable", "database_busy")  # perhaps only for a while
+LAST_SECONDS = 60.0  # for what a process that was killed has sent last
 SESSIONS = "Through PgBouncer, a command may need two sessions at once: raise default_pool_size."
 SECRET_KEYWORDS = ("password", "sslpassword", "scram_client_key", "scram_server_key", "oauth_client_secret")
 SHORTEST_SECRET = 3  # a piece of one or two letters stands in any message
@@ -254,9 +255,9 @@ class Database:
             self._is_told = False
             yield
 
-    def hold(self, name: str, busy: SaasllmError, seconds: float, on_wait: Callable[[], None]) -> None:
+    def hold(self, work: str, busy: SaasllmError, seconds: float, on_wait: Callable[[], None]) -> None:
         """As `lock`, for the rest of the transaction, and held by it: so it lasts until its commit."""
-        _wait_until(lambda: bool(self.one("lock.hold", name=name)["is_held"]), busy, seconds, on_wait)
+        _wait_until(lambda: _hold(self._connection, work), busy, seconds, on_wait)
 
     def read_one_state(self) -> None:
         """From now on all queries read the same state of the database, and nothing can be changed."""
@@ -341,7 +342,7 @@ def connect(work: str | None = None) -> Iterator[Database]:
         yield Database(
             connection,
             ("migrate.act", {"actor": actor, "command": command}),
-            *([("lock.enter", {"name": work})] if work else []),
+            *([("lock.enter", {"work": work})] if work else []),
             check=("migrate.check", {"known": known_migrations(), "definitions": definitions}),
         )
 
@@ -419,7 +420,7 @@ def raw_connection() -> Iterator[Connection]:
 
 @contextmanager
 def lock(
-    name: str, busy: SaasllmError, seconds: float = 0, on_wait: Callable[[], None] = lambda: None
+    work: str, busy: SaasllmError, seconds: float = 0, on_wait: Callable[[], None] = lambda: None
 ) -> Iterator[Callable[[], None]]:
     """Leaves the work of this name to one process: another waits for so long, and raises `busy`.
 
@@ -430,8 +431,7 @@ def lock(
         connection.autocommit = False
 
         def is_held() -> bool:
-            row = connection.execute(query("lock.hold").sql, {"name": name}).fetchone()
-            if row and row["is_held"]:
+            if _hold(connection, work):
                 return True
             connection.rollback()
             return False
@@ -439,11 +439,40 @@ def lock(
         def check() -> None:
             connection.execute(query("lock.check").sql)  # without parameters, which leaves no portal with a snapshot
 
+        def is_alone() -> bool:
+            return not any(other["may_work"] for other in _others(connection, work))
+
         _wait_until(is_held, busy, seconds, on_wait)
+        _wait_until(is_alone, busy, max(seconds, LAST_SECONDS), on_wait)
         connection.execute(query("lock.stay").sql)  # without parameters, too
         yield check
         with suppress(psycopg.Error):
             connection.rollback()
+
+
+def _hold(connection: Connection, work: str) -> bool:
+    """Whether this transaction, which may begin with this, now holds the lock of the work."""
+    others = _others(connection, work)
+    if _is_held_by(others):
+        return False
+    passed_over = {other["number"] for other in others}
+    number = next(number for number in count() if number not in passed_over)
+    is_held = False
+    with connection.transaction() as attempt:
+        row = connection.execute(query("lock.hold").sql, {"work": work, "number": number}).fetchone()
+        # One who was passed over may have left his to another process meanwhile.
+        is_held = bool(row and row["is_held"]) and not _is_held_by(_others(connection, work))
+        if not is_held:
+            raise psycopg.Rollback(attempt)
+    return is_held
+
+
+def _is_held_by(others: list[Row]) -> bool:
+    return any(other["may_work"] and other["number"] >= 0 for other in others)
+
+
+def _others(connection: Connection, work: str) -> list[Row]:
+    return connection.execute(query("lock.others").sql, {"work": work}).fetchall()
 
 
 def _wait_until(is_held: Callable[[], bool], busy: SaasllmError, seconds: float, on_wait: Callable[[], None]) -> None:

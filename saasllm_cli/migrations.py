@@ -393,7 +393,7 @@ def _locked(on_wait: Callable[[], None]) -> Iterator[None]:
 @contextmanager
 def _transaction(connection: Connection) -> Iterator[None]:
     with connection.transaction():
-        connection.execute(query("lock.enter").sql, {"name": WORK})
+        connection.execute(query("lock.enter").sql, {"work": WORK})
         yield
 
 

@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 from conftest import Result, charged_job
 
+from saasllm_cli import database
+from saasllm_cli.errors import Conflict
 from saasllm_cli.settings import settings
 
 Run = Callable[..., Result]
@@ -37,6 +40,17 @@ def as_role(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         connection.execute("DISCARD TEMP")  # closed, it would do so in its own time
         connection.close()
         sql.execute(f"DROP OWNED BY {user} CASCADE; DROP ROLE {user}")
+
+
+@contextmanager
+def owner() -> Iterator[None]:
+    """Lets the command line act as the owner of the database."""
+    with pytest.MonkeyPatch.context() as patch:
+        url = urlsplit(os.environ["SAASLLM_DATABASE_URL"])
+        patch.setenv("SAASLLM_DATABASE_URL", url._replace(netloc="postgres@").geturl())
+        settings.cache_clear()
+        yield
+    settings.cache_clear()
 
 
 @contextmanager
@@ -289,6 +303,56 @@ def test_the_reader_only_looks(tenant: Run, as_role: As) -> None:
         reader.execute("SELECT reserve_credits('hr', 1)")
     with refused():
         reader.execute("SELECT lock_balance('hr')")
+
+
+# Each work that one process does at a time, who does it, and how it is done.
+WORKS = {
+    "allocate": ("saasllm_admin", "credits allocate"),
+    "apply": ("saasllm_admin", "apply -f tenants.yaml"),
+    "migrate": ("postgres", "migrate up"),
+    "batch hr/nightly": ("saasllm_runner", "job batch in.jsonl --out out.jsonl --team hr --group Echo --name nightly"),
+}
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_who_may_not_do_a_work_cannot_hold_it_up(
+    work: str, tenant: Run, as_role: As, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor let two do it at once: the one who may, and does, is waited for."""
+    for module in ("allocation", "manifests.apply", "migrations"):
+        monkeypatch.setattr(f"saasllm_cli.{module}.WAIT_SECONDS", 1)
+    (home / "tenants.yaml").write_text("organizations: [{organization_id: other}]")
+    (home / "in.jsonl").write_text('{"id": "a", "prompt": "b"}\n')
+    role, command = WORKS[work]
+    intruder = as_role("saasllm_readonly" if role == "saasllm_runner" else "saasllm_runner")
+    lock = f"SELECT pg_advisory_lock(hashtext('saasllm {work}'), %s)"
+    for number in (-1, 0, 1, 3):
+        intruder.execute(lock, [number])
+    with owner():
+        if role != "postgres":
+            as_role(role)
+        all_pass(tenant, command)
+        busy = Conflict("busy", "Busy.")
+        with database.lock(work, busy):
+            intruder.execute("SELECT pg_advisory_unlock_all()")
+            with pytest.raises(Conflict), database.lock(work, busy):
+                pass
+            intruder.execute(lock, [0])
+            with pytest.raises(Conflict), database.lock(work, busy):
+                pass
+        with database.lock(work, busy):
+            pass
+
+
+def test_who_does_a_work_as_a_role_is_waited_for(tenant: Run, as_role: As) -> None:
+    """A user with none of its rights, until it takes the role."""
+    admin = as_role("saasllm_admin")
+    with owner():
+        with database.raw_connection() as connection:
+            connection.execute("ALTER ROLE saasllm_admin_user NOINHERIT")
+        admin.execute("SELECT pg_advisory_lock(hashtext('saasllm apply'), 0)")
+        with pytest.raises(Conflict), database.lock("apply", Conflict("busy", "Busy.")):
+            pass
 
 
 def test_the_admin_does_all_but_change_the_schema(tenant: Run, as_role: As, sql: Sql, home: Path) -> None:
