@@ -41,11 +41,12 @@ for _name in ("HOST", "HOSTADDR", "PORT", "SERVICE", "DATABASE", "USER", "OPTION
 
 Row = dict[str, Any]
 Connection = psycopg.Connection[Row]
-_patience: ContextVar[float | None] = ContextVar("patience", default=None)
+ANSWER_SECONDS = 3600.0  # in which the database answers, whatever it is asked for
+_patience: ContextVar[float] = ContextVar("patience")
 
+CONNECT_SECONDS = 10
 DEFAULTS: dict[str, Any] = {
     "application_name": "saasllm",
-    "connect_timeout": 10,
     # For a network that goes silent: while something is sent (milliseconds), and while an answer is awaited (seconds).
     "tcp_user_timeout": 30_000,
     "keepalives_idle": 30,
@@ -111,9 +112,7 @@ def patience(seconds: float) -> Iterator[None]:
 
 class _PatientConnection(psycopg.Connection[Row]):
     def wait(self, gen: PQGen[T], *options: Any, **named: Any) -> T:
-        if (seconds := _patience.get()) is not None:
-            gen = self._within(seconds, gen)
-        return super().wait(gen, *options, **named)
+        return super().wait(self._within(_patience.get(ANSWER_SECONDS), gen), *options, **named)
 
     def _within(self, seconds: float, gen: PQGen[T]) -> PQGen[T]:
         """The same steps; it is asked for the next one now and then, also where nothing has come."""
@@ -572,8 +571,8 @@ def url(conninfo: dict[str, Any]) -> str:
 
 def _keywords() -> dict[str, Any]:
     # Whatever the server, its database or role say, all text is UTF-8.
-    seconds = {} if (bound := _patience.get()) is None else {"connect_timeout": min(10, math.ceil(bound))}
-    return DEFAULTS | seconds | conninfo() | {"client_encoding": "UTF8"}
+    seconds = math.ceil(min(CONNECT_SECONDS, _patience.get(ANSWER_SECONDS)))
+    return DEFAULTS | {"connect_timeout": seconds} | conninfo() | {"client_encoding": "UTF8"}
 
 
 def _connect() -> Connection:

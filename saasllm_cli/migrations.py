@@ -7,6 +7,7 @@ safe to run again (after DROP INDEX CONCURRENTLY IF EXISTS: an interrupted CREAT
 EXISTS would keep). Function bodies are quoted: BEGIN ATOMIC is not understood.
 """
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Set
@@ -123,7 +124,8 @@ def up(
     another runner is at work.
     """
     last = _find(to)
-    with database.raw_connection() as connection:
+    # An index of a large table takes its time.
+    with database.patience(math.inf), database.raw_connection() as connection:
         _require_public(connection)
         _require_encoding(connection)
         if dry_run:

@@ -329,6 +329,29 @@ def test_a_server_that_takes_all_and_says_nothing(
     assert_sound(account, OPENED - 1)
 
 
+# A command, and what it asks for in vain.
+UNANSWERED = {
+    "credits add hr 1": b"INSERT INTO credit_transactions",
+    "credits allocate": b"credit_schedules",
+    "credits verify": b"team_credits",
+    "job sweep": b"lease_expires_at",
+    "apply -f -": b"COPY",
+    "export": b"organization_records",
+}
+
+
+@pytest.mark.parametrize("command", UNANSWERED)
+def test_no_command_waits_for_ever(account: Run, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setattr(database, "ANSWER_SECONDS", 1.0)
+    proxy.hush = UNANSWERED[command]
+    began = time.monotonic()
+    result = account(*command.split(), stdin="organizations: [{organization_id: other}]")
+    assert (result.status, "no answer within 1 s" in result.err) == (7, True), result.err
+    assert time.monotonic() - began < 20
+    proxy.hush = None
+    assert_sound(account, OPENED)
+
+
 def test_a_batch_that_waits_for_a_silent_server_can_be_interrupted(account: Run, proxy: Proxy, home: Path) -> None:
     proxy.hush = b"INSERT INTO jobs"
     (home / "in.jsonl").write_text('{"id": "1", "prompt": "x"}\n')
