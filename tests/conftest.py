@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from uuid import UUID
 import hypothesis
 import psycopg
 import pytest
+import typer.main
 from forked import Forked, servers
 from provider import Provider
 from psycopg.rows import dict_row
@@ -239,6 +241,14 @@ def sql(request: pytest.FixtureRequest) -> Iterator[psycopg.Connection[dict[str,
         request.getfixturevalue("migrated_database")
     with psycopg.connect(os.environ["SAASLLM_DATABASE_URL"], autocommit=True, row_factory=dict_row) as connection:
         yield connection
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_made_once() -> Iterator[None]:
+    """Typer makes the objects of a noun's commands for each command line, which takes a third of it in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("typer.main.get_command", cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture
