@@ -12,6 +12,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,8 @@ from uuid import UUID
 import hypothesis
 import psycopg
 import pytest
+import typer.main
+from forked import Forked, servers
 from provider import Provider
 from psycopg.rows import dict_row
 
@@ -47,7 +51,10 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Random sequences: a bounded number, the same in each run; with --thorough many, and others each time."""
+    """Random sequences: a bounded number, the same in each run; with --thorough many, and others each time.
+
+    And the processes of which command lines are forked.
+    """
     hypothesis.settings.register_profile(
         "bounded", deadline=None, derandomize=True, database=None, max_examples=12, stateful_step_count=80
     )
@@ -55,6 +62,10 @@ def pytest_configure(config: pytest.Config) -> None:
         "thorough", deadline=None, max_examples=300, stateful_step_count=100, print_blob=True
     )
     hypothesis.settings.load_profile("thorough" if config.getoption("--thorough") else "bounded")
+    if not hasattr(config, "workerinput"):  # the workers use those of the process that starts them
+        forks = ExitStack()
+        forks.enter_context(servers())
+        config.add_cleanup(forks.close)
 
 
 @pytest.fixture
@@ -232,6 +243,14 @@ def sql(request: pytest.FixtureRequest) -> Iterator[psycopg.Connection[dict[str,
         yield connection
 
 
+@pytest.fixture(scope="session", autouse=True)
+def commands_made_once() -> Iterator[None]:
+    """Typer makes the objects of a noun's commands for each command line, which takes a third of it in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("typer.main.get_command", cache(typer.main.get_command))
+        yield
+
+
 @pytest.fixture
 def run(home: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Runs a command line in this process, as a user would with stdin from a file."""
@@ -307,7 +326,10 @@ def start(migrated_database: str) -> Callable[..., subprocess.Popen[str]]:
     return start_process
 
 
-def start_process(*arguments: str, **options: Any) -> "subprocess.Popen[str]":
+def start_process(*arguments: str, **options: Any) -> "subprocess.Popen[str] | Forked":
+    """By a fork, or as users start it, where more is asked of its surroundings than its files."""
+    if options.keys() <= {"stdin", "stdout", "stderr"}:
+        return Forked(*arguments, **options)
     return subprocess.Popen(
         [sys.executable, "-m", "saasllm_cli", *arguments],
         text=True,

@@ -24,15 +24,12 @@ def unknown(models: Iterable[str]) -> list[str]:
 
     None where litellm's list is not where it was: this is for a warning only.
     """
-    spec = find_spec("litellm")
+    listed = [model for model in models if not model.startswith(UNLISTED)]
+    spec = find_spec("litellm") if listed else None
     if spec is None or not spec.submodule_search_locations:
         return []
     try:
         known = json.loads((Path(spec.submodule_search_locations[0]) / LIST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    return [
-        model
-        for model in models
-        if not model.startswith(UNLISTED) and model not in known and model.partition("/")[2] not in known
-    ]
+    return [model for model in listed if model not in known and model.partition("/")[2] not in known]
