@@ -207,6 +207,123 @@ def test_what_a_session_brings_along_stands_in_for_nothing(tenant: Run, as_role:
     assert sql.execute("SELECT credits_remaining FROM team_credits").fetchall() == [{"credits_remaining": 10}]
 
 
+# What a trigger of somebody else does behind the checks, in a statement that is nothing special.
+ENTRY = """
+    INSERT INTO credit_transactions (team_id, organization_id, entry_no, transaction_type, credits_amount,
+        credits_before, credits_after) VALUES ('hr', 'acme', 3, 'allocation', 5, 9, 14)
+"""
+NEW_TEAM = "INSERT INTO teams (team_id, organization_id, team_alias) VALUES ('new', 'acme', 'New')"
+PURGE = """
+    INSERT INTO audit_log (noun, action, organization_id, team_id, before) VALUES ('team', 'purge', 'acme', 'hr', '{}')
+"""
+BEGIN_JOB = """
+    INSERT INTO jobs (team_id, organization_id, status, lease_expires_at)
+    VALUES ('hr', 'acme', 'in_progress', now() + interval '1 hour')
+"""
+FINISHED = "completed_at := now(); NEW.lease_expires_at := NULL; NEW.credit_applied := true; NEW.status := 'completed'"
+BEHIND = {
+    "a balance is changed": (
+        "UPDATE ON team_credits",
+        "NEW.credits_allocated := 1000010; RETURN NEW",
+        "UPDATE team_credits SET credits_reserved = 1",
+        "only through its ledger",
+    ),
+    "a balance is changed with an entry": (
+        "UPDATE ON team_credits",
+        "NEW.credits_allocated := NEW.credits_allocated + 1; RETURN NEW",
+        ENTRY,
+        "only through its ledger",
+    ),
+    "a balance stays behind its entry": ("UPDATE ON team_credits", "RETURN OLD", ENTRY, "do not continue"),
+    "a balance is not written": ("UPDATE ON team_credits", "RETURN NULL", ENTRY, "do not continue"),
+    "a balance begins with credits": (
+        "INSERT ON team_credits",
+        "NEW.credits_allocated := 50; RETURN NEW",
+        NEW_TEAM,
+        "only with its team",
+    ),
+    "a balance is not begun": ("INSERT ON team_credits", "RETURN NULL", NEW_TEAM, "only with its team"),
+    "an entry is dated back": (
+        "INSERT ON credit_transactions",
+        "NEW.created_at := '2026-01-01'; RETURN NEW",
+        ENTRY,
+        "dated by the clock",
+    ),
+    "a record is dated back": (
+        "INSERT ON audit_log",
+        "NEW.created_at := '2026-01-01'; RETURN NEW",
+        NEW_TEAM,
+        "dated by the clock",
+    ),
+    "a job begins completed": ("INSERT ON jobs", f"NEW.{FINISHED}; RETURN NEW", BEGIN_JOB, "a new job cannot be"),
+    "a job is finished again": (
+        "UPDATE ON jobs",
+        "NEW.status := 'failed'; NEW.credit_applied := false; RETURN NEW",
+        "UPDATE jobs SET error_message = 'x'",
+        "its status cannot be changed",
+    ),
+    "a job is moved": (
+        "UPDATE ON jobs",
+        "NEW.team_id := 'it'; RETURN NEW",
+        "UPDATE jobs SET error_message = 'x'",
+        "be moved from team hr",
+    ),
+    "a job is completed without its charge": (
+        "INSERT ON credit_transactions",
+        "RETURN NULL",
+        BEGIN_JOB + "; UPDATE jobs SET completed_at = now(), lease_expires_at = NULL, credit_applied = true,"
+        " status = 'completed' WHERE status = 'in_progress'",
+        "without its deduction",
+    ),
+    "a team changes hands": (
+        "UPDATE ON teams",
+        "NEW.organization_id := 'other'; RETURN NEW",
+        "UPDATE teams SET team_alias = 'x' WHERE team_id = 'it'",
+        "cannot be changed",
+    ),
+    "a team comes back to a part of its ledger": (
+        "INSERT ON teams",
+        "NEW.team_id := 'hr'; RETURN NEW",
+        PURGE
+        + """;
+            CREATE FUNCTION pg_temp.stay() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                RETURN CASE WHEN NOT EXISTS (SELECT FROM teams WHERE team_id = 'hr') THEN OLD END;
+            END $$;
+            CREATE TRIGGER "A" BEFORE DELETE ON team_credits FOR EACH ROW EXECUTE FUNCTION pg_temp.stay();
+            CREATE FUNCTION pg_temp.come_back() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                DELETE FROM team_credits WHERE team_id = 'hr';
+                INSERT INTO teams (team_id, organization_id, team_alias) VALUES ('new', 'acme', 'x'); RETURN NULL;
+            END $$;
+            CREATE TRIGGER "A" AFTER DELETE ON teams FOR EACH ROW EXECUTE FUNCTION pg_temp.come_back();
+            WITH c AS (DELETE FROM credit_transactions WHERE entry_no = 2), j AS (DELETE FROM jobs)
+            DELETE FROM teams WHERE team_id = 'hr'
+        """,
+        "has left history",
+    ),
+}
+
+
+@pytest.mark.parametrize(("event", "does", "statement", "rule"), BEHIND.values(), ids=BEHIND.keys())
+def test_who_may_make_triggers_changes_nothing_behind_the_checks(
+    tenant: Run, as_role: As, sql: Sql, event: str, does: str, statement: str, rule: str
+) -> None:
+    """As after GRANT ALL: each rule holds of what is written, not of what was about to be."""
+    charged_job()
+    tenant("team", "create", "it", "--org", "acme")
+    tenant("org", "create", "other")
+    admin = as_role("saasllm_admin")
+    sql.execute("GRANT ALL ON ALL TABLES IN SCHEMA public TO saasllm_admin_user")
+    admin.execute(f"""
+        CREATE FUNCTION pg_temp.behind() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {does}; END $$;
+        CREATE TRIGGER zzz BEFORE {event} FOR EACH ROW EXECUTE FUNCTION pg_temp.behind();
+    """)
+    with pytest.raises(psycopg.DatabaseError, match=rule):
+        admin.execute(statement)
+    found = sql.execute("SELECT credits_allocated, credits_used, team_id FROM team_credits ORDER BY team_id").fetchall()
+    assert [tuple(row.values()) for row in found] == [(10, 1, "hr"), (0, 0, "it")]
+    assert tenant("credits", "verify").status == 0
+
+
 def test_no_function_acts_with_the_rights_of_its_owner(tenant: Run, as_role: As, sql: Sql) -> None:
     """Hung on a table of somebody's own, it would evaluate his types and casts with these rights."""
     assert sql.execute("SELECT proname FROM pg_proc WHERE prosecdef AND proname !~ '^pg_'").fetchall() == []
