@@ -324,6 +324,54 @@ def test_who_may_make_triggers_changes_nothing_behind_the_checks(
     assert tenant("credits", "verify").status == 0
 
 
+def test_row_level_security_hides_nothing_from_a_check(tenant: Run, as_role: As, sql: Sql) -> None:
+    """A ledger of which a part is hidden would look sound, and a team that is hidden as if it were gone."""
+    charged_job()
+    as_role("saasllm_runner")
+    tables = sql.execute("""
+        SELECT relname FROM pg_class
+        WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' AND relname !~ '^saasllm_'
+    """)
+    for table in [row["relname"] for row in tables]:
+        sql.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+        for command in ("credits verify", "team list", "job run --team hr --group Echo --prompt hi"):
+            refused = tenant(*command.split(), "-o", "json")
+            assert (refused.status, refused.out, refused.error["code"]) == (7, "", "permission_denied"), table
+            assert f"row-level security may hide rows of {table} from it" in refused.error["message"]
+        doctor = tenant("doctor", "-o", "json")
+        assert doctor.status == (7 if table in ("teams", "team_credits", "credit_transactions", "jobs") else 9)
+        assert f"cannot read {table}" in doctor.out
+        sql.execute(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
+    all_pass(tenant, "credits verify", "doctor")
+
+
+@pytest.mark.parametrize(
+    ("table", "statement"),
+    [
+        # The team is hidden, not gone; its balance is; nothing is known of what it was charged.
+        ("teams", PURGE + "; DELETE FROM credit_transactions WHERE entry_no = 2"),
+        ("teams", "DELETE FROM team_credits"),
+        ("team_credits", "SELECT reserve_credits('hr', 1)"),
+        ("team_credits", ENTRY),
+        ("credit_transactions", "UPDATE team_credits SET credits_used = 0, last_entry_no = 1"),
+        ("credit_transactions", NEW_TEAM),
+        ("jobs", NEW_TEAM),
+        ("audit_log", "UPDATE model_groups SET status = 'inactive'"),
+    ],
+)
+def test_row_level_security_hides_nothing_from_what_the_database_enforces(
+    tenant: Run, as_role: As, sql: Sql, table: str, statement: str
+) -> None:
+    charged_job()
+    admin = as_role("saasllm_admin")
+    sql.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+    for command in ("INSERT WITH CHECK (true)", "UPDATE USING (true)", "DELETE USING (true)"):
+        sql.execute(f"CREATE POLICY {command[:6]} ON {table} FOR {command}")
+    with refused("would be affected by row-level security"), admin.transaction():
+        admin.execute(statement)
+    assert sql.execute("SELECT credits_remaining FROM team_credits").fetchall() == [{"credits_remaining": 9}]
+
+
 def test_no_function_acts_with_the_rights_of_its_owner(tenant: Run, as_role: As, sql: Sql) -> None:
     """Hung on a table of somebody's own, it would evaluate his types and casts with these rights."""
     assert sql.execute("SELECT proname FROM pg_proc WHERE prosecdef AND proname !~ '^pg_'").fetchall() == []
