@@ -649,7 +649,8 @@ def _translated(error: psycopg.Error) -> SaasllmError:
             return DatabaseUnavailable(
                 "permission_denied",
                 f"The database role may not do this: {message}.",
-                "Use a role that may. sql/definitions/rights.sql lists what saasllm_admin, saasllm_runner and "
+                error.diag.message_hint
+                or "Use a role that may. sql/definitions/rights.sql lists what saasllm_admin, saasllm_runner and "
                 "saasllm_readonly may do.",
             )
         case _, ("25P03" | "25P04" | "40001" | "40P01" | "55006" | "55P03" | "57014"):

@@ -15,7 +15,7 @@ from saasllm_cli import database
 from saasllm_cli.jobs import runner
 from saasllm_cli.queries import SQL
 
-OTHER_EVENT = ("jobs_keep_id BEFORE UPDATE OF job_id, team_id, organization_id ON", "jobs_keep_id BEFORE UPDATE ON")
+OTHER_EVENT = ("jobs_keep_id AFTER UPDATE ON", "jobs_keep_id AFTER UPDATE OF job_id, team_id, organization_id ON")
 NEXT_LINE = (SQL / "definitions" / "jobs.sql").read_text().count("\n") + 1
 
 Run = Callable[..., Result]

@@ -221,6 +221,171 @@ def test_what_a_session_brings_along_stands_in_for_nothing(tenant: Run, as_role:
     assert sql.execute("SELECT credits_remaining FROM team_credits").fetchall() == [{"credits_remaining": 10}]
 
 
+# What a trigger of somebody else does behind the checks, in a statement that is nothing special.
+ENTRY = """
+    INSERT INTO credit_transactions (team_id, organization_id, entry_no, transaction_type, credits_amount,
+        credits_before, credits_after) VALUES ('hr', 'acme', 3, 'allocation', 5, 9, 14)
+"""
+NEW_TEAM = "INSERT INTO teams (team_id, organization_id, team_alias) VALUES ('new', 'acme', 'New')"
+PURGE = """
+    INSERT INTO audit_log (noun, action, organization_id, team_id, before) VALUES ('team', 'purge', 'acme', 'hr', '{}')
+"""
+BEGIN_JOB = """
+    INSERT INTO jobs (team_id, organization_id, status, lease_expires_at)
+    VALUES ('hr', 'acme', 'in_progress', now() + interval '1 hour')
+"""
+FINISHED = "completed_at := now(); NEW.lease_expires_at := NULL; NEW.credit_applied := true; NEW.status := 'completed'"
+BEHIND = {
+    "a balance is changed": (
+        "UPDATE ON team_credits",
+        "NEW.credits_allocated := 1000010; RETURN NEW",
+        "UPDATE team_credits SET credits_reserved = 1",
+        "only through its ledger",
+    ),
+    "a balance is changed with an entry": (
+        "UPDATE ON team_credits",
+        "NEW.credits_allocated := NEW.credits_allocated + 1; RETURN NEW",
+        ENTRY,
+        "only through its ledger",
+    ),
+    "a balance stays behind its entry": ("UPDATE ON team_credits", "RETURN OLD", ENTRY, "do not continue"),
+    "a balance is not written": ("UPDATE ON team_credits", "RETURN NULL", ENTRY, "do not continue"),
+    "a balance begins with credits": (
+        "INSERT ON team_credits",
+        "NEW.credits_allocated := 50; RETURN NEW",
+        NEW_TEAM,
+        "only with its team",
+    ),
+    "a balance is not begun": ("INSERT ON team_credits", "RETURN NULL", NEW_TEAM, "only with its team"),
+    "an entry is dated back": (
+        "INSERT ON credit_transactions",
+        "NEW.created_at := '2026-01-01'; RETURN NEW",
+        ENTRY,
+        "dated by the clock",
+    ),
+    "a record is dated back": (
+        "INSERT ON audit_log",
+        "NEW.created_at := '2026-01-01'; RETURN NEW",
+        NEW_TEAM,
+        "dated by the clock",
+    ),
+    "a job begins completed": ("INSERT ON jobs", f"NEW.{FINISHED}; RETURN NEW", BEGIN_JOB, "a new job cannot be"),
+    "a job is finished again": (
+        "UPDATE ON jobs",
+        "NEW.status := 'failed'; NEW.credit_applied := false; RETURN NEW",
+        "UPDATE jobs SET error_message = 'x'",
+        "its status cannot be changed",
+    ),
+    "a job is moved": (
+        "UPDATE ON jobs",
+        "NEW.team_id := 'it'; RETURN NEW",
+        "UPDATE jobs SET error_message = 'x'",
+        "be moved from team hr",
+    ),
+    "a job is completed without its charge": (
+        "INSERT ON credit_transactions",
+        "RETURN NULL",
+        BEGIN_JOB + "; UPDATE jobs SET completed_at = now(), lease_expires_at = NULL, credit_applied = true,"
+        " status = 'completed' WHERE status = 'in_progress'",
+        "without its deduction",
+    ),
+    "a team changes hands": (
+        "UPDATE ON teams",
+        "NEW.organization_id := 'other'; RETURN NEW",
+        "UPDATE teams SET team_alias = 'x' WHERE team_id = 'it'",
+        "cannot be changed",
+    ),
+    "a team comes back to a part of its ledger": (
+        "INSERT ON teams",
+        "NEW.team_id := 'hr'; RETURN NEW",
+        PURGE
+        + """;
+            CREATE FUNCTION pg_temp.stay() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                RETURN CASE WHEN NOT EXISTS (SELECT FROM teams WHERE team_id = 'hr') THEN OLD END;
+            END $$;
+            CREATE TRIGGER "A" BEFORE DELETE ON team_credits FOR EACH ROW EXECUTE FUNCTION pg_temp.stay();
+            CREATE FUNCTION pg_temp.come_back() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                DELETE FROM team_credits WHERE team_id = 'hr';
+                INSERT INTO teams (team_id, organization_id, team_alias) VALUES ('new', 'acme', 'x'); RETURN NULL;
+            END $$;
+            CREATE TRIGGER "A" AFTER DELETE ON teams FOR EACH ROW EXECUTE FUNCTION pg_temp.come_back();
+            WITH c AS (DELETE FROM credit_transactions WHERE entry_no = 2), j AS (DELETE FROM jobs)
+            DELETE FROM teams WHERE team_id = 'hr'
+        """,
+        "has left history",
+    ),
+}
+
+
+@pytest.mark.parametrize(("event", "does", "statement", "rule"), BEHIND.values(), ids=BEHIND.keys())
+def test_who_may_make_triggers_changes_nothing_behind_the_checks(
+    tenant: Run, as_role: As, sql: Sql, event: str, does: str, statement: str, rule: str
+) -> None:
+    """As after GRANT ALL: each rule holds of what is written, not of what was about to be."""
+    charged_job()
+    tenant("team", "create", "it", "--org", "acme")
+    tenant("org", "create", "other")
+    admin = as_role("saasllm_admin")
+    sql.execute("GRANT ALL ON ALL TABLES IN SCHEMA public TO saasllm_admin_user")
+    admin.execute(f"""
+        CREATE FUNCTION pg_temp.behind() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {does}; END $$;
+        CREATE TRIGGER zzz BEFORE {event} FOR EACH ROW EXECUTE FUNCTION pg_temp.behind();
+    """)
+    with pytest.raises(psycopg.DatabaseError, match=rule):
+        admin.execute(statement)
+    found = sql.execute("SELECT credits_allocated, credits_used, team_id FROM team_credits ORDER BY team_id").fetchall()
+    assert [tuple(row.values()) for row in found] == [(10, 1, "hr"), (0, 0, "it")]
+    assert tenant("credits", "verify").status == 0
+
+
+def test_row_level_security_hides_nothing_from_a_check(tenant: Run, as_role: As, sql: Sql) -> None:
+    """A ledger of which a part is hidden would look sound, and a team that is hidden as if it were gone."""
+    charged_job()
+    as_role("saasllm_runner")
+    tables = sql.execute("""
+        SELECT relname FROM pg_class
+        WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' AND relname !~ '^saasllm_'
+    """)
+    for table in [row["relname"] for row in tables]:
+        sql.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+        for command in ("credits verify", "team list", "job run --team hr --group Echo --prompt hi"):
+            refused = tenant(*command.split(), "-o", "json")
+            assert (refused.status, refused.out, refused.error["code"]) == (7, "", "permission_denied"), table
+            assert f"row-level security may hide rows of {table} from it" in refused.error["message"]
+        doctor = tenant("doctor", "-o", "json")
+        assert doctor.status == (7 if table in ("teams", "team_credits", "credit_transactions", "jobs") else 9)
+        assert f"cannot read {table}" in doctor.out
+        sql.execute(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
+    all_pass(tenant, "credits verify", "doctor")
+
+
+@pytest.mark.parametrize(
+    ("table", "statement"),
+    [
+        # The team is hidden, not gone; its balance is; nothing is known of what it was charged.
+        ("teams", PURGE + "; DELETE FROM credit_transactions WHERE entry_no = 2"),
+        ("teams", "DELETE FROM team_credits"),
+        ("team_credits", "SELECT reserve_credits('hr', 1)"),
+        ("team_credits", ENTRY),
+        ("credit_transactions", "UPDATE team_credits SET credits_used = 0, last_entry_no = 1"),
+        ("credit_transactions", NEW_TEAM),
+        ("jobs", NEW_TEAM),
+        ("audit_log", "UPDATE model_groups SET status = 'inactive'"),
+    ],
+)
+def test_row_level_security_hides_nothing_from_what_the_database_enforces(
+    tenant: Run, as_role: As, sql: Sql, table: str, statement: str
+) -> None:
+    charged_job()
+    admin = as_role("saasllm_admin")
+    sql.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+    for command in ("INSERT WITH CHECK (true)", "UPDATE USING (true)", "DELETE USING (true)"):
+        sql.execute(f"CREATE POLICY {command[:6]} ON {table} FOR {command}")
+    with refused("would be affected by row-level security"), admin.transaction():
+        admin.execute(statement)
+    assert sql.execute("SELECT credits_remaining FROM team_credits").fetchall() == [{"credits_remaining": 9}]
+
+
 def test_no_function_acts_with_the_rights_of_its_owner(tenant: Run, as_role: As, sql: Sql) -> None:
     """Hung on a table of somebody's own, it would evaluate his types and casts with these rights."""
     assert sql.execute("SELECT proname FROM pg_proc WHERE prosecdef AND proname !~ '^pg_'").fetchall() == []

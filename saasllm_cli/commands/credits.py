@@ -449,13 +449,17 @@ def _repair(db: database.Database, team_ids: list[str], output: Format | None) -
     def work() -> list[database.Row]:
         db.many("credits.lock_to_repair", team_ids=team_ids)
         repaired = db.many("credits.repair", team_ids=team_ids)
+        for row in repaired:
+            if row["credits_amount"]:
+                entry = {"transaction_type": "adjustment", "source": None, "idempotency_key": None, **row}
+                row |= db.found("credits.enter", "team", row["team_id"], **entry)
         db.many("credits.reserve_open_jobs", team_ids=[row["team_id"] for row in repaired])
         return repaired
 
     repaired = db.transaction(work)
     if (output or settings().output) is Format.TABLE:
         for row in repaired[:MOST_NAMED]:
-            entry = f"transaction {row['transaction_id']}" if row["transaction_id"] else "recounted"
+            entry = f"transaction {row['transaction_id']}" if row["credits_amount"] else "recounted"
             note(f"{row['team_id']}: adjusted by {row['credits_amount']:+} ({entry})", **row)
         note(f"Repaired {counted(len(repaired), 'team')}.")
 

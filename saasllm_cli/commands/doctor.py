@@ -137,7 +137,10 @@ def _rights(db: database.Database, server: database.Row) -> Check:
 
 def _ledger(db: database.Database) -> Check:
     progress("Verifying the ledger …")
-    if wrong := db.many("credits.verify", team_id=None):
+    with db.whole():
+        db.one("doctor.see_all")
+        wrong = db.many("credits.verify", team_id=None)
+    if wrong:
         teams = sorted({row["team_id"] for row in wrong})
         message = f"{counted(len(wrong), 'difference')} in {some(teams)}."
         return _check("ledger", FAILED, message, "See: saasllm credits verify")

@@ -20,20 +20,19 @@ CREATE TRIGGER audit_log_has_no_parent AFTER DELETE ON audit_log
     FOR EACH ROW WHEN (false) EXECUTE FUNCTION refuse_audit_log_change();
 
 
--- Its times are the database's, whoever writes; the ledger's, too. The condition spares the call where the default has
--- dated the row.
+-- Its times are the database's, whoever writes.
 
-CREATE FUNCTION date_by_clock() RETURNS trigger
+CREATE FUNCTION refuse_other_time() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    NEW.created_at := clock_timestamp();
-    RETURN NEW;
+    RAISE EXCEPTION 'a record must be dated by the clock of the database'
+        USING ERRCODE = 'SL007', HINT = 'Leave out created_at.';
 END
 $$;
 
-CREATE TRIGGER audit_log_is_dated BEFORE INSERT ON audit_log
+CREATE TRIGGER audit_log_is_dated AFTER INSERT ON audit_log
     FOR EACH ROW WHEN (NEW.created_at NOT BETWEEN transaction_timestamp() AND clock_timestamp())
-    EXECUTE FUNCTION date_by_clock();
+    EXECUTE FUNCTION refuse_other_time();
 
 
 -- Organizations, teams and assignments: row by row, what it was and what it is. The arguments are the noun and the
@@ -42,7 +41,7 @@ CREATE TRIGGER audit_log_is_dated BEFORE INSERT ON audit_log
 -- after that record.
 
 CREATE FUNCTION audit_rows() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET timezone = 'UTC' AS $$
 DECLARE
     key constant text := TG_ARGV[1];
 BEGIN
@@ -147,7 +146,7 @@ CREATE TRIGGER team_model_groups_audit_delete AFTER DELETE ON team_model_groups
 -- the last record says, so that one statement that changes both, or replaces the models, writes one record.
 
 CREATE FUNCTION audit_groups() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET timezone = 'UTC' AS $$
 DECLARE
     changed text[];
 BEGIN
@@ -201,7 +200,7 @@ CREATE TRIGGER model_group_models_audit_delete AFTER DELETE ON model_group_model
 -- What a schedule is, is audited; that it has moved on to its next period, the ledger tells.
 
 CREATE FUNCTION audit_schedule() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET timezone = 'UTC' AS $$
 BEGIN
     -- With its whole team it is told by the record of the purge, or by that of the team.
     IF TG_OP = 'DELETE' AND NOT EXISTS (SELECT FROM ONLY public.teams WHERE team_id = OLD.team_id) THEN

@@ -4,6 +4,9 @@
 -- on the balances asks the ledger whether a movement is explained by its rows. It asks the data, not who is asking:
 -- a setting or a trigger depth could be faked by any client. The functions see pg_catalog alone and name their tables
 -- in full, with ONLY: a temporary table, a function of somebody's or a child table cannot stand in for the real one.
+-- With row_security = off they fail where a policy would hide rows from them.
+--
+-- What they check is what was written: before a row is, a trigger of somebody else's may still change it.
 --
 -- No function acts with its owner's rights: whoever may call one could hang it on a table of his own and have it
 -- evaluate what he likes. So who runs jobs may move balances, and the ledger decides by how much; what teams are given
@@ -34,25 +37,22 @@ CREATE TRIGGER credit_transactions_has_no_parent AFTER UPDATE ON credit_transact
     FOR EACH ROW WHEN (false) EXECUTE FUNCTION refuse_ledger_change();
 
 
--- Its times are the database's, whoever writes: an entry of an earlier month would change what that month has cost, and
--- one of no month at all (infinity) could not be read.
-
-CREATE TRIGGER credit_transactions_are_dated BEFORE INSERT ON credit_transactions
-    FOR EACH ROW WHEN (NEW.created_at NOT BETWEEN transaction_timestamp() AND clock_timestamp())
-    EXECUTE FUNCTION date_by_clock();
-
-
 -- Ledger rows move the balances: deductions and refunds credits_used, the others credits_allocated. The rows of a team
 -- must continue its chain, and what a job costs must be charged for a completed job of that team.
+--
+-- Their times are the database's, whoever writes: an entry of an earlier month would change what that month has cost,
+-- and one of no month at all (infinity) could not be read.
 --
 -- What it has moved outlives a crash from its commit on, also where the server, the role or the session does without.
 
 CREATE FUNCTION move_balances() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_mergejoin = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off
+SET enable_seqscan = off SET enable_mergejoin = off AS $$
 DECLARE
     refused_team text;
     refused_job  text;
     is_given     boolean; -- something other than what jobs cost
+    is_misdated  boolean;
 BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
@@ -69,7 +69,8 @@ BEGIN
                     FROM ONLY public.jobs j
                     WHERE j.job_id = entry.job_id
                 ) IS NOT TRUE THEN job_id
-            END AS wrong_job_id
+            END AS wrong_job_id,
+            created_at NOT BETWEEN transaction_timestamp() AND clock_timestamp() AS is_misdated
         FROM new_entries AS entry
         WINDOW chain AS (PARTITION BY team_id ORDER BY entry_no)
     ),
@@ -86,7 +87,8 @@ BEGIN
             -- Each job that is charged has reserved its credit: the charge takes the place of the reservation.
             count(*) FILTER (WHERE transaction_type = 'deduction') AS released,
             min(wrong_job_id::text) AS wrong_job_id,
-            bool_or(transaction_type <> 'deduction') AS is_given
+            bool_or(transaction_type <> 'deduction') AS is_given,
+            bool_or(linked.is_misdated) AS is_misdated
         FROM linked
         GROUP BY team_id
     ),
@@ -101,18 +103,22 @@ BEGIN
           AND movement.unbroken
           AND movement.first_no = c.last_entry_no + 1
           AND movement.opening = c.credits_remaining
-        RETURNING c.team_id
+        RETURNING c.team_id, c.last_entry_no
     )
     SELECT
-        min(team_id::text) FILTER (WHERE team_id NOT IN (SELECT team_id FROM moved)),
+        min(team_id::text) FILTER (WHERE (team_id, last_no) NOT IN (SELECT team_id, last_entry_no FROM moved)),
         min(wrong_job_id),
-        bool_or(movement.is_given)
-    INTO refused_team, refused_job, is_given
+        bool_or(movement.is_given),
+        bool_or(movement.is_misdated)
+    INTO refused_team, refused_job, is_given, is_misdated
     FROM movement;
 
     IF is_given AND NOT has_table_privilege('public.teams', 'UPDATE') THEN
         RAISE EXCEPTION 'a role that cannot change teams can enter only the charges of jobs'
             USING ERRCODE = 'insufficient_privilege';
+    ELSIF is_misdated THEN
+        RAISE EXCEPTION 'an entry must be dated by the clock of the database'
+            USING ERRCODE = 'SL005', HINT = 'Leave out created_at.';
     ELSIF refused_team IS NOT NULL THEN
         RAISE EXCEPTION 'the new entries of team % do not continue its ledger', refused_team
             USING ERRCODE = 'SL005',
@@ -172,7 +178,7 @@ BEGIN
     ) AS entry;
 
     IF is_explained AND was_right THEN
-        RETURN NEW;
+        RETURN NULL;
     ELSIF is_explained THEN
         RAISE EXCEPTION 'the balance of team % does not match its ledger', OLD.team_id
             USING ERRCODE = 'SL006', HINT = format('Run: saasllm credits verify %s --repair', OLD.team_id);
@@ -192,11 +198,11 @@ BEGIN
         RAISE EXCEPTION 'the credits of team % can change only through its ledger', OLD.team_id
             USING ERRCODE = 'SL006', HINT = 'Insert into credit_transactions, as saasllm credits add does.';
     END IF;
-    RETURN NEW;
+    RETURN NULL;
 END
 $$;
 
-CREATE TRIGGER team_credits_guard BEFORE UPDATE ON team_credits
+CREATE TRIGGER team_credits_guard AFTER UPDATE ON team_credits
     FOR EACH ROW
     WHEN (
         (OLD.team_id, OLD.credits_allocated, OLD.credits_used, OLD.last_entry_no)
@@ -205,12 +211,36 @@ CREATE TRIGGER team_credits_guard BEFORE UPDATE ON team_credits
     EXECUTE FUNCTION guard_balance();
 
 
--- A balance begins empty with its team and goes with it, never on its own.
+-- A balance begins empty with its team and goes with it, never on its own. A history does not pass to another team of
+-- the same id: else a statement could take the team away, have a function remove a part of the history, and put the
+-- team back before anybody has looked. Only its opening credits may be there already: they are of the same statement.
 
 CREATE FUNCTION open_balances() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET enable_seqscan = off AS $$
+DECLARE
+    with_history text;
+    opened       bigint;
 BEGIN
+    SELECT min(t.team_id::text) INTO with_history
+    FROM new_teams n
+    JOIN ONLY public.teams t ON t.team_id = n.team_id
+    WHERE EXISTS (SELECT FROM ONLY public.jobs j WHERE j.team_id = t.team_id)
+       OR EXISTS (
+           SELECT
+           FROM ONLY public.credit_transactions c
+           WHERE c.team_id = t.team_id AND NOT (c.xmin = t.xmin AND c.cmin = t.cmin)
+       );
+    IF with_history IS NOT NULL THEN
+        RAISE EXCEPTION 'an earlier team % has left history', with_history
+            USING ERRCODE = 'SL008', HINT = 'Choose another ID.';
+    END IF;
+
     INSERT INTO public.team_credits (team_id) SELECT team_id FROM new_teams;
+    GET DIAGNOSTICS opened = ROW_COUNT;
+    IF opened <> (SELECT count(*) FROM new_teams) THEN
+        RAISE EXCEPTION 'a team has no balance: one is created only with its team'
+            USING ERRCODE = 'SL006', HINT = 'Drop the trigger that keeps rows out of team_credits.';
+    END IF;
     RETURN NULL;
 END
 $$;
@@ -220,22 +250,22 @@ CREATE TRIGGER teams_open_balances AFTER INSERT ON teams
     FOR EACH STATEMENT EXECUTE FUNCTION open_balances();
 
 CREATE FUNCTION refuse_balance_without_team() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
 BEGIN
     -- When a team is deleted, its row here follows: by then the team is gone.
-    IF TG_OP = 'DELETE' AND NOT EXISTS (SELECT FROM public.teams WHERE team_id = OLD.team_id) THEN
-        RETURN OLD;
+    IF TG_OP = 'DELETE' AND NOT EXISTS (SELECT FROM ONLY public.teams WHERE team_id = OLD.team_id) THEN
+        RETURN NULL;
     END IF;
     RAISE EXCEPTION 'a balance is created and deleted only with its team: % is not allowed', TG_OP
         USING ERRCODE = 'SL006', HINT = 'Insert into credit_transactions, as saasllm credits add does.';
 END
 $$;
 
-CREATE TRIGGER team_credits_begin_empty BEFORE INSERT ON team_credits
+CREATE TRIGGER team_credits_begin_empty AFTER INSERT ON team_credits
     FOR EACH ROW
     WHEN ((NEW.credits_allocated, NEW.credits_used, NEW.credits_reserved, NEW.last_entry_no) <> (0, 0, 0, 0))
     EXECUTE FUNCTION refuse_balance_without_team();
-CREATE TRIGGER team_credits_stay BEFORE DELETE ON team_credits
+CREATE TRIGGER team_credits_stay AFTER DELETE ON team_credits
     FOR EACH ROW EXECUTE FUNCTION refuse_balance_without_team();
 CREATE TRIGGER team_credits_no_truncate BEFORE TRUNCATE ON team_credits
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_balance_without_team();
@@ -245,7 +275,7 @@ CREATE TRIGGER team_credits_no_truncate BEFORE TRUNCATE ON team_credits
 -- have to begin a part of its plan anew for the row that has changed meanwhile, while the others wait.
 
 CREATE FUNCTION lock_balance(of_team text, OUT last_entry_no bigint, OUT credits_remaining bigint)
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET enable_seqscan = off AS $$
 BEGIN
     SELECT c.last_entry_no, c.credits_remaining
     INTO last_entry_no, credits_remaining
@@ -257,7 +287,7 @@ $$;
 
 -- Reserves so many credits of a team, or as many as it has free, and says how many.
 CREATE FUNCTION reserve_credits(of_team text, wanted bigint) RETURNS bigint
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET enable_seqscan = off AS $$
 DECLARE
     free bigint;
 BEGIN
@@ -274,12 +304,12 @@ BEGIN
     WHERE team_id = of_team
     FOR UPDATE;
     UPDATE public.team_credits SET credits_reserved = credits_reserved + free WHERE team_id = of_team AND free > 0;
-    RETURN free;
+    RETURN CASE WHEN FOUND THEN free ELSE 0 END;
 END
 $$;
 
 -- What remained after an entry. Volatile, so it sees also what was committed while its statement waited for a lock.
 CREATE FUNCTION credits_after_entry(of_team text, no bigint) RETURNS bigint
-LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
     SELECT credits_after FROM ONLY public.credit_transactions WHERE team_id = of_team AND entry_no = no
 $$;

@@ -1,12 +1,15 @@
--- The check that travels with the first query of every command: is the database as the program says?
+-- The check that travels with the first query of every command: is the database as the program says, and may it see all
+-- of it?
 
 -- Raises SL001 with what is pending, or SL002 with a migration that the program does not know. The program names its
--- migrations, and each file of definitions with its checksum.
+-- migrations, and each file of definitions with its checksum. Where row-level security holds for the caller, what is
+-- hidden would pass for what is not there: a ledger of which the half is missing would look sound.
 CREATE FUNCTION require_migrations(known text[], definitions text[]) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     unknown text;
     pending text;
+    partial text;
 BEGIN
     SELECT min(migration) INTO unknown FROM public.saasllm_migrations WHERE migration <> ALL (known);
     IF unknown IS NOT NULL THEN
@@ -25,6 +28,18 @@ BEGIN
     END IF;
     IF pending IS NOT NULL THEN
         RAISE EXCEPTION '%', pending USING ERRCODE = 'SL001';
+    END IF;
+
+    SELECT string_agg(name, ', ') INTO partial
+    FROM unnest(ARRAY[
+        'organizations', 'model_groups', 'model_group_models', 'teams', 'team_model_groups', 'team_credits',
+        'credit_transactions', 'credit_schedules', 'jobs', 'job_refusals', 'llm_calls', 'audit_log'
+    ]) AS name
+    WHERE row_security_active('public.' || name);
+    IF partial IS NOT NULL THEN
+        RAISE EXCEPTION 'row-level security may hide rows of % from it', partial
+            USING ERRCODE = 'insufficient_privilege',
+                  HINT = 'Use a role with BYPASSRLS, or: ALTER TABLE ... DISABLE ROW LEVEL SECURITY';
     END IF;
 END
 $$;

@@ -344,9 +344,9 @@ ORDER BY team_id, transaction_id, problem;
 SELECT team_id FROM team_credits WHERE team_id = ANY (%(team_ids)s::text[]) ORDER BY team_id FOR UPDATE;
 
 -- name: repair(team_ids) :many
--- Makes the balances that differ from their ledger what it says, and enters by what they differed as an adjustment, so
--- that what remains stays as it was. Left alone are teams whose entries do not add up to their last credits_after, or
--- that have more open jobs than credits. No credit is reserved afterwards: `reserve_open_jobs` goes with it.
+-- Makes the balances that differ from their ledger what it says, and says by which adjustment (to be entered next) what
+-- remains stays as it was. Left alone are teams whose entries do not add up to their last credits_after, or that have
+-- more open jobs than credits. No credit is reserved afterwards: `reserve_open_jobs` goes with it.
 WITH ledger AS (
     SELECT
         team_id,
@@ -372,7 +372,7 @@ wrong AS (
         coalesce(l.last_entry_no, 0) AS last_entry_no,
         coalesce(l.allocated, 0) AS allocated,
         coalesce(l.used, 0) AS used,
-        coalesce(l.remaining, 0) AS ledger_remaining
+        coalesce(l.remaining, 0)::bigint AS ledger_remaining
     FROM team_credits c
     LEFT JOIN ledger l USING (team_id)
     LEFT JOIN open_job o USING (team_id)
@@ -392,23 +392,12 @@ restored AS (
     FROM wrong
     WHERE c.team_id = wrong.team_id
     RETURNING wrong.*
-),
-entry AS (
-    INSERT INTO credit_transactions (
-        team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after, reason
-    )
-    SELECT
-        team_id, organization_id, last_entry_no + 1, 'adjustment', credits_remaining - ledger_remaining,
-        ledger_remaining, credits_remaining,
-        'Repair: the ledger said ' || ledger_remaining || ', the balance ' || credits_remaining
-    FROM restored
-    JOIN teams USING (team_id)
-    WHERE credits_remaining <> ledger_remaining
-    RETURNING team_id, transaction_id, credits_amount
 )
-SELECT team_id, entry.transaction_id, coalesce(entry.credits_amount, 0) AS credits_amount
+SELECT
+    team_id,
+    credits_remaining - ledger_remaining AS credits_amount,
+    'Repair: the ledger said ' || ledger_remaining || ', the balance ' || credits_remaining AS reason
 FROM restored
-LEFT JOIN entry USING (team_id)
 ORDER BY team_id;
 
 -- name: reserve_open_jobs(team_ids) :many
