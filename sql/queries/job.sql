@@ -1,6 +1,9 @@
 -- Jobs: begin, settle, sweep, and what is told of them.
 --
 -- Lock order, everywhere: the job's row, then its team's balance.
+--
+-- A client of its own may have opened a job without reserving its credit. Then less than a job's credit is reserved when
+-- the job ends, and none is left: it is in nobody's way, least of all in that of other teams.
 
 -- name: begin(job_id, team_id, group_name, job_type, external_task_id, metadata, idempotency_key, request_hash, lease_seconds) :one
 -- Reserves a credit and opens the job under a lease, if everything allows it; else says the one
@@ -288,7 +291,7 @@ deduction AS (
 ),
 released AS (
     UPDATE team_credits
-    SET credits_reserved = credits_reserved - 1
+    SET credits_reserved = greatest(credits_reserved - 1, 0)
     WHERE team_id = (SELECT team_id FROM job WHERE status <> 'completed')
     RETURNING credits_remaining
 )
@@ -367,7 +370,7 @@ deduction AS (
 ),
 released AS (
     UPDATE team_credits c
-    SET credits_reserved = c.credits_reserved - free.credits
+    SET credits_reserved = greatest(c.credits_reserved - free.credits, 0)
     FROM (SELECT team_id, count(*) AS credits FROM job WHERE status <> 'completed' GROUP BY team_id) AS free
     JOIN balance USING (team_id)
     WHERE c.team_id = free.team_id
@@ -441,7 +444,7 @@ balance AS (
 ),
 released AS (
     UPDATE team_credits c
-    SET credits_reserved = c.credits_reserved - held.jobs
+    SET credits_reserved = greatest(c.credits_reserved - held.jobs, 0)
     FROM (SELECT team_id, count(*) AS jobs FROM swept GROUP BY team_id) AS held
     JOIN balance USING (team_id)
     WHERE c.team_id = held.team_id
