@@ -254,6 +254,16 @@ class Database:
             self._is_told = False
             yield
 
+    def part(self, work: Callable[[], T]) -> T:
+        """A part of a transaction: where the database refuses it, that alone is undone, and it is said why."""
+        try:
+            with self.whole():
+                return work()
+        except DEADLOCKS:  # they undo the transaction as a whole, which is done again
+            raise
+        except psycopg.Error as error:
+            raise _translated(error) from error
+
     def hold(self, name: str, busy: SaasllmError, seconds: float, on_wait: Callable[[], None]) -> None:
         """As `lock`, for the rest of the transaction, and held by it: so it lasts until its commit."""
         _wait_until(lambda: bool(self.one("lock.hold", name=name)["is_held"]), busy, seconds, on_wait)

@@ -278,9 +278,3 @@ BEGIN
     RETURN free;
 END
 $$;
-
--- What remained after an entry. Volatile, so it sees also what was committed while its statement waited for a lock.
-CREATE FUNCTION credits_after_entry(of_team text, no bigint) RETURNS bigint
-LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT credits_after FROM ONLY public.credit_transactions WHERE team_id = of_team AND entry_no = no
-$$;
