@@ -8,11 +8,14 @@
 -- name: begin(job_id, team_id, group_name, job_type, external_task_id, metadata, idempotency_key, request_hash, lease_seconds) :one
 -- Reserves a credit and opens the job under a lease, if everything allows it; else says the one
 -- condition that failed, and nothing is done. A key in use gives the job that has it; a job that is there already was
--- begun by the same request, whose answer was lost. Without a group it is pending: its calls follow.
+-- begun by the same request, whose answer was lost. Without a group it is pending: its calls follow. Where the balance is
+-- not that of the last entry, nothing could be charged: no model is paid for that.
 WITH request AS (
     SELECT
         t.team_id,
         t.organization_id,
+        c.credits_remaining,
+        c.credits_reserved,
         m.model_names,
         k.job_id AS existing_job_id,
         k.status AS existing_status,
@@ -25,6 +28,8 @@ WITH request AS (
             WHEN asked.group_name IS NOT NULL AND g.group_name IS NULL THEN 'group_not_found'
             WHEN o.status <> 'active' THEN 'organization_suspended'
             WHEN t.status <> 'active' THEN 'team_suspended'
+            WHEN (c.last_entry_no, c.credits_remaining)
+                IS DISTINCT FROM (coalesce(last.entry_no, 0), coalesce(last.credits_after, 0)) THEN 'balance_differs'
             WHEN asked.group_name IS NULL THEN NULL
             WHEN a.group_name IS NULL THEN 'group_not_assigned'
             WHEN g.status <> 'active' THEN 'group_inactive'
@@ -35,6 +40,14 @@ WITH request AS (
     LEFT JOIN organizations o ON o.organization_id = t.organization_id
     LEFT JOIN model_groups g ON g.group_name = asked.group_name
     LEFT JOIN team_model_groups a ON a.team_id = t.team_id AND a.group_name = g.group_name
+    LEFT JOIN team_credits c ON c.team_id = asked.team_id
+    LEFT JOIN LATERAL (
+        SELECT entry_no, credits_after
+        FROM credit_transactions
+        WHERE team_id = t.team_id
+        ORDER BY entry_no DESC
+        LIMIT 1
+    ) last ON true
     LEFT JOIN jobs mine ON mine.job_id = %(job_id)s
     LEFT JOIN jobs k ON k.idempotency_key = %(idempotency_key)s
         AND k.status NOT IN ('failed', 'cancelled')
@@ -69,10 +82,9 @@ SELECT
     request.existing_request_hash,
     request.existing_is_expired,
     request.organization_id,
-    c.credits_remaining,
-    c.credits_reserved
-FROM request
-LEFT JOIN team_credits c ON c.team_id = %(team_id)s;
+    request.credits_remaining,
+    request.credits_reserved
+FROM request;
 
 -- name: begin_many(team_id, group_name, jobs, lease_seconds) :many
 -- As `begin`, for many jobs of one team and group: of those that are new, in the order of the JSON array `jobs`, as many
@@ -97,6 +109,8 @@ scope AS (
             WHEN g.group_name IS NULL THEN 'group_not_found'
             WHEN o.status <> 'active' THEN 'organization_suspended'
             WHEN t.status <> 'active' THEN 'team_suspended'
+            WHEN (c.last_entry_no, c.credits_remaining)
+                IS DISTINCT FROM (coalesce(last.entry_no, 0), coalesce(last.credits_after, 0)) THEN 'balance_differs'
             WHEN a.group_name IS NULL THEN 'group_not_assigned'
             WHEN g.status <> 'active' THEN 'group_inactive'
             WHEN m.model_names = '{}' THEN 'no_active_model'
@@ -106,6 +120,14 @@ scope AS (
     LEFT JOIN organizations o ON o.organization_id = t.organization_id
     LEFT JOIN model_groups g ON g.group_name = named.group_name
     LEFT JOIN team_model_groups a ON a.team_id = t.team_id AND a.group_name = g.group_name
+    LEFT JOIN team_credits c ON c.team_id = t.team_id
+    LEFT JOIN LATERAL (
+        SELECT entry_no, credits_after
+        FROM credit_transactions
+        WHERE team_id = t.team_id
+        ORDER BY entry_no DESC
+        LIMIT 1
+    ) last ON true
     CROSS JOIN LATERAL (
         SELECT ARRAY(
             SELECT model_name FROM model_group_models WHERE group_name = g.group_name AND is_active ORDER BY priority
