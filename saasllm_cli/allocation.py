@@ -7,10 +7,11 @@ from functools import partial
 
 from saasllm_cli import database
 from saasllm_cli.database import Database, Row
-from saasllm_cli.errors import Conflict
+from saasllm_cli.errors import Conflict, DatabaseUnavailable, SaasllmError
 
 CHUNK = 10_000  # teams whose rows are locked at a time
 WAIT_SECONDS = 3600
+COUNTS = ("granted", "full", "credits_granted", "credits_expired")
 SKIPPED = ("team_suspended", "organization_suspended")
 
 
@@ -18,7 +19,8 @@ SKIPPED = ("team_suspended", "organization_suspended")
 class Allocation:
     """What a run has done. `granted` and `full` count periods of teams; `full` are those that had enough already.
 
-    `skipped` (suspended) and `failed` (no number is large enough) are teams, each with `team_id`, `period`, `reason`.
+    `skipped` (suspended) and `failed` (no number is large enough, the balance differs from its ledger, or what the
+    database says) are teams, each with `team_id`, `period`, `reason`.
     `grants` are those of a rehearsal, each with `team_id`, `period`, `credits_granted`, `credits_expired`.
     """
 
@@ -48,7 +50,8 @@ def allocate(
     waits for the first, and then finds nothing due. `Conflict` where it has waited for an hour.
     """
     allocation = Allocation(as_of)
-    scope = {"as_of": as_of, "catch_up": catch_up, "every": every, "organization_id": organization_id}
+    due = {"as_of": as_of, "every": every, "organization_id": organization_id, "team_id": team_id}
+    terms = {"as_of": as_of, "catch_up": catch_up, "every": every, "is_listing": is_rehearsal}
     with database.connect() as db:
         if organization_id is not None:
             db.get("organization", organization_id)
@@ -56,43 +59,47 @@ def allocate(
             db.get("team", team_id)
         busy = Conflict("allocation_running", "Another allocation has been running for an hour.", "Try again later.")
         with database.lock("allocate", busy, WAIT_SECONDS, on_wait) as check_lock:
-            after: str | None = ""
-            while after is not None:
-                limits = {**scope, "team_id": team_id, "after": after, "row_limit": CHUNK, "is_listing": is_rehearsal}
-                work = partial(_chunk, db, limits, is_careful=is_rehearsal)  # where an error would end its transaction
+            after = ""
+            while True:
                 check_lock()
-                rounds = db.transaction(work, is_rehearsal=True) if is_rehearsal else work()
+                limits = {**due, "after": after, "row_limit": CHUNK}
+                team_ids, rounds = db.transaction(partial(_chunk, db, limits, terms), is_rehearsal)
+                if not team_ids:
+                    return allocation
                 _add(allocation, rounds)
-                after = rounds[0]["last_team_id"]
+                after = team_ids[-1]
                 on_progress(f"{allocation.granted} granted …")
-    return allocation
 
 
-def _chunk(db: Database, limits: Row, is_careful: bool) -> list[Row]:
-    """One period to each of the next teams, and the further ones to those of them that are due for more."""
+def _chunk(db: Database, limits: Row, terms: Row) -> tuple[list[str], list[Row]]:
+    """The next teams, each with one period and then, where it is due for more, the further ones."""
+    team_ids = [row["team_id"] for row in db.many("credits.due", **limits)]
+    rounds, todo = [], team_ids
+    while todo:
+        granted = _grant(db, todo, terms)
+        rounds += granted
+        todo = [team_id for row in granted for team_id in row["still_due"]]
+    return team_ids, rounds
 
-    def grant(upto: str | None) -> Row:
-        try:
-            with database.translated_errors():
-                return db.one("credits.allocate", **limits, upto=upto, is_careful=is_careful)
-        except Conflict:  # a balance was tampered with: to look for it each time would take a tenth longer
-            if is_careful:
-                raise
-            return db.one("credits.allocate", **limits, upto=upto, is_careful=True)
 
-    rounds = [grant(None)]
-    while rounds[-1]["still_due"]:
-        rounds.append(grant(rounds[0]["last_team_id"]))
-    return rounds
+def _grant(db: Database, team_ids: list[str], terms: Row) -> list[Row]:
+    """One period to each of the teams. One that the database refuses hinders no other, and is told."""
+    try:
+        return [db.part(lambda: db.one("credits.allocate", team_ids=team_ids, **terms))]
+    except DatabaseUnavailable:
+        raise
+    except SaasllmError as refusal:
+        if half := len(team_ids) // 2:
+            return _grant(db, team_ids[:half], terms) + _grant(db, team_ids[half:], terms)
+        told = {"team_id": team_ids[0], "period": None, "reason": refusal.message}
+    return [dict.fromkeys(COUNTS, 0) | {"grants": [], "still_due": [], "refused": [told]}]
 
 
 def _add(allocation: Allocation, rounds: list[Row]) -> None:
     refused: dict[str, Row] = {}
     for granted in rounds:
-        allocation.granted += granted["granted"]
-        allocation.full += granted["full"]
-        allocation.credits_granted += granted["credits_granted"]
-        allocation.credits_expired += granted["credits_expired"]
+        for count in COUNTS:
+            setattr(allocation, count, getattr(allocation, count) + granted[count])
         allocation.grants += granted["grants"]
         refused |= {row["team_id"]: row for row in granted["refused"]}
     for row in refused.values():

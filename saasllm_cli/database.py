@@ -167,8 +167,8 @@ class Database:
 
     What holds for a transaction is set within it, and nothing is left to the session: behind a pooler, the next
     transaction may be in another one, and the session somebody else's. So `before`, queries with their parameters, pass
-    before the first query of each transaction (but of a stream, which only reads), in the same round trip, and `check`
-    before the very first; where one of them fails, nothing of the other is done.
+    before the first query of each transaction, in the same round trip, and `check` before the very first; where one of
+    them fails, nothing of the other is done.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class Database:
     def copy(self, name: str, rows: Iterable[Sequence[Any]], /) -> None:
         """Gives the rows, however many, to a `:copy` query."""
         statement = _checked(name, "copy", {})
-        self._run_check()
+        self._tell()
         with self._connection.cursor() as cursor, cursor.copy(statement.sql) as copy:
             for row in rows:
                 copy.write_row(row)
@@ -217,11 +217,9 @@ class Database:
         if limit is not None:
             parameters["row_limit"] = limit + 1
         statement = _checked(name, "many", parameters)
-        self._run_check()
-        self._has_streamed = True
         rows = Rows(
-            self._connection.cursor().stream(statement.sql, parameters),
-            lambda: [column.name for column in self._connection.execute(statement.sql, parameters).description or ()],
+            self._streamed(statement, parameters),
+            lambda: [column.name for column in self._execute(statement, parameters).description or ()],
             limit,
         )
         if rows.is_empty:
@@ -254,6 +252,16 @@ class Database:
             self._is_told = False
             yield
 
+    def part(self, work: Callable[[], T]) -> T:
+        """A part of a transaction: where the database refuses it, that alone is undone, and it is said why."""
+        try:
+            with self.whole():
+                return work()
+        except DEADLOCKS:  # they undo the transaction as a whole, which is done again
+            raise
+        except psycopg.Error as error:
+            raise _translated(error) from error
+
     def hold(self, work: str, busy: SaasllmError, seconds: float, on_wait: Callable[[], None]) -> None:
         """As `lock`, for the rest of the transaction, and held by it: so it lasts until its commit."""
         _wait_until(lambda: _hold(self._connection, work), busy, seconds, on_wait)
@@ -271,16 +279,29 @@ class Database:
             raise not_found(noun, key)
         return row
 
-    def _run_check(self) -> None:
-        if self._check is not None:
-            self._connection.execute(*self._check)
-            self._check = None
+    def _streamed(self, statement: Query, parameters: Row) -> Iterator[Row]:
+        """In a transaction, which ends with the rows: where they are not read to their end, with the connection."""
+        has_own = self._connection.autocommit and not self._is_in_transaction()
+        if has_own:
+            self._connection.autocommit = False
+        self._tell()
+        self._has_streamed = True
+        yield from self._connection.cursor().stream(statement.sql, parameters)
+        if has_own:
+            self._connection.commit()
+            self._connection.autocommit = True
+
+    def _tell(self) -> None:
+        for each in self._due():
+            self._connection.execute(*each)
+        self._check, self._is_told = None, True
 
     def _run(self, name: str, cardinality: str, parameters: Row) -> list[Row]:
         statement = _checked(name, cardinality, parameters)
         for is_last in (*[False] * TRIES, True):
             try:
-                return self._execute(statement, parameters)
+                cursor = self._execute(statement, parameters)
+                return cursor.fetchall() if statement.cardinality != "none" else []
             except psycopg.Error as error:
                 # Of several queries the first ones are undone too.
                 if is_last or not _passes(error) or self._is_in_transaction():
@@ -297,20 +318,18 @@ class Database:
             return []
         return [self._check, *self._before] if self._check else self._before
 
-    def _execute(self, statement: Query, parameters: Row) -> list[Row]:
-        if due := self._due():
-            # A pipeline is one transaction, too, but one without our isolation level; and behind a stream libpq would
-            # give its rows one by one.
-            is_explicit = self._has_streamed or self._is_level_higher
-            with self._connection.transaction() if is_explicit else self._connection.pipeline():
-                for each in due:
-                    self._connection.execute(*each)
-                cursor = self._connection.execute(statement.sql, parameters)
-            self._check = None
-        else:
+    def _execute(self, statement: Query, parameters: Row) -> psycopg.Cursor[Row]:
+        due = self._due()
+        # A pipeline is one transaction, too, but one without our isolation level; and behind a stream libpq would give
+        # its rows one by one.
+        is_explicit = self._has_streamed or self._is_level_higher
+        together = self._connection.transaction() if is_explicit else self._connection.pipeline()
+        with together if due else nullcontext():
+            for each in due:
+                self._connection.execute(*each)
             cursor = self._connection.execute(statement.sql, parameters)
-        self._is_told = True
-        return cursor.fetchall() if statement.cardinality != "none" else []
+        self._check, self._is_told = None, True
+        return cursor
 
 
 def _passes(error: psycopg.Error) -> bool:
@@ -376,7 +395,7 @@ def connect_to_settle(seconds: float) -> Iterator[Database]:
 def connect_unmigrated() -> Iterator[Database]:
     """The database to look at, whatever has been migrated."""
     with raw_connection() as connection:
-        yield Database(connection)
+        yield Database(connection, ("migrate.look", {}))
 
 
 @contextmanager

@@ -122,6 +122,13 @@ def refused(outcome: str, team: str | None, group: str | None, organization: str
             hint = f"To resume it, run: saasllm org resume {organization}"
         case "team_suspended":
             message, hint = f"Team {team} is suspended.", f"To resume it, run: saasllm team resume {team}"
+        case "balance_differs":
+            return Conflict(
+                outcome,
+                f"The balance of team {team} does not match its ledger, so a job could not be charged.",
+                f"Run: saasllm credits verify {team} --repair",
+                team_id=team,
+            )
         case "group_not_assigned":
             message = f"Group {group} is not assigned to team {team}."
             hint = f"To assign it, run: saasllm team assign {team} {group}"

@@ -96,7 +96,8 @@ def status() -> list[Row]:
     files have its number) or `out_of_order` (pending, with a later one applied). A file of definitions is `applied` or
     `pending`.
     """
-    with database.raw_connection() as connection:
+    with database.raw_connection() as connection, connection.transaction():
+        connection.execute(query("migrate.look").sql)
         return _states(connection)
 
 
@@ -189,6 +190,7 @@ def rules() -> set[str]:
 def grant() -> None:
     """Gives the roles their rights, as `up` does at its end; where something is pending, that is to come first."""
     with database.raw_connection() as connection, connection.transaction():
+        connection.execute(query("migrate.look").sql)
         if not any(row["status"] == "pending" for row in _states(connection)):
             definitions.grant(connection)
 
@@ -395,6 +397,7 @@ def _locked(on_wait: Callable[[], None]) -> Iterator[None]:
 @contextmanager
 def _transaction(connection: Connection) -> Iterator[None]:
     with connection.transaction():
+        connection.execute(query("migrate.look").sql)
         connection.execute(query("lock.enter").sql, {"work": WORK})
         yield
 

@@ -323,6 +323,48 @@ def test_what_is_written_while_it_waits_for_a_balance_is_no_difference(tenant: R
     assert remaining(tenant) == 16
 
 
+@pytest.mark.parametrize(
+    ("change", "granted", "periods"),
+    [
+        ("UPDATE credit_schedules SET every = 'weekly', next_on = '2026-01-19'", 5, ["2026-W04", "2026-W05"]),
+        ("UPDATE credit_schedules SET every = 'daily', next_on = '2026-02-07'", 3, []),
+        ("UPDATE credit_schedules SET credits_amount = 1000", 4, ["2026-01"]),
+        ("DELETE FROM credit_schedules", 3, []),
+        ("UPDATE teams SET status = 'suspended'", 3, []),
+    ],
+)
+def test_what_is_changed_while_it_waits_counts(
+    tenant: Run, sql: psycopg.Connection, change: str, granted: int, periods: list[str]
+) -> None:
+    """Of one team among others, which are granted theirs in any case."""
+    scheduled(sql, 4, "SELECT 't' || n, 5, 'monthly', 'add', '2026-01-01' FROM generate_series(1, 4) n")
+    with ThreadPoolExecutor(1) as threads:
+        with sql.transaction():
+            sql.execute("SELECT FROM credit_schedules WHERE team_id = 't3' FOR UPDATE")
+            sql.execute(change + " WHERE team_id = 't3'")  # type: ignore[arg-type]
+            waiting = threads.submit(allocation.allocate, date(2026, 1, 31))
+            time.sleep(0.5)
+        result = waiting.result()
+    assert (result.granted, result.failed) == (granted, [])
+    rows = sql.execute("SELECT period FROM credit_transactions WHERE team_id = 't3' ORDER BY entry_no").fetchall()
+    assert [row["period"] for row in rows] == periods
+    assert tenant("credits", "verify").status == 0
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_what_the_database_refuses_of_one_team_hinders_no_other(
+    tenant: Run, sql: psycopg.Connection, options: tuple[str, ...]
+) -> None:
+    scheduled(sql, 9, "SELECT 't' || n, 5, 'monthly', 'add', '2026-01-01' FROM generate_series(1, 9) n")
+    sql.execute("ALTER TABLE credit_transactions ADD CONSTRAINT own CHECK (team_id NOT IN ('t3', 't4'))")
+    result = tenant("credits", "allocate", "--as-of", "2026-01-31", "-o", "json", *options)
+    assert (result.status, result.data["granted"]) == (9, 7)
+    assert [row["team_id"] for row in result.data["failed"]] == ["t3", "t4"]
+    told = tenant("credits", "allocate", "--as-of", "2026-01-31", *options)
+    assert "t4: The database refused this: new row for relation" in told.err
+    assert sql.execute("SELECT count(*) AS n FROM credit_transactions").fetchone() == {"n": 1 if options else 8}
+
+
 def test_killed_it_leaves_whole_chunks_and_the_next_run_goes_on(tenant: Run, sql: psycopg.Connection) -> None:
     scheduled(sql, 20000, "SELECT team_id, 1, 'monthly', 'add', '2026-01-01' FROM teams WHERE team_id <> 'hr'")
     process = start_process("credits", "allocate", "--as-of", "2026-01-31")

@@ -141,8 +141,8 @@ def test_rights_that_are_gone_are_taken_away(migrated_database: str, run: Run, s
         ("schedules.sql", "FUNCTION period_name(every text,", "FUNCTION period_name(each text,"),
         (
             "ledger.sql",
-            "credits_after_entry(of_team text, no bigint) RETURNS bigint",
-            "credits_after_entry(of_team text, no bigint) RETURNS numeric",
+            "reserve_credits(of_team text, wanted bigint) RETURNS bigint",
+            "reserve_credits(of_team text, wanted bigint) RETURNS numeric",
         ),
         ("details.sql", "SELECT organization_id, name, status,", "SELECT name, organization_id, status,"),
         ("jobs.sql", *OTHER_EVENT),

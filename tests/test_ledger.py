@@ -97,6 +97,11 @@ ATTACKS = {
         " UPDATE team_credits SET credits_allocated = 15, last_entry_no = 2 WHERE team_id = 'hr'",
         "only through its ledger",
     ),
+    "a schedule from the beginning of time": (
+        "INSERT INTO credit_schedules (team_id, credits_amount, every, mode, next_on)"
+        " VALUES ('hr', 5, 'monthly', 'add', '-infinity')",
+        "credit_schedules_next_on",
+    ),
     "an id against the rule": ("INSERT INTO organizations VALUES ('a b', 'x')", "identifier_form"),
     "metadata that is no object": (
         "INSERT INTO organizations (organization_id, name, metadata) VALUES ('a', 'x', '[]')",

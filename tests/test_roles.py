@@ -14,6 +14,7 @@ from conftest import Result, charged_job
 
 from saasllm_cli import database
 from saasllm_cli.errors import Conflict
+from saasllm_cli.jobs.runner import as_json, new_job_id
 from saasllm_cli.settings import settings
 
 Run = Callable[..., Result]
@@ -441,6 +442,41 @@ def test_the_runner_leaves_nothing_that_cannot_be_read_or_removed(tenant: Run, a
     os.environ["SAASLLM_DATABASE_URL"] = os.environ["SAASLLM_DATABASE_URL"].replace("saasllm_runner_user@", "postgres@")
     settings.cache_clear()
     all_pass(tenant, "job list", "credits transactions hr", "team delete hr --purge --confirm hr")
+
+
+def test_a_job_that_reserved_nothing_is_in_nobodys_way(tenant: Run, as_role: As, sql: Sql, home: Path) -> None:
+    """The runner opens jobs without reserving a credit, or takes back what its jobs have reserved."""
+    tenant("team", "create", "zz", "--org", "acme", "--credits", "5", "--group", "Echo")
+    runner = as_role("saasllm_runner")
+    opened = "INSERT INTO jobs (team_id, organization_id, status, started_at, lease_expires_at) VALUES "
+    for team in ("hr", "hr", "hr", "zz"):
+        all_pass(tenant, f"job create --team {team}")
+    runner.execute("UPDATE team_credits SET credits_reserved = 1 WHERE team_id = 'hr'")
+    runner.execute(opened + "('hr', 'acme', 'in_progress', now(), now())")
+    runner.execute("UPDATE jobs SET lease_expires_at = now() WHERE team_id IN ('hr', 'zz')")
+    assert tenant("job", "sweep", "-o", "json").data == {"swept": 5}
+    assert tenant("credits", "verify").status == 0
+
+    # Settled one by one, and by a batch together with others: charged where there is a credit, else free.
+    for end in ("complete", "fail"):
+        job = tenant("job", "create", "--team", "hr").out.strip()
+        tenant("job", "call", job, "--group", "Echo", "--prompt", "x")
+        runner.execute("UPDATE team_credits SET credits_reserved = 0")
+        all_pass(tenant, f"job {end} {job}")
+    jobs = []
+    for team, status in (("hr", "completed"), ("hr", "failed"), ("zz", "failed")):
+        jobs.append({"job_id": str(new_job_id()), "status": status, "error_message": None, "calls": []})
+        runner.execute(
+            "INSERT INTO jobs (job_id, team_id, organization_id, status, started_at, lease_expires_at)"
+            " VALUES (%s, %s, 'acme', 'in_progress', now(), now() + interval '1 minute')",
+            [jobs[-1]["job_id"], team],
+        )
+    with database.connect() as db:
+        rows = db.many("job.settle_many", results=as_json(jobs))
+    assert [row["settled"] for row in rows] == [True] * 3
+    assert tenant("credits", "verify").status == 0
+    balances = sql.execute("SELECT credits_remaining, credits_reserved FROM team_credits ORDER BY team_id").fetchall()
+    assert [tuple(row.values()) for row in balances] == [(8, 0), (5, 0)]
 
 
 def test_the_reader_only_looks(tenant: Run, as_role: As) -> None:

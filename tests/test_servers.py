@@ -12,6 +12,7 @@ import pytest
 from conftest import Result
 from psycopg import sql as composed
 
+from saasllm_cli import database
 from saasllm_cli.settings import settings
 
 Run = Callable[..., Result]
@@ -88,6 +89,59 @@ def _a_story(run: Run) -> None:
     first = run("audit", "list", "--sort", "oldest", "-o", "json").data[0]
     assert (first["after"]["metadata"], NAME in first["command"]) == (metadata, True)
     assert run("credits", "verify").status == 0
+
+
+@pytest.mark.parametrize("path", ["app, public", "app, public, pg_catalog"])
+def test_no_other_schema_stands_in_for_ours(migrated_database: str, run: Run, sql: Sql, home: Path, path: str) -> None:
+    """Tables of the same names, and functions and operators that do something else."""
+    tables = [
+        row["relname"]
+        for row in sql.execute(
+            "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'"
+        )
+    ]
+    sql.execute("CREATE SCHEMA app")
+    sql.execute("CREATE FUNCTION app.now() RETURNS timestamptz LANGUAGE sql AS $$ SELECT timestamptz '-infinity' $$")
+    sql.execute("CREATE FUNCTION app.differs(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT false'")
+    sql.execute("CREATE OPERATOR app.= (function = app.differs, leftarg = text, rightarg = text)")
+    sql.execute("CREATE FUNCTION app.reserve_credits(text, bigint) RETURNS bigint LANGUAGE sql AS 'SELECT $2'")
+    for table in tables:
+        sql.execute(f"CREATE TABLE app.{table} (LIKE public.{table})")  # type: ignore[arg-type]
+    sql.execute(f"ALTER DATABASE {migrated_database} SET search_path = {path}")  # type: ignore[arg-type]
+    _a_story(run)
+    (home / "lines.jsonl").write_text('{"id": "1", "prompt": "x"}\n')
+    for command, status in (
+        ("job batch lines.jsonl --out out.jsonl --team hr --group Echo", 0),
+        ("credits schedule hr --amount 5 --every daily --mode add --starts 2026-01-01", 0),
+        ("credits allocate --as-of 2026-01-01", 0),
+        ("team list", 0),
+        ("job list --team none", 3),
+        ("job sweep", 0),
+        ("credits verify --verbose", 0),
+        ("migrate verify", 0),
+        ("migrate up", 2),  # it refuses, before it makes anything in another schema
+        ("doctor", 0),
+        ("team delete hr --purge --confirm hr", 0),
+    ):
+        result = run(*command.split())
+        assert result.status == status, (command, result)
+    for table in tables:
+        assert sql.execute(f"SELECT count(*) AS n FROM app.{table}").fetchone() == {"n": 0}  # type: ignore[arg-type]
+
+
+def test_no_temporary_table_stands_in_for_ours(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that another client has left in a session of the pooler."""
+    connect = database._connect
+
+    def shared() -> database.Connection:
+        connection = connect()
+        connection.execute("CREATE TEMP TABLE teams (LIKE teams); CREATE TEMP TABLE jobs (LIKE jobs)")
+        return connection
+
+    monkeypatch.setattr("saasllm_cli.database._connect", shared)
+    assert [row["team_id"] for row in tenant("team", "list", "-o", "json").data] == ["hr"]
+    assert tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x").status == 0
+    assert sql.execute("SELECT count(*) AS n FROM jobs").fetchone() == {"n": 1}
 
 
 @pytest.mark.parametrize("command", ["org create x", "credits add hr 1", "migrate reset --confirm {database}"])

@@ -558,7 +558,7 @@ def _show_allocation(result: "Allocation", dry_run: bool, verbose: bool, output:
         f"{len(result.failed)} failed"
     )
     for row in (result.skipped + result.failed)[:MOST_NAMED]:
-        note(f"{row['team_id']} {row['period']}: {row['reason']}", **row)
+        note(f"{' '.join(filter(None, (row['team_id'], row['period'])))}: {row['reason']}", **row)
     _tell_more(len(result.skipped) + len(result.failed))
 
 

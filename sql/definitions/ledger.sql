@@ -84,7 +84,8 @@ BEGIN
             coalesce(sum(credits_amount) FILTER (WHERE transaction_type NOT IN ('deduction', 'refund')), 0)
                 AS allocated,
             coalesce(-sum(credits_amount) FILTER (WHERE transaction_type IN ('deduction', 'refund')), 0) AS used,
-            -- Each job that is charged has reserved its credit: the charge takes the place of the reservation.
+            -- Each job that is charged has reserved its credit, or should have: the charge takes the place of the
+            -- reservation.
             count(*) FILTER (WHERE transaction_type = 'deduction') AS released,
             min(wrong_job_id::text) AS wrong_job_id,
             bool_or(transaction_type <> 'deduction') AS is_given,
@@ -96,7 +97,7 @@ BEGIN
         UPDATE ONLY public.team_credits c
         SET credits_allocated = c.credits_allocated + movement.allocated,
             credits_used = c.credits_used + movement.used,
-            credits_reserved = c.credits_reserved - movement.released,
+            credits_reserved = greatest(c.credits_reserved - movement.released, 0),
             last_entry_no = movement.last_no
         FROM movement
         WHERE c.team_id = movement.team_id
@@ -306,10 +307,4 @@ BEGIN
     UPDATE public.team_credits SET credits_reserved = credits_reserved + free WHERE team_id = of_team AND free > 0;
     RETURN CASE WHEN FOUND THEN free ELSE 0 END;
 END
-$$;
-
--- What remained after an entry. Volatile, so it sees also what was committed while its statement waited for a lock.
-CREATE FUNCTION credits_after_entry(of_team text, no bigint) RETURNS bigint
-LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
-    SELECT credits_after FROM ONLY public.credit_transactions WHERE team_id = of_team AND entry_no = no
 $$;

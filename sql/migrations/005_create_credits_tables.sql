@@ -80,7 +80,8 @@ CREATE TABLE credit_schedules (
     CONSTRAINT credit_schedules_mode CHECK (mode IN ('add', 'reset', 'top-up')),
     CONSTRAINT credit_schedules_max CHECK (credits_max IS NULL OR (mode = 'add' AND credits_max >= credits_amount)),
     CONSTRAINT credit_schedules_next_on CHECK (
-        CASE every
+        next_on >= '1970-01-01' AND next_on < '9999-01-01' -- a day that every client can read
+        AND CASE every
             WHEN 'weekly' THEN EXTRACT(isodow FROM next_on) = 1
             WHEN 'monthly' THEN EXTRACT(day FROM next_on) = 1
             ELSE true

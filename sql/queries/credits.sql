@@ -443,18 +443,14 @@ DELETE FROM credit_schedules WHERE team_id = %(team_id)s RETURNING team_id;
 -- By the clock of the database, which all machines share.
 SELECT (now() AT TIME ZONE 'UTC')::date AS today;
 
--- name: allocate(as_of, catch_up, every, organization_id, team_id, after, upto, row_limit, is_careful, is_listing) :one
--- Grants one period, the first that is due, to each of the next teams by their ids (behind `after`, up to `upto`): with
--- all of their rows locked in this order, so that a second run finds them not due. Who is suspended, or would have more
--- credits than there are numbers, is left as it is. Periods before the last `catch_up` missed ones are forgone.
+-- name: due(as_of, every, organization_id, team_id, after, row_limit) :many
+-- The next teams to be allocated to, by their ids (behind `after`), with all of their rows locked in this order. A
+-- statement of its own, so that `allocate` sees what was committed before it had the locks.
 WITH due AS (
-    SELECT
-        s.team_id, s.credits_amount, s.every, s.mode, s.credits_max,
-        greatest(s.next_on, period_after(s.every, period_start(s.every, %(as_of)s), - %(catch_up)s::integer)) AS first_day
+    SELECT s.team_id
     FROM credit_schedules s
     WHERE s.next_on <= %(as_of)s
       AND s.team_id > %(after)s
-      AND (%(upto)s::text IS NULL OR s.team_id <= %(upto)s)
       AND (%(every)s::text IS NULL OR s.every = %(every)s)
       AND (%(team_id)s::text IS NULL OR s.team_id = %(team_id)s)
       AND (
@@ -464,17 +460,24 @@ WITH due AS (
     ORDER BY s.team_id
     LIMIT %(row_limit)s
     FOR UPDATE
-),
-balance AS (
-    -- Team by team, in the order of `due`: joined as a whole, each chunk would read the balances of all.
-    SELECT c.*
-    FROM due
-    CROSS JOIN LATERAL (
-        SELECT team_id, last_entry_no, credits_allocated, credits_remaining, credits_reserved
-        FROM team_credits
-        WHERE team_id = due.team_id
-        FOR UPDATE
-    ) AS c
+)
+-- Team by team, in the order of `due`: joined as a whole, each chunk would read the balances of all.
+SELECT due.team_id
+FROM due
+LEFT JOIN LATERAL (SELECT FROM team_credits WHERE team_id = due.team_id FOR UPDATE) AS balance ON true
+ORDER BY due.team_id;
+
+-- name: allocate(team_ids, as_of, catch_up, every, is_listing) :one
+-- Grants one period, the first that is due, to each of the teams that `due` has locked: those that are due still. Who is
+-- suspended, has a balance that is not that of its last entry, or would have more credits than there are numbers, is
+-- left as it is. Periods before the last `catch_up` missed ones are forgone.
+WITH due AS (
+    SELECT
+        s.team_id, s.credits_amount, s.every, s.mode, s.credits_max,
+        greatest(s.next_on, period_after(s.every, period_start(s.every, %(as_of)s), - %(catch_up)s::integer)) AS first_day
+    FROM unnest(%(team_ids)s::text[]) AS asked (team_id)
+    CROSS JOIN LATERAL (SELECT * FROM credit_schedules WHERE team_id = asked.team_id OFFSET 0) AS s
+    WHERE s.next_on <= %(as_of)s AND (%(every)s::text IS NULL OR s.every = %(every)s)
 ),
 plan AS (
     SELECT
@@ -497,15 +500,20 @@ plan AS (
             WHEN o.status <> 'active' THEN 'organization_suspended'
             WHEN t.status <> 'active' THEN 'team_suspended'
             WHEN b.credits_allocated > 9223372036854775807 - due.credits_amount THEN 'out_of_range'
-            WHEN %(is_careful)s::boolean AND b.credits_remaining IS DISTINCT FROM CASE b.last_entry_no
-                WHEN 0 THEN 0
-                ELSE credits_after_entry(b.team_id, b.last_entry_no)
-            END THEN 'balance_differs'
+            WHEN (b.last_entry_no, b.credits_remaining)
+                IS DISTINCT FROM (coalesce(last.entry_no, 0), coalesce(last.credits_after, 0)) THEN 'balance_differs'
         END AS refusal
     FROM due
-    JOIN balance b USING (team_id)
     CROSS JOIN LATERAL (SELECT organization_id, status FROM teams WHERE team_id = due.team_id OFFSET 0) AS t
     JOIN organizations o USING (organization_id)
+    LEFT JOIN LATERAL (SELECT * FROM team_credits WHERE team_id = due.team_id OFFSET 0) AS b ON true
+    LEFT JOIN LATERAL (
+        SELECT entry_no, credits_after
+        FROM credit_transactions
+        WHERE team_id = due.team_id
+        ORDER BY entry_no DESC
+        LIMIT 1
+    ) AS last ON true
     LEFT JOIN credit_transactions before ON before.team_id = due.team_id
         AND before.period = period_name(due.every, due.first_day)
         AND before.transaction_type = 'allocation'
@@ -534,12 +542,13 @@ moved_on AS (
     UPDATE credit_schedules s SET next_on = granted.following FROM granted WHERE s.team_id = granted.team_id
 )
 SELECT
-    max(team_id::text) AS last_team_id,
     count(*) FILTER (WHERE refusal IS NULL AND grants > 0) AS granted,
     count(*) FILTER (WHERE refusal IS NULL AND grants = 0) AS full,
     coalesce(sum(grants) FILTER (WHERE refusal IS NULL), 0) AS credits_granted,
     coalesce(sum(expires) FILTER (WHERE refusal IS NULL), 0) AS credits_expired,
-    count(*) FILTER (WHERE refusal IS NULL AND following <= %(as_of)s) AS still_due,
+    coalesce(
+        array_agg(team_id::text ORDER BY team_id) FILTER (WHERE refusal IS NULL AND following <= %(as_of)s), '{}'
+    ) AS still_due,
     coalesce(
         json_agg(
             json_build_object('team_id', team_id, 'period', period, 'reason', refusal) ORDER BY team_id

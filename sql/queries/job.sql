@@ -1,15 +1,21 @@
 -- Jobs: begin, settle, sweep, and what is told of them.
 --
 -- Lock order, everywhere: the job's row, then its team's balance.
+--
+-- A client of its own may have opened a job without reserving its credit. Then less than a job's credit is reserved when
+-- the job ends, and none is left: it is in nobody's way, least of all in that of other teams.
 
 -- name: begin(job_id, team_id, group_name, job_type, external_task_id, metadata, idempotency_key, request_hash, lease_seconds) :one
 -- Reserves a credit and opens the job under a lease, if everything allows it; else says the one
 -- condition that failed, and nothing is done. A key in use gives the job that has it; a job that is there already was
--- begun by the same request, whose answer was lost. Without a group it is pending: its calls follow.
+-- begun by the same request, whose answer was lost. Without a group it is pending: its calls follow. Where the balance is
+-- not that of the last entry, nothing could be charged: no model is paid for that.
 WITH request AS (
     SELECT
         t.team_id,
         t.organization_id,
+        c.credits_remaining,
+        c.credits_reserved,
         m.model_names,
         k.job_id AS existing_job_id,
         k.status AS existing_status,
@@ -22,6 +28,8 @@ WITH request AS (
             WHEN asked.group_name IS NOT NULL AND g.group_name IS NULL THEN 'group_not_found'
             WHEN o.status <> 'active' THEN 'organization_suspended'
             WHEN t.status <> 'active' THEN 'team_suspended'
+            WHEN (c.last_entry_no, c.credits_remaining)
+                IS DISTINCT FROM (coalesce(last.entry_no, 0), coalesce(last.credits_after, 0)) THEN 'balance_differs'
             WHEN asked.group_name IS NULL THEN NULL
             WHEN a.group_name IS NULL THEN 'group_not_assigned'
             WHEN g.status <> 'active' THEN 'group_inactive'
@@ -32,6 +40,14 @@ WITH request AS (
     LEFT JOIN organizations o ON o.organization_id = t.organization_id
     LEFT JOIN model_groups g ON g.group_name = asked.group_name
     LEFT JOIN team_model_groups a ON a.team_id = t.team_id AND a.group_name = g.group_name
+    LEFT JOIN team_credits c ON c.team_id = asked.team_id
+    LEFT JOIN LATERAL (
+        SELECT entry_no, credits_after
+        FROM credit_transactions
+        WHERE team_id = t.team_id
+        ORDER BY entry_no DESC
+        LIMIT 1
+    ) last ON true
     LEFT JOIN jobs mine ON mine.job_id = %(job_id)s
     LEFT JOIN jobs k ON k.idempotency_key = %(idempotency_key)s
         AND k.status NOT IN ('failed', 'cancelled')
@@ -66,10 +82,9 @@ SELECT
     request.existing_request_hash,
     request.existing_is_expired,
     request.organization_id,
-    c.credits_remaining,
-    c.credits_reserved
-FROM request
-LEFT JOIN team_credits c ON c.team_id = %(team_id)s;
+    request.credits_remaining,
+    request.credits_reserved
+FROM request;
 
 -- name: begin_many(team_id, group_name, jobs, lease_seconds) :many
 -- As `begin`, for many jobs of one team and group: of those that are new, in the order of the JSON array `jobs`, as many
@@ -94,6 +109,8 @@ scope AS (
             WHEN g.group_name IS NULL THEN 'group_not_found'
             WHEN o.status <> 'active' THEN 'organization_suspended'
             WHEN t.status <> 'active' THEN 'team_suspended'
+            WHEN (c.last_entry_no, c.credits_remaining)
+                IS DISTINCT FROM (coalesce(last.entry_no, 0), coalesce(last.credits_after, 0)) THEN 'balance_differs'
             WHEN a.group_name IS NULL THEN 'group_not_assigned'
             WHEN g.status <> 'active' THEN 'group_inactive'
             WHEN m.model_names = '{}' THEN 'no_active_model'
@@ -103,6 +120,14 @@ scope AS (
     LEFT JOIN organizations o ON o.organization_id = t.organization_id
     LEFT JOIN model_groups g ON g.group_name = named.group_name
     LEFT JOIN team_model_groups a ON a.team_id = t.team_id AND a.group_name = g.group_name
+    LEFT JOIN team_credits c ON c.team_id = t.team_id
+    LEFT JOIN LATERAL (
+        SELECT entry_no, credits_after
+        FROM credit_transactions
+        WHERE team_id = t.team_id
+        ORDER BY entry_no DESC
+        LIMIT 1
+    ) last ON true
     CROSS JOIN LATERAL (
         SELECT ARRAY(
             SELECT model_name FROM model_group_models WHERE group_name = g.group_name AND is_active ORDER BY priority
@@ -288,7 +313,7 @@ deduction AS (
 ),
 released AS (
     UPDATE team_credits
-    SET credits_reserved = credits_reserved - 1
+    SET credits_reserved = greatest(credits_reserved - 1, 0)
     WHERE team_id = (SELECT team_id FROM job WHERE status <> 'completed')
     RETURNING credits_remaining
 )
@@ -367,7 +392,7 @@ deduction AS (
 ),
 released AS (
     UPDATE team_credits c
-    SET credits_reserved = c.credits_reserved - free.credits
+    SET credits_reserved = greatest(c.credits_reserved - free.credits, 0)
     FROM (SELECT team_id, count(*) AS credits FROM job WHERE status <> 'completed' GROUP BY team_id) AS free
     JOIN balance USING (team_id)
     WHERE c.team_id = free.team_id
@@ -441,7 +466,7 @@ balance AS (
 ),
 released AS (
     UPDATE team_credits c
-    SET credits_reserved = c.credits_reserved - held.jobs
+    SET credits_reserved = greatest(c.credits_reserved - held.jobs, 0)
     FROM (SELECT team_id, count(*) AS jobs FROM swept GROUP BY team_id) AS held
     JOIN balance USING (team_id)
     WHERE c.team_id = held.team_id

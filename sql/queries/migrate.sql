@@ -17,17 +17,25 @@ CREATE TABLE IF NOT EXISTS saasllm_definitions (
 
 -- name: check(known, definitions) :one
 -- Raises SL001 where a migration or a definition is pending, SL002 where an unknown migration is applied.
-SELECT require_migrations(%(known)s, %(definitions)s) AS checked;
+SELECT public.require_migrations(%(known)s, %(definitions)s) AS checked;
 
 -- name: act(actor, command) :one
--- For the audit log, until the transaction ends.
+-- For the audit log, until the transaction ends. As the two that follow, it also says where the tables are: whatever
+-- search_path the role or the database has, none in another schema and no temporary one stands in for ours.
 SELECT
-    set_config('saasllm.actor', %(actor)s, true) AS actor,
-    set_config('saasllm.command', %(command)s, true) AS command;
+    pg_catalog.set_config('search_path', 'public, pg_temp', true) AS search_path,
+    pg_catalog.set_config('saasllm.actor', %(actor)s, true) AS actor,
+    pg_catalog.set_config('saasllm.command', %(command)s, true) AS command;
 
 -- name: limit_time(milliseconds) :one
 -- Of each statement, until the transaction ends.
-SELECT set_config('statement_timeout', %(milliseconds)s, true) AS milliseconds;
+SELECT
+    pg_catalog.set_config('search_path', 'public, pg_temp', true) AS search_path,
+    pg_catalog.set_config('statement_timeout', %(milliseconds)s, true) AS milliseconds;
+
+-- name: look() :one
+-- For who only looks.
+SELECT pg_catalog.set_config('search_path', 'public, pg_temp', true) AS search_path;
 
 -- name: schema() :one
 SELECT current_schema() AS schema;
