@@ -35,7 +35,7 @@ BEGIN
         'organizations', 'model_groups', 'model_group_models', 'teams', 'team_model_groups', 'team_credits',
         'credit_transactions', 'credit_schedules', 'jobs', 'job_refusals', 'llm_calls', 'audit_log'
     ]) AS name
-    WHERE row_security_active('public.' || name);
+    WHERE row_security_active(to_regclass('public.' || name));
     IF partial IS NOT NULL THEN
         RAISE EXCEPTION 'row-level security may hide rows of % from it', partial
             USING ERRCODE = 'insufficient_privilege',
