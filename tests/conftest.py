@@ -3,6 +3,7 @@
 The server is the embedded one, or another version's with `--postgres-bin /usr/lib/postgresql/15/bin`.
 """
 
+import gc
 import json
 import os
 import pwd
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +31,7 @@ from psycopg.rows import dict_row
 
 from saasllm_cli import cli, database, embedded, migrations
 from saasllm_cli.jobs import runner
-from saasllm_cli.jobs.calls import CallRequest
+from saasllm_cli.jobs.calls import LLM, CallRequest
 from saasllm_cli.queries import SQL
 from saasllm_cli.settings import settings
 
@@ -71,6 +73,10 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def is_thorough(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--thorough"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # or Python looks through all the tests again and again, and finds nothing to free
 
 
 class Result(NamedTuple):
@@ -340,6 +346,9 @@ def start_process(*arguments: str, **options: Any) -> "subprocess.Popen[str] | F
 @pytest.fixture
 def provider(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[Provider]:
     """An OpenAI-compatible server, to which models named `openai/…` go."""
+    if LLM not in sys.modules:
+        import_module(LLM)
+        gc.freeze()
     with Provider() as provider:
         monkeypatch.setenv("OPENAI_BASE_URL", provider.url)
         monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret-key")

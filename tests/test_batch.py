@@ -1,7 +1,6 @@
 """Batches: each line is paid for once and written once, whoever crashes when."""
 
 import errno
-import importlib
 import json
 import math
 import multiprocessing
@@ -56,8 +55,6 @@ def forked_workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     Those that are processes of their own, and whoever asks for `spawned_workers`, start them as users do.
     """
     if "spawned_workers" not in request.fixturenames:
-        if "provider" in request.fixturenames:
-            importlib.import_module("saasllm_cli.jobs.llm")
         monkeypatch.setattr("saasllm_cli.jobs.batch.workers.get_context", lambda _: multiprocessing.get_context("fork"))
 
 

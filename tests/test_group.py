@@ -87,8 +87,8 @@ def test_set_models_replaces_all_in_order(saasllm: Run) -> None:
 
 def test_a_reader_of_set_models_never_sees_half(saasllm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two who change it all the time, one who reads."""
-    saasllm("group", "create", "G", "--model", "a", "--model", "b", "--model", "c")
-    both = (["a", "b", "c"], ["x", "a"])
+    saasllm("group", "create", "G", "--model", "ollama/a", "--model", "ollama/b", "--model", "ollama/c")
+    both = (["ollama/a", "ollama/b", "ollama/c"], ["ollama/x", "ollama/a"])
     monkeypatch.setattr("saasllm_cli.commands.group.show", lambda *_: None)
 
     def change(turn: int) -> None:

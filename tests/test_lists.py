@@ -165,8 +165,7 @@ def test_an_empty_csv_has_its_header(tenant: Run, command: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of this process alone is told by /proc")
-@pytest.mark.parametrize("form", ["json", "jsonl", "csv"])
-def test_a_long_list_is_a_stream_of_constant_memory(tenant: Run, sql: psycopg.Connection, form: str) -> None:
+def test_a_long_list_is_a_stream_of_constant_memory(tenant: Run, sql: psycopg.Connection) -> None:
     sql.execute(
         "INSERT INTO teams (team_id, organization_id, team_alias)"
         " SELECT 's' || n, 'acme', repeat('x', 200) FROM generate_series(1, 20000) n"
@@ -174,19 +173,20 @@ def test_a_long_list_is_a_stream_of_constant_memory(tenant: Run, sql: psycopg.Co
     script = (
         "import re, sys; from saasllm_cli import cli\n"
         "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])\n"
-        f"words = ['team', 'list', '-o', '{form}', '--limit']\n"
+        "words = ['team', 'list', '-o', sys.argv[1], '--limit']\n"
         "cli.run([*words, '10']); before = peak(); cli.run([*words, 'all'])\n"
         "print(peak() - before, file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.count("x" * 200) >= 20000
-    assert int(done.stderr.splitlines()[-1]) < 3000  # KiB, where the text alone has 8000
+    for form in ("json", "jsonl", "csv"):
+        done = subprocess.run([sys.executable, "-c", script, form], capture_output=True, text=True, check=True)
+        assert done.stdout.count("x" * 200) >= 20000, form
+        assert int(done.stderr.splitlines()[-1]) < 3000, form  # KiB, where the text alone has 8000
 
 
 def test_a_reader_that_stops_early(tenant: Run, sql: psycopg.Connection) -> None:
     sql.execute(
         "INSERT INTO teams (team_id, organization_id, team_alias)"
-        " SELECT 's' || n, 'acme', repeat('x', 200) FROM generate_series(1, 20000) n"
+        " SELECT 's' || n, 'acme', repeat('x', 200) FROM generate_series(1, 3000) n"
     )
     process = start_process("team", "list", "--limit", "all", "-o", "jsonl")
     assert process.stdout

@@ -51,7 +51,7 @@ def _transaction_id(db: Database, written: database.Row | None, given: database.
 
 def test_fifty_clients_on_one_team(tenant: Run, is_thorough: bool) -> None:
     """They reserve all of its credits, and go on asking while they settle, give back and add."""
-    begins, turns = (20, 180) if is_thorough else (6, 14)
+    begins, turns = (20, 180) if is_thorough else (4, 7)
     tenant("credits", "add", "hr", 50 * begins - 10)
 
     def client(number: int) -> Counter[str]:
