@@ -1,6 +1,6 @@
 """Make the database as the files of `sql/definitions` say: its functions, triggers, views and rights.
 
-A file is CREATE FUNCTION, CREATE VIEW and CREATE TRIGGER, each of a name of its own, and GRANT and REVOKE. It is
+A file is CREATE FUNCTION, CREATE VIEW and CREATE TRIGGER, each of a name of its own, and GRANT. It is
 recorded with its checksum and with those of what it defines, so that what is applied is only what has changed, and
 what is gone from the files can be dropped.
 """
@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Set
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import psycopg
@@ -31,7 +32,11 @@ _DEFINITION = re.compile(
     rf"CREATE (?:(?P<kind>FUNCTION|VIEW) (?P<name>{_NAME})"
     rf"|TRIGGER (?P<trigger>{_NAME})[\w\s,]+?\sON (?P<table>{_NAME}))"
 )
-_RIGHT = re.compile(r"(GRANT|REVOKE)\b")
+_GRANT = re.compile(
+    r"GRANT\s+(?P<privileges>[A-Z].*?)\s+ON\s+(?P<schema>SCHEMA\s)?(?P<relations>[\w\s,]+?)\s+TO\s+(?P<roles>[\w\s,]+)$",
+    re.DOTALL,
+)
+_PRIVILEGE = re.compile(r"([A-Z]+)(?:\s*\(([^)]+)\))?")
 # A replacement that PostgreSQL makes only by dropping first: other columns of a view, another result of a function.
 _CANNOT_REPLACE = (psycopg.errors.InvalidTableDefinition, psycopg.errors.InvalidFunctionDefinition)
 _EXISTS = (psycopg.errors.DuplicateTable, psycopg.errors.DuplicateFunction, psycopg.errors.DuplicateObject)
@@ -80,18 +85,18 @@ class File:
             if match := _DEFINITION.match(statement.text):
                 name = match["name"] or f"{match['table']}.{match['trigger']}"
                 found.append(Definition((match["kind"] or "trigger").lower(), name, statement))
-            elif not _RIGHT.match(statement.text):
+            elif not _GRANT.match(statement.text):
                 raise InvalidInput(
                     "no_definition",
-                    f"{statement.place}: a file of definitions holds only CREATE FUNCTION, VIEW and TRIGGER, GRANT and "
-                    "REVOKE.",
+                    f"{statement.place}: a file of definitions holds only CREATE FUNCTION, VIEW and TRIGGER, and "
+                    "GRANT.",
                     "Write names in lower case, without schema or quotes, and no comment before a trigger's table. "
                     "What has state, such as a table or an index, is a migration.",
                 )
         return found
 
-    def rights(self) -> list[Statement]:
-        return [statement for statement in self.statements if _RIGHT.match(statement.text)]
+    def grants(self) -> list[Statement]:
+        return [statement for statement in self.statements if _GRANT.match(statement.text)]
 
 
 def files() -> list[File]:
@@ -197,12 +202,56 @@ def record(connection: Connection) -> None:
 
 
 def grant(connection: Connection) -> None:
-    """Gives the roles what they may do, where they are there or may be made, and this one owns the tables."""
+    """Gives the roles what they may do, and nothing else, where they are there or may be made, and this one owns the
+    tables."""
     connection.execute(query("migrate.create_roles").sql)
     row = connection.execute(query("migrate.may_grant").sql).fetchone()
     if row and row["may_grant"]:
-        for right in (right for file in files() for right in file.rights()):
-            execute(connection, right, HINT)
+        roles = {role for role, *_ in granted()}
+        revoke(connection, [right for right in rights_beyond(connection) if right["role"] in roles])
+        for statement in (statement for file in files() for statement in file.grants()):
+            execute(connection, statement, HINT)
+
+
+def granted() -> set[tuple[str, str, str, str]]:
+    """What the files grant: role, table or view, privilege, and the column where it is for that alone."""
+    found = set()
+    for statement in (statement for file in files() for statement in file.grants()):
+        match = _GRANT.match(statement.text)
+        if match and not match["schema"]:
+            roles, relations = (re.findall(r"\w+", match[name]) for name in ("roles", "relations"))
+            for privilege, columns in _PRIVILEGE.findall(match["privileges"]):
+                found |= set(product(roles, relations, [privilege], re.findall(r"\w+", columns) or [""]))
+    return found
+
+
+def relations() -> list[str]:
+    """The tables and views of saasllm, on each of which the files grant something."""
+    return sorted({relation for _, relation, *_ in granted()})
+
+
+def rights_beyond(connection: Connection) -> list[Row]:
+    """The rights on tables and views of saasllm, and on their sequences, that the files do not grant: each with its
+    `role` (or `PUBLIC`), `kind` and name of the `relation`, `privilege` and `column`. Those of the owner and of
+    superusers are not among them."""
+    given = granted()
+    return [
+        row
+        for row in connection.execute(query("migrate.rights").sql, {"relations": relations()})
+        if row["is_grantable"] or (row["role"], row["relation"], row["privilege"], row["column"]) not in given
+    ]
+
+
+def revoke(connection: Connection, rights: list[Row]) -> None:
+    """Revokes all rights of these roles on these relations, and what they have granted on to others."""
+    for kind, relation, role in dict.fromkeys((right["kind"], right["relation"], right["role"]) for right in rights):
+        connection.execute(
+            sql.SQL("REVOKE ALL ON {} {} FROM {} CASCADE").format(
+                sql.SQL(kind),
+                sql.Identifier(relation),
+                sql.SQL(role) if role == "PUBLIC" else sql.Identifier(role),
+            )
+        )
 
 
 def _lock_tables(connection: Connection, mode: str, keys: set[str], there: Set[str]) -> None:

@@ -195,6 +195,19 @@ def grant() -> None:
             definitions.grant(connection)
 
 
+def rights_of_others() -> list[Row]:
+    """Rights on the tables that are not of the roles of saasllm, as `definitions.rights_beyond` has them."""
+    with database.raw_connection() as connection:
+        return definitions.rights_beyond(connection)
+
+
+def revoke(rights: list[Row]) -> None:
+    """Revokes them, all or none."""
+    database.before_change()
+    with database.raw_connection() as connection, connection.transaction():
+        definitions.revoke(connection, rights)
+
+
 def adopt(to: str | None = None, on_wait: Callable[[], None] = lambda: None) -> list[str]:
     """Records a database that was built from the files by other means; the names of what was recorded.
 

@@ -27,7 +27,7 @@ def test_all_in_order(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) ->
     charged_job()
     sql.execute("CREATE ROLE doctor_owner LOGIN")
     try:
-        sql.execute("GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA public TO doctor_owner")
+        sql.execute("GRANT saasllm_admin TO doctor_owner")
         url = os.environ["SAASLLM_DATABASE_URL"].replace("postgres@", "doctor_owner@")
         monkeypatch.setenv("SAASLLM_DATABASE_URL", url)
         settings.cache_clear()
@@ -116,6 +116,49 @@ def test_commits_that_do_not_outlive_a_crash(tenant: Run, sql: Sql, migrated_dat
     row = {row["check"]: row for row in tenant("doctor", "-o", "json").data}["durability"]
     assert row["status"] == "warning"
     assert row["message"] == "Off: fsync, synchronous_commit. A crash can lose what was committed."
+
+
+@pytest.mark.parametrize(
+    ("careless", "check", "told"),
+    [
+        (
+            "CREATE TRIGGER theirs BEFORE UPDATE ON jobs FOR EACH ROW"
+            " EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+            "triggers",
+            "Triggers of others: jobs.theirs.",
+        ),
+        ("ALTER TABLE teams ENABLE ROW LEVEL SECURITY", "row security", "Row-level security: teams."),
+        (
+            "GRANT REFERENCES ON teams TO doctor_careless",
+            "rights",
+            "Other roles have rights on saasllm's tables: doctor_careless (REFERENCES on teams).",
+        ),
+        (
+            "GRANT CREATE ON SCHEMA public TO doctor_careless",
+            "role",
+            "doctor_careless can create objects in the schema public",
+        ),
+    ],
+)
+def test_what_others_have_put_there_or_may(tenant: Run, sql: Sql, careless: str, check: str, told: str) -> None:
+    sql.execute("CREATE ROLE doctor_careless; CREATE ROLE doctor_user LOGIN IN ROLE saasllm_admin")
+    try:
+        sql.execute("CREATE TABLE theirs (a int); GRANT ALL ON theirs TO doctor_careless")  # which is no matter of ours
+        sql.execute("ALTER TABLE theirs ENABLE ROW LEVEL SECURITY")
+        before = {row["check"]: row["status"] for row in tenant("doctor", "-o", "json").data}
+        assert not before.keys() & {"triggers", "row security", "rights"}
+        sql.execute(careless)
+        row = {row["check"]: row for row in tenant("doctor", "-o", "json").data}[check]
+        assert row["status"] == "warning"
+        if check != "role":  # this one is a superuser, which is told first
+            assert told in row["message"]
+            return
+        url = os.environ["SAASLLM_DATABASE_URL"].replace("postgres@", "doctor_user@")
+        os.environ["SAASLLM_DATABASE_URL"] = url
+        settings.cache_clear()
+        assert told in {row["check"]: row for row in tenant("doctor", "-o", "json").data}[check]["message"]
+    finally:
+        sql.execute("DROP OWNED BY doctor_careless, doctor_user; DROP ROLE doctor_careless, doctor_user")
 
 
 def test_a_role_that_may_not_read(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -634,3 +634,58 @@ def test_who_does_not_own_the_tables_migrates_only_where_nothing_is_pending(tena
     result = tenant("migrate", "up", "-o", "json")
     assert (result.status, result.error["code"]) == (7, "permission_denied")
     assert "must be owner of function refuse_ledger_change" in result.error["message"]
+
+
+def test_rights_of_others_are_named_and_revoked_where_that_is_asked(
+    empty_database: str, run: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where default privileges give all to everybody, and as after a careless GRANT."""
+    sql.execute("CREATE ROLE careless_anon; CREATE ROLE careless_user LOGIN")
+    try:
+        for kind in ("TABLES", "SEQUENCES", "FUNCTIONS"):
+            sql.execute(f"ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT ALL ON {kind} TO careless_anon")
+        told = run("migrate", "up")
+        assert told.status == 0
+        assert "Other roles have rights on saasllm's tables: careless_anon (DELETE, INSERT, " in told.err
+        assert "careless_user" not in told.err
+        assert told.err.endswith("To revoke them, run: saasllm migrate up --revoke-others\n")
+        assert run("migrate", "up").err == ""  # which cron would mail
+        assert "careless_anon" in run("migrate", "up", "--verbose").err
+        sql.execute("""
+            GRANT SELECT (name) ON organizations TO PUBLIC;
+            GRANT TRIGGER ON team_credits TO saasllm_runner;
+            GRANT UPDATE (credits_amount) ON credit_transactions TO saasllm_runner;
+            GRANT SELECT ON teams TO saasllm_readonly WITH GRANT OPTION;
+            SET ROLE saasllm_readonly;
+            GRANT SELECT ON teams TO careless_user;
+            RESET ROLE;
+        """)
+
+        def others() -> set[tuple[str, str]]:
+            rows = {row["check"]: row for row in run("doctor", "-o", "json").data}
+            if "rights" not in rows:
+                return set()
+            assert rows["rights"]["status"] == "warning"
+            assert rows["rights"]["hint"] == "To revoke them, run: saasllm migrate up --revoke-others"
+            _, rights = rows["rights"]["message"].split(": ")
+            return {(role.split(" ", 1)[0], role.split(" on ")[1]) for role in rights.rstrip(".").split("; ")}
+
+        careless = {("careless_anon", "audit_log, audit_log_audit_id_seq, credit_details and 26 more)")}
+        public = {("PUBLIC", "organizations)")}
+        assert others() == careless | public | {
+            ("careless_user", "teams)"),
+            ("saasllm_readonly", "teams)"),
+            ("saasllm_runner", "credit_transactions, team_credits)"),
+        }
+        assert run("migrate", "up").status == 0
+        assert others() == careless | public  # what our own have beyond the files, goes at once; and what they granted
+        revoked = run("migrate", "up", "--revoke-others")
+        assert (revoked.status, revoked.out) == (0, "")
+        assert revoked.err.startswith("Revoked: PUBLIC (SELECT on organizations); careless_anon (")
+        assert others() == set()
+        assert run("migrate", "up", "--verbose", "--revoke-others").err == "No pending migrations.\n"
+        held = "SELECT has_table_privilege('saasllm_readonly', 'teams', 'SELECT') AS a"
+        assert sql.execute(held).fetchone() == {"a": True}
+        assert sql.execute("SELECT relacl FROM pg_class WHERE relacl::text ~ 'careless'").fetchall() == []
+    finally:
+        sql.execute("RESET ROLE; DROP OWNED BY careless_anon, careless_user; DROP ROLE careless_anon, careless_user")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from saasllm_cli import database, embedded, migrations
-from saasllm_cli.commands.inputs import Output, counted, noun, some
+from saasllm_cli import database, definitions, embedded, migrations
+from saasllm_cli.commands.inputs import Output, counted, noun, some, some_rights
 from saasllm_cli.errors import CheckFailed, DatabaseUnavailable
 from saasllm_cli.output import Row, progress, show
 from saasllm_cli.settings import settings
@@ -74,6 +74,7 @@ def _checks() -> Iterator[Check]:
         else:
             yield _check("migrations", OK, f"{len(states)} applied, none changed since.")
         yield _rights(db, server)
+        yield from _others(db)
         yield _ledger(db)
         yield from _overdue(db)
         models = [row["model_name"] for row in db.many("doctor.models")]
@@ -120,7 +121,7 @@ def _enforcement(db: database.Database) -> Iterator[Check]:
 
 
 def _rights(db: database.Database, server: database.Row) -> Check:
-    rights = db.one("doctor.rights")
+    rights = db.one("doctor.rights", tables=definitions.relations())
     name = f"{server['role']}, a superuser" if server["is_superuser"] else server["role"]
     if rights["unreadable"]:
         message = f"{name}, cannot read {some(rights['unreadable'])}."
@@ -128,11 +129,28 @@ def _rights(db: database.Database, server: database.Row) -> Check:
     if server["is_superuser"] and settings().server_url is not None:
         message = f"{name}, which can switch off the rules of the ledger."
         return _check("role", WARNING, message, "Use a separate role that owns the tables of saasllm.")
-    if rights["anybody_may_create"]:
-        message = f"{name}. Anybody can create objects in the schema public, which could replace others."
-        return _check("role", WARNING, message, "Run as its owner: REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    if creators := rights["may_create"]:
+        message = f"{name}. {some(creators)} can create objects in the schema public, which could replace others."
+        return _check(
+            "role", WARNING, message, f"Run as its owner: REVOKE CREATE ON SCHEMA public FROM {', '.join(creators)}"
+        )
     may = [what for what, right in RIGHTS.items() if rights[right]]
     return _check("role", OK, f"{name}; it may {', '.join(['read', *may])}.")
+
+
+def _others(db: database.Database) -> Iterator[Check]:
+    if rights := migrations.rights_of_others():
+        message = f"Other roles have rights on saasllm's tables: {some_rights(rights)}."
+        yield _check("rights", WARNING, message, "To revoke them, run: saasllm migrate up --revoke-others")
+    others = db.one("doctor.others", tables=definitions.relations(), triggers=sorted(migrations.rules()))
+    if others["triggers"]:
+        message = f"Triggers of others: {some(others['triggers'])}."
+        hint = "They act with the rights of whoever writes. Drop those that you do not know: DROP TRIGGER NAME ON TABLE"
+        yield _check("triggers", WARNING, message, hint)
+    if others["secured"]:
+        message = f"Row-level security: {some(others['secured'])}. Roles that are subject to it are refused."
+        hint = "ALTER TABLE ... DISABLE ROW LEVEL SECURITY, or give those roles BYPASSRLS."
+        yield _check("row security", WARNING, message, hint)
 
 
 def _ledger(db: database.Database) -> Check:

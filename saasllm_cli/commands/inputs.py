@@ -328,6 +328,17 @@ def some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def some_rights(rights: list[database.Row]) -> str:
+    """Rights, as `migrations.rights_of_others` has them, by role."""
+    roles = dict.fromkeys(right["role"] for right in rights)
+    return "; ".join(
+        f"{role} ({some(sorted({right['privilege'] for right in held}), 3)} on "
+        f"{some(list(dict.fromkeys(right['relation'] for right in held)), 3)})"
+        for role in roles
+        if (held := [right for right in rights if right["role"] == role])
+    )
+
+
 def tell_inactive(group_names: list[str]) -> None:
     """Of groups that a command leaves without an active model."""
     if group_names:

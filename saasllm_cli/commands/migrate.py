@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from saasllm_cli import migrations
-from saasllm_cli.commands.inputs import Output, Verbose, noun, require_profile
+from saasllm_cli.commands.inputs import Output, Verbose, noun, require_profile, some_rights
 from saasllm_cli.output import note, remark, show
 from saasllm_cli.settings import Format, settings
 
@@ -15,10 +15,13 @@ WAITING = "Waiting for another migration to finish …"
 To = Annotated[str | None, typer.Option(metavar="NUMBER", help="Stop after this migration (default: the latest).")]
 
 
-@app.command(epilog="saasllm migrate up")
+@app.command(epilog="saasllm migrate up\nsaasllm migrate up --revoke-others")
 def up(
     to: To = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be applied.")] = False,
+    revoke_others: Annotated[
+        bool, typer.Option("--revoke-others", help="Also revoke the rights of other roles on saasllm's tables.")
+    ] = False,
     verbose: Verbose = False,
     output: Output = None,
 ) -> None:
@@ -27,6 +30,9 @@ def up(
     Migrations change tables. Definitions (functions, triggers, views and rights) are applied whenever they have
     changed. Safe to run again, and on several machines at once: if nothing is pending, it prints nothing. Never deletes
     data.
+
+    The roles of saasllm get the rights that they need, and no others. If other roles have rights on saasllm's tables
+    (by default privileges, for instance), it says so; --revoke-others revokes them.
     """
     as_text = (output or settings().output) is Format.TABLE
 
@@ -42,6 +48,13 @@ def up(
     else:
         is_all = to is None or names[-1].startswith("definitions/")
         note("All migrations completed." if is_all else f"Migrations completed up to {names[-1]}.")
+    if not dry_run and (names or verbose or revoke_others) and (rights := migrations.rights_of_others()):
+        if revoke_others:
+            migrations.revoke(rights)
+            note(f"Revoked: {some_rights(rights)}.")
+        else:
+            note(f"Other roles have rights on saasllm's tables: {some_rights(rights)}.")
+            note("To revoke them, run: saasllm migrate up --revoke-others")
 
 
 @app.command(epilog="saasllm migrate status -o json | jq -r '.[] | select(.status == \"pending\") | .migration'")

@@ -1,14 +1,7 @@
 -- What the roles may do. `saasllm migrate up` runs this at its end, each time, where the roles are there and its own
--- owns the tables: what is not said here any more, they may no longer do.
+-- owns the tables, and revokes what is not said here. What others may do it only names, until it is told to revoke it.
 --
 -- A user is made of one of them:  CREATE ROLE app LOGIN PASSWORD '…' IN ROLE saasllm_runner;
-
-REVOKE ALL ON
-    saasllm_migrations, saasllm_definitions, organizations, model_groups, model_group_models, teams, team_model_groups,
-    team_credits, credit_transactions, credit_schedules, jobs, job_refusals, llm_calls, audit_log,
-    organization_details, model_group_details, team_details, credit_details, job_details, job_refusal_details,
-    llm_call_details, organization_records, model_group_records, team_records, purges_of_transaction
-FROM saasllm_admin, saasllm_runner, saasllm_readonly;
 
 GRANT USAGE ON SCHEMA public TO saasllm_admin, saasllm_runner, saasllm_readonly;
 

@@ -34,28 +34,54 @@ FROM pg_trigger t
 JOIN pg_class c ON c.oid = t.tgrelid
 WHERE c.relnamespace = 'public'::regnamespace AND NOT t.tgisinternal AND t.tgenabled IN ('O', 'A');
 
--- name: rights() :one
--- The tables of saasllm that the role may not read, and what it may do.
+-- name: rights(tables) :one
+-- The tables of saasllm that the role may not read, or not in full, what it may do, and who may make objects beside them.
 SELECT
     ARRAY(
         SELECT c.oid::regclass::text
         FROM pg_class c
         WHERE c.relnamespace = 'public'::regnamespace
           AND c.relkind = 'r'
-          AND c.relowner = t.relowner
+          AND c.relname = ANY (%(tables)s)
           AND (NOT has_table_privilege(c.oid, 'SELECT') OR row_security_active(c.oid))
         ORDER BY c.relname
     ) AS unreadable,
     pg_has_role(t.relowner, 'USAGE') AS may_migrate,
     has_table_privilege('teams', 'INSERT') AS may_administer,
     has_any_column_privilege('jobs', 'INSERT') AS may_run_jobs,
-    EXISTS (
-        SELECT
-        FROM pg_namespace n, aclexplode(n.nspacl) AS acl
-        WHERE n.nspname = 'public' AND acl.grantee = 0 AND acl.privilege_type = 'CREATE'
-    ) AS anybody_may_create
+    ARRAY(
+        SELECT coalesce(quote_ident(r.rolname), 'PUBLIC')
+        FROM pg_namespace n
+        CROSS JOIN aclexplode(n.nspacl) AS acl
+        LEFT JOIN pg_roles r ON r.oid = acl.grantee
+        WHERE n.nspname = 'public'
+          AND acl.privilege_type = 'CREATE'
+          AND acl.grantee NOT IN (n.nspowner, t.relowner)
+          AND r.rolsuper IS NOT TRUE
+        ORDER BY r.rolname
+    ) AS may_create
 FROM pg_class t
 WHERE t.oid = 'public.teams'::regclass;
+
+-- name: others(tables, triggers) :one
+-- What somebody has put on the tables of saasllm: triggers beside its own, and policies.
+SELECT
+    ARRAY(
+        SELECT c.relname || '.' || t.tgname
+        FROM pg_trigger t
+        JOIN pg_class c ON c.oid = t.tgrelid
+        WHERE c.relnamespace = 'public'::regnamespace
+          AND c.relname = ANY (%(tables)s)
+          AND NOT t.tgisinternal
+          AND 'trigger ' || c.relname || '.' || t.tgname <> ALL (%(triggers)s)
+        ORDER BY c.relname, t.tgname
+    ) AS triggers,
+    ARRAY(
+        SELECT relname::text
+        FROM pg_class
+        WHERE relnamespace = 'public'::regnamespace AND relname = ANY (%(tables)s) AND relrowsecurity
+        ORDER BY relname
+    ) AS secured;
 
 -- name: see_all() :one
 -- For the rest of the transaction, a policy that would hide rows is an error.

@@ -125,6 +125,42 @@ SELECT
     num_nulls(to_regrole('saasllm_admin'), to_regrole('saasllm_runner'), to_regrole('saasllm_readonly')) = 0
     AND (SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = 'public.teams'::regclass) AS may_grant;
 
+-- name: rights(relations) :many
+-- Who may do what with these tables and views, their columns and their sequences, beside the owner and superusers.
+WITH relation AS (
+    SELECT oid, relname, relkind, relowner, relacl
+    FROM pg_class c
+    WHERE relnamespace = 'public'::regnamespace
+      AND (
+          relname = ANY (%(relations)s)
+          OR relkind = 'S' AND oid IN (
+              SELECT objid
+              FROM pg_depend
+              WHERE classid = 'pg_class'::regclass
+                AND refclassid = 'pg_class'::regclass
+                AND refobjid IN (SELECT to_regclass('public.' || quote_ident(name)) FROM unnest(%(relations)s) AS name)
+          )
+      )
+)
+SELECT
+    coalesce(r.rolname, 'PUBLIC') AS role,
+    CASE c.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END AS kind,
+    c.relname AS relation,
+    acl.privilege_type AS privilege,
+    acl.column_name AS column,
+    acl.is_grantable
+FROM relation c
+CROSS JOIN LATERAL (
+    SELECT '' AS column_name, held.* FROM aclexplode(c.relacl) AS held
+    UNION ALL
+    SELECT a.attname, held.*
+    FROM pg_attribute a, aclexplode(a.attacl) AS held
+    WHERE a.attrelid = c.oid AND NOT a.attisdropped
+) AS acl
+LEFT JOIN pg_roles r ON r.oid = acl.grantee
+WHERE acl.grantee <> c.relowner AND r.rolsuper IS NOT TRUE
+ORDER BY role, relation, privilege, acl.column_name;
+
 -- name: objects() :many
 -- All that decides how the tables of the current schema behave, each with its definition. The records of what is
 -- applied are left out, and the schema's name with them, so that two schemas can be compared.
