@@ -404,7 +404,7 @@ def as_far_as_stored(told: dict[str, Any], write: Callable[[dict[str, Any]], T])
             told = told | {"error_message": told["error_message"] and NOT_STORABLE, "calls": calls}
         try:
             return write(told)
-        except DatabaseUnavailable:
+        except (Conflict, DatabaseUnavailable):  # which have nothing to do with what it holds
             raise
         except SaasllmError as error:
             refusal = error
