@@ -67,6 +67,8 @@ NEAR = {"organization": "org.near", "team": "team.near", "group": "group.near"}
 TRIES = 5
 # The names of the unique indexes of what is done once.
 ONCE = ("_idempotency_key", "_once_a_job", "jobs_pkey")
+# The tables whose rows are numbered by a sequence alone.
+NUMBERED = ("credit_transactions_pkey", "audit_log_pkey", "job_refusals_pkey")
 DEADLOCKS = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 OVERTAKEN = (psycopg.errors.UniqueViolation, psycopg.errors.ForeignKeyViolation)
 LONGEST_COMMAND = 1000
@@ -654,6 +656,19 @@ def _translated(error: psycopg.Error) -> SaasllmError:
             return InvalidInput("out_of_range", "A number is out of range.", "Whole numbers go up to 2^63 - 1.")
         case _, "23514" if error.diag.constraint_name in ("team_credits_free", "credit_transactions_not_negative"):
             return InsufficientCredits("insufficient_credits", "The team does not have that many free credits.")
+        case _, "23505" if error.diag.constraint_name in NUMBERED:
+            return Conflict(
+                "ids_taken",
+                f"The database refused this: its next ID in {error.diag.table_name} is taken, as after a restore of "
+                "data alone or a switch to a logical replica.",
+                "Run: saasllm migrate up (as the role that owns the tables)",
+            )
+        case _, "23505" if error.diag.constraint_name == "credit_transactions_chain":
+            return Conflict(
+                "refused_by_database",
+                f"The database refused this: {message}.",
+                "Try again. If that does not help, run: saasllm credits verify",
+            )
         case _, ("23503" | "23505"):  # only where another client was quicker: the statements look before they write
             return Conflict("refused_by_database", f"The database refused this: {message}.", "Try again.")
         case _, ("22P05" | "22021"):

@@ -461,6 +461,7 @@ def _apply_definitions(connection: Connection, migration: Migration | None) -> l
                     _execute(connection, migration)
                 _limit_waits(connection, min(TRY_SECONDS, LOCK_SECONDS))
                 changed = definitions.apply(connection)
+                connection.execute(query("migrate.advance_ids").sql)
             return ([migration.name] if migration else []) + changed
         except BLOCKED as error:
             if time.monotonic() > until:

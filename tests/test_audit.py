@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 
 import psycopg
@@ -10,7 +11,7 @@ from saasllm_cli.settings import settings
 
 Run = Callable[..., Result]
 FIELDS = [
-    *("audit_id", "created_at", "actor", "command", "noun", "action"),
+    *("audit_id", "created_at", "actor", "role", "command", "noun", "action"),
     *("organization_id", "team_id", "group_name", "before", "after"),
 ]
 
@@ -91,6 +92,32 @@ def test_another_client_is_recorded_by_its_role(tenant: Run, sql: psycopg.Connec
     sql.execute("UPDATE teams SET status = 'suspended'; UPDATE model_group_models SET is_active = false")
     for record in tenant("audit", "list", "--limit", 2, "-o", "json").data:
         assert (record["actor"], record["command"], record["action"]) == ("postgres", None, "update")
+
+
+def test_who_it_was_the_database_says_itself(tenant: Run, sql: psycopg.Connection) -> None:
+    """The actor is what a client says; the role with which it has logged in is not."""
+    sql.execute("CREATE ROLE eve LOGIN IN ROLE saasllm_admin")
+    try:
+        with psycopg.connect(os.environ["SAASLLM_DATABASE_URL"].replace("postgres@", "eve@"), autocommit=True) as eve:
+            eve.execute("SET saasllm.actor = 'ada'; SET saasllm.command = 'saasllm team suspend hr'")
+            eve.execute("SET ROLE saasllm_admin; UPDATE teams SET status = 'suspended' WHERE team_id = 'hr'")
+            entry = """
+                INSERT INTO credit_transactions (team_id, organization_id, entry_no, transaction_type, credits_amount,
+                    credits_before, credits_after {})
+                VALUES ('hr', 'acme', 2, 'allocation', 1, 10, 11 {})
+            """
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                eve.execute(entry.format(", role", ", 'postgres'"))
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                eve.execute(
+                    "INSERT INTO audit_log (noun, action, after, role) VALUES ('group', 'create', '{}', 'postgres')"
+                )
+            eve.execute(entry.format("", ""))
+    finally:
+        sql.execute("DROP ROLE eve")
+    for words in (("audit", "list", "--limit", 1), ("credits", "transactions", "hr", "--limit", 1)):
+        (record,) = tenant(*words, "-o", "json").data
+        assert (record["actor"], record["role"]) == ("ada", "eve")
 
 
 def test_filters(tenant: Run) -> None:

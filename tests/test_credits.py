@@ -12,7 +12,17 @@ from saasllm_cli.settings import settings
 Run = Callable[..., Result]
 FIELDS = [
     *("transaction_id", "team_id", "organization_id", "job_id", "transaction_type"),
-    *("credits_amount", "credits_before", "credits_after", "reason", "source", "actor", "command", "created_at"),
+    *(
+        "credits_amount",
+        "credits_before",
+        "credits_after",
+        "reason",
+        "source",
+        "actor",
+        "role",
+        "command",
+        "created_at",
+    ),
 ]
 ENTRY = {
     "team_id": "hr",
@@ -63,12 +73,12 @@ def test_an_entry_keeps_who_made_it_and_by_which_command(
     assert (granted["actor"], granted["command"]) == ("ada", "saasllm credits allocate")
     assert rows[:3] == entries[::-1]
     deduction, opening = rows[3:]
-    assert (deduction["actor"], deduction["command"]) == (None, None), "its job tells"
+    assert (deduction["actor"], deduction["command"], deduction["role"]) == (None, None, "postgres"), "its job tells"
     assert opening["command"].startswith("saasllm apply -f ")
     assert "ada" in tenant("credits", "transactions", "hr").out
     header, first, *_ = tenant("credits", "transactions", "hr", "-o", "csv").out.splitlines()
-    assert header.endswith("actor,command,created_at")
-    assert ",ada,saasllm credits allocate," in first
+    assert header.endswith("actor,role,command,created_at")
+    assert ",ada,postgres,saasllm credits allocate," in first
 
 
 def test_an_entry_of_another_client_keeps_its_role(tenant: Run, sql: psycopg.Connection) -> None:

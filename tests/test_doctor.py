@@ -111,6 +111,37 @@ def test_rules_that_are_not_in_force(tenant: Run, sql: Sql, damage: str, status:
         assert "enforcement" not in found(tenant)
 
 
+def test_ids_that_are_taken(tenant: Run, sql: Sql, home: Path) -> None:
+    """As after a restore of data alone: the answer is not lost, the cause is told, and what mends it."""
+    for _ in range(5):
+        tenant("credits", "add", "hr", 1)
+        charged_job()
+    sql.execute(
+        "ALTER SEQUENCE credit_transactions_transaction_id_seq RESTART; ALTER SEQUENCE audit_log_audit_id_seq RESTART"
+    )
+    answered = tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "hello")
+    assert (answered.status, answered.out) == (7, "hello\n")
+    assert "its next ID in credit_transactions is taken" in answered.err
+    assert "Run: saasllm migrate up" in answered.err
+    (home / "lines.jsonl").write_text('{"id": "1", "prompt": "x"}\n')
+    batch = ["job", "batch", "lines.jsonl", "--out", "out.jsonl", "--team", "hr", "--group", "Echo"]
+    assert tenant(*batch).status == 9
+    refused = tenant("org", "create", "other", "-o", "json")
+    assert (refused.status, refused.error["code"]) == (4, "ids_taken")
+    result = tenant("doctor", "-o", "json")
+    assert result.status == 9
+    (check,) = (check for check in result.data if check["check"] == "ids")
+    assert (check["hint"], "credit_transactions, audit_log" in check["message"]) == ("Run: saasllm migrate up", True)
+
+    assert tenant("migrate", "up").status == 0
+    assert "ids" not in found(tenant)
+    assert tenant("org", "create", "other").status == 0
+    assert tenant(*batch).status == 0, "what was answered is settled"
+    assert tenant("credits", "verify").status == 0
+    ids = sql.execute("SELECT max(transaction_id) AS highest, count(*) AS n FROM credit_transactions").fetchone()
+    assert ids == {"highest": 12, "n": 12}
+
+
 def test_commits_that_do_not_outlive_a_crash(tenant: Run, sql: Sql, migrated_database: str) -> None:
     sql.execute(f"ALTER DATABASE {migrated_database} SET synchronous_commit = off")
     row = {row["check"]: row for row in tenant("doctor", "-o", "json").data}["durability"]

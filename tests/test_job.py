@@ -17,7 +17,8 @@ from conftest import Result, charged_job, start_process
 from provider import ANSWER, Provider
 
 from saasllm_cli.errors import Conflict, DatabaseUnavailable, InsufficientCredits
-from saasllm_cli.jobs import runner
+from saasllm_cli.jobs import offline, runner
+from saasllm_cli.jobs.answers import Answer
 from saasllm_cli.jobs.calls import CallRequest
 from saasllm_cli.queries import query
 
@@ -596,6 +597,80 @@ def test_an_answer_that_cannot_be_settled_is_shown(tenant: Run, monkeypatch: pyt
     assert (result.status, result.out) == (7, "hello\n")
     assert "is still open" in result.err
     assert credits_of(tenant) == (10, 1)
+
+
+REFUSALS = {
+    "a balance that is wrong by then": (
+        "SET session_replication_role = replica; UPDATE team_credits SET credits_allocated = 99;"
+        " RESET session_replication_role",
+        "SELECT",
+        "Run: saasllm credits verify hr --repair; then, within a day, run: saasllm job complete ",
+    ),
+    "a rule of somebody's": (
+        "ALTER TABLE credit_transactions ADD CONSTRAINT own CHECK (transaction_type <> 'deduction')",
+        "ALTER TABLE credit_transactions DROP CONSTRAINT own",
+        "Mend that; then, within a day, run: saasllm job complete ",
+    ),
+}
+
+
+@pytest.mark.parametrize("options", [("--no-stream",), ("--stream",), ("-o", "json")])
+@pytest.mark.parametrize(("damage", "mended", "hint"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_an_answer_that_may_not_be_charged_is_charged_later(
+    tenant: Run,
+    sql: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: str,
+    mended: str,
+    hint: str,
+    options: tuple[str, ...],
+) -> None:
+    answered_after(sql, monkeypatch, damage)
+    result = job_run(tenant, "Echo", "--prompt", "hello", *options)
+    assert result.status == 7
+    assert (result.data["content"] if "json" in options else result.out.strip()) == "hello"
+    assert hint in result.err
+    assert "is still open: it could not be settled" in result.err
+    (job,) = tenant("job", "list", "-o", "json").data
+    sql.execute("UPDATE jobs SET lease_expires_at = lease_expires_at - interval '23 hours'")
+    assert tenant("job", "sweep", "-o", "json").data == {"swept": 0}
+    assert tenant("job", "complete", job["job_id"]).status in (2, 4)
+
+    sql.execute(mended)  # type: ignore[arg-type]
+    assert tenant("credits", "verify", "--repair", "--yes").status == 0
+    completed = tenant("job", "complete", job["job_id"], "-o", "json").data
+    assert (completed["status"], completed["credit_applied"]) == ("completed", True)
+    (call,) = tenant("job", "get", job["job_id"], "-o", "json").data["calls"]
+    assert (call["attempt"], call["error"]) == (1, None)
+    assert credits_of(tenant)[1] == 0
+
+
+def test_calls_that_cannot_be_stored_leave_no_answer_unsettled(
+    tenant: Run, sql: psycopg.Connection, home: Path
+) -> None:
+    sql.execute("ALTER TABLE llm_calls ADD CONSTRAINT own CHECK (false)")
+    assert job_run(tenant, "Echo", "--prompt", "hello").status == 0
+    (home / "lines.jsonl").write_text('{"id": "1", "prompt": "x"}\n')
+    batch = ("job", "batch", "lines.jsonl", "--out", "out.jsonl", "--team", "hr", "--group", "Echo")
+    assert tenant(*batch).status == 0
+    told = [(job["status"], job["error_message"]) for job in tenant("job", "list", "-o", "json").data]
+    assert told == [("completed", "Its calls could not be stored.")] * 2
+    job_id = tenant("job", "create", "--team", "hr").out.strip()
+    called = tenant("job", "call", job_id, "--group", "Echo", "--prompt", "hello")
+    assert (called.status, called.out) == (7, "hello\n")
+    assert f"job {job_id} is still open: this call was not recorded" in called.err
+    assert credits_of(tenant) == (8, 1)
+
+
+def answered_after(sql: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    """The offline model answers, and meanwhile something happens to the database."""
+    complete = offline.complete
+
+    async def answer(*asked: Any) -> Answer:
+        sql.execute(damage)  # type: ignore[arg-type]
+        return await complete(*asked)
+
+    monkeypatch.setattr(offline, "complete", answer)
 
 
 def test_settling_has_a_bound(tenant: Run, sql: psycopg.Connection) -> None:

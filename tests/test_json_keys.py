@@ -22,7 +22,17 @@ SCHEDULE = ["credits_amount", "every", "mode", "credits_max", "next_on"]
 REFUSED = ["team_id", "period", "reason"]
 ENTRY = [
     *("transaction_id", "team_id", "organization_id", "job_id", "transaction_type"),
-    *("credits_amount", "credits_before", "credits_after", "reason", "source", "actor", "command", "created_at"),
+    *(
+        "credits_amount",
+        "credits_before",
+        "credits_after",
+        "reason",
+        "source",
+        "actor",
+        "role",
+        "command",
+        "created_at",
+    ),
 ]
 JOB = [
     *("job_id", "team_id", "organization_id", "job_type", "status", "model_groups_used", "external_task_id"),
@@ -129,7 +139,7 @@ COMMANDS: dict[str, list[Any]] = {
     "org usage acme --by team": [["organization_id", "team_id", *USED]],
     "audit list": [
         [
-            *("audit_id", "created_at", "actor", "command", "noun", "action"),
+            *("audit_id", "created_at", "actor", "role", "command", "noun", "action"),
             *("organization_id", "team_id", "group_name", "before", "after"),
         ]
     ],

@@ -75,6 +75,11 @@ def _checks() -> Iterator[Check]:
             yield _check("migrations", OK, f"{len(states)} applied, none changed since.")
         yield _rights(db, server)
         yield from _others(db)
+        if taken := [row["name"] for row in db.many("doctor.taken_ids")]:
+            message = (
+                f"The next IDs of {some(taken)} are taken: their sequences were left behind by a restore or a switch."
+            )
+            yield _check("ids", FAILED, message, "Run: saasllm migrate up")
         yield _ledger(db)
         yield from _overdue(db)
         models = [row["model_name"] for row in db.many("doctor.models")]

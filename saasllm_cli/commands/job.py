@@ -585,7 +585,6 @@ def _show_result(result: "JobResult", group: str, further: dict[str, Any], outpu
         warn(f"The answer is incomplete: {INCOMPLETE[last.finish_reason]}.", **ids, finish_reason=last.finish_reason)
     if result.unsettled is not None:
         result.unsettled.fields |= ids
-        result.unsettled.message += (
-            f" The answer is above, but job {result.job_id} is still open: it could not be settled."
-        )
+        lacking = "this call was not recorded" if result.status == "in_progress" else "it could not be settled"
+        result.unsettled.message += f" The answer is above, but job {result.job_id} is still open: {lacking}."
         raise result.unsettled

@@ -39,6 +39,7 @@ BEGIN_SECONDS = 10.0
 ANSWER_SECONDS = 60.0  # in which the database answers, though others hold its locks
 SETTLE_SECONDS = 30.0
 CANCEL_SECONDS = 5.0
+UNSETTLED_LEASE_SECONDS = 86400.0  # in which somebody mends what refuses to charge an answer that was given
 # The lease outlives the deadline by the time to load litellm and to settle.
 LEASE_MARGIN_SECONDS = 120.0
 SWEEP_CHUNK = 1000  # jobs that are locked at a time
@@ -46,6 +47,7 @@ SWEEP_CHUNK = 1000  # jobs that are locked at a time
 TEXTS = ("purpose", "finish_reason", "error", "prompt", "answer")
 NUMBERS = ("prompt_tokens", "completion_tokens", "total_tokens", "cost_usd")
 NOT_STORABLE = "the reason could not be stored"
+CALLS_NOT_STORABLE = "Its calls could not be stored."
 # Why a job of a team and a group that are there is refused at its beginning.
 REFUSALS = (
     *("organization_suspended", "team_suspended", "group_not_assigned", "group_inactive", "no_active_model"),
@@ -394,17 +396,20 @@ def settlement(
 
 
 def as_far_as_stored(told: dict[str, Any], write: Callable[[dict[str, Any]], T]) -> T:
-    """Writes a settlement; where the database refuses what it holds, without its calls' texts, and at last without
-    their numbers, too: a job is not left unsettled for what is told beside it. Raises what refuses even that."""
-    for left_out in ((), TEXTS, (*TEXTS, *NUMBERS)):
-        if left_out:
-            calls = [
-                call | dict.fromkeys(left_out) | {"error": call["error"] and NOT_STORABLE} for call in told["calls"]
-            ]
-            told = told | {"error_message": told["error_message"] and NOT_STORABLE, "calls": calls}
+    """Writes a settlement; where the database refuses what it holds, without its calls' texts, without their numbers,
+    too, and at last, where it ends the job, without its calls: a job is not left unsettled for what is told beside it.
+    Raises what refuses even that."""
+    calls = told["calls"]
+    forms = [told]
+    for left_out in (TEXTS, (*TEXTS, *NUMBERS)):
+        rest = [call | dict.fromkeys(left_out) | {"error": call["error"] and NOT_STORABLE} for call in calls]
+        forms.append(told | {"error_message": told["error_message"] and NOT_STORABLE, "calls": rest})
+    if told["status"] != "in_progress":
+        forms.append(told | {"error_message": CALLS_NOT_STORABLE, "calls": []})
+    for form in forms:
         try:
-            return write(told)
-        except DatabaseUnavailable:
+            return write(form)
+        except (Conflict, DatabaseUnavailable):  # which have nothing to do with what it holds
             raise
         except SaasllmError as error:
             refusal = error
@@ -444,6 +449,9 @@ def _settled(job_id: UUID, team_id: str, answer: Answer | None, calls: list[Call
         settled = _settle(job_id, status, error_message, calls, SETTLE_SECONDS)
     except SaasllmError as error:  # an answer that is there is not lost for it
         result.unsettled = _unsettled(error)
+        if answer is not None and not isinstance(error, DatabaseUnavailable) and _left_open(job_id, calls):
+            then = f"within a day, run: saasllm job complete {job_id}"
+            result.unsettled.hint = f"{error.hint}; then, {then}" if error.hint else f"Mend that; then, {then}"
         return result
     if settled["status"] is None:
         raise Conflict(
@@ -465,6 +473,18 @@ def _settled(job_id: UUID, team_id: str, answer: Answer | None, calls: list[Call
         )
     result.credits_remaining = settled["credits_remaining"]
     return result
+
+
+def _left_open(job_id: UUID, calls: list[Call]) -> bool:
+    """Whether a job that cannot be charged now is left so that it can be: with its calls, and under a longer lease."""
+
+    def work(db: database.Database) -> database.Row | None:
+        started_at = db.get("job", job_id)["started_at"]
+        return _recorded(db, job_id, started_at, list(map(asdict, calls)), UNSETTLED_LEASE_SECONDS)
+
+    with suppress(SaasllmError):
+        return _until_it_answers(SETTLE_SECONDS, work) is not None
+    return False
 
 
 def _unsettled(error: SaasllmError) -> DatabaseUnavailable:

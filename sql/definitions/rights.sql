@@ -40,7 +40,12 @@ GRANT INSERT, UPDATE, DELETE ON
     organizations, model_groups, model_group_models, teams, team_model_groups, team_credits, credit_schedules, jobs,
     job_refusals, llm_calls
 TO saasllm_admin;
-GRANT INSERT, DELETE ON credit_transactions TO saasllm_admin;
+-- Not the number, the time and the role of an entry, which the database gives it.
+GRANT INSERT (
+    team_id, organization_id, entry_no, job_id, transaction_type, credits_amount, credits_before, credits_after, reason,
+    idempotency_key, source, period, actor, command
+) ON credit_transactions TO saasllm_admin;
+GRANT DELETE ON credit_transactions TO saasllm_admin;
 GRANT INSERT (noun, action, organization_id, team_id, group_name, before, after) ON audit_log TO saasllm_admin;
 -- What of it a purge redacts, and nothing else.
 GRANT UPDATE (command, before, after) ON audit_log TO saasllm_admin;

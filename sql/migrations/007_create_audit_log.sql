@@ -1,6 +1,7 @@
 -- Who changed what. What writes it: sql/definitions/audit.sql.
 --
 -- A client says who it acts for by the settings saasllm.actor and saasllm.command; else it is the role of its session.
+-- It may say what it likes: the role with which it has logged in stands beside it.
 -- Nothing refers to the tables, for a record outlives what it tells of.
 
 CREATE TABLE audit_log (
@@ -8,6 +9,7 @@ CREATE TABLE audit_log (
     created_at      timestamptz NOT NULL DEFAULT now(),
     actor           text        NOT NULL
         DEFAULT coalesce(nullif(current_setting('saasllm.actor', true), ''), session_user),
+    role            text        NOT NULL DEFAULT session_user,
     command         text        DEFAULT nullif(current_setting('saasllm.command', true), ''),
     noun            text        NOT NULL,
     action          text        NOT NULL,

@@ -2,7 +2,7 @@
 
 -- name: list(organization_id, team_id, group_name, since, until, sort, after, row_limit) :many
 -- The newest first, or the oldest; behind the record `after`.
-SELECT audit_id, created_at, actor, command, noun, action, organization_id, team_id, group_name, before, after
+SELECT audit_id, created_at, actor, role, command, noun, action, organization_id, team_id, group_name, before, after
 FROM audit_log
 WHERE (%(organization_id)s::text IS NULL OR organization_id = %(organization_id)s)
   AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)

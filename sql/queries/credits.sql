@@ -99,7 +99,7 @@ FROM request;
 -- which clocks need not agree with.
 SELECT
     transaction_id, team_id, organization_id, job_id, transaction_type, credits_amount, credits_before, credits_after,
-    reason, source, actor, command, created_at
+    reason, source, actor, role, command, created_at
 FROM credit_transactions
 WHERE team_id = %(team_id)s
   AND (%(transaction_type)s::text IS NULL OR transaction_type = %(transaction_type)s)
@@ -123,7 +123,7 @@ LIMIT %(row_limit)s;
 -- name: transaction(transaction_id) :maybe
 SELECT
     transaction_id, team_id, organization_id, job_id, transaction_type, credits_amount, credits_before, credits_after,
-    reason, source, actor, command, created_at
+    reason, source, actor, role, command, created_at
 FROM credit_transactions
 WHERE transaction_id = %(transaction_id)s;
 

@@ -34,6 +34,20 @@ FROM pg_trigger t
 JOIN pg_class c ON c.oid = t.tgrelid
 WHERE c.relnamespace = 'public'::regnamespace AND NOT t.tgisinternal AND t.tgenabled IN ('O', 'A');
 
+-- name: taken_ids() :many
+-- The tables whose next id is taken, as far as the role may know.
+SELECT name
+FROM (
+    VALUES
+        ('credit_transactions', 'transaction_id', (SELECT max(transaction_id) FROM credit_transactions)),
+        ('audit_log', 'audit_id', (SELECT max(audit_id) FROM audit_log)),
+        ('job_refusals', 'refusal_id', (SELECT max(refusal_id) FROM job_refusals))
+) AS numbered (name, id, highest)
+CROSS JOIN LATERAL (SELECT pg_get_serial_sequence('public.' || name, id)::regclass AS sequence OFFSET 0) AS its
+WHERE CASE
+    WHEN has_sequence_privilege(sequence, 'SELECT') THEN highest > coalesce(pg_sequence_last_value(sequence), 0)
+END;
+
 -- name: rights(tables) :one
 -- The tables of saasllm that the role may not read, or not in full, what it may do, and who may make objects beside them.
 SELECT

@@ -161,6 +161,36 @@ LEFT JOIN pg_roles r ON r.oid = acl.grantee
 WHERE acl.grantee <> c.relowner AND r.rolsuper IS NOT TRUE
 ORDER BY role, relation, privilege, acl.column_name;
 
+-- name: advance_ids() :none
+-- Where rows came without their sequence (a restore of data alone, a switch to a logical replica), the next ids would be
+-- taken. (A call's id is one of its job alone.) Nothing is locked where all is well.
+DO $$
+DECLARE
+    numbered record;
+    is_behind boolean;
+BEGIN
+    FOR numbered IN
+        SELECT name, id, pg_get_serial_sequence('public.' || name, id)::regclass AS sequence
+        FROM (
+            VALUES ('credit_transactions', 'transaction_id'), ('audit_log', 'audit_id'), ('job_refusals', 'refusal_id')
+        ) AS numbered (name, id)
+    LOOP
+        CONTINUE WHEN NOT has_sequence_privilege(numbered.sequence, 'UPDATE');
+        EXECUTE format(
+            'SELECT max(%I) > coalesce(pg_sequence_last_value(%L), 0) FROM public.%I',
+            numbered.id, numbered.sequence, numbered.name
+        ) INTO is_behind;
+        IF is_behind THEN
+            EXECUTE format('LOCK TABLE public.%I IN SHARE ROW EXCLUSIVE MODE', numbered.name);
+            EXECUTE format(
+                'SELECT setval(%L, greatest(max(%I), pg_sequence_last_value(%L))) FROM public.%I',
+                numbered.sequence, numbered.id, numbered.sequence, numbered.name
+            );
+        END IF;
+    END LOOP;
+END
+$$;
+
 -- name: objects() :many
 -- All that decides how the tables of the current schema behave, each with its definition. The records of what is
 -- applied are left out, and the schema's name with them, so that two schemas can be compared.
