@@ -305,6 +305,15 @@ def charged_job() -> UUID:
     return job_id
 
 
+def open_jobs(number: int, hold_no: int | None = None) -> str:
+    """A statement that begins so many jobs of `hr`."""
+    return f"""
+        INSERT INTO jobs (team_id, organization_id, status, started_at, lease_expires_at, hold_no)
+        SELECT 'hr', 'acme', 'in_progress', now(), now() + interval '1 hour', {"NULL" if hold_no is None else hold_no}
+        FROM generate_series(1, {number})
+    """
+
+
 def end_leases() -> int:
     """Sweeps the open jobs of `hr` as if their leases had run out, and says how many there were."""
     with database.raw_connection() as connection:

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
-from conftest import Result, charged_job
+from conftest import Result, charged_job, open_jobs
 
 from saasllm_cli import database
 from saasllm_cli.settings import settings
@@ -174,7 +174,7 @@ def test_add_as_a_plain_statement_moves_the_balance(tenant: Run, sql: psycopg.Co
 
 def test_check_whether_a_team_has_enough(tenant: Run, sql: psycopg.Connection) -> None:
     assert tenant("credits", "check", "hr", "--need", 10, "-o", "json").data["credits_remaining"] == 10
-    sql.execute("UPDATE team_credits SET credits_reserved = 1")
+    sql.execute(open_jobs(1))
     short = tenant("credits", "check", "hr", "--need", 10)
     assert short.status == 5
     assert "9 free credits, but 10 are needed" in short.err
@@ -182,10 +182,8 @@ def test_check_whether_a_team_has_enough(tenant: Run, sql: psycopg.Connection) -
 
 
 def test_a_credit_of_an_expired_lease_is_free(tenant: Run, sql: psycopg.Connection) -> None:
-    sql.execute(
-        "UPDATE team_credits SET credits_reserved = 10; INSERT INTO jobs (team_id, organization_id, lease_expires_at)"
-        " VALUES ('hr', 'acme', now())"
-    )
+    sql.execute(open_jobs(10))
+    sql.execute("UPDATE jobs SET lease_expires_at = now() WHERE job_id = (SELECT job_id FROM jobs LIMIT 1)")
     assert tenant("credits", "check", "hr", "--need", 1).status == 0
     assert tenant("credits", "check", "--below", 1) == (0, "", "")
     assert tenant("credits", "check", "--below", 1, "--verbose").err == "No team has fewer than 1 free credits.\n"
@@ -279,7 +277,7 @@ def test_adjust_up_and_down(tenant: Run) -> None:
 
 def test_adjust_never_below_what_is_used_and_reserved(tenant: Run, sql: psycopg.Connection) -> None:
     charged(tenant)
-    sql.execute("UPDATE team_credits SET credits_reserved = 4")
+    sql.execute(open_jobs(4))
     for amount in (-6, -9, -10, -1000):
         refused = tenant("credits", "adjust", "hr", amount, "--reason", "x", "-o", "json")
         assert (refused.status, refused.error["code"]) == (5, "insufficient_credits"), amount

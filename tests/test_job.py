@@ -13,7 +13,7 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from conftest import Result, charged_job, start_process
+from conftest import Result, charged_job, open_jobs, start_process
 from provider import ANSWER, Provider
 
 from saasllm_cli.errors import Conflict, DatabaseUnavailable, InsufficientCredits
@@ -204,7 +204,7 @@ REFUSALS = {
     "UPDATE model_groups SET status = 'inactive'": (6, "group_inactive"),
     "UPDATE model_group_models SET is_active = false": (6, "no_active_model"),
     "DELETE FROM team_model_groups": (6, "group_not_assigned"),
-    "UPDATE team_credits SET credits_reserved = 10": (5, "insufficient_credits"),
+    open_jobs(10): (5, "insufficient_credits"),
 }
 
 
@@ -216,7 +216,7 @@ def test_refused_before_a_model_is_called(
     for _ in range(2):
         result = job_run(tenant, "Echo", "--prompt", "x", "-o", "json")
         assert (result.status, result.error["code"]) == refusal
-    assert tenant("job", "list", "-o", "json").data == []
+    assert tenant("job", "list", "--group", "Echo", "-o", "json").data == []
     assert [(row["group_name"], row["reason"], row["refusals"]) for row in refusals(tenant)] == [
         ("Echo", refusal[1], 2)
     ]
@@ -883,10 +883,8 @@ def test_a_beginning_of_several_ids_is_told_with_them(tenant: Run, sql: psycopg.
 
 
 def test_a_job_is_found_by_its_beginning_with_the_index(tenant: Run, sql: psycopg.Connection[dict[str, Any]]) -> None:
-    sql.execute(
-        "INSERT INTO jobs (team_id, organization_id, status, lease_expires_at) "
-        "SELECT 'hr', 'acme', 'pending', now() + interval '1 hour' FROM generate_series(1, 20000)"
-    )
+    tenant("credits", "add", "hr", 20_000)
+    sql.execute(open_jobs(20_000))
     sql.execute("ANALYZE jobs")
     low, high = UUID("0198".ljust(32, "0")), UUID("0198".ljust(32, "f"))
     explain = "EXPLAIN " + query("job.named").sql

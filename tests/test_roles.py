@@ -10,11 +10,10 @@ from urllib.parse import urlsplit
 
 import psycopg
 import pytest
-from conftest import Result, charged_job
+from conftest import Result, charged_job, open_jobs
 
 from saasllm_cli import database
 from saasllm_cli.errors import Conflict
-from saasllm_cli.jobs.runner import as_json, new_job_id
 from saasllm_cli.settings import settings
 
 Run = Callable[..., Result]
@@ -240,7 +239,7 @@ BEHIND = {
     "a balance is changed": (
         "UPDATE ON team_credits",
         "NEW.credits_allocated := 1000010; RETURN NEW",
-        "UPDATE team_credits SET credits_reserved = 1",
+        BEGIN_JOB,
         "only through its ledger",
     ),
     "a balance is changed with an entry": (
@@ -275,7 +274,7 @@ BEHIND = {
         "UPDATE ON jobs",
         "NEW.status := 'failed'; NEW.credit_applied := false; RETURN NEW",
         "UPDATE jobs SET error_message = 'x'",
-        "its status cannot be changed",
+        "jobs_release",
     ),
     "a job is moved": (
         "UPDATE ON jobs",
@@ -366,7 +365,7 @@ def test_row_level_security_hides_nothing_from_a_check(tenant: Run, as_role: As,
         # The team is hidden, not gone; its balance is; nothing is known of what it was charged.
         ("teams", PURGE + "; DELETE FROM credit_transactions WHERE entry_no = 2"),
         ("teams", "DELETE FROM team_credits"),
-        ("team_credits", "SELECT reserve_credits('hr', 1)"),
+        ("team_credits", "SELECT lock_balance('hr')"),
         ("team_credits", ENTRY),
         ("credit_transactions", "UPDATE team_credits SET credits_used = 0, last_entry_no = 1"),
         ("credit_transactions", NEW_TEAM),
@@ -444,39 +443,33 @@ def test_the_runner_leaves_nothing_that_cannot_be_read_or_removed(tenant: Run, a
     all_pass(tenant, "job list", "credits transactions hr", "team delete hr --purge --confirm hr")
 
 
-def test_a_job_that_reserved_nothing_is_in_nobodys_way(tenant: Run, as_role: As, sql: Sql, home: Path) -> None:
-    """The runner opens jobs without reserving a credit, or takes back what its jobs have reserved."""
-    tenant("team", "create", "zz", "--org", "acme", "--credits", "5", "--group", "Echo")
+def test_the_runner_reserves_what_its_jobs_hold(tenant: Run, as_role: As) -> None:
+    """No more, and it takes back nothing that others hold."""
+    all_pass(tenant, *["job create --team hr"] * 3)
     runner = as_role("saasllm_runner")
-    opened = "INSERT INTO jobs (team_id, organization_id, status, started_at, lease_expires_at) VALUES "
-    for team in ("hr", "hr", "hr", "zz"):
-        all_pass(tenant, f"job create --team {team}")
-    runner.execute("UPDATE team_credits SET credits_reserved = 1 WHERE team_id = 'hr'")
-    runner.execute(opened + "('hr', 'acme', 'in_progress', now(), now())")
-    runner.execute("UPDATE jobs SET lease_expires_at = now() WHERE team_id IN ('hr', 'zz')")
-    assert tenant("job", "sweep", "-o", "json").data == {"swept": 5}
+    for attack in (
+        "credits_reserved = 0",
+        "credits_reserved = credits_reserved - 1",
+        "credits_reserved = credits_reserved + 1",
+        "credits_reserved = credits_reserved - 1, last_hold_no = last_hold_no + 1",
+        "credits_reserved = 0, last_hold_no = 0",
+        "last_hold_no = 0",
+    ):
+        with pytest.raises(psycopg.Error, match="only with its jobs"):
+            runner.execute(f"UPDATE team_credits SET {attack}")
+    for attack in ("release_no = 4", "release_no = 4, hold_no = 5", "hold_no = 4", "hold_no = NULL"):
+        with pytest.raises(psycopg.Error, match=r"permission denied|jobs_release|cannot change"):
+            runner.execute(f"UPDATE jobs SET {attack}")
+    ended = "UPDATE jobs SET status = %s, completed_at = now(), lease_expires_at = NULL WHERE job_id IN (%s)"
+    one, two = (f"SELECT job_id FROM jobs ORDER BY job_id OFFSET {number} LIMIT 1" for number in (0, 1))
+    runner.execute(ended % ("'failed'", one))
+    with pytest.raises(psycopg.Error, match="its status cannot be changed"):
+        runner.execute(ended % ("'cancelled'", one))
+    runner.execute(open_jobs(2))
+    runner.execute(ended % ("'cancelled'", two))
+    held = tenant("credits", "balance", "hr", "-o", "json").data
+    assert (held["credits_remaining"], held["credits_reserved"]) == (10, 3)
     assert tenant("credits", "verify").status == 0
-
-    # Settled one by one, and by a batch together with others: charged where there is a credit, else free.
-    for end in ("complete", "fail"):
-        job = tenant("job", "create", "--team", "hr").out.strip()
-        tenant("job", "call", job, "--group", "Echo", "--prompt", "x")
-        runner.execute("UPDATE team_credits SET credits_reserved = 0")
-        all_pass(tenant, f"job {end} {job}")
-    jobs = []
-    for team, status in (("hr", "completed"), ("hr", "failed"), ("zz", "failed")):
-        jobs.append({"job_id": str(new_job_id()), "status": status, "error_message": None, "calls": []})
-        runner.execute(
-            "INSERT INTO jobs (job_id, team_id, organization_id, status, started_at, lease_expires_at)"
-            " VALUES (%s, %s, 'acme', 'in_progress', now(), now() + interval '1 minute')",
-            [jobs[-1]["job_id"], team],
-        )
-    with database.connect() as db:
-        rows = db.many("job.settle_many", results=as_json(jobs))
-    assert [row["settled"] for row in rows] == [True] * 3
-    assert tenant("credits", "verify").status == 0
-    balances = sql.execute("SELECT credits_remaining, credits_reserved FROM team_credits ORDER BY team_id").fetchall()
-    assert [tuple(row.values()) for row in balances] == [(8, 0), (5, 0)]
 
 
 def test_the_reader_only_looks(tenant: Run, as_role: As) -> None:
@@ -500,8 +493,6 @@ def test_the_reader_only_looks(tenant: Run, as_role: As) -> None:
         "credits add hr 5",
         "team suspend hr",
     )
-    with refused():
-        reader.execute("SELECT reserve_credits('hr', 1)")
     with refused():
         reader.execute("SELECT lock_balance('hr')")
 

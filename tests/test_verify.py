@@ -52,7 +52,9 @@ DAMAGE = {
         "credits_used differs",
         "credits_reserved differs",
         "last_entry_no differs",
+        "last_hold_no differs",
     },
+    "UPDATE team_credits SET last_hold_no = 1 WHERE team_id = 'hr'": {"last_hold_no differs"},
     "DELETE FROM credit_transactions WHERE team_id = 'hr' AND entry_no = 2": {
         "credits_used differs",
         "entry_no does not follow",
@@ -64,9 +66,8 @@ DAMAGE = {
     },
     "UPDATE credit_transactions SET credits_amount = 70, credits_after = credits_before + 70"
     " WHERE team_id = 'hr' AND entry_no = 3": {"credits_allocated differs", "credits_before does not follow"},
-    "UPDATE jobs SET status = 'failed', credit_applied = false WHERE team_id = 'hr' AND status = 'completed'": {
-        "entry of no completed job of the team"
-    },
+    "UPDATE jobs SET status = 'failed', credit_applied = false, release_no = 1 WHERE team_id = 'hr'"
+    " AND status = 'completed'": {"entry of no completed job of the team"},
     "UPDATE jobs SET status = 'completed', credit_applied = true, completed_at = now(), lease_expires_at = NULL"
     " WHERE team_id = 'hr' AND status = 'in_progress'": {
         "completed job without its deduction",
@@ -120,6 +121,9 @@ REPAIRED = {
     "last_entry_no = 1": (14, None),
     "last_entry_no = 99": (14, None),
     "credits_reserved = 9": (14, None),
+    "last_hold_no = 1": (14, None),
+    "last_hold_no = 99": (14, None),
+    "credits_allocated = credits_allocated - 13": (1, -13),
     "credits_reserved = 0": (14, None),
 }
 

@@ -53,7 +53,13 @@ if TYPE_CHECKING:
 app = noun()
 
 MOST_NAMED = 20
-REPAIRABLE = ("credits_allocated differs", "credits_used differs", "last_entry_no differs", "credits_reserved differs")
+REPAIRABLE = (
+    "credits_allocated differs",
+    "credits_used differs",
+    "last_entry_no differs",
+    "credits_reserved differs",
+    "last_hold_no differs",
+)
 
 Reason = Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="Reason, kept in the ledger.")]
 Source = Annotated[

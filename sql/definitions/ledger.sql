@@ -84,8 +84,7 @@ BEGIN
             coalesce(sum(credits_amount) FILTER (WHERE transaction_type NOT IN ('deduction', 'refund')), 0)
                 AS allocated,
             coalesce(-sum(credits_amount) FILTER (WHERE transaction_type IN ('deduction', 'refund')), 0) AS used,
-            -- Each job that is charged has reserved its credit, or should have: the charge takes the place of the
-            -- reservation.
+            -- Each job has reserved its credit (jobs.sql): the charge takes the place of the reservation.
             count(*) FILTER (WHERE transaction_type = 'deduction') AS released,
             min(wrong_job_id::text) AS wrong_job_id,
             bool_or(transaction_type <> 'deduction') AS is_given,
@@ -97,7 +96,7 @@ BEGIN
         UPDATE ONLY public.team_credits c
         SET credits_allocated = c.credits_allocated + movement.allocated,
             credits_used = c.credits_used + movement.used,
-            credits_reserved = greatest(c.credits_reserved - movement.released, 0),
+            credits_reserved = c.credits_reserved - movement.released,
             last_entry_no = movement.last_no
         FROM movement
         WHERE c.team_id = movement.team_id
@@ -264,7 +263,10 @@ $$;
 
 CREATE TRIGGER team_credits_begin_empty AFTER INSERT ON team_credits
     FOR EACH ROW
-    WHEN ((NEW.credits_allocated, NEW.credits_used, NEW.credits_reserved, NEW.last_entry_no) <> (0, 0, 0, 0))
+    WHEN (
+        (NEW.credits_allocated, NEW.credits_used, NEW.credits_reserved, NEW.last_entry_no, NEW.last_hold_no)
+        <> (0, 0, 0, 0, 0)
+    )
     EXECUTE FUNCTION refuse_balance_without_team();
 CREATE TRIGGER team_credits_stay AFTER DELETE ON team_credits
     FOR EACH ROW EXECUTE FUNCTION refuse_balance_without_team();
@@ -275,36 +277,15 @@ CREATE TRIGGER team_credits_no_truncate BEFORE TRUNCATE ON team_credits
 -- Who waits for a balance does so in a statement of its own, which sees then what is there by now. A larger one would
 -- have to begin a part of its plan anew for the row that has changed meanwhile, while the others wait.
 
-CREATE FUNCTION lock_balance(of_team text, OUT last_entry_no bigint, OUT credits_remaining bigint)
+CREATE FUNCTION lock_balance(
+    of_team text, OUT last_entry_no bigint, OUT credits_remaining bigint, OUT credits_free bigint, OUT last_hold_no bigint
+)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET enable_seqscan = off AS $$
 BEGIN
-    SELECT c.last_entry_no, c.credits_remaining
-    INTO last_entry_no, credits_remaining
+    SELECT c.last_entry_no, c.credits_remaining, c.credits_remaining - c.credits_reserved, c.last_hold_no
+    INTO last_entry_no, credits_remaining, credits_free, last_hold_no
     FROM public.team_credits c
     WHERE c.team_id = of_team
     FOR UPDATE;
-END
-$$;
-
--- Reserves so many credits of a team, or as many as it has free, and says how many.
-CREATE FUNCTION reserve_credits(of_team text, wanted bigint) RETURNS bigint
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET enable_seqscan = off AS $$
-DECLARE
-    free bigint;
-BEGIN
-    UPDATE public.team_credits
-    SET credits_reserved = credits_reserved + wanted
-    WHERE team_id = of_team AND credits_remaining - credits_reserved >= wanted;
-    IF FOUND THEN
-        RETURN wanted;
-    END IF;
-
-    -- By now there may be more than there was.
-    SELECT least(wanted, credits_remaining - credits_reserved) INTO free
-    FROM public.team_credits
-    WHERE team_id = of_team
-    FOR UPDATE;
-    UPDATE public.team_credits SET credits_reserved = credits_reserved + free WHERE team_id = of_team AND free > 0;
-    RETURN CASE WHEN FOUND THEN free ELSE 0 END;
 END
 $$;

@@ -17,7 +17,7 @@ TO saasllm_admin, saasllm_runner, saasllm_readonly;
 -- balances only as the ledger says, and the ledger takes nothing else from whoever may not change teams.
 GRANT INSERT (
     job_id, team_id, organization_id, job_type, status, external_task_id, model_groups_used, metadata, started_at,
-    lease_expires_at, idempotency_key, request_hash
+    lease_expires_at, idempotency_key, request_hash, hold_no
 ) ON jobs TO saasllm_runner;
 GRANT UPDATE (
     status, started_at, completed_at, credit_applied, error_message, lease_expires_at, model_groups_used, metadata
@@ -32,7 +32,7 @@ GRANT INSERT (
     team_id, organization_id, entry_no, job_id, transaction_type, credits_amount, credits_before, credits_after, reason,
     actor, command
 ) ON credit_transactions TO saasllm_runner;
-GRANT UPDATE (credits_allocated, credits_used, credits_reserved, last_entry_no) ON team_credits TO saasllm_runner;
+GRANT UPDATE (credits_allocated, credits_used, credits_reserved, last_entry_no, last_hold_no) ON team_credits TO saasllm_runner;
 
 -- saasllm_admin does all but change the schema. The ledger and the audit log only grow: what leaves them, leaves with
 -- its whole team.

@@ -8,6 +8,7 @@ CREATE TABLE team_credits (
     credits_reserved  bigint     NOT NULL DEFAULT 0,
     credits_remaining bigint     GENERATED ALWAYS AS (credits_allocated - credits_used) STORED,
     last_entry_no     bigint     NOT NULL DEFAULT 0,
+    last_hold_no      bigint     NOT NULL DEFAULT 0, -- of the latest change of what is reserved
     CONSTRAINT team_credits_used CHECK (credits_used >= 0),
     CONSTRAINT team_credits_reserved CHECK (credits_reserved >= 0),
     CONSTRAINT team_credits_free CHECK (credits_allocated - credits_used >= credits_reserved)

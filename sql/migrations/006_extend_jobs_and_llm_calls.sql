@@ -6,12 +6,17 @@ ALTER TABLE jobs
     ADD COLUMN model_groups_used text[]     NOT NULL DEFAULT '{}',
     ADD COLUMN credit_applied    boolean    NOT NULL DEFAULT false,
     ADD COLUMN lease_expires_at  timestamptz,
+    -- The changes of what its team has reserved are numbered: that with which it began, and that with which it ended
+    -- without being charged.
+    ADD COLUMN hold_no           bigint     NOT NULL,
+    ADD COLUMN release_no        bigint,
     ADD COLUMN idempotency_key   text,
     ADD COLUMN request_hash      text,
     ADD CONSTRAINT jobs_team FOREIGN KEY (organization_id, team_id) REFERENCES teams (organization_id, team_id),
     -- Without a lease an open job would hold its credit for ever.
     ADD CONSTRAINT jobs_lease CHECK ((lease_expires_at IS NOT NULL) = (status IN ('pending', 'in_progress'))),
     ADD CONSTRAINT jobs_credit_applied CHECK (credit_applied = (status = 'completed')),
+    ADD CONSTRAINT jobs_release CHECK ((release_no IS NOT NULL) = (status IN ('failed', 'cancelled'))),
     ADD CONSTRAINT jobs_request_hash CHECK ((idempotency_key IS NULL) = (request_hash IS NULL)),
     -- A time that no client can read would make the lists with it unreadable, too.
     ADD CONSTRAINT jobs_times CHECK (
@@ -24,6 +29,8 @@ ALTER TABLE jobs
 CREATE INDEX jobs_by_team ON jobs (team_id, created_at, job_id);
 CREATE INDEX jobs_by_organization ON jobs (organization_id, created_at, job_id);
 CREATE INDEX jobs_open ON jobs (team_id, lease_expires_at) WHERE status IN ('pending', 'in_progress');
+CREATE INDEX jobs_by_hold ON jobs (team_id, hold_no);
+CREATE INDEX jobs_by_release ON jobs (team_id, release_no) WHERE release_no IS NOT NULL;
 -- A key whose job failed or was cancelled is free again.
 CREATE UNIQUE INDEX jobs_idempotency_key ON jobs (idempotency_key)
     WHERE idempotency_key IS NOT NULL AND status NOT IN ('failed', 'cancelled');

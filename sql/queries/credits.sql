@@ -257,10 +257,13 @@ ledger AS (
     FROM entry
     GROUP BY team_id
 ),
-open_job AS (
-    SELECT team_id, count(*) AS jobs
+job AS (
+    SELECT
+        team_id,
+        count(*) FILTER (WHERE status IN ('pending', 'in_progress')) AS open_jobs,
+        greatest(max(hold_no), max(release_no)) AS last_hold_no
     FROM jobs
-    WHERE status IN ('pending', 'in_progress') AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
+    WHERE %(team_id)s::text IS NULL OR team_id = %(team_id)s
     GROUP BY team_id
 ),
 balance AS (
@@ -268,13 +271,14 @@ balance AS (
     FROM teams t
     LEFT JOIN team_credits c USING (team_id)
     LEFT JOIN ledger l USING (team_id)
-    LEFT JOIN open_job o USING (team_id)
+    LEFT JOIN job j USING (team_id)
     CROSS JOIN LATERAL (
         VALUES
             ('credits_allocated', coalesce(l.credits_allocated, 0), c.credits_allocated),
             ('credits_used', coalesce(l.credits_used, 0), c.credits_used),
             ('last_entry_no', coalesce(l.last_entry_no, 0), c.last_entry_no),
-            ('credits_reserved', coalesce(o.jobs, 0), c.credits_reserved)
+            ('credits_reserved', coalesce(j.open_jobs, 0), c.credits_reserved),
+            ('last_hold_no', coalesce(j.last_hold_no, 0), c.last_hold_no)
     ) AS b (field, expected, found)
     WHERE (%(team_id)s::text IS NULL OR t.team_id = %(team_id)s) AND b.expected IS DISTINCT FROM b.found
 )
@@ -346,7 +350,7 @@ SELECT team_id FROM team_credits WHERE team_id = ANY (%(team_ids)s::text[]) ORDE
 -- name: repair(team_ids) :many
 -- Makes the balances that differ from their ledger what it says, and says by which adjustment (to be entered next) what
 -- remains stays as it was. Left alone are teams whose entries do not add up to their last credits_after, or that have
--- more open jobs than credits. No credit is reserved afterwards: `reserve_open_jobs` goes with it.
+-- more open jobs than credits. Afterwards no more is reserved than the ledger has: `reserve_open_jobs` goes with it.
 WITH ledger AS (
     SELECT
         team_id,
@@ -359,10 +363,13 @@ WITH ledger AS (
     WHERE team_id = ANY (%(team_ids)s::text[])
     GROUP BY team_id
 ),
-open_job AS (
-    SELECT team_id, count(*) AS jobs
+job AS (
+    SELECT
+        team_id,
+        count(*) FILTER (WHERE status IN ('pending', 'in_progress')) AS open_jobs,
+        greatest(max(hold_no), max(release_no)) AS last_hold_no
     FROM jobs
-    WHERE team_id = ANY (%(team_ids)s::text[]) AND status IN ('pending', 'in_progress')
+    WHERE team_id = ANY (%(team_ids)s::text[])
     GROUP BY team_id
 ),
 wrong AS (
@@ -372,23 +379,29 @@ wrong AS (
         coalesce(l.last_entry_no, 0) AS last_entry_no,
         coalesce(l.allocated, 0) AS allocated,
         coalesce(l.used, 0) AS used,
-        coalesce(l.remaining, 0)::bigint AS ledger_remaining
+        coalesce(l.remaining, 0)::bigint AS ledger_remaining,
+        coalesce(j.open_jobs, 0) AS open_jobs,
+        coalesce(j.last_hold_no, 0) AS last_hold_no
     FROM team_credits c
     LEFT JOIN ledger l USING (team_id)
-    LEFT JOIN open_job o USING (team_id)
+    LEFT JOIN job j USING (team_id)
     WHERE c.team_id = ANY (%(team_ids)s::text[])
-      AND (c.credits_allocated, c.credits_used, c.last_entry_no, c.credits_reserved)
-          <> (coalesce(l.allocated, 0), coalesce(l.used, 0), coalesce(l.last_entry_no, 0), coalesce(o.jobs, 0))
+      AND (c.credits_allocated, c.credits_used, c.last_entry_no, c.credits_reserved, c.last_hold_no)
+          <> (
+              coalesce(l.allocated, 0), coalesce(l.used, 0), coalesce(l.last_entry_no, 0), coalesce(j.open_jobs, 0),
+              coalesce(j.last_hold_no, 0)
+          )
       AND coalesce(l.remaining = l.last_after, true)
-      AND c.credits_remaining >= coalesce(o.jobs, 0)
+      AND c.credits_remaining >= coalesce(j.open_jobs, 0)
       AND coalesce(l.used, 0) BETWEEN 0 AND 9223372036854775807 - c.credits_remaining
 ),
 restored AS (
     UPDATE team_credits c
     SET credits_allocated = wrong.allocated,
         credits_used = wrong.used,
-        credits_reserved = 0,
-        last_entry_no = wrong.last_entry_no
+        credits_reserved = least(wrong.open_jobs, wrong.ledger_remaining),
+        last_entry_no = wrong.last_entry_no,
+        last_hold_no = wrong.last_hold_no
     FROM wrong
     WHERE c.team_id = wrong.team_id
     RETURNING wrong.*

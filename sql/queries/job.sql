@@ -1,9 +1,6 @@
 -- Jobs: begin, settle, sweep, and what is told of them.
 --
 -- Lock order, everywhere: the job's row, then its team's balance.
---
--- A client of its own may have opened a job without reserving its credit. Then less than a job's credit is reserved when
--- the job ends, and none is left: it is in nobody's way, least of all in that of other teams.
 
 -- name: begin(job_id, team_id, group_name, job_type, external_task_id, metadata, idempotency_key, request_hash, lease_seconds) :one
 -- Reserves a credit and opens the job under a lease, if everything allows it; else says the one
@@ -60,15 +57,17 @@ WITH request AS (
 job AS (
     INSERT INTO jobs (
         job_id, team_id, organization_id, job_type, status, external_task_id, model_groups_used, metadata,
-        started_at, lease_expires_at, idempotency_key, request_hash
+        started_at, lease_expires_at, idempotency_key, request_hash, hold_no
     )
     SELECT
         %(job_id)s, request.team_id, request.organization_id, %(job_type)s,
         CASE WHEN %(group_name)s::text IS NULL THEN 'pending' ELSE 'in_progress' END, %(external_task_id)s,
         array_remove(ARRAY[%(group_name)s::text], NULL), %(metadata)s,
-        CASE WHEN %(group_name)s::text IS NOT NULL THEN now() END, now() + %(lease_seconds)s * interval '1 second', %(idempotency_key)s, %(request_hash)s
+        CASE WHEN %(group_name)s::text IS NOT NULL THEN now() END, now() + %(lease_seconds)s * interval '1 second', %(idempotency_key)s, %(request_hash)s,
+        balance.last_hold_no + 1
     FROM request
-    WHERE CASE WHEN request.known_outcome IS NULL THEN reserve_credits(request.team_id, 1) = 1 END
+    CROSS JOIN LATERAL lock_balance(request.team_id) AS balance
+    WHERE request.known_outcome IS NULL AND balance.credits_free >= 1
     RETURNING job_id
 )
 SELECT
@@ -144,22 +143,23 @@ new AS (
     FROM asked
     WHERE place NOT IN (SELECT place FROM known)
 ),
-reserved AS (
-    SELECT scope.team_id, scope.organization_id, reserve_credits(scope.team_id, (SELECT count(*) FROM new)) AS credits
+balance AS (
+    SELECT scope.team_id, scope.organization_id, locked.credits_free, locked.last_hold_no
     FROM scope
-    WHERE refusal IS NULL
+    CROSS JOIN LATERAL lock_balance(scope.team_id) AS locked
+    WHERE refusal IS NULL AND EXISTS (SELECT FROM new)
 ),
 begun AS (
     INSERT INTO jobs (
         job_id, team_id, organization_id, job_type, status, external_task_id, model_groups_used, metadata,
-        started_at, lease_expires_at, idempotency_key, request_hash
+        started_at, lease_expires_at, idempotency_key, request_hash, hold_no
     )
     SELECT
-        new.job_id, reserved.team_id, reserved.organization_id, new.job_type, 'in_progress', new.external_task_id,
+        new.job_id, balance.team_id, balance.organization_id, new.job_type, 'in_progress', new.external_task_id,
         ARRAY[%(group_name)s::text], new.metadata, now(), now() + %(lease_seconds)s * interval '1 second',
-        new.idempotency_key, new.request_hash
-    FROM reserved
-    JOIN new ON new.credits_needed <= reserved.credits
+        new.idempotency_key, new.request_hash, balance.last_hold_no + 1
+    FROM balance
+    JOIN new ON new.credits_needed <= balance.credits_free
     RETURNING job_id
 )
 SELECT
@@ -310,12 +310,6 @@ deduction AS (
     FROM job, lock_balance(job.team_id) AS balance
     WHERE job.status = 'completed' AND (SELECT count(*) FROM calls) >= 0
     RETURNING credits_after
-),
-released AS (
-    UPDATE team_credits
-    SET credits_reserved = greatest(credits_reserved - 1, 0)
-    WHERE team_id = (SELECT team_id FROM job WHERE status <> 'completed')
-    RETURNING credits_remaining
 )
 SELECT
     j.job_id,
@@ -323,7 +317,6 @@ SELECT
     coalesce((SELECT status FROM job), j.status) AS status,
     coalesce(
         (SELECT credits_after FROM deduction),
-        (SELECT credits_remaining FROM released),
         (SELECT credits_remaining FROM team_credits WHERE team_id = j.team_id)
     ) AS credits_remaining
 FROM (VALUES (%(job_id)s::uuid)) AS asked (job_id)
@@ -345,6 +338,12 @@ held AS (
         SELECT FROM jobs WHERE job_id = result.job_id AND lease_expires_at > clock_timestamp() FOR UPDATE
     ) AS open
 ),
+-- Those of which a credit is freed, in the order of the teams.
+freed AS (
+    SELECT count(*) AS teams
+    FROM (SELECT DISTINCT j.team_id FROM held JOIN jobs j USING (job_id) WHERE held.status <> 'completed' ORDER BY 1) AS team
+    CROSS JOIN LATERAL lock_balance(team.team_id)
+),
 job AS (
     UPDATE jobs j
     SET status = held.status,
@@ -355,6 +354,7 @@ job AS (
     FROM held
     WHERE j.job_id = held.job_id
       AND j.job_id = ANY (ARRAY(SELECT job_id FROM held))
+      AND (SELECT teams FROM freed) >= 0
     RETURNING j.job_id, j.team_id, j.organization_id, j.status, j.started_at, held.calls
 ),
 calls AS (
@@ -389,13 +389,6 @@ deduction AS (
         WHERE status = 'completed'
     ) AS charged
     JOIN balance USING (team_id)
-),
-released AS (
-    UPDATE team_credits c
-    SET credits_reserved = greatest(c.credits_reserved - free.credits, 0)
-    FROM (SELECT team_id, count(*) AS credits FROM job WHERE status <> 'completed' GROUP BY team_id) AS free
-    JOIN balance USING (team_id)
-    WHERE c.team_id = free.team_id
 )
 SELECT
     job_id,
@@ -437,7 +430,7 @@ RETURNING job_id;
 -- Fails jobs whose lease ran out, of the team or of all, and frees their credits; says how many. It waits for what is
 -- just being settled or swept by another, so that afterwards the credits are free.
 WITH expired AS (
-    SELECT job_id
+    SELECT job_id, team_id
     FROM jobs
     WHERE (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
       AND status IN ('pending', 'in_progress')
@@ -445,6 +438,11 @@ WITH expired AS (
     ORDER BY job_id
     LIMIT %(row_limit)s
     FOR UPDATE
+),
+balance AS (
+    SELECT count(*) AS teams
+    FROM (SELECT DISTINCT team_id FROM expired ORDER BY team_id) AS team
+    CROSS JOIN LATERAL lock_balance(team.team_id)
 ),
 swept AS (
     UPDATE jobs
@@ -454,22 +452,8 @@ swept AS (
             || ': its process was killed, or it was left alone.',
         lease_expires_at = NULL
     FROM expired
-    WHERE jobs.job_id = expired.job_id
-    RETURNING jobs.team_id
-),
-balance AS (
-    SELECT team_id
-    FROM team_credits
-    WHERE team_id IN (SELECT team_id FROM swept)
-    ORDER BY team_id
-    FOR UPDATE
-),
-released AS (
-    UPDATE team_credits c
-    SET credits_reserved = greatest(c.credits_reserved - held.jobs, 0)
-    FROM (SELECT team_id, count(*) AS jobs FROM swept GROUP BY team_id) AS held
-    JOIN balance USING (team_id)
-    WHERE c.team_id = held.team_id
+    WHERE jobs.job_id = expired.job_id AND (SELECT teams FROM balance) >= 0
+    RETURNING jobs.job_id
 )
 SELECT count(*) AS swept FROM swept;
 
