@@ -56,14 +56,11 @@ class Forked:
         self.args = words
         self.returncode: int | None = None
         self._outputs: list[Future[str] | None] = []
-        (their_in, self.stdin), (their_out, self.stdout), (their_err, self.stderr) = (
-            *(_ends(stdin, "w"), _ends(stdout, "r"), _ends(stderr, "r")),
-        )
-        theirs = [their_in, their_out, their_err]
+        ends = (_ends(stdin, "w"), _ends(stdout, "r"), _ends(stderr, "r"))
+        theirs, (self.stdin, self.stdout, self.stderr) = zip(*ends, strict=True)
+        asks_provider = "OPENAI_BASE_URL" in os.environ
         self._server = socket.socket(socket.AF_UNIX)
-        self._server.connect(
-            str(Path(os.environ[FOLDER]) / ("litellm" if "OPENAI_BASE_URL" in os.environ else "program"))
-        )
+        self._server.connect(str(Path(os.environ[FOLDER]) / ("litellm" if asks_provider else "program")))
         socket.send_fds(self._server, [b"\n"], theirs)
         self._server.sendall(dumps([words, os.getcwd(), dict(os.environ)]).encode() + b"\n")
         for end in theirs:
@@ -143,8 +140,8 @@ def serve(listener: socket.socket, modules: tuple[str, ...]) -> list[str] | None
             if ended in ready:
                 ended.recv(4096)
                 while running and (end := os.waitpid(-1, os.WNOHANG))[0]:
-                    with running.pop(end[0]) as client, suppress(OSError):  # it may not care any more
-                        client.sendall(os.waitstatus_to_exitcode(end[1]).to_bytes(NUMBER, signed=True))
+                    with running.pop(end[0]) as client:
+                        _tell(client, os.waitstatus_to_exitcode(end[1]))
             if listener in ready:
                 client, _ = listener.accept()
                 _, files, _, _ = socket.recv_fds(client, 1, 3)
@@ -152,7 +149,7 @@ def serve(listener: socket.socket, modules: tuple[str, ...]) -> list[str] | None
                 _load(modules)
                 if pid := os.fork():
                     running[pid] = client
-                    client.sendall(pid.to_bytes(NUMBER, signed=True))
+                    _tell(client, pid)
                     for file in files:
                         os.close(file)
                     continue
@@ -161,15 +158,27 @@ def serve(listener: socket.socket, modules: tuple[str, ...]) -> list[str] | None
                 signal.signal(signal.SIGINT, interrupt)
                 for other in (client, listener, ended, wakeup, *running.values()):
                     other.close()
-                for number, file in enumerate(files):
-                    os.dup2(file, number)
-                    os.close(file)
-                os.chdir(folder)
-                os.environ.clear()
-                os.environ.update(environment)
-                sys.path[0] = folder
-                sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+                _surround(files, folder, environment)
                 return words
+
+
+def _tell(client: socket.socket, number: int) -> None:
+    with suppress(OSError):  # it may not listen any more
+        client.sendall(number.to_bytes(NUMBER, signed=True))
+
+
+def _surround(files: list[int], folder: str, environment: dict[str, str]) -> None:
+    """Gives this process what `python -m` has from whoever starts it."""
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[0] = folder
+    sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
 
 
 def _load(modules: tuple[str, ...]) -> None:

@@ -369,9 +369,8 @@ def test_killed_it_leaves_whole_chunks_and_the_next_run_goes_on(tenant: Run, sql
     teams = 2 * allocation.CHUNK
     scheduled(sql, teams, "SELECT team_id, 1, 'monthly', 'add', '2026-01-01' FROM teams WHERE team_id <> 'hr'")
     process = start_process("credits", "allocate", "--as-of", "2026-01-31")
-    while not (row := sql.execute("SELECT count(*) AS n FROM credit_transactions WHERE period IS NOT NULL").fetchone())[
-        "n"
-    ]:
+    while sql.execute("SELECT count(*) AS n FROM credit_transactions WHERE period IS NOT NULL").fetchone() == {"n": 0}:
+        assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.kill()
     process.wait()
