@@ -324,6 +324,15 @@ def test_who_may_make_triggers_changes_nothing_behind_the_checks(
     assert tenant("credits", "verify").status == 0
 
 
+def test_a_reservation_that_is_kept_from_being_written_begins_no_job(tenant: Run, sql: Sql) -> None:
+    sql.execute("""
+        CREATE FUNCTION pg_temp.behind() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+        CREATE TRIGGER zzz BEFORE UPDATE ON team_credits FOR EACH ROW EXECUTE FUNCTION pg_temp.behind();
+    """)
+    assert tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x").status == 5
+    assert sql.execute("SELECT FROM jobs").fetchall() == []
+
+
 def test_who_may_truncate_leaves_credits_and_what_is_audited(tenant: Run, as_role: As, sql: Sql) -> None:
     charged_job()
     tenant("credits", "schedule", "hr", "--amount", "5", "--every", "daily", "--mode", "add")
