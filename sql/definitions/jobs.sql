@@ -24,7 +24,7 @@ CREATE TRIGGER jobs_finish_once AFTER UPDATE ON jobs
     EXECUTE FUNCTION refuse_status();
 
 
--- A job keeps its id and stays with its team, for a charge names both.
+-- A job keeps its id and stays with its team, for a charge names both. (Its organization is the team's: a foreign key.)
 
 CREATE FUNCTION refuse_other_job() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -35,10 +35,7 @@ END
 $$;
 
 CREATE TRIGGER jobs_keep_id AFTER UPDATE ON jobs
-    FOR EACH ROW
-    WHEN (
-        (OLD.job_id, OLD.team_id, OLD.organization_id) IS DISTINCT FROM (NEW.job_id, NEW.team_id, NEW.organization_id)
-    )
+    FOR EACH ROW WHEN (OLD.job_id <> NEW.job_id OR OLD.team_id <> NEW.team_id)
     EXECUTE FUNCTION refuse_other_job();
 
 
