@@ -39,7 +39,7 @@ ATTACKS = {
     "update the ledger": ("UPDATE credit_transactions SET reason = 'x'", "append-only"),
     "delete from the ledger": ("DELETE FROM credit_transactions", "DELETE is not allowed"),
     "truncate the ledger": ("TRUNCATE credit_transactions", "append-only"),
-    "truncate around it": ("TRUNCATE organizations CASCADE", "append-only|only with its team"),
+    "truncate around it": ("TRUNCATE organizations CASCADE", "append-only|only with its team|TRUNCATE is not allowed"),
     "delete the team": ("DELETE FROM teams WHERE team_id = 'hr'", "credit_transactions_team"),
     "a gap": (ENTRY + "('hr', 'acme', 3, 'allocation', 5, 10, 15, NULL)", "do not continue"),
     "a wrong start": (ENTRY + "('hr', 'acme', 2, 'allocation', 5, 11, 16, NULL)", "do not continue"),

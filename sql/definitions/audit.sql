@@ -229,3 +229,21 @@ CREATE TRIGGER credit_schedules_audit_update AFTER UPDATE ON credit_schedules
         IS DISTINCT FROM (NEW.team_id, NEW.credits_amount, NEW.every, NEW.mode, NEW.credits_max)
     )
     EXECUTE FUNCTION audit_schedule();
+
+
+-- A TRUNCATE has no rows to tell of. (Organizations and teams have none without the ledger, which refuses it.)
+
+CREATE FUNCTION refuse_truncate() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION '% is audited row by row: TRUNCATE is not allowed', TG_TABLE_NAME
+        USING ERRCODE = 'SL007', HINT = 'Delete the rows.';
+END
+$$;
+
+CREATE TRIGGER team_model_groups_no_truncate BEFORE TRUNCATE ON team_model_groups
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();
+CREATE TRIGGER model_group_models_no_truncate BEFORE TRUNCATE ON model_group_models
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();
+CREATE TRIGGER credit_schedules_no_truncate BEFORE TRUNCATE ON credit_schedules
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();

@@ -24,7 +24,8 @@ CREATE TRIGGER jobs_finish_once AFTER UPDATE ON jobs
     EXECUTE FUNCTION refuse_status();
 
 
--- A job keeps its id and stays with its team, for a charge names both; and the numbers of what it has reserved.
+-- A job keeps its id and stays with its team, for a charge names both; and the numbers of what it has reserved. (Its
+-- organization is the team's: a foreign key.)
 
 CREATE FUNCTION refuse_other_job() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -37,9 +38,8 @@ $$;
 CREATE TRIGGER jobs_keep_id AFTER UPDATE ON jobs
     FOR EACH ROW
     WHEN (
-        (OLD.job_id, OLD.team_id, OLD.organization_id, OLD.hold_no)
-        IS DISTINCT FROM (NEW.job_id, NEW.team_id, NEW.organization_id, NEW.hold_no)
-        OR OLD.release_no <> NEW.release_no
+        OLD.job_id <> NEW.job_id OR OLD.team_id <> NEW.team_id
+        OR OLD.hold_no <> NEW.hold_no OR OLD.release_no <> NEW.release_no
     )
     EXECUTE FUNCTION refuse_other_job();
 

@@ -241,7 +241,7 @@ LIMIT %(row_limit)s;
 WITH entry AS (
     SELECT
         transaction_id, team_id, organization_id, entry_no, job_id, transaction_type, credits_amount, credits_before,
-        credits_after, idempotency_key, period,
+        credits_after, idempotency_key, period, created_at,
         lag(entry_no, 1, 0::bigint) OVER chain AS previous_no,
         lag(credits_after, 1, 0::bigint) OVER chain AS previous_after
     FROM credit_transactions
@@ -334,6 +334,15 @@ SELECT team_id, 'balance of no team', NULL, NULL, NULL, credits_remaining
 FROM team_credits c
 WHERE NOT EXISTS (SELECT FROM teams t WHERE t.team_id = c.team_id)
   AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
+UNION ALL
+-- A team that was purged has left nothing; what is of one that came back to a part of its ledger is older.
+SELECT e.team_id, 'entry from before a purge of its team', max(e.transaction_id), NULL, 0, count(*)
+FROM entry e
+JOIN audit_log p ON p.action = 'purge'
+    AND p.created_at > e.created_at
+    AND p.organization_id = e.organization_id
+    AND (p.team_id IS NULL OR p.team_id = e.team_id)
+GROUP BY e.team_id
 UNION ALL
 SELECT j.team_id, 'completed job without its deduction', NULL, j.job_id, 1, 0
 FROM jobs j
