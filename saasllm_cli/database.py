@@ -65,6 +65,7 @@ GET = {
 }
 NEAR = {"organization": "org.near", "team": "team.near", "group": "group.near"}
 TRIES = 5
+BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 # The names of the unique indexes of what is done once.
 ONCE = ("_idempotency_key", "_once_a_job", "jobs_pkey")
 # The tables whose rows are numbered by a sequence alone.
@@ -183,6 +184,7 @@ class Database:
         self._before = [(query(name).sql, parameters) for name, parameters in before]
         self._check = check and (query(check[0]).sql, check[1])
         self._has_streamed = False
+        self._has_stream_open = False  # the transaction of rows that were read
         self._is_level_higher = False  # the role's isolation level, as a refusal has shown
         self._is_told = False  # whether the transaction that is under way has begun with them
 
@@ -202,7 +204,10 @@ class Database:
     def copy(self, name: str, rows: Iterable[Sequence[Any]], /) -> None:
         """Gives the rows, however many, to a `:copy` query."""
         statement = _checked(name, "copy", {})
-        self._tell()
+        self._end_stream()
+        for each in self._due():
+            self._connection.execute(*each)
+        self._check, self._is_told = None, True
         with self._connection.cursor() as cursor, cursor.copy(statement.sql) as copy:
             for row in rows:
                 copy.write_row(row)
@@ -250,6 +255,7 @@ class Database:
     @contextmanager
     def whole(self, is_rehearsal: bool = False) -> Iterator[None]:
         """What is done within is done as one, all or nothing; it may be within another."""
+        self._end_stream()
         with self._connection.transaction(force_rollback=is_rehearsal):
             self._is_told = False
             yield
@@ -282,21 +288,23 @@ class Database:
         return row
 
     def _streamed(self, statement: Query, parameters: Row) -> Iterator[Row]:
-        """In a transaction, which ends with the rows: where they are not read to their end, with the connection."""
+        """In a transaction, which ends before the next query, or with the connection."""
+        self._end_stream()
         has_own = self._connection.autocommit and not self._is_in_transaction()
-        if has_own:
-            self._connection.autocommit = False
-        self._tell()
-        self._has_streamed = True
+        if due := self._due():
+            with self._connection.pipeline():
+                if has_own:
+                    self._connection.execute(BEGIN)
+                for each in due:
+                    self._connection.execute(*each)
+        self._check, self._is_told, self._has_streamed = None, True, True
         yield from self._connection.cursor().stream(statement.sql, parameters)
-        if has_own:
-            self._connection.commit()
-            self._connection.autocommit = True
+        self._has_stream_open = has_own
 
-    def _tell(self) -> None:
-        for each in self._due():
-            self._connection.execute(*each)
-        self._check, self._is_told = None, True
+    def _end_stream(self) -> None:
+        if self._has_stream_open:
+            self._connection.commit()
+            self._has_stream_open = False
 
     def _run(self, name: str, cardinality: str, parameters: Row) -> list[Row]:
         statement = _checked(name, cardinality, parameters)
@@ -321,6 +329,7 @@ class Database:
         return [self._check, *self._before] if self._check else self._before
 
     def _execute(self, statement: Query, parameters: Row) -> psycopg.Cursor[Row]:
+        self._end_stream()
         due = self._due()
         # A pipeline is one transaction, too, but one without our isolation level; and behind a stream libpq would give
         # its rows one by one.

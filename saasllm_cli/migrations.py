@@ -96,8 +96,7 @@ def status() -> list[Row]:
     files have its number) or `out_of_order` (pending, with a later one applied). A file of definitions is `applied` or
     `pending`.
     """
-    with database.raw_connection() as connection, connection.transaction():
-        connection.execute(query("migrate.look").sql)
+    with database.raw_connection() as connection:
         return _states(connection)
 
 

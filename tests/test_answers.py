@@ -13,6 +13,8 @@ from provider import ANSWER, Provider
 from test_calls import SCHEMA, calls_of, write
 from test_job import credits_of, job_run, with_models
 
+from saasllm_cli.jobs import schemas
+
 Run = Callable[..., Result]
 
 # What is about the model or about the account: another one may answer. By the status, or 400.
@@ -279,6 +281,34 @@ def test_a_slow_pattern_takes_no_time(tenant: Run, home: Path, pattern: str) -> 
     )
     assert (result.status, time.process_time() - began < 5) == (8, True)
     assert credits_of(tenant) == (10, 0)
+
+
+BRANCHES = {"anyOf": [{"type": "array", "items": {"$ref": "#"}}] * 2}
+SLOW = {
+    "a pattern": ({"type": "string", "pattern": "(?=a)a*a*a*b"}, json.dumps("a" * 100_000)),
+    "branches": (BRANCHES, "[" * 40 + "1" + "]" * 40),
+}
+
+
+@pytest.mark.parametrize(("schema", "answer"), SLOW.values(), ids=SLOW.keys())
+def test_a_check_that_takes_for_ever_is_ended(
+    tenant: Run, home: Path, monkeypatch: pytest.MonkeyPatch, schema: dict[str, Any], answer: str
+) -> None:
+    monkeypatch.setattr(schemas, "CHECK_SECONDS", 1)
+    began = time.monotonic()
+    result = job_run(tenant, "Echo", "--prompt", answer, "--json-schema", write(home, "schema.json", schema))
+    assert (result.status, "could not be checked" in result.err) == (8, True)
+    assert time.monotonic() - began < 5
+    assert job_run(tenant, "Echo", "--prompt", '["ab"]', "--json-schema", write(home, "s.json", {})).status == 0
+
+
+def test_a_check_that_takes_for_ever_is_in_no_other_lines_way(tenant: Run, home: Path) -> None:
+    lines = [{"id": str(n), "prompt": SLOW["branches"][1] if n == 3 else "[[]]"} for n in range(6)]
+    (home / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ("job", "batch", "lines.jsonl", "--out", "out.jsonl", "--team", "hr", "--group", "Echo", "-o", "json")
+    batch = tenant(*words, "--json-schema", write(home, "schema.json", BRANCHES))
+    assert (batch.status, batch.data["completed"], batch.data["failed"]) == (9, 5, 1)
+    assert credits_of(tenant) == (5, 0)
 
 
 def last_calls(tenant: Run) -> list[dict[str, Any]]:

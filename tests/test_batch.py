@@ -860,6 +860,33 @@ def test_leases_are_extended_while_models_are_awaited(
     assert [job["status"] for job in jobs] == ["completed"]
 
 
+def test_a_worker_that_is_stopped_is_not_waited_for(
+    tenant: Run, home: Path, sql: psycopg.Connection[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is it where it has not even read what it is given."""
+    monkeypatch.setattr("saasllm_cli.jobs.batch.workers.BEAT_SECONDS", 0.2)
+    monkeypatch.setattr("saasllm_cli.jobs.batch.workers.SILENT_SECONDS", 3.0)
+    send = Workers.send
+
+    def stopping(workers: Workers, tasks: list[Any]) -> None:
+        pid = next(iter(workers._processes.values())).pid
+        assert pid
+        os.kill(pid, signal.SIGSTOP)
+        send(workers, tasks)
+
+    monkeypatch.setattr(Workers, "send", stopping)
+    lines(home, *({"id": str(number), "prompt": str(number) + "x" * 1_000_000} for number in range(6)))
+    began = time.monotonic()
+    result = tenant(*words("Echo", "--processes", 2, "-o", "json"))
+    assert (result.status, result.error["code"], time.monotonic() - began < 20) == (1, "worker_silent", True)
+    done = len(results(home))
+    assert 0 < done < 6, "those of the other process are written"
+    assert credits_of(tenant) == (10 - done, 0)
+    monkeypatch.setattr(Workers, "send", send)
+    assert tenant(*words("Echo", "--processes", 2)).status == 0
+    assert_paid(tenant, home, 10)
+
+
 def test_two_processes(tenant: Run, home: Path, provider: Provider) -> None:
     with_models(tenant, "openai/ok")
     enlarge(tenant, home, 300)

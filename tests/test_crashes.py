@@ -267,7 +267,7 @@ LOST = {
     "add": (add, b"INSERT INTO credit_transactions", (7, 0), ADDED),
     "adjust": (adjust, b"INSERT INTO credit_transactions", (7, 0), -1),
     "refund": (refund, b"INSERT INTO credit_transactions", (7, 0), 0),
-    "allocate": (allocate, b"INSERT INTO credit_transactions", (7, 0), GRANTED),
+    "allocate": (allocate, b"COMMIT\0", (7, 0), GRANTED),
     # These are repeated by the command itself.
     "begin": (job, b"INSERT INTO jobs", (0, 0), -1),
     "settle": (job, b"INSERT INTO llm_calls", (0, 0), -1),

@@ -573,6 +573,19 @@ def test_expired_leases_are_in_nobodys_way(tenant: Run, sql: psycopg.Connection)
     assert credits_of(tenant) == (10, 10)
 
 
+def test_what_the_database_refuses_of_one_team_stops_no_sweep(tenant: Run, sql: psycopg.Connection) -> None:
+    for team in ("it", "zz"):
+        tenant("team", "create", team, "--org", "acme", "--credits", 5)
+    for team in ("hr", "it", "zz"):
+        tenant("job", "create", "--team", team, "--external-task-id", team)
+    sql.execute("ALTER TABLE jobs ADD CONSTRAINT own CHECK (external_task_id <> 'it' OR status <> 'failed')")
+    sql.execute("UPDATE jobs SET lease_expires_at = now()")
+    swept = tenant("job", "sweep", "-o", "json")
+    assert (swept.status, swept.data, swept.error["code"]) == (9, {"swept": 2}, "some_failed")
+    assert "it: The database refused this" in swept.error["message"]
+    assert [credits_of(tenant, team)[1] for team in ("hr", "it", "zz")] == [0, 1, 0]
+
+
 def test_what_was_begun_is_settled_on_a_newer_database(tenant: Run, sql: psycopg.Connection) -> None:
     job_id = runner.new_job_id()
     runner._begin(job_id, request())

@@ -378,18 +378,23 @@ def sweep(team: TeamFilter = None, verbose: Verbose = False, output: Output = No
     """Fail expired jobs and free their credits.
 
     Run it from cron, as often as you like: if no job has expired, it prints nothing. A job expires when its lease runs
-    out, because its process was killed or because it was left alone.
+    out, because its process was killed or because it was left alone. Exit 9 if the jobs of a team could not be swept.
     """
     from saasllm_cli.jobs import runner
 
     with waiting("Sweeping …"):
-        swept = runner.sweep(team)
+        swept, refusals = runner.sweep(team)
     if (output or settings().output) is not Format.TABLE:
         show({"swept": swept}, output)
     elif swept:
         note(f"Swept {counted(swept, 'job')}.")
-    else:
+    elif not refusals:
         remark("No job has expired.", verbose)
+    if refusals:
+        reasons = "".join(f"\n  {team_id}: {reason}" for team_id, reason in refusals.items())
+        raise CheckFailed(
+            "some_failed", f"The expired jobs of {counted(len(refusals), 'team')} could not be swept:{reasons}"
+        )
 
 
 @app.command(epilog="saasllm job get 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d -o json | jq '.calls[].error'")

@@ -15,7 +15,7 @@ from decimal import Decimal
 from importlib import import_module
 from typing import Any, TypeVar
 
-from saasllm_cli.jobs import chat, offline
+from saasllm_cli.jobs import chat, offline, schemas
 from saasllm_cli.jobs.answers import Answer, Complete, ModelFailed, sane, storable
 from saasllm_cli.jobs.signals import signals
 from saasllm_cli.settings import settings
@@ -207,7 +207,9 @@ async def _attempt(
     # Tools are called before the answer comes.
     if call.error is None and (schema := request.json_schema) is not None and not answer.tool_calls:
         answer = replace(answer, content=_unfenced(answer.content or ""))
-        call.error = _mismatch(answer.content or "", schema)
+        # Beside the others: it may take seconds.
+        mismatch = await asyncio.to_thread(schemas.mismatch, answer.content or "", schema)
+        call.error = mismatch and storable(mismatch)
     if call.error is None:
         return answer
     raise ModelFailed(call.error, is_final=is_withheld or shown.is_begun)
@@ -342,23 +344,3 @@ def _unfenced(text: str) -> str:
 def _kept(text: str | None) -> str | None:
     """As much of a prompt or an answer as is to be kept: nothing, unless the settings say so."""
     return storable((text or "")[: settings().keep_content]) or None
-
-
-def _mismatch(content: str, schema: dict[str, Any]) -> str | None:
-    """Why an answer does not match its schema. Nothing of the answer is told: it may be nobody's to keep."""
-    try:
-        value = json.loads(content, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        return "the answer is not JSON"
-    try:
-        error = next(chat.validator(json.dumps(schema)).iter_errors(value), None)
-    except Exception as failure:
-        return f"the JSON schema cannot be applied ({type(failure).__name__})"
-    if error is None:
-        return None
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.instance_path)
-    return storable(f"the answer does not match the JSON schema at ${place} ({error.kind.name})")
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")

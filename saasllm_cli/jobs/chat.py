@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from saasllm_cli.errors import InvalidInput
+from saasllm_cli.jobs.schemas import validator
 
 # Control characters (but not tab, line feed, vertical tab, form feed, carriage return) and halves of surrogate pairs.
 NO_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 LARGEST_IMAGE = 20 * 2**20
-BACKTRACKS = 100_000  # of a pattern: some milliseconds
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # What steers litellm instead of the model: what the group, the runner or the environment decides, by which a cost could
 # be falsified, a key or a prompt sent elsewhere, or an answer made up. Families of names, for litellm gets new ones.
@@ -129,23 +129,6 @@ def _mistake(schema_text: str) -> str | None:
     except (ReferencingError, ValueError) as error:
         return str(error)
     return None
-
-
-@lru_cache(100)
-def validator(schema_text: str) -> Any:
-    """What checks values by a JSON schema. It fetches no other schema from anywhere, and its time is bounded, whatever
-    the patterns of the schema are."""
-    from jsonschema_rs import FancyRegexOptions, validator_for
-
-    return validator_for(
-        json.loads(schema_text),
-        retriever=_retrieve_nothing,
-        pattern_options=FancyRegexOptions(backtrack_limit=BACKTRACKS),
-    )
-
-
-def _retrieve_nothing(uri: str) -> None:
-    raise ValueError(f"{uri} is not fetched")
 
 
 def messages(chat: Any, source: str, folder: Path) -> list[dict[str, Any]]:

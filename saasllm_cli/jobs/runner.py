@@ -230,15 +230,36 @@ def finish(job_id: UUID, status: str, error_message: str | None = None) -> None:
         raise _no_call(job_id, "lease_lost" if is_open else "job_finished", None, None)
 
 
-def sweep(team_id: str | None) -> int:
-    """Fails the jobs whose lease ran out, of the team or of all, and frees their credits; says how many there were."""
+def sweep(team_id: str | None) -> tuple[int, dict[str, str]]:
+    """Fails the jobs whose lease ran out, of the team or of all, and frees their credits; says how many there were, and
+    of which teams the database refuses it, and why: they hinder no other."""
     count = 0
+    refusals: dict[str, str] = {}
+
+    def sweep_one(team: str | None) -> None:
+        nonlocal count
+        with database.translated_errors():
+            while swept := db.one("job.sweep", team_id=team, row_limit=SWEEP_CHUNK)["swept"]:
+                count += swept
+
     with database.connect() as db:
         if team_id is not None:
             db.get("team", team_id)
-        while swept := db.one("job.sweep", team_id=team_id, row_limit=SWEEP_CHUNK)["swept"]:
-            count += swept
-    return count
+        try:
+            sweep_one(team_id)
+        except DatabaseUnavailable:
+            raise
+        except SaasllmError:
+            if team_id is not None:
+                raise
+            for row in db.many("job.expired_teams"):
+                try:
+                    sweep_one(row["team_id"])
+                except DatabaseUnavailable:
+                    raise
+                except SaasllmError as refusal:
+                    refusals[row["team_id"]] = refusal.message
+    return count, refusals
 
 
 def keep_refusal(db: database.Database, team_id: str, group_name: str | None, outcome: str, refusals: int = 1) -> None:

@@ -457,6 +457,13 @@ swept AS (
 )
 SELECT count(*) AS swept FROM swept;
 
+-- name: expired_teams() :many
+-- The teams with jobs whose lease ran out.
+SELECT DISTINCT team_id
+FROM jobs
+WHERE status IN ('pending', 'in_progress') AND lease_expires_at <= clock_timestamp()
+ORDER BY team_id;
+
 -- name: get(job_id) :maybe
 SELECT * FROM job_details WHERE job_id = %(job_id)s;
 

@@ -42,9 +42,9 @@ SELECT current_schema() AS schema;
 
 -- name: recorded() :many
 -- What is applied: migrations, and files of definitions with what they define.
-SELECT migration, checksum, applied_at, NULL AS objects FROM saasllm_migrations
+SELECT migration, checksum, applied_at, NULL AS objects FROM public.saasllm_migrations
 UNION ALL
-SELECT definition, checksum, applied_at, objects FROM saasllm_definitions
+SELECT definition, checksum, applied_at, objects FROM public.saasllm_definitions
 ORDER BY migration;
 
 -- name: record(migration, checksum, duration_ms) :none
@@ -63,19 +63,19 @@ WHERE (d.checksum, d.objects) IS DISTINCT FROM (excluded.checksum, excluded.obje
 DELETE FROM saasllm_definitions WHERE definition <> ALL (%(definitions)s);
 
 -- name: existing() :many
--- The tables, functions, views and enabled triggers of the current schema, and what DROP calls each.
+-- The tables, functions, views and enabled triggers of our schema, and what DROP calls each.
 SELECT 'function ' || proname AS object, oid::regprocedure::text AS dropped_as
 FROM pg_proc
-WHERE pronamespace = current_schema()::regnamespace
+WHERE pronamespace = to_regnamespace('public')
 UNION ALL
 SELECT CASE relkind WHEN 'v' THEN 'view ' ELSE 'table ' END || relname, quote_ident(relname)
 FROM pg_class
-WHERE relnamespace = current_schema()::regnamespace AND relkind IN ('v', 'r', 'p')
+WHERE relnamespace = to_regnamespace('public') AND relkind IN ('v', 'r', 'p')
 UNION ALL
 SELECT 'trigger ' || c.relname || '.' || t.tgname, quote_ident(t.tgname) || ' ON ' || quote_ident(c.relname)
 FROM pg_trigger t
 JOIN pg_class c ON c.oid = t.tgrelid
-WHERE c.relnamespace = current_schema()::regnamespace AND NOT t.tgisinternal AND t.tgenabled IN ('O', 'A');
+WHERE c.relnamespace = to_regnamespace('public') AND NOT t.tgisinternal AND t.tgenabled IN ('O', 'A');
 
 -- name: built_on(kind, name) :many
 -- The functions, views and triggers that are built on a function or view, as in `existing`.

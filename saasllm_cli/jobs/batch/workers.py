@@ -1,5 +1,6 @@
 """The processes that call the models, each so many at once, and what goes through the pipes between them and this one:
-there the jobs' ids, models and requests, back their answers and calls, several in a message.
+there the jobs' ids, models and requests, back their answers and calls, several in a message. Threads wait at the pipes:
+a process that is stopped, perhaps within a message, stops no other.
 """
 
 import asyncio
@@ -9,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
 
@@ -22,6 +23,8 @@ from saasllm_cli.jobs.signals import UNINTERRUPTED, signals
 
 GATHER_SECONDS = 0.05  # in which a worker's results become one message
 LINGER_SECONDS = 0.1  # in which the results of all become one group
+BEAT_SECONDS = 5.0  # after which a worker tells something in any case
+SILENT_SECONDS = 60.0  # after which one is given up: it was stopped, and may never go on
 
 
 class Workers:
@@ -35,6 +38,11 @@ class Workers:
         self._concurrency = concurrency
         self._processes: dict[Connection, BaseProcess] = {}
         self._load: Counter[Connection] = Counter()
+        self._outboxes: dict[Connection, SimpleQueue[Any]] = {}
+        self._inbox: SimpleQueue[tuple[Connection, Any]] = SimpleQueue()
+        self._readers: dict[Connection, Thread] = {}
+        self._silent: dict[Connection, float] = {}
+        self._looked_at = time.monotonic()
 
     def __enter__(self) -> "Workers":
         context = get_context("spawn")
@@ -47,6 +55,12 @@ class Workers:
                 process.start()
                 theirs.close()
                 self._processes[ours] = process
+        for pipe in self._processes:
+            self._silent[pipe] = 0
+            self._outboxes[pipe] = SimpleQueue()
+            self._readers[pipe] = Thread(target=_read, args=(pipe, self._inbox), daemon=True)
+            self._readers[pipe].start()
+            Thread(target=_write, args=(pipe, self._outboxes[pipe]), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -59,51 +73,72 @@ class Workers:
             pipe = min(self._processes, key=self._load.__getitem__)
             self._load[pipe] += 1
             shares[pipe].append(task)
-        try:
-            for pipe, share in shares.items():
-                pipe.send(share)
-        except OSError:
-            raise _worker_died() from None
+        for pipe, share in shares.items():
+            self._outboxes[pipe].put(share)
 
     def results(self, seconds: float) -> Iterator[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
         """The results that are there, each with its job's id and its calls; waits so long for the first."""
-        if wait(list(self._processes), seconds):
+        told = []
+        with suppress(Empty):
+            told.append(self._inbox.get(timeout=seconds))
             time.sleep(LINGER_SECONDS)  # some more may be settled with it
+            while True:
+                told.append(self._inbox.get_nowait())
         has_died = False
-        for pipe in wait(list(self._processes), 0):
-            assert isinstance(pipe, Connection)
-            try:
-                while pipe.poll():
-                    results, passed_over = pipe.recv()
-                    self._load[pipe] -= len(results)
-                    self.passed_over |= passed_over
-                    yield from results
-            except (EOFError, OSError):
+        for pipe, message in told:
+            self._silent[pipe] = 0
+            if message is None:
                 has_died = True
+                continue
+            results, passed_over = message
+            self._load[pipe] -= len(results)
+            self.passed_over |= passed_over
+            yield from results
         if has_died:
-            raise _worker_died()
+            raise SaasllmError("worker_died", "A worker process died.", "Run the same command again.")
+        self._look_for_silent()
+
+    def _look_for_silent(self) -> None:
+        """Raises where a worker has told nothing for long. The time in which this process was stopped itself does not
+        count."""
+        now = time.monotonic()
+        passed, self._looked_at = min(now - self._looked_at, 1.0), now
+        for pipe in self._processes:
+            self._silent[pipe] += passed
+            if self._silent[pipe] > SILENT_SECONDS:
+                raise SaasllmError(
+                    "worker_silent",
+                    f"A worker process has not responded for {SILENT_SECONDS:.0f} s; it may have been stopped.",
+                    "Run the same command again.",
+                )
 
     def stop(self) -> None:
         for pipe, process in self._processes.items():
             process.kill()
             process.join()
+            self._readers[pipe].join()
+            self._outboxes[pipe].put(None)
             pipe.close()
         self._processes = {}
 
 
-def _worker_died() -> SaasllmError:
-    return SaasllmError("worker_died", "A worker process died.", "Run the same command again.")
+def _write(pipe: Connection, messages: "SimpleQueue[Any]") -> None:
+    with suppress(OSError):
+        while (message := messages.get()) is not None:
+            pipe.send(message)
+
+
+def _read(pipe: Connection, inbox: "SimpleQueue[tuple[Connection, Any]]") -> None:
+    with suppress(EOFError, OSError):
+        while True:
+            inbox.put((pipe, pipe.recv()))
+    inbox.put((pipe, None))
 
 
 def _work(pipe: Connection, concurrency: int, profile: str | None) -> None:
     """A worker: calls the models for what comes in, until the pipe is closed."""
     profile_flag.set(profile)
     messages: SimpleQueue[Any] = SimpleQueue()
-
-    def write() -> None:  # a thread: while the other end is writing itself, this one has to go on reading
-        with suppress(OSError):
-            while True:
-                pipe.send(messages.get())
 
     async def serve() -> None:
         limit, traffic, closed = asyncio.Semaphore(concurrency), Traffic(concurrency), asyncio.Event()
@@ -140,8 +175,15 @@ def _work(pipe: Connection, concurrency: int, profile: str | None) -> None:
             except (EOFError, OSError):
                 closed.set()
 
-        loop.add_reader(pipe.fileno(), receive)
-        await closed.wait()
+        async def beat() -> None:
+            while True:
+                await asyncio.sleep(BEAT_SECONDS)
+                tell()
 
-    Thread(target=write, daemon=True).start()
+        loop.add_reader(pipe.fileno(), receive)
+        beating = asyncio.ensure_future(beat())
+        await closed.wait()
+        beating.cancel()
+
+    Thread(target=_write, args=(pipe, messages), daemon=True).start()
     run_calls(serve())
