@@ -139,11 +139,7 @@ def test_rights_that_are_gone_are_taken_away(migrated_database: str, run: Run, s
         # Other arguments, another result, other columns, another event.
         ("search.sql", "FUNCTION search_query(words text)", "FUNCTION search_query(words text, language text)"),
         ("schedules.sql", "FUNCTION period_name(every text,", "FUNCTION period_name(each text,"),
-        (
-            "ledger.sql",
-            "reserve_credits(of_team text, wanted bigint) RETURNS bigint",
-            "reserve_credits(of_team text, wanted bigint) RETURNS numeric",
-        ),
+        ("purge.sql", "redacted_command(command text) RETURNS text", "redacted_command(command text) RETURNS varchar"),
         ("details.sql", "SELECT organization_id, name, status,", "SELECT name, organization_id, status,"),
         ("jobs.sql", *OTHER_EVENT),
     ],
@@ -400,11 +396,7 @@ def test_a_rule_of_the_ledger_changes_while_jobs_run(
     changes = (
         ("ledger.sql", "HINT = 'To correct a balance, add another entry.'", "HINT = 'Enter another one.'"),
         ("ledger.sql", "movement.opening = c.credits_remaining", "c.credits_remaining = movement.opening"),
-        (
-            "ledger.sql",
-            "FUNCTION reserve_credits(of_team text, wanted bigint)",
-            "FUNCTION reserve_credits(of_team text, wanted bigint, why text DEFAULT NULL)",
-        ),
+        ("ledger.sql", "of_team text, OUT last_entry_no", "of_team text, why text DEFAULT NULL, OUT last_entry_no"),
         ("jobs.sql", *OTHER_EVENT),
         ("details.sql", "SELECT organization_id, name, status,", "SELECT name, organization_id, status,"),
         ("jobs.sql", "TRIGGER jobs_begin_open", "TRIGGER jobs_begin_so"),  # one goes, another comes

@@ -96,7 +96,7 @@ ONE_TEAM_HAS_MOST = """
     INSERT INTO credit_transactions (
         team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after
     )
-    SELECT 'hr', 'acme', n + 1, 'adjustment', 1, n + 9, n + 10 FROM generate_series(1, 5000) n;
+    SELECT 'hr', 'acme', n + 1, 'adjustment', 10, n * 10, n * 10 + 10 FROM generate_series(1, 5000) n;
     INSERT INTO jobs (team_id, organization_id, status, lease_expires_at)
     SELECT 'hr', 'acme', 'in_progress', now() + interval '1 hour' FROM generate_series(1, 20000) n;
 """

@@ -104,7 +104,7 @@ def test_no_other_schema_stands_in_for_ours(migrated_database: str, run: Run, sq
     sql.execute("CREATE FUNCTION app.now() RETURNS timestamptz LANGUAGE sql AS $$ SELECT timestamptz '-infinity' $$")
     sql.execute("CREATE FUNCTION app.differs(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT false'")
     sql.execute("CREATE OPERATOR app.= (function = app.differs, leftarg = text, rightarg = text)")
-    sql.execute("CREATE FUNCTION app.reserve_credits(text, bigint) RETURNS bigint LANGUAGE sql AS 'SELECT $2'")
+    sql.execute("CREATE FUNCTION app.lock_balance(text) RETURNS bigint LANGUAGE sql AS 'SELECT 2'")
     for table in tables:
         sql.execute(f"CREATE TABLE app.{table} (LIKE public.{table})")  # type: ignore[arg-type]
     sql.execute(f"ALTER DATABASE {migrated_database} SET search_path = {path}")  # type: ignore[arg-type]

@@ -86,7 +86,7 @@ DAMAGE = {
     "INSERT INTO audit_log (noun, action, organization_id, team_id, before, purged_by) VALUES ('team', 'purge', 'acme',"
     " 'hr', '{}', '1'); DELETE FROM credit_transactions WHERE team_id = 'hr' AND entry_no > 1; DELETE FROM jobs WHERE"
     " team_id = 'hr'; UPDATE team_credits SET credits_used = 0, credits_reserved = 0, credits_allocated = 10,"
-    " last_entry_no = 1 WHERE team_id = 'hr'": {"entry from before a purge of its team"},
+    " last_entry_no = 1, last_hold_no = 0 WHERE team_id = 'hr'": {"entry from before a purge of its team"},
     "UPDATE credit_transactions SET organization_id = 'other' WHERE team_id = 'hr' AND entry_no = 3": {
         "entry of another organization"
     },

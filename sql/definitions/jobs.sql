@@ -70,58 +70,61 @@ CREATE TRIGGER jobs_number_release BEFORE UPDATE ON jobs
     FOR EACH ROW WHEN (NEW.status IN ('failed', 'cancelled') AND OLD.status IN ('pending', 'in_progress'))
     EXECUTE FUNCTION number_reservation();
 
-CREATE FUNCTION move_reservations() RETURNS trigger
+CREATE FUNCTION move_reservation(of_team text, credits bigint, first_no bigint, last_no bigint) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET enable_seqscan = off AS $$
-DECLARE
-    refused text;
 BEGIN
-    IF TG_OP = 'UPDATE' AND NOT EXISTS (SELECT FROM new_rows WHERE release_no IS NOT NULL) THEN
-        RETURN NULL;
-    END IF;
+    UPDATE ONLY public.team_credits
+    SET credits_reserved = credits_reserved + credits,
+        last_hold_no = last_no
+    WHERE team_id = of_team AND last_hold_no + 1 = first_no AND last_no = first_no;
 
-    WITH movement AS (
-        SELECT
-            c.team_id,
-            c.last_hold_no + 1 AS number,
-            CASE TG_OP WHEN 'INSERT' THEN count(*) ELSE - count(*) END AS credits,
-            bool_and(job.number = c.last_hold_no + 1) AS is_next
-        FROM (
-            SELECT team_id, CASE TG_OP WHEN 'INSERT' THEN hold_no ELSE release_no END AS number
-            FROM new_rows
-        ) AS job
-        JOIN ONLY public.team_credits c ON c.team_id = job.team_id
-        -- One that has ended before has an earlier one.
-        WHERE job.number > c.last_hold_no OR TG_OP = 'INSERT'
-        GROUP BY c.team_id
-    ),
-    moved AS (
-        UPDATE ONLY public.team_credits c
-        SET credits_reserved = c.credits_reserved + movement.credits,
-            last_hold_no = movement.number
-        FROM movement
-        WHERE c.team_id = movement.team_id
-          AND movement.is_next
-          AND c.last_hold_no = movement.number - 1
-        RETURNING c.team_id
-    )
-    SELECT min(team_id::text) INTO refused
-    FROM movement
-    WHERE team_id NOT IN (SELECT team_id FROM moved);
-
-    IF refused IS NOT NULL THEN
-        RAISE EXCEPTION 'what the jobs of team % reserve or release does not have the next number', refused
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'what the jobs of team % reserve or release does not have the next number', of_team
             USING ERRCODE = 'SL009', HINT = 'Leave out hold_no and release_no.';
     END IF;
+END
+$$;
+
+CREATE FUNCTION reserve_credits() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM public.move_reservation(team_id, jobs, first_no, last_no)
+    FROM (
+        SELECT team_id, count(*) AS jobs, min(hold_no) AS first_no, max(hold_no) AS last_no
+        FROM new_rows
+        GROUP BY team_id
+        ORDER BY team_id
+    ) AS begun;
     RETURN NULL;
 END
 $$;
 
-CREATE TRIGGER jobs_reserve AFTER INSERT ON jobs
+CREATE TRIGGER jobs_reserve_credits AFTER INSERT ON jobs
     REFERENCING NEW TABLE AS new_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION move_reservations();
-CREATE TRIGGER jobs_release AFTER UPDATE ON jobs
-    REFERENCING NEW TABLE AS new_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION move_reservations();
+    FOR EACH STATEMENT EXECUTE FUNCTION reserve_credits();
+
+CREATE FUNCTION release_credits() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM new_rows WHERE release_no IS NOT NULL) THEN
+        RETURN NULL; -- as is most often the case
+    END IF;
+    PERFORM public.move_reservation(team_id, - jobs, first_no, last_no)
+    FROM (
+        SELECT n.team_id, count(*) AS jobs, min(n.release_no) AS first_no, max(n.release_no) AS last_no
+        FROM new_rows n
+        JOIN old_rows o USING (job_id)
+        WHERE n.release_no IS NOT NULL AND o.release_no IS NULL
+        GROUP BY n.team_id
+        ORDER BY n.team_id
+    ) AS ended;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER jobs_release_credits AFTER UPDATE ON jobs
+    REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION release_credits();
 
 -- It may also become what a count of all says: so it is repaired. (While a balance is, it may be too low for all of them.)
 CREATE FUNCTION guard_reservation() RETURNS trigger
@@ -134,20 +137,32 @@ DECLARE
     is_restored boolean;
 BEGIN
     IF NEW.last_hold_no <> OLD.last_hold_no THEN
+        -- None has a higher one. In this order, which only one index has, few are read whatever else the team has.
         SELECT count(*) INTO begun
-        FROM ONLY public.jobs
-        WHERE team_id = OLD.team_id AND hold_no = NEW.last_hold_no;
+        FROM (
+            SELECT FROM ONLY public.jobs
+            WHERE team_id = OLD.team_id AND hold_no >= NEW.last_hold_no
+            ORDER BY hold_no
+            OFFSET 0
+        ) AS job;
         SELECT count(*) INTO ended
-        FROM ONLY public.jobs
-        WHERE team_id = OLD.team_id AND release_no = NEW.last_hold_no;
+        FROM (
+            SELECT FROM ONLY public.jobs
+            WHERE team_id = OLD.team_id AND release_no >= NEW.last_hold_no
+            ORDER BY release_no
+            OFFSET 0
+        ) AS job;
     END IF;
     IF NEW.last_entry_no <> OLD.last_entry_no THEN
         SELECT count(*) INTO charged
-        FROM ONLY public.credit_transactions
-        WHERE team_id = OLD.team_id
-          AND entry_no > OLD.last_entry_no
-          AND entry_no <= NEW.last_entry_no
-          AND transaction_type = 'deduction';
+        FROM (
+            SELECT transaction_type
+            FROM ONLY public.credit_transactions
+            WHERE team_id = OLD.team_id AND entry_no > OLD.last_entry_no AND entry_no <= NEW.last_entry_no
+            ORDER BY entry_no
+            OFFSET 0
+        ) AS entry
+        WHERE transaction_type = 'deduction';
     END IF;
     IF NEW.credits_reserved - OLD.credits_reserved = begun - ended - charged
        AND NEW.last_hold_no - OLD.last_hold_no = sign(begun + ended) THEN
