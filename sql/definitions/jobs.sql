@@ -70,8 +70,9 @@ CREATE TRIGGER jobs_number_release BEFORE UPDATE ON jobs
     FOR EACH ROW WHEN (NEW.status IN ('failed', 'cancelled') AND OLD.status IN ('pending', 'in_progress'))
     EXECUTE FUNCTION number_reservation();
 
+-- For the functions of triggers, whose settings hold for it.
 CREATE FUNCTION move_reservation(of_team text, credits bigint, first_no bigint, last_no bigint) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET enable_seqscan = off AS $$
+LANGUAGE plpgsql AS $$
 BEGIN
     UPDATE ONLY public.team_credits
     SET credits_reserved = credits_reserved + credits,
@@ -86,7 +87,7 @@ END
 $$;
 
 CREATE FUNCTION reserve_credits() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET enable_seqscan = off AS $$
 BEGIN
     PERFORM public.move_reservation(team_id, jobs, first_no, last_no)
     FROM (
@@ -103,121 +104,52 @@ CREATE TRIGGER jobs_reserve_credits AFTER INSERT ON jobs
     REFERENCING NEW TABLE AS new_rows
     FOR EACH STATEMENT EXECUTE FUNCTION reserve_credits();
 
-CREATE FUNCTION release_credits() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    IF NOT EXISTS (SELECT FROM new_rows WHERE release_no IS NOT NULL) THEN
-        RETURN NULL; -- as is most often the case
-    END IF;
-    PERFORM public.move_reservation(team_id, - jobs, first_no, last_no)
-    FROM (
-        SELECT n.team_id, count(*) AS jobs, min(n.release_no) AS first_no, max(n.release_no) AS last_no
-        FROM new_rows n
-        JOIN old_rows o USING (job_id)
-        WHERE n.release_no IS NOT NULL AND o.release_no IS NULL
-        GROUP BY n.team_id
-        ORDER BY n.team_id
-    ) AS ended;
-    RETURN NULL;
-END
-$$;
 
-CREATE TRIGGER jobs_release_credits AFTER UPDATE ON jobs
-    REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION release_credits();
+-- A job ends with its charge, or with what it has reserved free again. Many are settled by one statement: what each of
+-- them is checked for is asked once and not job by job, and each charge is looked up by the one index that names it
+-- alone. That a completed job was charged holds before its update as well as after it.
 
--- It may also become what a count of all says: so it is repaired. (While a balance is, it may be too low for all of them.)
-CREATE FUNCTION guard_reservation() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off
-SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
-DECLARE
-    begun       bigint := 0; -- jobs of its new number
-    ended       bigint := 0;
-    charged     bigint := 0;
-    is_restored boolean;
-BEGIN
-    IF NEW.last_hold_no <> OLD.last_hold_no THEN
-        -- None has a higher one. In this order, which only one index has, few are read whatever else the team has.
-        SELECT count(*) INTO begun
-        FROM (
-            SELECT FROM ONLY public.jobs
-            WHERE team_id = OLD.team_id AND hold_no >= NEW.last_hold_no
-            ORDER BY hold_no
-            OFFSET 0
-        ) AS job;
-        SELECT count(*) INTO ended
-        FROM (
-            SELECT FROM ONLY public.jobs
-            WHERE team_id = OLD.team_id AND release_no >= NEW.last_hold_no
-            ORDER BY release_no
-            OFFSET 0
-        ) AS job;
-    END IF;
-    IF NEW.last_entry_no <> OLD.last_entry_no THEN
-        SELECT count(*) INTO charged
-        FROM (
-            SELECT transaction_type
-            FROM ONLY public.credit_transactions
-            WHERE team_id = OLD.team_id AND entry_no > OLD.last_entry_no AND entry_no <= NEW.last_entry_no
-            ORDER BY entry_no
-            OFFSET 0
-        ) AS entry
-        WHERE transaction_type = 'deduction';
-    END IF;
-    IF NEW.credits_reserved - OLD.credits_reserved = begun - ended - charged
-       AND NEW.last_hold_no - OLD.last_hold_no = sign(begun + ended) THEN
-        RETURN NULL;
-    END IF;
-
-    SELECT NEW.credits_reserved = least(count(*) FILTER (WHERE completed_at IS NULL), NEW.credits_remaining)
-           AND NEW.last_hold_no = coalesce(greatest(max(hold_no), max(release_no)), 0)
-    INTO is_restored
-    FROM ONLY public.jobs
-    WHERE team_id = OLD.team_id;
-
-    IF NOT is_restored THEN
-        RAISE EXCEPTION 'what is reserved of team % can change only with its jobs', OLD.team_id
-            USING ERRCODE = 'SL009', HINT = 'Insert a job, or end one.';
-    END IF;
-    RETURN NULL;
-END
-$$;
-
-CREATE TRIGGER team_credits_guard_reservation AFTER UPDATE ON team_credits
-    FOR EACH ROW
-    WHEN ((OLD.credits_reserved, OLD.last_hold_no) IS DISTINCT FROM (NEW.credits_reserved, NEW.last_hold_no))
-    EXECUTE FUNCTION guard_reservation();
-
-
--- A job completes together with its charge. Many are settled by one statement: what each of them is checked for is
--- asked once and not job by job, and each charge is looked up by the one index that names it alone. That a completed
--- job was charged holds before its update as well as after it.
-
-CREATE FUNCTION require_charge() RETURNS trigger
+CREATE FUNCTION settle_jobs() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET enable_seqscan = off AS $$
 DECLARE
-    uncharged text;
+    uncharged    text;
+    has_released boolean;
 BEGIN
-    SELECT min(job.job_id::text) INTO uncharged
-    FROM new_rows job
-    WHERE job.status = 'completed'
-      AND job.team_id IS DISTINCT FROM (
-          SELECT c.team_id
-          FROM ONLY public.credit_transactions c
-          WHERE c.job_id = job.job_id AND c.transaction_type = 'deduction'
-      );
+    SELECT
+        min(job.job_id::text) FILTER (
+            WHERE job.status = 'completed'
+              AND job.team_id IS DISTINCT FROM (
+                  SELECT c.team_id
+                  FROM ONLY public.credit_transactions c
+                  WHERE c.job_id = job.job_id AND c.transaction_type = 'deduction'
+              )
+        ),
+        bool_or(job.release_no IS NOT NULL)
+    INTO uncharged, has_released
+    FROM new_rows job;
 
     IF uncharged IS NOT NULL THEN
         RAISE EXCEPTION 'job % cannot be completed without its deduction', uncharged
             USING ERRCODE = 'SL003', HINT = 'Complete the job and charge its team in one statement.';
     END IF;
+    IF has_released THEN
+        PERFORM public.move_reservation(team_id, - jobs, first_no, last_no)
+        FROM (
+            SELECT job.team_id, count(*) AS jobs, min(job.release_no) AS first_no, max(job.release_no) AS last_no
+            FROM new_rows job
+            JOIN old_rows USING (job_id)
+            WHERE job.release_no IS NOT NULL AND old_rows.release_no IS NULL
+            GROUP BY job.team_id
+            ORDER BY job.team_id
+        ) AS ended;
+    END IF;
     RETURN NULL;
 END
 $$;
 
-CREATE TRIGGER jobs_complete_with_charge AFTER UPDATE ON jobs
-    REFERENCING NEW TABLE AS new_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION require_charge();
+CREATE TRIGGER jobs_settle AFTER UPDATE ON jobs
+    REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION settle_jobs();
 
 -- As with the ledger, nothing comes through a parent table, for which triggers of statements would not fire.
 CREATE TRIGGER jobs_have_no_parent AFTER DELETE ON jobs

@@ -137,49 +137,80 @@ CREATE TRIGGER credit_transactions_move_balances AFTER INSERT ON credit_transact
     FOR EACH STATEMENT EXECUTE FUNCTION move_balances();
 
 
--- No balance moves without its ledger rows.
+-- No balance moves without its ledger rows, and what is reserved of it does not without the jobs that hold it.
 --
 -- A balance can be wrong only where somebody has changed it with the triggers off. Then it does not move any more, for
 -- that would carry the fault into the ledger, until it is repaired: the guard also lets a balance become what the whole
--- ledger of its team says. Nobody gains a credit by that which the ledger does not have.
+-- ledger and all open jobs of its team say. Nobody gains a credit by that which the ledger does not have.
 --
+-- What is new is read in the order of its numbers, which only one index has: few rows, whatever else the team has.
 -- plan_cache_mode: else it is planned anew for each row, as the entries behind a number are thought to be many.
 
 CREATE FUNCTION guard_balance() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off
 SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
 DECLARE
-    is_explained boolean; -- by its new entries
-    was_right    boolean; -- what remained after its last entry
-    is_restored  boolean; -- to what all of its entries say
+    is_explained boolean := true; -- by its new entries, and by jobs
+    was_right    boolean := true; -- what remained after its last entry
+    is_restored  boolean; -- to what all of its entries and open jobs say
+    charged      bigint := 0; -- jobs, which hold nothing any more
+    held         bigint; -- by which other jobs have changed what is reserved
+    explained    bigint := 0; -- of that
 BEGIN
-    -- From its last entry on, in their order, which only one index has.
-    SELECT NEW.team_id = OLD.team_id
-           AND NEW.last_entry_no = coalesce(max(entry_no), 0)
-           AND NEW.last_entry_no - OLD.last_entry_no = count(*) FILTER (WHERE is_new)
-           AND NEW.credits_allocated - OLD.credits_allocated
-               = coalesce(sum(credits_amount) FILTER (WHERE is_new AND NOT is_of_job), 0)
-           AND NEW.credits_used - OLD.credits_used
-               = coalesce(-sum(credits_amount) FILTER (WHERE is_new AND is_of_job), 0),
-           OLD.credits_remaining IS NOT DISTINCT FROM CASE OLD.last_entry_no
-               WHEN 0 THEN 0
-               ELSE min(credits_after) FILTER (WHERE NOT is_new)
-           END
-    INTO is_explained, was_right
-    FROM (
-        SELECT
-            entry_no, credits_amount, credits_after,
-            entry_no > OLD.last_entry_no AS is_new,
-            transaction_type IN ('deduction', 'refund') AS is_of_job
-        FROM ONLY public.credit_transactions
-        WHERE team_id = OLD.team_id AND entry_no >= OLD.last_entry_no
-        ORDER BY entry_no
-        OFFSET 0
-    ) AS entry;
+    IF (OLD.team_id, OLD.credits_allocated, OLD.credits_used, OLD.last_entry_no)
+        IS DISTINCT FROM (NEW.team_id, NEW.credits_allocated, NEW.credits_used, NEW.last_entry_no)
+    THEN
+        SELECT NEW.team_id = OLD.team_id
+               AND NEW.last_entry_no = coalesce(max(entry_no), 0)
+               AND NEW.last_entry_no - OLD.last_entry_no = count(*) FILTER (WHERE is_new)
+               AND NEW.credits_allocated - OLD.credits_allocated
+                   = coalesce(sum(credits_amount) FILTER (WHERE is_new AND NOT is_of_job), 0)
+               AND NEW.credits_used - OLD.credits_used
+                   = coalesce(-sum(credits_amount) FILTER (WHERE is_new AND is_of_job), 0),
+               OLD.credits_remaining IS NOT DISTINCT FROM CASE OLD.last_entry_no
+                   WHEN 0 THEN 0
+                   ELSE min(credits_after) FILTER (WHERE NOT is_new)
+               END,
+               count(*) FILTER (WHERE is_new AND transaction_type = 'deduction')
+        INTO is_explained, was_right, charged
+        FROM (
+            SELECT
+                entry_no, transaction_type, credits_amount, credits_after,
+                entry_no > OLD.last_entry_no AS is_new,
+                transaction_type IN ('deduction', 'refund') AS is_of_job
+            FROM ONLY public.credit_transactions
+            WHERE team_id = OLD.team_id AND entry_no >= OLD.last_entry_no
+            ORDER BY entry_no
+            OFFSET 0
+        ) AS entry;
+    END IF;
 
-    IF is_explained AND was_right THEN
+    held := NEW.credits_reserved - OLD.credits_reserved + charged;
+    IF NEW.last_hold_no = OLD.last_hold_no + 1 AND held > 0 THEN
+        SELECT count(*) INTO explained
+        FROM (
+            SELECT hold_no
+            FROM ONLY public.jobs
+            WHERE team_id = OLD.team_id AND created_at >= transaction_timestamp()
+            ORDER BY created_at
+            OFFSET 0
+        ) AS job
+        WHERE hold_no = NEW.last_hold_no;
+    ELSIF NEW.last_hold_no = OLD.last_hold_no + 1 THEN
+        SELECT nullif(- count(*), 0) INTO explained
+        FROM (
+            SELECT FROM ONLY public.jobs
+            WHERE team_id = OLD.team_id AND release_no >= NEW.last_hold_no
+            ORDER BY release_no
+            OFFSET 0
+        ) AS job;
+    ELSIF NEW.last_hold_no <> OLD.last_hold_no THEN
+        explained := NULL;
+    END IF;
+
+    IF is_explained AND was_right AND held = explained THEN
         RETURN NULL;
-    ELSIF is_explained THEN
+    ELSIF is_explained AND NOT was_right THEN
         RAISE EXCEPTION 'the balance of team % does not match its ledger', OLD.team_id
             USING ERRCODE = 'SL006', HINT = format('Run: saasllm credits verify %s --repair', OLD.team_id);
     END IF;
@@ -198,6 +229,18 @@ BEGIN
         RAISE EXCEPTION 'the credits of team % can change only through its ledger', OLD.team_id
             USING ERRCODE = 'SL006', HINT = 'Insert into credit_transactions, as saasllm credits add does.';
     END IF;
+
+    -- While it is repaired, a balance may be too low for all of them.
+    SELECT NEW.credits_reserved = least(count(*) FILTER (WHERE completed_at IS NULL), NEW.credits_remaining)
+           AND NEW.last_hold_no = coalesce(greatest(max(hold_no), max(release_no)), 0)
+    INTO is_restored
+    FROM ONLY public.jobs
+    WHERE team_id = OLD.team_id;
+
+    IF NOT is_restored THEN
+        RAISE EXCEPTION 'what is reserved of team % can change only with its jobs', OLD.team_id
+            USING ERRCODE = 'SL009', HINT = 'Insert a job, or end one.';
+    END IF;
     RETURN NULL;
 END
 $$;
@@ -205,8 +248,14 @@ $$;
 CREATE TRIGGER team_credits_guard AFTER UPDATE ON team_credits
     FOR EACH ROW
     WHEN (
-        (OLD.team_id, OLD.credits_allocated, OLD.credits_used, OLD.last_entry_no)
-        IS DISTINCT FROM (NEW.team_id, NEW.credits_allocated, NEW.credits_used, NEW.last_entry_no)
+        (
+            OLD.team_id, OLD.credits_allocated, OLD.credits_used, OLD.credits_reserved, OLD.last_entry_no,
+            OLD.last_hold_no
+        )
+        IS DISTINCT FROM (
+            NEW.team_id, NEW.credits_allocated, NEW.credits_used, NEW.credits_reserved, NEW.last_entry_no,
+            NEW.last_hold_no
+        )
     )
     EXECUTE FUNCTION guard_balance();
 

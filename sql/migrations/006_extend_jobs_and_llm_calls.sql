@@ -29,7 +29,6 @@ ALTER TABLE jobs
 CREATE INDEX jobs_by_team ON jobs (team_id, created_at, job_id);
 CREATE INDEX jobs_by_organization ON jobs (organization_id, created_at, job_id);
 CREATE INDEX jobs_open ON jobs (team_id, lease_expires_at) WHERE status IN ('pending', 'in_progress');
-CREATE INDEX jobs_by_hold ON jobs (team_id, hold_no);
 CREATE INDEX jobs_by_release ON jobs (team_id, release_no) WHERE release_no IS NOT NULL;
 -- A key whose job failed or was cancelled is free again.
 CREATE UNIQUE INDEX jobs_idempotency_key ON jobs (idempotency_key)
