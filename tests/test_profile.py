@@ -352,7 +352,7 @@ def test_logs_as_lines_of_json(production: Run, monkeypatch: pytest.MonkeyPatch)
         ["time", "level", "message", "code", "hint"],
     ]
     assert [line["level"] for line in lines] == ["warning", "error"]
-    told = production("--log-format", "json", "credits", "allocate", "--dry-run")
+    told = production("--log-format", "json", "job", "sweep")
     assert [json.loads(line)["level"] for line in told.err.splitlines()] == ["warning", "info"]
     for nonsense in (["org", "frobnicate"], ["frobnicate"]):
         assert json.loads(production("--log-format", "json", *nonsense).err)["code"] == "usage"
