@@ -481,6 +481,7 @@ def lock(
 
 def _hold(connection: Connection, work: str) -> bool:
     """Whether this transaction, which may begin with this, now holds the lock of the work."""
+    connection.execute(query("migrate.look").sql)
     others = _others(connection, work)
     if _is_held_by(others):
         return False

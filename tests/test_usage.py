@@ -32,17 +32,19 @@ def used(tenant: Run, sql: psycopg.Connection) -> Run:
     tenant("team", "create", "idle", "--org", "acme")
     sql.execute(
         """
-        INSERT INTO jobs (team_id, organization_id, job_type, status, created_at, lease_expires_at)
-        SELECT team, 'acme', type, 'in_progress', at::timestamptz, now() + interval '1 day'
+        SET session_replication_role = replica; -- for they hold credits of then
+        INSERT INTO jobs (team_id, organization_id, job_type, status, created_at, lease_expires_at, hold_no)
+        SELECT team, 'acme', type, 'in_progress', at::timestamptz, now() + interval '1 day', 0
         FROM (VALUES
             ('hr', 'parse', '2026-02-28T23:59:59.999Z'), ('hr', 'parse', '2026-03-01T00:00:00Z'),
             ('hr', 'parse', '2026-03-31T23:59:59.999Z'), ('hr', 'match', '2026-03-31T12:00:00Z'),
             ('hr', 'match', '2026-05-10T12:00:00Z'), ('it', 'parse', '2026-03-02T12:00:00Z')
         ) AS job (team, type, at);
-        UPDATE jobs SET status = 'failed', completed_at = now(), lease_expires_at = NULL
+        UPDATE jobs SET status = 'failed', completed_at = now(), lease_expires_at = NULL, release_no = 0
         WHERE created_at = '2026-03-31T12:00:00Z';
-        UPDATE jobs SET status = 'cancelled', completed_at = now(), lease_expires_at = NULL
+        UPDATE jobs SET status = 'cancelled', completed_at = now(), lease_expires_at = NULL, release_no = 0
         WHERE created_at = '2026-03-01T00:00:00Z';
+        SET session_replication_role = DEFAULT;
 
         INSERT INTO llm_calls (job_id, team_id, model_group_used, resolved_model, attempt, latency_ms, created_at,
             error, prompt_tokens, completion_tokens, total_tokens, cost_usd)

@@ -70,7 +70,7 @@ SELECT
     c.credits_used,
     c.credits_reserved,
     c.credits_remaining,
-    least(c.credits_remaining, c.credits_remaining - c.credits_reserved + expired.credits) AS credits_free
+    c.credits_remaining - c.credits_reserved + expired.credits AS credits_free
 FROM teams t
 JOIN team_credits c USING (team_id)
 CROSS JOIN LATERAL (

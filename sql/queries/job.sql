@@ -325,23 +325,23 @@ LEFT JOIN jobs j USING (job_id);
 -- name: settle_many(results) :many
 -- As `settle`, for many jobs: `results` is a JSON array of their job_id, status, error_message and calls. The jobs, and
 -- then the balances of their teams, are locked in their order; each is looked up by its id, however many jobs are open.
--- The calls are written before the balances are locked, which others wait for.
+-- The calls are written before the balances are locked, which others wait for; but for those of which a job frees its
+-- credit.
 WITH result AS (
     SELECT *
     FROM jsonb_to_recordset(%(results)s::jsonb) AS result (job_id uuid, status text, error_message text, calls jsonb)
     ORDER BY job_id
 ),
 held AS (
-    SELECT result.*
+    SELECT result.*, open.team_id
     FROM result
     CROSS JOIN LATERAL (
-        SELECT FROM jobs WHERE job_id = result.job_id AND lease_expires_at > clock_timestamp() FOR UPDATE
+        SELECT team_id FROM jobs WHERE job_id = result.job_id AND lease_expires_at > clock_timestamp() FOR UPDATE
     ) AS open
 ),
--- Those of which a credit is freed, in the order of the teams.
 freed AS (
     SELECT count(*) AS teams
-    FROM (SELECT DISTINCT j.team_id FROM held JOIN jobs j USING (job_id) WHERE held.status <> 'completed' ORDER BY 1) AS team
+    FROM (SELECT DISTINCT team_id FROM held WHERE status <> 'completed' ORDER BY team_id) AS team
     CROSS JOIN LATERAL lock_balance(team.team_id)
 ),
 job AS (
