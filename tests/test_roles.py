@@ -273,6 +273,21 @@ BEHIND = {
         FAIL_JOB,
         "next number",
     ),
+    "a job ends and releases twice": (
+        "UPDATE ON jobs",
+        "NEW.release_no := NEW.release_no + 1; RETURN NEW",
+        f"""{open_jobs(2)};
+            CREATE FUNCTION pg_temp.release() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                UPDATE team_credits SET credits_reserved = credits_reserved - 1, last_hold_no = last_hold_no + 1
+                WHERE team_id = 'hr';
+                RETURN NULL;
+            END $$;
+            CREATE TRIGGER "A" AFTER UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION pg_temp.release();
+            UPDATE jobs SET status = 'failed', completed_at = now(), lease_expires_at = NULL
+            WHERE job_id = (SELECT job_id FROM jobs WHERE status = 'in_progress' LIMIT 1)
+        """,
+        "only with its jobs",
+    ),
     "a balance begins with credits": (
         "INSERT ON team_credits",
         "NEW.credits_allocated := 50; RETURN NEW",

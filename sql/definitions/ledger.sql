@@ -199,11 +199,13 @@ BEGIN
     ELSIF NEW.last_hold_no = OLD.last_hold_no + 1 THEN
         SELECT nullif(- count(*), 0) INTO explained
         FROM (
-            SELECT FROM ONLY public.jobs
+            SELECT release_no
+            FROM ONLY public.jobs
             WHERE team_id = OLD.team_id AND release_no >= NEW.last_hold_no
             ORDER BY release_no
             OFFSET 0
-        ) AS job;
+        ) AS job
+        WHERE release_no = NEW.last_hold_no; -- one that has a later number would be counted again with that
     ELSIF NEW.last_hold_no <> OLD.last_hold_no THEN
         explained := NULL;
     END IF;
