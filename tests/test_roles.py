@@ -204,12 +204,17 @@ def test_the_runner_conjures_no_credit(tenant: Run, as_role: As) -> None:
 
 def test_what_a_session_brings_along_stands_in_for_nothing(tenant: Run, as_role: As, sql: Sql) -> None:
     runner = as_role("saasllm_runner")
-    sql.execute("CREATE SCHEMA own AUTHORIZATION saasllm_runner_user")  # as where it may create one
+    # As where it may create one, and there.
+    sql.execute(
+        "CREATE SCHEMA own AUTHORIZATION saasllm_runner_user; GRANT CREATE ON SCHEMA public TO saasllm_runner_user"
+    )
     runner.execute("""
         CREATE TEMP TABLE team_credits AS SELECT * FROM public.team_credits;
         CREATE TEMP TABLE credit_transactions AS SELECT * FROM public.credit_transactions;
         CREATE FUNCTION own.has_table_privilege(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT true';
         CREATE FUNCTION pg_temp.has_table_privilege(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT true';
+        CREATE FUNCTION public.move_reservation(identifier, bigint, bigint, bigint) RETURNS void LANGUAGE sql AS '';
+        CREATE FUNCTION public.lock_balance(identifier, OUT last_hold_no bigint) LANGUAGE sql AS 'SELECT 7';
         SET search_path = own, pg_temp, public, pg_catalog;
     """)
     with refused("can enter only the charges of jobs"):
@@ -218,7 +223,9 @@ def test_what_a_session_brings_along_stands_in_for_nothing(tenant: Run, as_role:
                 credits_amount, credits_before, credits_after)
             VALUES ('hr', 'acme', 2, 'allocation', 5, 10, 15)
         """)
-    assert sql.execute("SELECT credits_remaining FROM team_credits").fetchall() == [{"credits_remaining": 10}]
+    runner.execute(open_jobs(3).replace("INTO jobs", "INTO public.jobs"))
+    held = sql.execute("SELECT credits_remaining, credits_reserved FROM team_credits").fetchall()
+    assert held == [{"credits_remaining": 10, "credits_reserved": 3}]
 
 
 # What a trigger of somebody else does behind the checks, in a statement that is nothing special.

@@ -52,7 +52,7 @@ CREATE TRIGGER jobs_keep_id AFTER UPDATE ON jobs
 CREATE FUNCTION number_reservation() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
 DECLARE
-    next_no bigint := (public.lock_balance(NEW.team_id)).last_hold_no + 1;
+    next_no bigint := (public.lock_balance(NEW.team_id::text)).last_hold_no + 1;
 BEGIN
     IF TG_OP = 'INSERT' THEN
         NEW.hold_no := next_no;
@@ -89,7 +89,7 @@ $$;
 CREATE FUNCTION reserve_credits() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET enable_seqscan = off AS $$
 BEGIN
-    PERFORM public.move_reservation(team_id, jobs, first_no, last_no)
+    PERFORM public.move_reservation(team_id::text, jobs, first_no, last_no)
     FROM (
         SELECT team_id, count(*) AS jobs, min(hold_no) AS first_no, max(hold_no) AS last_no
         FROM new_rows
@@ -133,7 +133,7 @@ BEGIN
             USING ERRCODE = 'SL003', HINT = 'Complete the job and charge its team in one statement.';
     END IF;
     IF has_released THEN
-        PERFORM public.move_reservation(team_id, - jobs, first_no, last_no)
+        PERFORM public.move_reservation(team_id::text, - jobs, first_no, last_no)
         FROM (
             SELECT job.team_id, count(*) AS jobs, min(job.release_no) AS first_no, max(job.release_no) AS last_no
             FROM new_rows job

@@ -4,6 +4,7 @@
 -- on the balances asks the ledger whether a movement is explained by its rows. It asks the data, not who is asking:
 -- a setting or a trigger depth could be faked by any client. The functions see pg_catalog alone and name their tables
 -- in full, with ONLY: a temporary table, a function of somebody's or a child table cannot stand in for the real one.
+-- A function of ours is given just the types that it takes: a domain's own would be preferred, where somebody makes one.
 -- With row_security = off they fail where a policy would hide rows from them.
 --
 -- What they check is what was written: before a row is, a trigger of somebody else's may still change it.
