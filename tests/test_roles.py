@@ -261,6 +261,16 @@ BEHIND = {
     "a balance stays behind its entry": ("UPDATE ON team_credits", "RETURN OLD", ENTRY, "do not continue"),
     "a balance is not written": ("UPDATE ON team_credits", "RETURN NULL", ENTRY, "do not continue"),
     "a reservation is not written": ("UPDATE ON team_credits", "RETURN NULL", BEGIN_JOB, "next number"),
+    "a reservation stays as it was": ("UPDATE ON team_credits", "RETURN OLD", BEGIN_JOB, "next number"),
+    "a reservation gives way to an entry": (
+        "UPDATE ON team_credits",
+        "NEW.credits_reserved := least(NEW.credits_reserved, NEW.credits_allocated - NEW.credits_used); RETURN NEW",
+        f"""{open_jobs(5)};
+            INSERT INTO credit_transactions (team_id, organization_id, entry_no, transaction_type, credits_amount,
+                credits_before, credits_after) VALUES ('hr', 'acme', 3, 'adjustment', -8, 9, 1)
+        """,
+        "only with its jobs",
+    ),
     "a reservation is another": (
         "UPDATE ON team_credits",
         "NEW.credits_reserved := 5; RETURN NEW",

@@ -73,13 +73,16 @@ CREATE TRIGGER jobs_number_release BEFORE UPDATE ON jobs
 -- For the functions of triggers, whose settings hold for it.
 CREATE FUNCTION move_reservation(of_team text, credits bigint, first_no bigint, last_no bigint) RETURNS void
 LANGUAGE plpgsql AS $$
+DECLARE
+    written_no bigint;
 BEGIN
     UPDATE ONLY public.team_credits
     SET credits_reserved = credits_reserved + credits,
         last_hold_no = last_no
-    WHERE team_id = of_team AND last_hold_no + 1 = first_no AND last_no = first_no;
+    WHERE team_id = of_team AND last_hold_no + 1 = first_no AND last_no = first_no
+    RETURNING last_hold_no INTO written_no;
 
-    IF NOT FOUND THEN
+    IF written_no IS DISTINCT FROM last_no THEN
         RAISE EXCEPTION 'what the jobs of team % reserve or release does not have the next number', of_team
             USING ERRCODE = 'SL009', HINT = 'Leave out hold_no and release_no.';
     END IF;

@@ -233,8 +233,11 @@ BEGIN
             USING ERRCODE = 'SL006', HINT = 'Insert into credit_transactions, as saasllm credits add does.';
     END IF;
 
-    -- While it is repaired, a balance may be too low for all of them.
-    SELECT NEW.credits_reserved = least(count(*) FILTER (WHERE completed_at IS NULL), NEW.credits_remaining)
+    -- While one that was wrong is repaired, it may be too low for all of them.
+    SELECT NEW.credits_reserved = least(
+               count(*) FILTER (WHERE completed_at IS NULL),
+               CASE WHEN NOT (is_explained AND was_right) THEN NEW.credits_remaining END
+           )
            AND NEW.last_hold_no = coalesce(greatest(max(hold_no), max(release_no)), 0)
     INTO is_restored
     FROM ONLY public.jobs
