@@ -1,5 +1,6 @@
 """Many clients at once on one team and on one key."""
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -155,3 +156,29 @@ def test_a_higher_isolation_level_of_the_database(tenant: Run, migrated_database
 
     assert at_once(run) == ["begun True"] * 20
     assert_sound(tenant, 120)
+
+
+def test_many_are_settled_in_the_order_of_their_teams(tenant: Run, sql: Sql) -> None:
+    """Else two that charge the one and free the other, and the other way round, would wait for each other."""
+    tenant("team", "create", "it", "--org", "acme", "--group", "Echo", "--credits", "5")
+    results: list[database.Row] = []
+    for team_id, status in (("hr", "completed"), ("it", "failed")):
+        job_id = runner.new_job_id()
+        runner._begin(job_id, runner.JobRequest(team_id, CallRequest("Echo", [], 600)))
+        results.append({"job_id": str(job_id), "status": status, "error_message": None, "calls": []})
+
+    def settle() -> list[database.Row]:
+        with database.connect() as db:
+            return db.many("job.settle_many", results=database.exact_json(results))
+
+    balance = "SELECT FROM team_credits WHERE team_id = %s FOR UPDATE NOWAIT"
+    waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    with ThreadPoolExecutor() as pool, psycopg.connect(os.environ["SAASLLM_DATABASE_URL"]) as other:
+        other.execute(balance, ["hr"])
+        settled = pool.submit(settle)
+        while not sql.execute(waiting).fetchall():
+            assert not settled.done(), settled.result()
+        other.execute(balance, ["it"])
+        other.rollback()
+        assert all(row["settled"] for row in settled.result())
+    assert tenant("credits", "verify").status == 0

@@ -325,8 +325,7 @@ LEFT JOIN jobs j USING (job_id);
 -- name: settle_many(results) :many
 -- As `settle`, for many jobs: `results` is a JSON array of their job_id, status, error_message and calls. The jobs, and
 -- then the balances of their teams, are locked in their order; each is looked up by its id, however many jobs are open.
--- The calls are written before the balances are locked, which others wait for; but for those of which a job frees its
--- credit.
+-- The calls are written before the balances are locked, which others wait for, unless a job frees its credit.
 WITH result AS (
     SELECT *
     FROM jsonb_to_recordset(%(results)s::jsonb) AS result (job_id uuid, status text, error_message text, calls jsonb)
@@ -341,7 +340,12 @@ held AS (
 ),
 freed AS (
     SELECT count(*) AS teams
-    FROM (SELECT DISTINCT team_id FROM held WHERE status <> 'completed' ORDER BY team_id) AS team
+    FROM (
+        SELECT DISTINCT team_id
+        FROM held
+        WHERE EXISTS (SELECT FROM held WHERE status <> 'completed')
+        ORDER BY team_id
+    ) AS team
     CROSS JOIN LATERAL lock_balance(team.team_id)
 ),
 job AS (
