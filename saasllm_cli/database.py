@@ -502,6 +502,7 @@ def _is_held_by(others: list[Row]) -> bool:
 
 
 def _others(connection: Connection, work: str) -> list[Row]:
+    connection.execute(query("lock.look_again").sql)
     return connection.execute(query("lock.others").sql, {"work": work}).fetchall()
 
 

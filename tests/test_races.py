@@ -182,3 +182,23 @@ def test_many_are_settled_in_the_order_of_their_teams(tenant: Run, sql: Sql) -> 
         other.rollback()
         assert all(row["settled"] for row in settled.result())
     assert tenant("credits", "verify").status == 0
+
+
+def test_who_waits_for_a_work_sees_who_comes_later(tenant: Run) -> None:
+    """Within the transaction in which it has waited for another."""
+    lock = "SELECT pg_try_advisory_xact_lock(hashtext('saasllm apply'), %s)"
+    is_waiting = threading.Event()
+
+    def wait() -> None:
+        with database.connect() as db, db.whole():
+            db.hold("apply", Conflict("busy", "Busy."), 1, is_waiting.set)
+
+    url = os.environ["SAASLLM_DATABASE_URL"]
+    with ThreadPoolExecutor() as pool, psycopg.connect(url) as first:
+        first.execute(lock, [0])
+        waited = pool.submit(wait)
+        assert is_waiting.wait(10)
+        with psycopg.connect(url) as second:
+            second.execute(lock, [1])
+            first.rollback()
+            assert isinstance(waited.exception(), Conflict)

@@ -6,6 +6,10 @@
 -- anybody may hold who may connect. Those who may not do the work are passed over: each lock has a number, the first one
 -- from 0 on that none of them holds. Transactions of the work that do not hold it have a number below 0.
 
+-- name: look_again() :one
+-- Else `others` knows, within one transaction, no session that began after its first look.
+SELECT pg_stat_clear_snapshot();
+
 -- name: others(work) :many
 -- The numbers of the work's locks that others hold, and whether these may do the work: whether they are, or may become,
 -- a role that may insert into its table.
