@@ -66,6 +66,7 @@ ATTACKS = {
         "job_id_fkey|team_credits_reserved|not a completed job",
     ),
     "a dearer job": (ENTRY + f"('hr', 'acme', 2, 'deduction', -2, 10, 8, '{JOB}')", "credit_transactions_sign"),
+    "a job of no team": (open_jobs(1).replace("'hr'", "'nobody'"), "jobs_team"),
     "a job that begins completed": (
         "INSERT INTO jobs (team_id, organization_id, status, credit_applied, completed_at)"
         " VALUES ('hr', 'acme', 'completed', true, now())",

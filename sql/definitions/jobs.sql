@@ -52,7 +52,8 @@ CREATE TRIGGER jobs_keep_id AFTER UPDATE ON jobs
 CREATE FUNCTION number_reservation() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
 DECLARE
-    next_no bigint := (public.lock_balance(NEW.team_id::text)).last_hold_no + 1;
+    -- Of a team that is not there, a foreign key says so.
+    next_no bigint := coalesce((public.lock_balance(NEW.team_id::text)).last_hold_no, 0) + 1;
 BEGIN
     IF TG_OP = 'INSERT' THEN
         NEW.hold_no := next_no;
@@ -84,7 +85,7 @@ BEGIN
 
     IF written_no IS DISTINCT FROM last_no THEN
         RAISE EXCEPTION 'what the jobs of team % reserve or release does not have the next number', of_team
-            USING ERRCODE = 'SL009', HINT = 'Leave out hold_no and release_no.';
+            USING ERRCODE = 'SL009', HINT = 'Leave out hold_no and release_no; begin and end jobs in separate statements.';
     END IF;
 END
 $$;
