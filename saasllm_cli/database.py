@@ -666,6 +666,12 @@ def _translated(error: psycopg.Error) -> SaasllmError:
             return InvalidInput("out_of_range", "A number is out of range.", "Whole numbers go up to 2^63 - 1.")
         case _, "23514" if error.diag.constraint_name in ("team_credits_free", "credit_transactions_not_negative"):
             return InsufficientCredits("insufficient_credits", "The team does not have that many free credits.")
+        case _, "23514" if error.diag.constraint_name == "team_credits_reserved":
+            return Conflict(
+                "balance_differs",
+                "The database refused this: what is reserved of the team is less than its open jobs hold.",
+                "Run: saasllm credits verify --repair",
+            )
         case _, "23505" if error.diag.constraint_name in NUMBERED:
             return Conflict(
                 "ids_taken",
