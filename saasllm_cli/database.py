@@ -660,6 +660,10 @@ def _translated(error: psycopg.Error) -> SaasllmError:
             "Upgrade saasllm.",
         )
     match state[:2], state:
+        case _, "SL010":
+            return DatabaseUnavailable(
+                "rules_not_enforced", f"The database cannot be used: {message}.", error.diag.message_hint
+            )
         case "SL", _:
             return Conflict("refused_by_database", f"The database refused this: {message}.", error.diag.message_hint)
         case _, "22003":
