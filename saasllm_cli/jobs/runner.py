@@ -283,9 +283,9 @@ def _begin(job_id: UUID, request: JobRequest) -> database.Row:
     }
     is_asked = False
 
-    def ask(_: float) -> database.Row:
+    def ask(seconds: float) -> database.Row:
         nonlocal is_asked
-        with database.patience(ANSWER_SECONDS), database.connect() as db:
+        with database.patience(seconds), database.connect() as db:
             is_asked = True
             begun = db.one("job.begin", **parameters)
             if begun["outcome"] == "insufficient_credits" or begun["existing_is_expired"]:
@@ -296,7 +296,7 @@ def _begin(job_id: UUID, request: JobRequest) -> database.Row:
         return begun
 
     try:
-        begun = ask(BEGIN_SECONDS)
+        begun = ask(ANSWER_SECONDS)
     except DatabaseUnavailable as error:
         if not is_asked or error.code != "database_unreachable":
             raise
