@@ -91,7 +91,7 @@ def _grant(db: Database, team_ids: list[str], terms: Row) -> list[Row]:
     except SaasllmError as refusal:
         if half := len(team_ids) // 2:
             return _grant(db, team_ids[:half], terms) + _grant(db, team_ids[half:], terms)
-        told = {"team_id": team_ids[0], "period": None, "reason": refusal.message}
+        told = {"team_id": team_ids[0], "period": None, "reason": refusal.in_one_line}
     return [dict.fromkeys(COUNTS, 0) | {"grants": [], "still_due": [], "refused": [told]}]
 
 

@@ -44,6 +44,8 @@ Connection = psycopg.Connection[Row]
 ANSWER_SECONDS = 3600.0  # in which the database answers, whatever it is asked for
 _patience: ContextVar[float] = ContextVar("patience")
 
+NO_ANSWER = "The database gave no answer"
+
 CONNECT_SECONDS = 10
 DEFAULTS: dict[str, Any] = {
     "application_name": "saasllm",
@@ -126,7 +128,7 @@ class _PatientConnection(psycopg.Connection[Row]):
                 ready = yield wanted
                 if not ready and time.monotonic() > until:
                     self.pgconn.finish()  # or what is to end it would wait, too
-                    raise psycopg.OperationalError(f"it gave no answer within {seconds:.0f} s")
+                    raise psycopg.OperationalError(f"{NO_ANSWER} within {seconds:.0f} s.")
                 wanted = gen.send(ready)
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
@@ -661,12 +663,22 @@ def _translated(error: psycopg.Error) -> SaasllmError:
             "Upgrade saasllm.",
         )
     match state[:2], state:
+        case _, "SL010":
+            return DatabaseUnavailable(
+                "rules_not_enforced", f"The database cannot be used: {message}.", error.diag.message_hint
+            )
         case "SL", _:
             return Conflict("refused_by_database", f"The database refused this: {message}.", error.diag.message_hint)
         case _, "22003":
             return InvalidInput("out_of_range", "A number is out of range.", "Whole numbers go up to 2^63 - 1.")
         case _, "23514" if error.diag.constraint_name in ("team_credits_free", "credit_transactions_not_negative"):
             return InsufficientCredits("insufficient_credits", "The team does not have that many free credits.")
+        case _, "23514" if error.diag.constraint_name == "team_credits_reserved":
+            return Conflict(
+                "balance_differs",
+                "The database refused this: what is reserved of the team is less than its open jobs hold.",
+                "Run: saasllm credits verify --repair",
+            )
         case _, "23505" if error.diag.constraint_name in NUMBERED:
             return Conflict(
                 "ids_taken",
@@ -707,6 +719,12 @@ def _translated(error: psycopg.Error) -> SaasllmError:
                 "database_unreachable",
                 "The connection to the database was closed.",
                 f"Try again, and see the log of the server or of its pooler. {SESSIONS}",
+            )
+        case _ if str(error).startswith(NO_ANSWER):
+            return DatabaseUnavailable(
+                "database_unreachable",
+                str(error),
+                "Check that the server is running, and that no other session holds its locks. See: saasllm db status",
             )
         case (("" | "08" | "28" | "3D" | "53" | "57"), _) if isinstance(error, psycopg.OperationalError):
             return DatabaseUnavailable(

@@ -20,6 +20,11 @@ class SaasllmError(Exception):
         self.hint = hint
         self.fields = fields
 
+    @property
+    def in_one_line(self) -> str:
+        """Beside those of others."""
+        return " ".join(filter(None, (self.message, self.hint)))
+
 
 class InvalidInput(SaasllmError):
     exit_status = 2

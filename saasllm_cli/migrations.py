@@ -205,6 +205,12 @@ def revoke(rights: list[Row]) -> None:
     database.before_change()
     with database.raw_connection() as connection, connection.transaction():
         definitions.revoke(connection, rights)
+        if definitions.rights_beyond(connection):  # of who owns no table, PostgreSQL only warns
+            raise DatabaseUnavailable(
+                "permission_denied",
+                "The database role may not revoke the rights of others; nothing was revoked.",
+                "Use the role that owns the tables.",
+            )
 
 
 def adopt(to: str | None = None, on_wait: Callable[[], None] = lambda: None) -> list[str]:

@@ -362,6 +362,12 @@ def test_what_the_database_refuses_of_one_team_hinders_no_other(
     assert [row["team_id"] for row in result.data["failed"]] == ["t3", "t4"]
     told = tenant("credits", "allocate", "--as-of", "2026-01-31", *options)
     assert "t4: The database refused this: new row for relation" in told.err
+    sql.execute(
+        "SET session_replication_role = replica; UPDATE team_credits SET credits_allocated = 1 WHERE team_id = 't3'"
+    )
+    told = tenant("credits", "allocate", "--as-of", "2026-01-31", *options)
+    assert "t3 2026-01: balance_differs" in told.err
+    assert told.err.endswith("run: saasllm credits verify --repair\n")
     assert sql.execute("SELECT count(*) AS n FROM credit_transactions").fetchone() == {"n": 1 if options else 8}
 
 

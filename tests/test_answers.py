@@ -1,14 +1,16 @@
 """Which failure asks the next model, and what is made of an answer: over real HTTP, through litellm."""
 
 import json
+import signal
 import time
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
-from conftest import Result
+from conftest import Result, start_process
 from provider import ANSWER, Provider
 from test_calls import SCHEMA, calls_of, write
 from test_job import credits_of, job_run, with_models
@@ -295,11 +297,32 @@ def test_a_check_that_takes_for_ever_is_ended(
     tenant: Run, home: Path, monkeypatch: pytest.MonkeyPatch, schema: dict[str, Any], answer: str
 ) -> None:
     monkeypatch.setattr(schemas, "CHECK_SECONDS", 1)
+    with_models(tenant, "offline/echo", "offline/echo/2", group="Two")
     began = time.monotonic()
-    result = job_run(tenant, "Echo", "--prompt", answer, "--json-schema", write(home, "schema.json", schema))
+    checked = ("--prompt", answer, "--json-schema", write(home, "schema.json", schema))
+    result = job_run(tenant, "Two", *checked, "--timeout", 1)
     assert (result.status, "could not be checked" in result.err) == (8, True)
     assert time.monotonic() - began < 5
+    assert len(last_calls(tenant)) == 1, "the time is up"
     assert job_run(tenant, "Echo", "--prompt", '["ab"]', "--json-schema", write(home, "s.json", {})).status == 0
+
+
+def test_a_check_that_is_interrupted_is_not_waited_for(
+    tenant: Run, home: Path, sql: psycopg.Connection[dict[str, Any]]
+) -> None:
+    schema, answer = SLOW["a pattern"]
+    job_id = tenant("job", "create", "--team", "hr").out.strip()
+    call = ("job", "call", job_id, "--group", "Echo", "--prompt", answer)
+    process = start_process(*call, "--json-schema", write(home, "schema.json", schema))
+    while sql.execute("SELECT FROM jobs WHERE status = 'in_progress'").fetchone() is None:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    process.communicate(timeout=30)
+    assert (process.returncode, time.monotonic() - began < 2) == (130, True)
+    assert [call["error"] for call in last_calls(tenant)] == ["interrupted"]
+    assert "none of its calls succeeded" in tenant("job", "complete", job_id).err
 
 
 def test_a_check_that_takes_for_ever_is_in_no_other_lines_way(tenant: Run, home: Path) -> None:

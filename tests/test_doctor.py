@@ -65,6 +65,9 @@ def test_all_that_is_wrong(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatc
 def test_rules_that_are_switched_off(tenant: Run, sql: Sql, migrated_database: str) -> None:
     sql.execute(f"ALTER DATABASE {migrated_database} SET session_replication_role = replica")
     assert found(tenant, 9)["enforcement"][0] == "failed"
+    refused = tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x", "-o", "json")
+    assert (refused.status, refused.error["code"]) == (7, "rules_not_enforced")
+    assert sql.execute("SELECT FROM jobs").fetchall() == []
 
 
 def test_the_rules_are_those_of_the_files(migrated_database: str, sql: Sql) -> None:

@@ -585,6 +585,16 @@ def test_what_the_database_refuses_of_one_team_stops_no_sweep(tenant: Run, sql: 
     assert "it: The database refused this" in swept.error["message"]
     assert [credits_of(tenant, team)[1] for team in ("hr", "it", "zz")] == [0, 1, 0]
 
+    sql.execute("ALTER TABLE jobs DROP CONSTRAINT own; SET session_replication_role = replica")
+    sql.execute("UPDATE team_credits SET credits_reserved = 0")
+    for options in ((), ("--team", "it")):
+        swept = tenant("job", "sweep", *options)
+        assert (swept.status, "it: The database refused this: what is reserved" in swept.err) == (9, True)
+        assert "Run: saasllm credits verify --repair" in swept.err
+    assert tenant("job", "cancel", tenant("job", "list", "--team", "it", "-o", "json").data[0]["job_id"]).status == 4
+    assert tenant("credits", "verify", "--repair", "--yes").status == 0
+    assert tenant("job", "sweep").err == "Swept 1 job.\n"
+
 
 def test_what_was_begun_is_settled_on_a_newer_database(tenant: Run, sql: psycopg.Connection) -> None:
     job_id = runner.new_job_id()

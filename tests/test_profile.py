@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from conftest import TENANT, Result, start_process
 
@@ -343,7 +344,9 @@ def test_the_audit_log_has_the_words_from_the_noun_on(production: Run) -> None:
     assert "secret" not in production("audit", "list", "--limit", "all", "-o", "jsonl").out
 
 
-def test_logs_as_lines_of_json(production: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logs_as_lines_of_json(
+    sql: psycopg.Connection[dict[str, Any]], production: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     at_a_terminal(monkeypatch)
     changed = production("--log-format", "json", "team", "delete", "hr", "--yes")
     lines = [json.loads(line) for line in changed.err.splitlines()]
@@ -352,8 +355,11 @@ def test_logs_as_lines_of_json(production: Run, monkeypatch: pytest.MonkeyPatch)
         ["time", "level", "message", "code", "hint"],
     ]
     assert [line["level"] for line in lines] == ["warning", "error"]
+    production("job", "create", "--team", "hr")
+    sql.execute("UPDATE jobs SET lease_expires_at = now()")
     told = production("--log-format", "json", "job", "sweep")
     assert [json.loads(line)["level"] for line in told.err.splitlines()] == ["warning", "info"]
+    assert len(production("--log-format", "json", "job", "sweep").err.splitlines()) == 1, "of nothing"
     for nonsense in (["org", "frobnicate"], ["frobnicate"]):
         assert json.loads(production("--log-format", "json", *nonsense).err)["code"] == "usage"
     for nonsense in (

@@ -701,6 +701,10 @@ def test_a_role_that_may_make_none_migrates_all_the_same(empty_database: str, ru
 def test_who_does_not_own_the_tables_migrates_only_where_nothing_is_pending(tenant: Run, as_role: As, sql: Sql) -> None:
     as_role("saasllm_admin")
     assert tenant("migrate", "up", "--verbose").err == "No pending migrations.\n"
+    sql.execute("GRANT SELECT (name) ON organizations TO PUBLIC")
+    revoked = tenant("migrate", "up", "--revoke-others")
+    assert (revoked.status, "Revoked" in revoked.err) == (7, False)
+    assert "Use the role that owns the tables." in revoked.err
     sql.execute("GRANT CREATE ON SCHEMA public TO saasllm_admin; GRANT INSERT ON saasllm_definitions TO saasllm_admin")
     changed = (
         "UPDATE saasllm_definitions SET checksum = '', objects = objects || '{\"function refuse_ledger_change\": \"\"}'"
@@ -754,6 +758,9 @@ def test_rights_of_others_are_named_and_revoked_where_that_is_asked(
         }
         assert run("migrate", "up").status == 0
         assert others() == careless | public  # what our own have beyond the files, goes at once; and what they granted
+        dry = run("migrate", "up", "--revoke-others", "--dry-run")
+        assert "Would revoke: PUBLIC (SELECT on organizations); careless_anon (" in dry.err
+        assert others() == careless | public
         revoked = run("migrate", "up", "--revoke-others")
         assert (revoked.status, revoked.out) == (0, "")
         assert revoked.err.startswith("Revoked: PUBLIC (SELECT on organizations); careless_anon (")

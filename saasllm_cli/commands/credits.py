@@ -368,7 +368,13 @@ def allocate(
         )
     _show_allocation(result, dry_run, verbose, output)
     if result.failed:
-        raise CheckFailed("some_failed", f"The credits of {counted(len(result.failed), 'team')} could not be granted.")
+        raise CheckFailed(
+            "some_failed",
+            f"The credits of {counted(len(result.failed), 'team')} could not be granted.",
+            "If a balance differs, run: saasllm credits verify --repair"
+            if any(row["reason"] == "balance_differs" for row in result.failed)
+            else None,
+        )
 
 
 @app.command(epilog="saasllm credits forecast --org org_acme_corp")

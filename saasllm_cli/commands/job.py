@@ -591,5 +591,6 @@ def _show_result(result: "JobResult", group: str, further: dict[str, Any], outpu
     if result.unsettled is not None:
         result.unsettled.fields |= ids
         lacking = "this call was not recorded" if result.status == "in_progress" else "it could not be settled"
-        result.unsettled.message += f" The answer is above, but job {result.job_id} is still open: {lacking}."
+        told = result.unsettled.message.rstrip(".")  # libpq's words have none
+        result.unsettled.message = f"{told}. The answer is above, but job {result.job_id} is still open: {lacking}."
         raise result.unsettled

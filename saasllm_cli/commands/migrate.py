@@ -48,8 +48,10 @@ def up(
     else:
         is_all = to is None or names[-1].startswith("definitions/")
         note("All migrations completed." if is_all else f"Migrations completed up to {names[-1]}.")
-    if not dry_run and (names or verbose or revoke_others) and (rights := migrations.rights_of_others()):
-        if revoke_others:
+    if ((names and not dry_run) or verbose or revoke_others) and (rights := migrations.rights_of_others()):
+        if revoke_others and dry_run:
+            note(f"Would revoke: {some_rights(rights)}.")
+        elif revoke_others:
             migrations.revoke(rights)
             note(f"Revoked: {some_rights(rights)}.")
         else:

@@ -120,7 +120,7 @@ async def ask_models(
     tries: Counter[str] = Counter()
     # When each is to be tried; those whose rate limit says when to come back come after the others.
     todo = [(0.0, index, model) for index, model in enumerate(traffic.open(models) if traffic else models)]
-    while todo:
+    while todo and time.monotonic() < deadline:  # to check an answer by its schema may have taken longer
         ready_at, index, model = todo.pop(0)
         if (pause := ready_at - time.monotonic()) > 0:
             on_progress(f"Waiting {pause:.0f} s for the rate limit of {model} …")
@@ -207,8 +207,12 @@ async def _attempt(
     # Tools are called before the answer comes.
     if call.error is None and (schema := request.json_schema) is not None and not answer.tool_calls:
         answer = replace(answer, content=_unfenced(answer.content or ""))
-        # Beside the others: it may take seconds.
-        mismatch = await asyncio.to_thread(schemas.mismatch, answer.content or "", schema)
+        try:  # beside the others: it may take seconds
+            mismatch = await asyncio.to_thread(schemas.mismatch, answer.content or "", schema)
+        except asyncio.CancelledError:
+            schemas.stop()  # else the thread would be waited for
+            call.error = "interrupted"
+            raise
         call.error = mismatch and storable(mismatch)
     if call.error is None:
         return answer

@@ -235,30 +235,19 @@ def sweep(team_id: str | None) -> tuple[int, dict[str, str]]:
     of which teams the database refuses it, and why: they hinder no other."""
     count = 0
     refusals: dict[str, str] = {}
-
-    def sweep_one(team: str | None) -> None:
-        nonlocal count
-        with database.translated_errors():
-            while swept := db.one("job.sweep", team_id=team, row_limit=SWEEP_CHUNK)["swept"]:
-                count += swept
-
     with database.connect() as db:
         if team_id is not None:
             db.get("team", team_id)
-        try:
-            sweep_one(team_id)
-        except DatabaseUnavailable:
-            raise
-        except SaasllmError:
-            if team_id is not None:
+        teams = [row["team_id"] for row in db.many("job.expired_teams")] if team_id is None else [team_id]
+        for team in teams:
+            try:
+                with database.translated_errors():
+                    while swept := db.one("job.sweep", team_id=team, row_limit=SWEEP_CHUNK)["swept"]:
+                        count += swept
+            except DatabaseUnavailable:
                 raise
-            for row in db.many("job.expired_teams"):
-                try:
-                    sweep_one(row["team_id"])
-                except DatabaseUnavailable:
-                    raise
-                except SaasllmError as refusal:
-                    refusals[row["team_id"]] = refusal.message
+            except SaasllmError as refusal:
+                refusals[team] = refusal.in_one_line
     return count, refusals
 
 
@@ -294,9 +283,9 @@ def _begin(job_id: UUID, request: JobRequest) -> database.Row:
     }
     is_asked = False
 
-    def ask(_: float) -> database.Row:
+    def ask(seconds: float) -> database.Row:
         nonlocal is_asked
-        with database.patience(ANSWER_SECONDS), database.connect() as db:
+        with database.patience(seconds), database.connect() as db:
             is_asked = True
             begun = db.one("job.begin", **parameters)
             if begun["outcome"] == "insufficient_credits" or begun["existing_is_expired"]:
@@ -307,7 +296,7 @@ def _begin(job_id: UUID, request: JobRequest) -> database.Row:
         return begun
 
     try:
-        begun = ask(BEGIN_SECONDS)
+        begun = ask(ANSWER_SECONDS)
     except DatabaseUnavailable as error:
         if not is_asked or error.code != "database_unreachable":
             raise

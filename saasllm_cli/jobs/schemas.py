@@ -61,6 +61,12 @@ def mismatch(content: str, schema: dict[str, Any]) -> str | None:
     return "the answer could not be checked against the JSON schema: it took too long, or too much memory"
 
 
+def stop() -> None:
+    """Ends a check that is under way."""
+    if _process is not None:
+        _process.kill()
+
+
 def _serve() -> None:
     """The process: it reads answers with their schemas until its input ends. The kernel ends it where one takes too
     long, or too much memory."""

@@ -1,9 +1,10 @@
--- The check that travels with the first query of every command: is the database as the program says, and may it see all
--- of it?
+-- The check that travels with the first query of every command: is the database as the program says, does it enforce its
+-- rules, and may the program see all of it?
 
 -- Raises SL001 with what is pending, or SL002 with a migration that the program does not know. The program names its
 -- migrations, and each file of definitions with its checksum. Where row-level security holds for the caller, what is
--- hidden would pass for what is not there: a ledger of which the half is missing would look sound.
+-- hidden would pass for what is not there: a ledger of which the half is missing would look sound. Where no trigger
+-- fires (SL010), as after a move by a tool that has set so for the role or the database, a charge would move no balance.
 CREATE FUNCTION require_migrations(known text[], definitions text[]) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -28,6 +29,11 @@ BEGIN
     END IF;
     IF pending IS NOT NULL THEN
         RAISE EXCEPTION '%', pending USING ERRCODE = 'SL001';
+    END IF;
+
+    IF current_setting('session_replication_role') = 'replica' THEN
+        RAISE EXCEPTION 'session_replication_role is replica, so it enforces none of its rules'
+            USING ERRCODE = 'SL010', HINT = 'Reset it for the role, the database and the server. See: saasllm doctor';
     END IF;
 
     SELECT string_agg(name, ', ') INTO partial

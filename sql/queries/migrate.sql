@@ -16,7 +16,8 @@ CREATE TABLE IF NOT EXISTS saasllm_definitions (
 );
 
 -- name: check(known, definitions) :one
--- Raises SL001 where a migration or a definition is pending, SL002 where an unknown migration is applied.
+-- Raises SL001 where a migration or a definition is pending, SL002 where an unknown migration is applied, SL010 where no
+-- rule is enforced.
 SELECT public.require_migrations(%(known)s, %(definitions)s) AS checked;
 
 -- name: act(actor, command) :one
