@@ -368,7 +368,7 @@ def test_who_may_truncate_leaves_credits_and_what_is_audited(tenant: Run, as_rol
     sql.execute("GRANT ALL ON ALL TABLES IN SCHEMA public TO saasllm_admin_user")
     for table in (
         *("organizations", "teams", "team_credits", "credit_transactions", "credit_schedules", "jobs", "audit_log"),
-        *("model_groups", "model_group_models", "team_model_groups"),
+        *("model_groups", "model_group_models", "team_model_groups", "model_prices"),
     ):
         with pytest.raises(psycopg.DatabaseError, match=r"append-only|only with its team|TRUNCATE is not allowed"):
             admin.execute(f"TRUNCATE {table} CASCADE")

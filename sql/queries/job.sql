@@ -14,6 +14,7 @@ WITH request AS (
         c.credits_remaining,
         c.credits_reserved,
         m.model_names,
+        (SELECT model_prices FROM model_group_prices WHERE group_name = g.group_name) AS model_prices,
         k.job_id AS existing_job_id,
         k.status AS existing_status,
         k.request_hash AS existing_request_hash,
@@ -76,6 +77,7 @@ SELECT
         CASE WHEN EXISTS (SELECT FROM job) THEN 'begun' ELSE 'insufficient_credits' END
     ) AS outcome,
     request.model_names,
+    request.model_prices,
     request.existing_job_id,
     request.existing_status,
     request.existing_request_hash,
@@ -103,6 +105,7 @@ scope AS (
         t.team_id,
         t.organization_id,
         m.model_names,
+        (SELECT model_prices FROM model_group_prices WHERE group_name = g.group_name) AS model_prices,
         CASE
             WHEN t.team_id IS NULL THEN 'team_not_found'
             WHEN g.group_name IS NULL THEN 'group_not_found'
@@ -172,6 +175,7 @@ SELECT
     END AS outcome,
     scope.organization_id,
     scope.model_names,
+    scope.model_prices,
     known.job_id AS existing_job_id,
     known.status AS existing_status,
     known.request_hash AS existing_request_hash
@@ -199,6 +203,7 @@ WITH request AS (
         j.job_id,
         j.team_id,
         m.model_names,
+        (SELECT model_prices FROM model_group_prices WHERE group_name = g.group_name) AS model_prices,
         CASE
             WHEN j.job_id IS NULL THEN 'job_not_found'
             WHEN g.group_name IS NULL THEN 'group_not_found'
@@ -237,6 +242,7 @@ SELECT
     coalesce(refusal, CASE WHEN EXISTS (SELECT FROM started) THEN 'started' ELSE 'lease_lost' END) AS outcome,
     team_id,
     model_names,
+    model_prices,
     now() AS started_at
 FROM request;
 
