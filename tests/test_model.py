@@ -176,12 +176,13 @@ def answer(**tokens: int | None) -> Answer:
 )
 def test_the_parts_cost_what_they_cost(tokens: dict[str, int | None], expected: str | None) -> None:
     price = {"input": 1, "output": 1, "cache_read": Decimal("0.2"), "cache_write": 2, "reasoning": 3}
-    found = cost(price, answer(**tokens))
+    row = {f"{kind}_usd_per_million": amount for kind, amount in price.items()}
+    found = cost(row, answer(**tokens))
     assert found == (None if expected is None else Decimal(expected) / 10**6)
 
 
 def test_a_cost_is_exact() -> None:
-    most = dict.fromkeys(("input", "output", "cache_read", "cache_write", "reasoning"), Decimal("999999.999999999"))
+    most = {f"{kind}_usd_per_million": Decimal("999999.999999999") for kind in OPTIONS}
     tokens = 2**31 - 1
     found = cost(most, answer(prompt_tokens=tokens, completion_tokens=tokens))
     assert found is not None

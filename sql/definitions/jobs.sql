@@ -174,24 +174,3 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
     )
     ORDER BY attempt
 $$;
-
-
--- By which prices of our own the calls of a group cost, those of its models that have one; no row where none has.
-
-CREATE VIEW model_group_prices AS
-SELECT
-    m.group_name,
-    jsonb_object_agg(
-        p.model_name,
-        jsonb_build_object(
-            'input', p.input_usd_per_million,
-            'output', p.output_usd_per_million,
-            'cache_read', coalesce(p.cache_read_usd_per_million, p.input_usd_per_million),
-            'cache_write', coalesce(p.cache_write_usd_per_million, p.input_usd_per_million),
-            'reasoning', coalesce(p.reasoning_usd_per_million, p.output_usd_per_million)
-        )
-    ) AS model_prices
-FROM model_group_models m
-JOIN model_prices p USING (model_name)
-WHERE m.is_active
-GROUP BY m.group_name;
