@@ -147,9 +147,9 @@ def test_doctor_names_models_without_a_price(tenant: Run) -> None:
         return found["status"], found["message"] + (found["hint"] or "")
 
     assert check()[0] == "ok"
-    with_models(tenant, "gpt-4o", "hosted_vllm/mine")
+    with_models(tenant, "gpt-4o", "dashscope/qwen-flash", "hosted_vllm/mine")  # the second by the prompt's length
     status, told = check()
-    assert (status, "hosted_vllm/mine:" in told, "gpt-4o" in told) == ("warning", True, False)
+    assert (status, "hosted_vllm/mine." in told, "gpt-4o" in told, "qwen" in told) == ("warning", True, False, False)
     assert "Run: saasllm model set hosted_vllm/mine" in told
     priced(tenant, "hosted_vllm/mine", input=0, output=0)
     assert check()[0] == "ok"
@@ -179,6 +179,22 @@ def test_the_parts_cost_what_they_cost(tokens: dict[str, int | None], expected: 
     row = {f"{kind}_usd_per_million": amount for kind, amount in price.items()}
     found = cost(row, answer(**tokens))
     assert found == (None if expected is None else Decimal(expected) / 10**6)
+
+
+def test_tokens_of_a_cache_count_once_whoever_counts_them(provider: Provider) -> None:
+    """Anthropic does not count them among those of the prompt; litellm adds them, and names them twice."""
+    import litellm
+
+    from saasllm_cli.jobs import llm
+
+    told = {"input_tokens": 10, "output_tokens": 5, "cache_read_input_tokens": 100, "cache_creation_input_tokens": 1000}
+    message = {"role": "assistant", "content": "x"}
+    response = litellm.ModelResponse(model="claude", choices=[{"message": message}])
+    response.usage = litellm.AnthropicConfig().calculate_usage(told, None)
+    row = {f"{kind}_usd_per_million": None for kind in OPTIONS}
+    row |= {"input_usd_per_million": 1, "output_usd_per_million": 0, "cache_read_usd_per_million": Decimal("0.1")}
+    found = cost(row | {"cache_write_usd_per_million": 2}, llm._answer("anthropic/claude", response))
+    assert found == Decimal(10 + 10 + 2000) / 10**6
 
 
 def test_a_cost_is_exact() -> None:

@@ -221,7 +221,7 @@ def _prices(models: list[str]) -> Check:
     from saasllm_cli.jobs.known_models import unpriced
 
     if names := unpriced(models):
-        message = f"No price is known for {some(names)}: what their calls cost is not counted."
+        message = f"No known price: {some(names)}. The cost of such calls is not recorded."
         hint = f"Run: saasllm model set {names[0]} --input-usd-per-million USD --output-usd-per-million USD"
         return _check("prices", WARNING, message, hint)
     return _check("prices", OK, "The price of every model is known.")

@@ -86,7 +86,7 @@ def get(model: Model, output: Output = None) -> None:
     if not compared["prices"]:
         raise NotFound(
             "model_not_priced",
-            f"No price is set for {model}, and litellm lists none.",
+            f"No price is set for {model}, and litellm lists none per token.",
             f"Run: saasllm model set {model} --input-usd-per-million USD --output-usd-per-million USD",
             model_name=model,
         )

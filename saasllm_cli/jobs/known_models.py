@@ -1,6 +1,7 @@
 """Which models litellm knows, and their prices, read from its own list: importing litellm for it would take seconds."""
 
 import json
+import re
 from collections.abc import Iterable
 from decimal import Decimal
 from importlib.util import find_spec
@@ -30,6 +31,7 @@ LISTED_PRICES = {
     "cache_write_usd_per_million": "cache_creation_input_token_cost",
     "reasoning_usd_per_million": "output_cost_per_reasoning_token",
 }
+PRICE = re.compile("cost|pricing")
 MILLION = 10**6
 
 
@@ -47,7 +49,7 @@ def unpriced(models: Iterable[str]) -> list[str]:
     """Those of the models for which litellm lists no price of any kind; none where its list is not where it was."""
     named = [model for model in models if not model.startswith(OFFLINE)]
     known = _listed() if named else {}
-    return [model for model in named if known and not any("cost" in name for name in _priced_by(known, model))]
+    return [model for model in named if known and not any(map(PRICE.search, _priced_by(known, model)))]
 
 
 def price(model: str) -> dict[str, Decimal | None] | None:
