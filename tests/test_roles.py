@@ -88,6 +88,7 @@ def test_the_runner_runs_jobs(tenant: Run, as_role: As, sql: Sql, home: Path) ->
     all_pass(
         tenant,
         "group resolve Echo",
+        "model list",
         "job run --team hr --group Echo --prompt hi --idempotency-key k",
         "job run --team hr --group Echo --prompt hi --stream",
         "job list --team hr",
@@ -128,6 +129,8 @@ def test_the_runner_administers_nothing(tenant: Run, as_role: As) -> None:
     none_pass(
         tenant,
         "org create other",
+        "model set offline/echo --input-usd-per-million 1 --output-usd-per-million 1",
+        "model remove offline/echo --if-exists",
         "team create other --org acme",
         "team update hr --alias x",
         "team suspend hr",
@@ -610,6 +613,8 @@ def test_the_admin_does_all_but_change_the_schema(tenant: Run, as_role: As, sql:
         "team unassign ops Echo",
         "team assign ops Echo Down",
         "group create New --model offline/echo",
+        "model set offline/echo --input-usd-per-million 1 --output-usd-per-million 1",
+        "model remove offline/echo",
         "group set-models New offline/echo offline/fail",
         "group delete New --yes",
         "credits add hr 5 --reason x --idempotency-key k",
