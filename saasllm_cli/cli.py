@@ -25,6 +25,7 @@ NOUNS = {
     "migrate": "Set up and upgrade the database schema.",
     "org": "Manage organizations: your customers.",
     "group": "Manage model groups: a primary model and its fallbacks.",
+    "model": "Manage your own prices of models.",
     "team": "Manage the teams of an organization.",
     "credits": "Manage teams' credits and the ledger behind them.",
     "job": "Run jobs: call a model for a team, charge a credit on success.",

@@ -63,6 +63,10 @@ def test_each_change_is_one_record(saasllm: Run, changes: Callable[..., list[tup
         "credits add hr 5": [],
         "team create it --org acme --group H": [("team", "create"), ("assignment", "create")],
         "team delete it --yes": [("assignment", "delete"), ("team", "delete")],
+        "model set a --input-usd-per-million 1 --output-usd-per-million 1": [("model", "create")],
+        "model set a --input-usd-per-million 1 --output-usd-per-million 1.0": [],
+        "model set a --input-usd-per-million 1 --output-usd-per-million 2": [("model", "update")],
+        "model remove a": [("model", "delete")],
         "group create I --model a": [("group", "create")],
         "group delete H I --yes": [("group", "delete"), ("group", "delete")],
     }

@@ -59,6 +59,7 @@ def completed(line: str, shell: str, **environment: str) -> tuple[object, list[s
         ("saasllm team assign hr E", ["Echo"]),
         ("saasllm job run --team h", ["hr"]),
         ("saasllm job run --group D", ["Down"]),
+        ("saasllm model set offline/e", ["offline/echo"]),
         ("saasllm credits balance ", ["hr"]),
         ("saasllm credits check ", ["hr"]),
         ("saasllm job list --sta", ["--status"]),

@@ -37,6 +37,7 @@ def test_all_in_order(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) ->
     assert checks.pop("durability")[0] == "warning"  # the tests do without fsync
     assert list(checks) == [
         *("database", "clock", "migrations", "role", "ledger", "leases", "allocations", "providers"),
+        "prices",
     ]
     assert set(checks.values()) == {("ok", None)}
 

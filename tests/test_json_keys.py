@@ -13,6 +13,11 @@ GROUP = [
     {"models": [["model_name", "priority", "is_active"]]},
     *("created_at", "updated_at"),
 ]
+PRICE = [
+    *("input_usd_per_million", "output_usd_per_million", "cache_read_usd_per_million", "cache_write_usd_per_million"),
+    "reasoning_usd_per_million",
+]
+MODEL = ["model_name", {"prices": [["source", *PRICE]]}]
 CREDITS = ["credits_allocated", "credits_used", "credits_reserved", "credits_remaining"]
 TEAM = [
     *("team_id", "organization_id", "team_alias", "status", "organization_status", "model_groups", *CREDITS),
@@ -82,6 +87,9 @@ COMMANDS: dict[str, list[Any]] = {
     "group set-models g offline/echo": GROUP,
     "group resolve g": [["model_name", "priority"]],
     "group test g": [["model_name", "answered", "latency_ms", "error"]],
+    "model set m --input-usd-per-million 1 --output-usd-per-million 2": MODEL,
+    "model get m": MODEL,
+    "model list": [["model_name", *PRICE, "created_at", "updated_at"]],
     "team create t --org o --credits 5": TEAM,
     "team get t": TEAM,
     "team list": [TEAM],

@@ -88,6 +88,7 @@ def test_the_runner_runs_jobs(tenant: Run, as_role: As, sql: Sql, home: Path) ->
     all_pass(
         tenant,
         "group resolve Echo",
+        "model list",
         "job run --team hr --group Echo --prompt hi --idempotency-key k",
         "job run --team hr --group Echo --prompt hi --stream",
         "job list --team hr",
@@ -128,6 +129,8 @@ def test_the_runner_administers_nothing(tenant: Run, as_role: As) -> None:
     none_pass(
         tenant,
         "org create other",
+        "model set offline/echo --input-usd-per-million 1 --output-usd-per-million 1",
+        "model remove offline/echo --if-exists",
         "team create other --org acme",
         "team update hr --alias x",
         "team suspend hr",
@@ -400,7 +403,7 @@ def test_who_may_truncate_leaves_credits_and_what_is_audited(tenant: Run, as_rol
     sql.execute("GRANT ALL ON ALL TABLES IN SCHEMA public TO saasllm_admin_user")
     for table in (
         *("organizations", "teams", "team_credits", "credit_transactions", "credit_schedules", "jobs", "audit_log"),
-        *("model_groups", "model_group_models", "team_model_groups"),
+        *("model_groups", "model_group_models", "team_model_groups", "model_prices"),
     ):
         with pytest.raises(psycopg.DatabaseError, match=r"append-only|only with its team|TRUNCATE is not allowed"):
             admin.execute(f"TRUNCATE {table} CASCADE")
@@ -642,6 +645,8 @@ def test_the_admin_does_all_but_change_the_schema(tenant: Run, as_role: As, sql:
         "team unassign ops Echo",
         "team assign ops Echo Down",
         "group create New --model offline/echo",
+        "model set offline/echo --input-usd-per-million 1 --output-usd-per-million 1",
+        "model remove offline/echo",
         "group set-models New offline/echo offline/fail",
         "group delete New --yes",
         "credits add hr 5 --reason x --idempotency-key k",
@@ -749,7 +754,7 @@ def test_rights_of_others_are_named_and_revoked_where_that_is_asked(
             _, rights = rows["rights"]["message"].split(": ")
             return {(role.split(" ", 1)[0], role.split(" on ")[1]) for role in rights.rstrip(".").split("; ")}
 
-        careless = {("careless_anon", "audit_log, audit_log_audit_id_seq, credit_details and 26 more)")}
+        careless = {("careless_anon", "audit_log, audit_log_audit_id_seq, credit_details and 27 more)")}
         public = {("PUBLIC", "organizations)")}
         assert others() == careless | public | {
             ("careless_user", "teams)"),

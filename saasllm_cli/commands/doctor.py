@@ -28,8 +28,8 @@ def doctor(output: Output = None) -> None:
     """Check everything that jobs and cron depend on.
 
     Checks the database and its role, migrations, the ledger, leases, allocations, provider keys (never showing their
-    values) and disk space, and says how to fix what is wrong. Changes nothing. Exit 9 if a check fails, 7 if the
-    database cannot be used; warnings alone exit 0.
+    values), prices of models and disk space, and says how to fix what is wrong. Changes nothing. Exit 9 if a check
+    fails, 7 if the database cannot be used; warnings alone exit 0.
     """
     checks: list[Check] = []
     unusable: DatabaseUnavailable | None = None
@@ -82,8 +82,10 @@ def _checks() -> Iterator[Check]:
             yield _check("ids", FAILED, message, "Run: saasllm migrate up")
         yield _ledger(db)
         yield from _overdue(db)
-        models = [row["model_name"] for row in db.many("doctor.models")]
+        rows = db.many("doctor.models")
+    models = [row["model_name"] for row in rows]
     yield _keys(models)
+    yield _prices([row["model_name"] for row in rows if not row["is_priced"]])
 
 
 def _server(db: database.Database) -> Iterator[Check]:
@@ -212,6 +214,17 @@ def _keys(models: list[str]) -> Check:
     return _check(
         "providers", OK, f"The keys for {counted(len(called), 'model')} are set; `saasllm group test` tries them."
     )
+
+
+def _prices(models: list[str]) -> Check:
+    """Of models without a price of our own."""
+    from saasllm_cli.jobs.known_models import unpriced
+
+    if names := unpriced(models):
+        message = f"No known price: {some(names)}. The cost of such calls is not recorded."
+        hint = f"Run: saasllm model set {names[0]} --input-usd-per-million USD --output-usd-per-million USD"
+        return _check("prices", WARNING, message, hint)
+    return _check("prices", OK, "The price of every model is known.")
 
 
 def _disk() -> Check:

@@ -65,8 +65,8 @@ def create(
 ) -> None:
     """Create a model group.
 
-    The first --model is the primary, the others are its fallbacks, in this order. A name that litellm does not know is
-    a warning; at a terminal it asks first.
+    The first --model is the primary, the others are its fallbacks, in this order. A name that litellm does not know,
+    and that has no price of your own, is a warning; at a terminal it asks first.
     """
     model_names = unique(model, "--model")
     with database.connect() as db:
@@ -290,6 +290,10 @@ def _warn_of_unknown(models: list[str], group_name: str, yes: bool) -> None:
     from saasllm_cli.jobs.known_models import unknown
 
     if not (names := unknown(models)):
+        return
+    with database.connect() as db:  # whoever has priced one knows it
+        priced = {row["model_name"] for row in db.many("model.priced", model_names=names)}
+    if not (names := [name for name in names if name not in priced]):
         return
     hint = f"Check the name; afterwards, run: saasllm group test {group_name}"
     if any("/" not in name for name in names):

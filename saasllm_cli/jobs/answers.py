@@ -15,9 +15,10 @@ LONGEST_WORD = 200
 class Answer:
     """What a model said, or which tools it wants called (in OpenAI's form); neither where the answer is empty.
 
-    Tokens are the provider's own count; `cost_usd` is None where no price is known. `finish_reason` is the provider's
-    (`stop`; `length` and `content_filter` where the answer is not whole), `refusal` the text in which it refused;
-    `not_sent` are the parameters that the provider did not get.
+    Tokens are the provider's own count: those read from its cache and those written to it are a part of the prompt's,
+    those spent on reasoning of the answer's. `cost_usd` is None where no price is known. `finish_reason` is the
+    provider's (`stop`; `length` and `content_filter` where the answer is not whole), `refusal` the text in which it
+    refused; `not_sent` are the parameters that the provider did not get.
     """
 
     content: str | None
@@ -29,6 +30,9 @@ class Answer:
     finish_reason: str | None = None
     refusal: str | None = None
     not_sent: tuple[str, ...] = ()
+    cache_read_tokens: int | None = None
+    cache_write_tokens: int | None = None
+    reasoning_tokens: int | None = None
 
 
 def sane(answer: Answer) -> Answer:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from saasllm_cli.jobs import chat, offline, schemas
 from saasllm_cli.jobs.answers import Answer, Complete, ModelFailed, sane, storable
+from saasllm_cli.jobs.prices import Prices, cost
 from saasllm_cli.jobs.signals import signals
 from saasllm_cli.settings import settings
 
@@ -77,12 +78,14 @@ def ask(
     calls: list[Call],
     on_progress: Callable[[str], None],
     on_text: Callable[[str], None] | None = None,
+    prices: Prices = None,
 ) -> Answer | None:
     """The first answer of the models, or None; each attempt is added to `calls` as it is made.
 
-    With `on_text` the answer is streamed to it; what has been shown of it is not followed by another model's.
+    With `on_text` the answer is streamed to it; what has been shown of it is not followed by another model's. A model
+    that has one of the `prices` costs by that, any other as litellm says.
     """
-    return run_calls(ask_models(models, request, calls, time.monotonic(), on_progress, on_text))
+    return run_calls(ask_models(models, request, calls, time.monotonic(), on_progress, on_text, prices))
 
 
 def run_calls(calls: Coroutine[Any, Any, T]) -> T:
@@ -113,6 +116,7 @@ async def ask_models(
     started: float,
     on_progress: Callable[[str], None] = lambda _: None,
     on_text: Callable[[str], None] | None = None,
+    prices: Prices = None,
     traffic: "Traffic | None" = None,
 ) -> Answer | None:
     """As `ask`; `started` is by the monotonic clock. Of many requests at once, `traffic` keeps them off busy models."""
@@ -137,7 +141,7 @@ async def ask_models(
         tries[model] += 1
         on_progress(f"Waiting for {model} …")
         try:
-            return await _attempt(call, request, complete, seconds, on_text, traffic)
+            return await _attempt(call, request, complete, seconds, on_text, prices, traffic)
         except ModelFailed as failure:
             if failure.is_final:
                 return None
@@ -157,6 +161,7 @@ async def _attempt(
     complete: Complete,
     seconds: float,
     on_text: Callable[[str], None] | None,
+    prices: Prices,
     traffic: "Traffic | None",
 ) -> Answer:
     """The answer; raises ModelFailed also where it is of no use, for it is empty or not of its schema.
@@ -191,6 +196,8 @@ async def _attempt(
         raise
     finally:
         call.latency_ms = round((time.monotonic() - began) * 1000)
+    if prices and model in prices:
+        told = replace(told, cost_usd=cost(prices[model], told))
     answer = sane(told)
     call.prompt_tokens = answer.prompt_tokens
     call.completion_tokens = answer.completion_tokens

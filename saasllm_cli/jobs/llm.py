@@ -185,7 +185,9 @@ def _answer(model: str, response: Any) -> Answer:
     message = getattr(choice, "message", None)
     content = getattr(message, "content", None)
     tool_calls = getattr(message, "tool_calls", None)
-    prompt_tokens, completion_tokens, total_tokens = _tokens(getattr(response, "usage", None))
+    usage = getattr(response, "usage", None)
+    prompt_tokens, completion_tokens, total_tokens = _tokens(usage)
+    of_prompt, of_answer = (getattr(usage, f"{name}_tokens_details", None) for name in ("prompt", "completion"))
     return Answer(
         content=None if content is None else _whole(content),
         tool_calls=[call.model_dump(mode="json") for call in tool_calls] if tool_calls else None,
@@ -195,6 +197,12 @@ def _answer(model: str, response: Any) -> Answer:
         cost_usd=_cost(model, response),
         finish_reason=getattr(choice, "finish_reason", None),
         refusal=_refusal(message),
+        cache_read_tokens=count(getattr(of_prompt, "cached_tokens", None)),
+        # It has both names, and fills in one of them alone for some providers.
+        cache_write_tokens=count(
+            getattr(of_prompt, "cache_write_tokens", None) or getattr(of_prompt, "cache_creation_tokens", None)
+        ),
+        reasoning_tokens=count(getattr(of_answer, "reasoning_tokens", None)),
     )
 
 

@@ -121,7 +121,7 @@ def run(
             begun = _begin(job_id, request)
             if begun["outcome"] == "key_in_use":
                 return _first_result(begun["existing_job_id"], request.team_id, begun["credits_remaining"])
-            answer = ask(begun["model_names"], request.call, calls, on_progress, on_text)
+            answer = ask(begun["model_names"], request.call, calls, on_progress, on_text, begun["model_prices"])
             with signals(UNINTERRUPTED):
                 result = _settled(job_id, request.team_id, answer, calls)
     except KeyboardInterrupt:
@@ -189,7 +189,7 @@ def call(
 
     try:
         with signals({signal.SIGTERM: interrupt}):
-            answer = ask(started["model_names"], request, calls, on_progress, on_text)
+            answer = ask(started["model_names"], request, calls, on_progress, on_text, started["model_prices"])
     except KeyboardInterrupt:
         with suppress(SaasllmError), signals(UNINTERRUPTED):
             record()

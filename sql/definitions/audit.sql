@@ -1,6 +1,6 @@
--- Who changed what: every change of an organization, a team, a group, an assignment or a schedule, written by the
--- database in the transaction of the change, whatever client makes it. Times in the records are in UTC, whatever the
--- session's zone.
+-- Who changed what: every change of an organization, a team, a group, an assignment, a schedule or a model's price,
+-- written by the database in the transaction of the change, whatever client makes it. Times in the records are in UTC,
+-- whatever the session's zone.
 
 
 -- The audit log is append-only. (A purge may redact what it keeps of its tenant: purge.sql.)
@@ -35,7 +35,7 @@ CREATE TRIGGER audit_log_is_dated AFTER INSERT ON audit_log
     EXECUTE FUNCTION refuse_other_time();
 
 
--- Organizations, teams and assignments: row by row, what it was and what it is. The arguments are the noun and the
+-- Organizations, teams, assignments and prices of models: row by row, what it was and what it is. The arguments are the noun and the
 -- column by which a row is found again after an update; without one, an update is a delete and a create. What a purge
 -- removes is told by its one record: what is gone with the team or the organization that it names, unless it was made
 -- after that record.
@@ -141,6 +141,16 @@ CREATE TRIGGER team_model_groups_audit_delete AFTER DELETE ON team_model_groups
     REFERENCING OLD TABLE AS old_rows
     FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('assignment');
 
+CREATE TRIGGER model_prices_audit_create AFTER INSERT ON model_prices
+    REFERENCING NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('model', 'model_name');
+CREATE TRIGGER model_prices_audit_update AFTER UPDATE ON model_prices
+    REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('model', 'model_name');
+CREATE TRIGGER model_prices_audit_delete AFTER DELETE ON model_prices
+    REFERENCING OLD TABLE AS old_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('model', 'model_name');
+
 
 -- A group is one thing with its models, though they are rows of another table: what it is now is compared with what
 -- the last record says, so that one statement that changes both, or replaces the models, writes one record.
@@ -244,6 +254,8 @@ $$;
 CREATE TRIGGER team_model_groups_no_truncate BEFORE TRUNCATE ON team_model_groups
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();
 CREATE TRIGGER model_group_models_no_truncate BEFORE TRUNCATE ON model_group_models
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();
+CREATE TRIGGER model_prices_no_truncate BEFORE TRUNCATE ON model_prices
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();
 CREATE TRIGGER credit_schedules_no_truncate BEFORE TRUNCATE ON credit_schedules
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();

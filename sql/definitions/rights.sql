@@ -9,8 +9,9 @@ GRANT USAGE ON SCHEMA public TO saasllm_admin, saasllm_runner, saasllm_readonly;
 GRANT SELECT ON
     saasllm_migrations, saasllm_definitions, organizations, model_groups, model_group_models, teams, team_model_groups,
     team_credits, credit_transactions, credit_schedules, jobs, job_refusals, llm_calls, audit_log,
-    organization_details, model_group_details, team_details, credit_details, job_details, job_refusal_details,
-    llm_call_details, organization_records, model_group_records, team_records, purges_of_transaction
+    model_prices, organization_details, model_group_details, team_details, credit_details, job_details,
+    job_refusal_details, llm_call_details, organization_records, model_group_records, team_records,
+    purges_of_transaction
 TO saasllm_admin, saasllm_runner, saasllm_readonly;
 
 -- saasllm_runner runs jobs: it reserves credits, enters what jobs cost, and counts those that were refused. It moves
@@ -37,8 +38,8 @@ GRANT UPDATE (credits_allocated, credits_used, credits_reserved, last_entry_no, 
 -- saasllm_admin does all but change the schema. The ledger and the audit log only grow: what leaves them, leaves with
 -- its whole team.
 GRANT INSERT, UPDATE, DELETE ON
-    organizations, model_groups, model_group_models, teams, team_model_groups, team_credits, credit_schedules, jobs,
-    job_refusals, llm_calls
+    organizations, model_groups, model_group_models, model_prices, teams, team_model_groups, team_credits,
+    credit_schedules, jobs, job_refusals, llm_calls
 TO saasllm_admin;
 -- Not the number, the time and the role of an entry, which the database gives it.
 GRANT INSERT (

@@ -117,9 +117,10 @@ JOIN organizations o USING (organization_id)
 WHERE s.next_on <= (now() AT TIME ZONE 'UTC')::date AND t.status = 'active' AND o.status = 'active';
 
 -- name: models() :many
--- The models that jobs may call.
-SELECT DISTINCT m.model_name
+-- The models that jobs may call, and whether they have a price of our own.
+SELECT DISTINCT m.model_name, p.model_name IS NOT NULL AS is_priced
 FROM model_group_models m
 JOIN model_groups g USING (group_name)
+LEFT JOIN model_prices p USING (model_name)
 WHERE m.is_active AND g.status = 'active'
 ORDER BY m.model_name;

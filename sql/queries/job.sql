@@ -6,7 +6,7 @@
 -- Reserves a credit and opens the job under a lease, if everything allows it; else says the one
 -- condition that failed, and nothing is done. A key in use gives the job that has it; a job that is there already was
 -- begun by the same request, whose answer was lost. Without a group it is pending: its calls follow. Where the balance is
--- not that of the last entry, nothing could be charged: no model is paid for that.
+-- not that of the last entry, nothing could be charged: no model is paid for that. With the models come their prices.
 WITH request AS (
     SELECT
         t.team_id,
@@ -14,6 +14,7 @@ WITH request AS (
         c.credits_remaining,
         c.credits_reserved,
         m.model_names,
+        m.model_prices,
         k.job_id AS existing_job_id,
         k.status AS existing_status,
         k.request_hash AS existing_request_hash,
@@ -30,7 +31,7 @@ WITH request AS (
             WHEN asked.group_name IS NULL THEN NULL
             WHEN a.group_name IS NULL THEN 'group_not_assigned'
             WHEN g.status <> 'active' THEN 'group_inactive'
-            WHEN m.model_names = '{}' THEN 'no_active_model'
+            WHEN m.model_names IS NULL THEN 'no_active_model'
         END AS known_outcome
     FROM (VALUES (%(team_id)s::text, %(group_name)s::text)) AS asked (team_id, group_name)
     LEFT JOIN teams t ON t.team_id = asked.team_id
@@ -49,9 +50,12 @@ WITH request AS (
     LEFT JOIN jobs k ON k.idempotency_key = %(idempotency_key)s
         AND k.status NOT IN ('failed', 'cancelled')
     CROSS JOIN LATERAL (
-        SELECT ARRAY(
-            SELECT model_name FROM model_group_models WHERE group_name = g.group_name AND is_active ORDER BY priority
-        ) AS model_names
+        SELECT
+            array_agg(model_name ORDER BY priority) AS model_names,
+            jsonb_object_agg(p.model_name, to_jsonb(p)) FILTER (WHERE p.model_name IS NOT NULL) AS model_prices
+        FROM model_group_models
+        LEFT JOIN model_prices p USING (model_name)
+        WHERE group_name = g.group_name AND is_active
     ) m
 ),
 job AS (
@@ -76,6 +80,7 @@ SELECT
         CASE WHEN EXISTS (SELECT FROM job) THEN 'begun' ELSE 'insufficient_credits' END
     ) AS outcome,
     request.model_names,
+    request.model_prices,
     request.existing_job_id,
     request.existing_status,
     request.existing_request_hash,
@@ -103,6 +108,7 @@ scope AS (
         t.team_id,
         t.organization_id,
         m.model_names,
+        m.model_prices,
         CASE
             WHEN t.team_id IS NULL THEN 'team_not_found'
             WHEN g.group_name IS NULL THEN 'group_not_found'
@@ -112,7 +118,7 @@ scope AS (
                 IS DISTINCT FROM (coalesce(last.entry_no, 0), coalesce(last.credits_after, 0)) THEN 'balance_differs'
             WHEN a.group_name IS NULL THEN 'group_not_assigned'
             WHEN g.status <> 'active' THEN 'group_inactive'
-            WHEN m.model_names = '{}' THEN 'no_active_model'
+            WHEN m.model_names IS NULL THEN 'no_active_model'
         END AS refusal
     FROM (VALUES (%(team_id)s::text, %(group_name)s::text)) AS named (team_id, group_name)
     LEFT JOIN teams t ON t.team_id = named.team_id
@@ -128,9 +134,12 @@ scope AS (
         LIMIT 1
     ) last ON true
     CROSS JOIN LATERAL (
-        SELECT ARRAY(
-            SELECT model_name FROM model_group_models WHERE group_name = g.group_name AND is_active ORDER BY priority
-        ) AS model_names
+        SELECT
+            array_agg(model_name ORDER BY priority) AS model_names,
+            jsonb_object_agg(p.model_name, to_jsonb(p)) FILTER (WHERE p.model_name IS NOT NULL) AS model_prices
+        FROM model_group_models
+        LEFT JOIN model_prices p USING (model_name)
+        WHERE group_name = g.group_name AND is_active
     ) m
 ),
 known AS (
@@ -172,6 +181,7 @@ SELECT
     END AS outcome,
     scope.organization_id,
     scope.model_names,
+    scope.model_prices,
     known.job_id AS existing_job_id,
     known.status AS existing_status,
     known.request_hash AS existing_request_hash
@@ -199,22 +209,26 @@ WITH request AS (
         j.job_id,
         j.team_id,
         m.model_names,
+        m.model_prices,
         CASE
             WHEN j.job_id IS NULL THEN 'job_not_found'
             WHEN g.group_name IS NULL THEN 'group_not_found'
             WHEN j.status NOT IN ('pending', 'in_progress') THEN 'job_finished'
             WHEN a.group_name IS NULL THEN 'group_not_assigned'
             WHEN g.status <> 'active' THEN 'group_inactive'
-            WHEN m.model_names = '{}' THEN 'no_active_model'
+            WHEN m.model_names IS NULL THEN 'no_active_model'
         END AS refusal
     FROM (VALUES (%(job_id)s::uuid, %(group_name)s::text)) AS asked (job_id, group_name)
     LEFT JOIN jobs j ON j.job_id = asked.job_id
     LEFT JOIN model_groups g ON g.group_name = asked.group_name
     LEFT JOIN team_model_groups a ON a.team_id = j.team_id AND a.group_name = g.group_name
     CROSS JOIN LATERAL (
-        SELECT ARRAY(
-            SELECT model_name FROM model_group_models WHERE group_name = g.group_name AND is_active ORDER BY priority
-        ) AS model_names
+        SELECT
+            array_agg(model_name ORDER BY priority) AS model_names,
+            jsonb_object_agg(p.model_name, to_jsonb(p)) FILTER (WHERE p.model_name IS NOT NULL) AS model_prices
+        FROM model_group_models
+        LEFT JOIN model_prices p USING (model_name)
+        WHERE group_name = g.group_name AND is_active
     ) m
 ),
 started AS (
@@ -237,6 +251,7 @@ SELECT
     coalesce(refusal, CASE WHEN EXISTS (SELECT FROM started) THEN 'started' ELSE 'lease_lost' END) AS outcome,
     team_id,
     model_names,
+    model_prices,
     now() AS started_at
 FROM request;
 

@@ -208,7 +208,7 @@ class _Batch:
                 outcome = "begun"  # when it was asked before, and the answer was lost
             if outcome == "begun" and not task.result:
                 assert task.request
-                begun.append((job_id, row["model_names"], task.request.call))
+                begun.append((job_id, row["model_names"], task.request.call, row["model_prices"]))
                 continue
             del self._running[job_id]
             match outcome:
