@@ -238,8 +238,9 @@ def sweep(team_id: str | None) -> tuple[int, dict[str, str]]:
     with database.connect() as db:
         if team_id is not None:
             db.get("team", team_id)
-        teams = [row["team_id"] for row in db.many("job.expired_teams")] if team_id is None else [team_id]
-        for team in teams:
+        todo = [team_id]
+        while todo:
+            team = todo.pop()
             try:
                 with database.translated_errors():
                     while swept := db.one("job.sweep", team_id=team, row_limit=SWEEP_CHUNK)["swept"]:
@@ -247,7 +248,10 @@ def sweep(team_id: str | None) -> tuple[int, dict[str, str]]:
             except DatabaseUnavailable:
                 raise
             except SaasllmError as refusal:
-                refusals[team] = refusal.in_one_line
+                if team is None:  # one of them is refused: each on its own
+                    todo = [row["team_id"] for row in db.many("job.expired_teams")]
+                else:
+                    refusals[team] = refusal.in_one_line
     return count, refusals
 
 

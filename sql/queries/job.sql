@@ -446,12 +446,12 @@ WHERE job_id IN (
 RETURNING job_id;
 
 -- name: sweep(team_id, row_limit) :one
--- Fails jobs of the team whose lease ran out, and frees their credits; says how many. It waits for what is
+-- Fails jobs whose lease ran out, of the team or of all, and frees their credits; says how many. It waits for what is
 -- just being settled or swept by another, so that afterwards the credits are free.
 WITH expired AS (
     SELECT job_id, team_id
     FROM jobs
-    WHERE team_id = %(team_id)s
+    WHERE (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
       AND status IN ('pending', 'in_progress')
       AND lease_expires_at <= clock_timestamp()
     ORDER BY job_id
@@ -460,7 +460,7 @@ WITH expired AS (
 ),
 balance AS (
     SELECT count(*) AS teams
-    FROM (SELECT DISTINCT team_id FROM expired) AS team
+    FROM (SELECT DISTINCT team_id FROM expired ORDER BY team_id) AS team
     CROSS JOIN LATERAL lock_balance(team.team_id)
 ),
 swept AS (
