@@ -85,7 +85,8 @@ BEGIN
 
     IF written_no IS DISTINCT FROM last_no THEN
         RAISE EXCEPTION 'what the jobs of team % reserve or release does not have the next number', of_team
-            USING ERRCODE = 'SL009', HINT = 'Leave out hold_no and release_no; begin and end jobs in separate statements.';
+            USING ERRCODE = 'SL009',
+                  HINT = 'Leave out hold_no and release_no; begin and end jobs in separate statements.';
     END IF;
 END
 $$;

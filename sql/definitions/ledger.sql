@@ -188,6 +188,7 @@ BEGIN
 
     held := NEW.credits_reserved - OLD.credits_reserved + charged;
     IF NEW.last_hold_no = OLD.last_hold_no + 1 AND held > 0 THEN
+        -- New jobs have the time of their transaction. Where somebody gives them another, all are counted below.
         SELECT count(*) INTO explained
         FROM (
             SELECT hold_no

@@ -33,7 +33,9 @@ GRANT INSERT (
     team_id, organization_id, entry_no, job_id, transaction_type, credits_amount, credits_before, credits_after, reason,
     actor, command
 ) ON credit_transactions TO saasllm_runner;
-GRANT UPDATE (credits_allocated, credits_used, credits_reserved, last_entry_no, last_hold_no) ON team_credits TO saasllm_runner;
+GRANT UPDATE (
+    credits_allocated, credits_used, credits_reserved, last_entry_no, last_hold_no
+) ON team_credits TO saasllm_runner;
 
 -- saasllm_admin does all but change the schema. The ledger and the audit log only grow: what leaves them, leaves with
 -- its whole team.

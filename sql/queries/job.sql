@@ -67,10 +67,10 @@ job AS (
         %(job_id)s, request.team_id, request.organization_id, %(job_type)s,
         CASE WHEN %(group_name)s::text IS NULL THEN 'pending' ELSE 'in_progress' END, %(external_task_id)s,
         array_remove(ARRAY[%(group_name)s::text], NULL), %(metadata)s,
-        CASE WHEN %(group_name)s::text IS NOT NULL THEN now() END, now() + %(lease_seconds)s * interval '1 second', %(idempotency_key)s, %(request_hash)s,
-        balance.last_hold_no + 1
+        CASE WHEN %(group_name)s::text IS NOT NULL THEN now() END, now() + %(lease_seconds)s * interval '1 second',
+        %(idempotency_key)s, %(request_hash)s, balance.last_hold_no + 1
     FROM request
-    CROSS JOIN LATERAL lock_balance(request.team_id) AS balance
+    CROSS JOIN LATERAL lock_balance(request.team_id::text) AS balance
     WHERE request.known_outcome IS NULL AND balance.credits_free >= 1
     RETURNING job_id
 )
@@ -155,7 +155,7 @@ new AS (
 balance AS (
     SELECT scope.team_id, scope.organization_id, locked.credits_free, locked.last_hold_no
     FROM scope
-    CROSS JOIN LATERAL lock_balance(scope.team_id) AS locked
+    CROSS JOIN LATERAL lock_balance(scope.team_id::text) AS locked
     WHERE refusal IS NULL AND EXISTS (SELECT FROM new)
 ),
 begun AS (
@@ -322,7 +322,7 @@ deduction AS (
         job.team_id, job.organization_id, balance.last_entry_no + 1, job.job_id, 'deduction', -1,
         balance.credits_remaining, balance.credits_remaining - 1, 'Job completed',
         NULL, NULL
-    FROM job, lock_balance(job.team_id) AS balance
+    FROM job, lock_balance(job.team_id::text) AS balance
     WHERE job.status = 'completed' AND (SELECT count(*) FROM calls) >= 0
     RETURNING credits_after
 )
@@ -361,7 +361,7 @@ freed AS (
         WHERE EXISTS (SELECT FROM held WHERE status <> 'completed')
         ORDER BY team_id
     ) AS team
-    CROSS JOIN LATERAL lock_balance(team.team_id)
+    CROSS JOIN LATERAL lock_balance(team.team_id::text)
 ),
 job AS (
     UPDATE jobs j
@@ -391,7 +391,7 @@ calls AS (
 balance AS (
     SELECT touched.team_id, c.last_entry_no, c.credits_remaining
     FROM (SELECT DISTINCT team_id FROM job WHERE (SELECT count(*) FROM calls) >= 0 ORDER BY team_id) AS touched
-    CROSS JOIN LATERAL lock_balance(touched.team_id) AS c
+    CROSS JOIN LATERAL lock_balance(touched.team_id::text) AS c
 ),
 deduction AS (
     INSERT INTO credit_transactions (
@@ -461,7 +461,7 @@ WITH expired AS (
 balance AS (
     SELECT count(*) AS teams
     FROM (SELECT DISTINCT team_id FROM expired ORDER BY team_id) AS team
-    CROSS JOIN LATERAL lock_balance(team.team_id)
+    CROSS JOIN LATERAL lock_balance(team.team_id::text)
 ),
 swept AS (
     UPDATE jobs
