@@ -5,25 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 import psycopg
 import pytest
 from conftest import Result, charged_job, open_jobs
+from test_json_keys import ENTRY as FIELDS
 
 from saasllm_cli import database
 from saasllm_cli.settings import settings
 
 Run = Callable[..., Result]
-FIELDS = [
-    *("transaction_id", "team_id", "organization_id", "job_id", "transaction_type"),
-    *(
-        "credits_amount",
-        "credits_before",
-        "credits_after",
-        "reason",
-        "source",
-        "actor",
-        "role",
-        "command",
-        "created_at",
-    ),
-]
 ENTRY = {
     "team_id": "hr",
     "transaction_type": "allocation",
