@@ -64,7 +64,6 @@ GET = {
     "team": ("team.get", "team_id"),
     "group": ("group.get", "group_name"),
     "job": ("job.get", "job_id"),
-    "model": ("model.get", "model_name"),
 }
 NEAR = {"organization": "org.near", "team": "team.near", "group": "group.near"}
 TRIES = 5

@@ -1,6 +1,7 @@
 """Models: what they cost us, where litellm knows no price or another one."""
 
 import re
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Annotated, Any
 
@@ -70,8 +71,7 @@ def set_(
     }
     with database.connect() as db:
         db.none("model.set", model_name=model, **price)
-        own = db.get("model", model)
-    show(_compared(model, own), output)
+    show(_compared(model, price), output)
 
 
 @app.command(epilog="saasllm model get gpt-4o -o json | jq '.prices[0]'")
@@ -127,7 +127,7 @@ def remove(
         note(f"Removed the price of {some(result['removed'])}.", model_names=result["removed"])
 
 
-def _compared(model: str, own: database.Row | None) -> dict[str, Any]:
+def _compared(model: str, own: Mapping[str, Any] | None) -> dict[str, Any]:
     """The prices of a model, the one that is used first."""
     from saasllm_cli.jobs import known_models
 
