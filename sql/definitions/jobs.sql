@@ -179,3 +179,17 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
     )
     ORDER BY attempt
 $$;
+
+
+-- What a job asks of a group: its active models in their order (NULL where it has none), and our own prices of them.
+CREATE VIEW callable_groups AS
+SELECT g.group_name, g.status, m.model_names, m.model_prices
+FROM model_groups g
+CROSS JOIN LATERAL (
+    SELECT
+        array_agg(model_name ORDER BY priority) AS model_names,
+        jsonb_object_agg(p.model_name, to_jsonb(p)) FILTER (WHERE p.model_name IS NOT NULL) AS model_prices
+    FROM model_group_models
+    LEFT JOIN model_prices p USING (model_name)
+    WHERE group_name = g.group_name AND is_active
+) m;

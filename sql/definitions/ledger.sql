@@ -345,3 +345,24 @@ BEGIN
     FOR UPDATE;
 END
 $$;
+
+
+-- Balances, and whether each is that of its last entry: where it is not, the guard lets it move no more, so that nothing
+-- can be charged.
+CREATE VIEW checked_balances AS
+SELECT
+    c.team_id,
+    c.credits_allocated,
+    c.credits_reserved,
+    c.credits_remaining,
+    c.last_entry_no,
+    (c.last_entry_no, c.credits_remaining)
+        IS NOT DISTINCT FROM (coalesce(last.entry_no, 0), coalesce(last.credits_after, 0)) AS is_sound
+FROM team_credits c
+LEFT JOIN LATERAL (
+    SELECT entry_no, credits_after
+    FROM credit_transactions
+    WHERE team_id = c.team_id
+    ORDER BY entry_no DESC
+    LIMIT 1
+) last ON true;

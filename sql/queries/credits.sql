@@ -522,20 +522,12 @@ plan AS (
             WHEN o.status <> 'active' THEN 'organization_suspended'
             WHEN t.status <> 'active' THEN 'team_suspended'
             WHEN b.credits_allocated > 9223372036854775807 - due.credits_amount THEN 'out_of_range'
-            WHEN (b.last_entry_no, b.credits_remaining)
-                IS DISTINCT FROM (coalesce(last.entry_no, 0), coalesce(last.credits_after, 0)) THEN 'balance_differs'
+            WHEN b.is_sound IS NOT TRUE THEN 'balance_differs'
         END AS refusal
     FROM due
     CROSS JOIN LATERAL (SELECT organization_id, status FROM teams WHERE team_id = due.team_id OFFSET 0) AS t
     JOIN organizations o USING (organization_id)
-    LEFT JOIN LATERAL (SELECT * FROM team_credits WHERE team_id = due.team_id OFFSET 0) AS b ON true
-    LEFT JOIN LATERAL (
-        SELECT entry_no, credits_after
-        FROM credit_transactions
-        WHERE team_id = due.team_id
-        ORDER BY entry_no DESC
-        LIMIT 1
-    ) AS last ON true
+    LEFT JOIN LATERAL (SELECT * FROM checked_balances WHERE team_id = due.team_id OFFSET 0) AS b ON true
     LEFT JOIN credit_transactions before ON before.team_id = due.team_id
         AND before.period = period_name(due.every, due.first_day)
         AND before.transaction_type = 'allocation'

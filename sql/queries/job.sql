@@ -13,8 +13,8 @@ WITH request AS (
         t.organization_id,
         c.credits_remaining,
         c.credits_reserved,
-        m.model_names,
-        m.model_prices,
+        g.model_names,
+        g.model_prices,
         k.job_id AS existing_job_id,
         k.status AS existing_status,
         k.request_hash AS existing_request_hash,
@@ -26,37 +26,21 @@ WITH request AS (
             WHEN asked.group_name IS NOT NULL AND g.group_name IS NULL THEN 'group_not_found'
             WHEN o.status <> 'active' THEN 'organization_suspended'
             WHEN t.status <> 'active' THEN 'team_suspended'
-            WHEN (c.last_entry_no, c.credits_remaining)
-                IS DISTINCT FROM (coalesce(last.entry_no, 0), coalesce(last.credits_after, 0)) THEN 'balance_differs'
+            WHEN c.is_sound IS NOT TRUE THEN 'balance_differs'
             WHEN asked.group_name IS NULL THEN NULL
             WHEN a.group_name IS NULL THEN 'group_not_assigned'
             WHEN g.status <> 'active' THEN 'group_inactive'
-            WHEN m.model_names IS NULL THEN 'no_active_model'
+            WHEN g.model_names IS NULL THEN 'no_active_model'
         END AS known_outcome
     FROM (VALUES (%(team_id)s::text, %(group_name)s::text)) AS asked (team_id, group_name)
     LEFT JOIN teams t ON t.team_id = asked.team_id
     LEFT JOIN organizations o ON o.organization_id = t.organization_id
-    LEFT JOIN model_groups g ON g.group_name = asked.group_name
+    LEFT JOIN callable_groups g ON g.group_name = asked.group_name
     LEFT JOIN team_model_groups a ON a.team_id = t.team_id AND a.group_name = g.group_name
-    LEFT JOIN team_credits c ON c.team_id = asked.team_id
-    LEFT JOIN LATERAL (
-        SELECT entry_no, credits_after
-        FROM credit_transactions
-        WHERE team_id = t.team_id
-        ORDER BY entry_no DESC
-        LIMIT 1
-    ) last ON true
+    LEFT JOIN checked_balances c ON c.team_id = asked.team_id
     LEFT JOIN jobs mine ON mine.job_id = %(job_id)s
     LEFT JOIN jobs k ON k.idempotency_key = %(idempotency_key)s
         AND k.status NOT IN ('failed', 'cancelled')
-    CROSS JOIN LATERAL (
-        SELECT
-            array_agg(model_name ORDER BY priority) AS model_names,
-            jsonb_object_agg(p.model_name, to_jsonb(p)) FILTER (WHERE p.model_name IS NOT NULL) AS model_prices
-        FROM model_group_models
-        LEFT JOIN model_prices p USING (model_name)
-        WHERE group_name = g.group_name AND is_active
-    ) m
 ),
 job AS (
     INSERT INTO jobs (
@@ -107,40 +91,24 @@ scope AS (
     SELECT
         t.team_id,
         t.organization_id,
-        m.model_names,
-        m.model_prices,
+        g.model_names,
+        g.model_prices,
         CASE
             WHEN t.team_id IS NULL THEN 'team_not_found'
             WHEN g.group_name IS NULL THEN 'group_not_found'
             WHEN o.status <> 'active' THEN 'organization_suspended'
             WHEN t.status <> 'active' THEN 'team_suspended'
-            WHEN (c.last_entry_no, c.credits_remaining)
-                IS DISTINCT FROM (coalesce(last.entry_no, 0), coalesce(last.credits_after, 0)) THEN 'balance_differs'
+            WHEN c.is_sound IS NOT TRUE THEN 'balance_differs'
             WHEN a.group_name IS NULL THEN 'group_not_assigned'
             WHEN g.status <> 'active' THEN 'group_inactive'
-            WHEN m.model_names IS NULL THEN 'no_active_model'
+            WHEN g.model_names IS NULL THEN 'no_active_model'
         END AS refusal
     FROM (VALUES (%(team_id)s::text, %(group_name)s::text)) AS named (team_id, group_name)
     LEFT JOIN teams t ON t.team_id = named.team_id
     LEFT JOIN organizations o ON o.organization_id = t.organization_id
-    LEFT JOIN model_groups g ON g.group_name = named.group_name
+    LEFT JOIN callable_groups g ON g.group_name = named.group_name
     LEFT JOIN team_model_groups a ON a.team_id = t.team_id AND a.group_name = g.group_name
-    LEFT JOIN team_credits c ON c.team_id = t.team_id
-    LEFT JOIN LATERAL (
-        SELECT entry_no, credits_after
-        FROM credit_transactions
-        WHERE team_id = t.team_id
-        ORDER BY entry_no DESC
-        LIMIT 1
-    ) last ON true
-    CROSS JOIN LATERAL (
-        SELECT
-            array_agg(model_name ORDER BY priority) AS model_names,
-            jsonb_object_agg(p.model_name, to_jsonb(p)) FILTER (WHERE p.model_name IS NOT NULL) AS model_prices
-        FROM model_group_models
-        LEFT JOIN model_prices p USING (model_name)
-        WHERE group_name = g.group_name AND is_active
-    ) m
+    LEFT JOIN checked_balances c ON c.team_id = t.team_id
 ),
 known AS (
     SELECT asked.place, j.job_id, j.status, j.request_hash
@@ -208,28 +176,20 @@ WITH request AS (
     SELECT
         j.job_id,
         j.team_id,
-        m.model_names,
-        m.model_prices,
+        g.model_names,
+        g.model_prices,
         CASE
             WHEN j.job_id IS NULL THEN 'job_not_found'
             WHEN g.group_name IS NULL THEN 'group_not_found'
             WHEN j.status NOT IN ('pending', 'in_progress') THEN 'job_finished'
             WHEN a.group_name IS NULL THEN 'group_not_assigned'
             WHEN g.status <> 'active' THEN 'group_inactive'
-            WHEN m.model_names IS NULL THEN 'no_active_model'
+            WHEN g.model_names IS NULL THEN 'no_active_model'
         END AS refusal
     FROM (VALUES (%(job_id)s::uuid, %(group_name)s::text)) AS asked (job_id, group_name)
     LEFT JOIN jobs j ON j.job_id = asked.job_id
-    LEFT JOIN model_groups g ON g.group_name = asked.group_name
+    LEFT JOIN callable_groups g ON g.group_name = asked.group_name
     LEFT JOIN team_model_groups a ON a.team_id = j.team_id AND a.group_name = g.group_name
-    CROSS JOIN LATERAL (
-        SELECT
-            array_agg(model_name ORDER BY priority) AS model_names,
-            jsonb_object_agg(p.model_name, to_jsonb(p)) FILTER (WHERE p.model_name IS NOT NULL) AS model_prices
-        FROM model_group_models
-        LEFT JOIN model_prices p USING (model_name)
-        WHERE group_name = g.group_name AND is_active
-    ) m
 ),
 started AS (
     UPDATE jobs j
