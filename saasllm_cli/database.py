@@ -24,7 +24,15 @@ from psycopg.rows import dict_row
 from psycopg.types.json import JsonbDumper
 
 from saasllm_cli.context import command_line
-from saasllm_cli.errors import Conflict, DatabaseUnavailable, InsufficientCredits, InvalidInput, SaasllmError, not_found
+from saasllm_cli.errors import (
+    Conflict,
+    DatabaseUnavailable,
+    InsufficientCredits,
+    InvalidInput,
+    LimitReached,
+    SaasllmError,
+    not_found,
+)
 from saasllm_cli.queries import Query, checksum, query, sql_files, text_of
 from saasllm_cli.rules import is_storable
 from saasllm_cli.settings import settings
@@ -667,11 +675,13 @@ def _translated(error: psycopg.Error) -> SaasllmError:
             return DatabaseUnavailable(
                 "rules_not_enforced", f"The database cannot be used: {message}.", error.diag.message_hint
             )
+        case _, "SL011":
+            return LimitReached("limit_reached", f"The database refused this: {message}.", error.diag.message_hint)
         case "SL", _:
             return Conflict("refused_by_database", f"The database refused this: {message}.", error.diag.message_hint)
         case _, "22003":
             return InvalidInput("out_of_range", "A number is out of range.", "Whole numbers go up to 2^63 - 1.")
-        case _, "23514" if error.diag.constraint_name in ("team_credits_free", "credit_transactions_not_negative"):
+        case _, "23514" if error.diag.constraint_name == "team_credits_free":
             return InsufficientCredits("insufficient_credits", "The team does not have that many free credits.")
         case _, "23514" if error.diag.constraint_name == "team_credits_reserved":
             return Conflict(

@@ -1,6 +1,8 @@
 """What can go wrong: a code for scripts, an exit status for the shell, a message and a hint for people."""
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
 
@@ -95,10 +97,57 @@ class CheckFailed(SaasllmError):
     exit_status = 9
 
 
+class LimitReached(SaasllmError):
+    """A limit is reached: too much, or too many at once."""
+
+    exit_status = 10
+
+
 class Interrupted(SaasllmError):
     """Ctrl-C or SIGTERM."""
 
     exit_status = 130
+
+
+def insufficient_credits(
+    team: str, group: str | None, needed: int, remaining: int, reserved: int, overdraft: int | None
+) -> InsufficientCredits:
+    """A job costs more than its team can use."""
+    has = f"{remaining} remaining" + (f", {reserved} of them reserved by running jobs" if reserved else "")
+    return InsufficientCredits(
+        "insufficient_credits",
+        f"Team {team} does not have the {needed} credit{'' if needed == 1 else 's'} that the job reserves: {has}"
+        + (f", overdraft {overdraft}." if overdraft else "."),
+        f"Run: saasllm credits add {team} AMOUNT" + (" (or wait for its running jobs)" if reserved else ""),
+        team_id=team,
+        group_name=group,
+        credits_needed=needed,
+        credits_remaining=remaining,
+        credits_reserved=reserved,
+    )
+
+
+def limit_reached(limit: dict[str, Any]) -> LimitReached:
+    """Why a job may not begin: a row of limit_details."""
+    owner = f"Team {limit['team_id']}" if limit["team_id"] else f"Organization {limit['organization_id']}"
+    where = f" with group {limit['group_name']}" if limit["group_name"] else ""
+    counted, amount = (f"{Decimal(str(limit[name])).normalize():f}" for name in ("counted", "amount"))
+    what = f"${amount}" if limit["measure"] == "cost_usd" else f"{amount} {limit['measure']}"
+    per = {"total": "in total", "concurrent": "at once"}.get(limit["per"], f"per {limit['per']}")
+    room_at = limit["room_at"] and datetime.fromisoformat(str(limit["room_at"])).astimezone(UTC)
+    hint = {
+        "concurrent": "Wait for a running job, or raise the limit.",
+        "total": "Raise the limit: saasllm limit set",
+    }.get(limit["per"], f"There is room again at {room_at:%Y-%m-%dT%H:%M:%SZ}." if room_at else None)
+    return LimitReached(
+        "limit_reached",
+        f"{owner} has reached its limit{where} of {what} {per}: {counted} used or reserved.",
+        hint,
+        **{name: limit[name] for name in ("limit_id", "organization_id", "team_id", "group_name", "measure", "per")},
+        amount=limit["amount"],
+        counted=limit["counted"],
+        room_at=room_at,
+    )
 
 
 _COMMANDS = {"organization": "org"}  # where the command has another name than the noun

@@ -52,7 +52,7 @@ HEADINGS = {
     "call_id": "id",
     "completion_tokens": "out",
     "created_at": "created",
-    "credit_applied": "charged",
+    "credits_charged": "charged",
     "credits_after": "after",
     "credits_allocated": "allocated",
     "credits_amount": "amount",

@@ -77,7 +77,12 @@ BEGIN: dict[str, Any] = {
     "lease_seconds": 180,
 }
 CALL = Call("Echo", "offline/echo", attempt=1, began=0.1, latency_ms=900, prompt_tokens=700, total_tokens=1000)
-SETTLE: dict[str, Any] = {"status": "completed", "error_message": None, "calls": json.dumps([asdict(CALL)])}
+SETTLE: dict[str, Any] = {
+    "status": "completed",
+    "error_message": None,
+    "calls": json.dumps([asdict(CALL)]),
+    "is_final": False,
+}
 GROUP = 100
 GROUPS = 200
 GROUP_CLIENTS = 2  # more of them wait for the one team
@@ -318,7 +323,9 @@ def prepare_groups() -> None:
 def send_groups(*names: str) -> float:
     """Groups a second; each client has every so many-th of them."""
     values = {name: Literal(value).as_string() for name, value in BEGIN_MANY.items()}
-    values |= {name: f"(SELECT {name} FROM groups WHERE number = :number)" for name in ("jobs", "results")}
+    values |= {"is_final": "false"} | {
+        name: f"(SELECT {name} FROM groups WHERE number = :number)" for name in ("jobs", "results")
+    }
     script = f"\\set number :turn * {GROUP_CLIENTS} + :client_id\n\\set turn :turn + 1\n"
     script += "".join(filled_in(name, values) for name in names)
     options = ["--protocol=prepared", "--define=turn=0", f"--transactions={GROUPS // GROUP_CLIENTS}"]

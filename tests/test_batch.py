@@ -44,7 +44,7 @@ Run = Callable[..., Result]
 FIELDS = [
     *("id", "job_id", "status", "content", "tool_calls", "finish_reason", "resolved_model", "prompt_tokens"),
     "completion_tokens",
-    *("cost_usd", "error"),
+    *("cost_usd", "credits_charged", "error"),
 ]
 
 
@@ -670,7 +670,7 @@ def test_stdin_and_a_name(tenant: Run, home: Path) -> None:
         capture_output=True,
         check=False,
     )
-    assert (again.returncode, again.stdout) == (9, "0 completed, 1 failed, 2 already done, $0\n")
+    assert (again.returncode, again.stdout) == (9, "0 completed, 1 failed, 2 already done, 0 credits charged, $0\n")
     assert "2 lines of this batch already completed and charged in another run" in again.stderr
     rows = [(row["status"], row["content"]) for row in results(home).values()]
     assert sorted(rows) == [("completed", None)] * 2 + [("failed", None)], "the answers were in the output that is gone"

@@ -34,6 +34,7 @@ def test_add_shows_its_ledger_entry(tenant: Run) -> None:
         "credits_used": 0,
         "credits_reserved": 0,
         "credits_remaining": 15,
+        "credits_overdraft": 0,
     }
 
 

@@ -25,7 +25,8 @@ from saasllm_cli.queries import query
 Run = Callable[..., Result]
 FIELDS = [
     *("job_id", "team_id", "organization_id", "job_type", "status", "model_groups_used", "external_task_id"),
-    *("credit_applied", "error_message", "metadata", "created_at", "started_at", "completed_at", "lease_expires_at"),
+    *("credits_held", "credits_charged", "credits_short", "credit_applied", "price_id", "is_unpriced"),
+    *("error_message", "metadata", "created_at", "started_at", "completed_at", "lease_expires_at"),
 ]
 CALL_FIELDS = [
     *("call_id", "job_id", "model_group_used", "resolved_model", "attempt", "prompt_tokens", "completion_tokens"),
@@ -237,7 +238,7 @@ def logged(run: Run, *words: object, status: int = 0) -> list[dict[str, Any]]:
 def test_a_log_in_json_has_fields(tenant: Run, provider: Provider) -> None:
     with_models(tenant, "offline/fail", "openai/ok", "offline/echo")
     asked = ["job", "run", "--team", "hr", "--prompt", "tell nobody", "--group"]
-    failed, answered, charged = (
+    reserved, failed, answered, charged = (
         {name: value for name, value in record.items() if name not in ("time", "message", "latency_ms")}
         for record in logged(tenant, *asked, "G")
         if record["level"] == "info"
@@ -245,6 +246,7 @@ def test_a_log_in_json_has_fields(tenant: Run, provider: Provider) -> None:
     (job,) = tenant("job", "list", "-o", "json").data
     ids = {"job_id": job["job_id"], "team_id": "hr"}
     error = "503 ServiceUnavailableError: this offline model always fails"
+    assert reserved == {"level": "info", **ids, "credits_held": 1}
     assert failed == {"level": "info", **ids, "group_name": "G", "resolved_model": "offline/fail", "error": error}
     assert answered == {
         "level": "info",
@@ -257,7 +259,8 @@ def test_a_log_in_json_has_fields(tenant: Run, provider: Provider) -> None:
         "total_tokens": 17,
         "cost_usd": None,
     }
-    assert charged == {"level": "info", **ids, "credits_charged": 1, "credits_remaining": 9}
+    costs = {"credits_charged": 1, "credits_short": 0, "is_unpriced": False, "credits_remaining": 9}
+    assert charged == {"level": "info", **ids, **costs}
 
     (down,) = logged(tenant, *asked, "Down", status=8)
     assert (down["level"], down["code"], down["team_id"], down["group_name"]) == ("error", "no_answer", "hr", "Down")

@@ -18,7 +18,7 @@ PRICE = [
     "reasoning_usd_per_million",
 ]
 MODEL = ["model_name", {"prices": [["source", *PRICE]]}]
-CREDITS = ["credits_allocated", "credits_used", "credits_reserved", "credits_remaining"]
+CREDITS = ["credits_allocated", "credits_used", "credits_reserved", "credits_remaining", "credits_overdraft"]
 TEAM = [
     *("team_id", "organization_id", "team_alias", "status", "organization_status", "model_groups", *CREDITS),
     *("metadata", "created_at", "updated_at", "schedule"),
@@ -41,7 +41,8 @@ ENTRY = [
 ]
 JOB = [
     *("job_id", "team_id", "organization_id", "job_type", "status", "model_groups_used", "external_task_id"),
-    *("credit_applied", "error_message", "metadata", "created_at", "started_at", "completed_at", "lease_expires_at"),
+    *("credits_held", "credits_charged", "credits_short", "credit_applied", "price_id", "is_unpriced"),
+    *("error_message", "metadata", "created_at", "started_at", "completed_at", "lease_expires_at"),
 ]
 CALL = [
     *("call_id", "job_id", "model_group_used", "resolved_model", "attempt", "prompt_tokens", "completion_tokens"),

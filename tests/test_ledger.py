@@ -65,11 +65,14 @@ ATTACKS = {
         ENTRY + f"('hr', 'acme', 2, 'deduction', -1, 10, 9, '{JOB}')",
         "job_id_fkey|team_credits_reserved|not a completed job",
     ),
-    "a dearer job": (ENTRY + f"('hr', 'acme', 2, 'deduction', -2, 10, 8, '{JOB}')", "credit_transactions_sign"),
+    "a deduction that gives": (
+        ENTRY + f"('hr', 'acme', 2, 'deduction', 2, 10, 12, '{JOB}')",
+        "credit_transactions_sign",
+    ),
     "a job of no team": (open_jobs(1).replace("'hr'", "'nobody'"), "jobs_team"),
     "a job that begins completed": (
-        "INSERT INTO jobs (team_id, organization_id, status, credit_applied, completed_at)"
-        " VALUES ('hr', 'acme', 'completed', true, now())",
+        "INSERT INTO jobs (team_id, organization_id, status, credits_charged, completed_at)"
+        " VALUES ('hr', 'acme', 'completed', 1, now())",
         "a new job cannot be completed",
     ),
     "a forged ledger below the real one": (
@@ -98,7 +101,7 @@ ATTACKS = {
         ENTRY + "('hr', 'other', 2, 'allocation', 5, 10, 15, NULL)",
         "credit_transactions_team",
     ),
-    "below zero": (ENTRY + "('hr', 'acme', 2, 'adjustment', -11, 10, -1, NULL)", "not_negative"),
+    "below zero": (ENTRY + "('hr', 'acme', 2, 'adjustment', -11, 10, -1, NULL)", "team_credits_free"),
     "a false table of the session": (
         "CREATE TEMP TABLE credit_transactions (team_id text, entry_no bigint, transaction_type text,"
         " credits_amount bigint); INSERT INTO credit_transactions VALUES ('hr', 2, 'allocation', 5);"
@@ -166,7 +169,7 @@ OPEN_JOB = (
     "INSERT INTO jobs (job_id, team_id, organization_id, status, lease_expires_at)"
     f" VALUES ('{JOB}', 'hr', 'acme', 'in_progress', now())"
 )
-COMPLETE = "UPDATE jobs SET status = 'completed', credit_applied = true, completed_at = now(), lease_expires_at = NULL"
+COMPLETE = "UPDATE jobs SET status = 'completed', credits_charged = 1, completed_at = now(), lease_expires_at = NULL"
 
 
 @pytest.mark.parametrize(
@@ -222,9 +225,9 @@ def test_another_teams_job_is_not_given_back(tenant: Callable[..., Result], sql:
 @pytest.mark.parametrize("status", ["failed", "in_progress", "cancelled"])
 def test_a_finished_job_stays_finished(tenant: Callable[..., Result], sql: psycopg.Connection, status: str) -> None:
     tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x")
-    with pytest.raises(psycopg.Error, match=r"its status cannot be changed|jobs_release"):
+    with pytest.raises(psycopg.Error, match=r"neither its status nor its charge can be changed|jobs_release"):
         sql.execute(
-            "UPDATE jobs SET status = %(status)s, credit_applied = false,"
+            "UPDATE jobs SET status = %(status)s, credits_charged = NULL,"
             " completed_at = CASE WHEN %(status)s <> 'in_progress' THEN now() END,"
             " lease_expires_at = CASE WHEN %(status)s = 'in_progress' THEN now() END",
             {"status": status},

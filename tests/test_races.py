@@ -169,7 +169,7 @@ def test_many_are_settled_in_the_order_of_their_teams(tenant: Run, sql: Sql) -> 
 
     def settle() -> list[database.Row]:
         with database.connect() as db:
-            return db.many("job.settle_many", results=database.exact_json(results))
+            return db.many("job.settle_many", results=database.exact_json(results), is_final=False)
 
     balance = "SELECT FROM team_credits WHERE team_id = %s FOR UPDATE NOWAIT"
     waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"

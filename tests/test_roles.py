@@ -247,7 +247,7 @@ BEGIN_JOB = """
 FAIL_JOB = f"{BEGIN_JOB}; UPDATE jobs SET status = 'failed', completed_at = now(), lease_expires_at = NULL" + (
     " WHERE status = 'in_progress'"
 )
-FINISHED = "completed_at := now(); NEW.lease_expires_at := NULL; NEW.credit_applied := true; NEW.status := 'completed'"
+FINISHED = "completed_at := now(); NEW.lease_expires_at := NULL; NEW.credits_charged := 1; NEW.status := 'completed'"
 BEHIND = {
     "a balance is changed": (
         "UPDATE ON team_credits",
@@ -330,7 +330,7 @@ BEHIND = {
     "a job begins completed": ("INSERT ON jobs", f"NEW.{FINISHED}; RETURN NEW", BEGIN_JOB, "a new job cannot be"),
     "a job is finished again": (
         "UPDATE ON jobs",
-        "NEW.status := 'failed'; NEW.credit_applied := false; RETURN NEW",
+        "NEW.status := 'failed'; NEW.credits_charged := NULL; RETURN NEW",
         "UPDATE jobs SET error_message = 'x'",
         "jobs_release",
     ),
@@ -343,7 +343,7 @@ BEHIND = {
     "a job is completed without its charge": (
         "INSERT ON credit_transactions",
         "RETURN NULL",
-        BEGIN_JOB + "; UPDATE jobs SET completed_at = now(), lease_expires_at = NULL, credit_applied = true,"
+        BEGIN_JOB + "; UPDATE jobs SET completed_at = now(), lease_expires_at = NULL, credits_charged = 1,"
         " status = 'completed' WHERE status = 'in_progress'",
         "without its deduction",
     ),
@@ -550,7 +550,7 @@ def test_the_runner_reserves_what_its_jobs_hold(tenant: Run, as_role: As) -> Non
     ended = "UPDATE jobs SET status = %s, completed_at = now(), lease_expires_at = NULL WHERE job_id IN (%s)"
     one, two = (f"SELECT job_id FROM jobs ORDER BY job_id OFFSET {number} LIMIT 1" for number in (0, 1))
     runner.execute(ended % ("'failed'", one))
-    with pytest.raises(psycopg.Error, match="its status cannot be changed"):
+    with pytest.raises(psycopg.Error, match="neither its status nor its charge"):
         runner.execute(ended % ("'cancelled'", one))
     runner.execute(open_jobs(2))
     runner.execute(ended % ("'cancelled'", two))
@@ -754,7 +754,7 @@ def test_rights_of_others_are_named_and_revoked_where_that_is_asked(
             _, rights = rows["rights"]["message"].split(": ")
             return {(role.split(" ", 1)[0], role.split(" on ")[1]) for role in rights.rstrip(".").split("; ")}
 
-        careless = {("careless_anon", "audit_log, audit_log_audit_id_seq, callable_groups and 29 more)")}
+        careless = {("careless_anon", "audit_log, audit_log_audit_id_seq, callable_groups and 35 more)")}
         public = {("PUBLIC", "organizations)")}
         assert others() == careless | public | {
             ("careless_user", "teams)"),

@@ -43,7 +43,7 @@ ATTACKS = [
     "UPDATE credit_transactions SET credits_amount = 9, credits_after = credits_before + 9",
     "DELETE FROM credit_transactions WHERE transaction_type = 'deduction'",
     "DELETE FROM jobs",
-    "UPDATE jobs SET status = 'cancelled', completed_at = now(), credit_applied = false WHERE status = 'completed'",
+    "UPDATE jobs SET status = 'cancelled', completed_at = now() WHERE status = 'completed'",
 ]
 
 

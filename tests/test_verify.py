@@ -66,9 +66,9 @@ DAMAGE = {
     },
     "UPDATE credit_transactions SET credits_amount = 70, credits_after = credits_before + 70"
     " WHERE team_id = 'hr' AND entry_no = 3": {"credits_allocated differs", "credits_before does not follow"},
-    "UPDATE jobs SET status = 'failed', credit_applied = false, release_no = 1 WHERE team_id = 'hr'"
+    "UPDATE jobs SET status = 'failed', credits_charged = NULL, release_no = 1 WHERE team_id = 'hr'"
     " AND status = 'completed'": {"entry of no completed job of the team"},
-    "UPDATE jobs SET status = 'completed', credit_applied = true, completed_at = now(), lease_expires_at = NULL"
+    "UPDATE jobs SET status = 'completed', credits_charged = 1, completed_at = now(), lease_expires_at = NULL"
     " WHERE team_id = 'hr' AND status = 'in_progress'": {
         "completed job without its deduction",
         "credits_reserved differs",

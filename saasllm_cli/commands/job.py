@@ -1,4 +1,4 @@
-"""Jobs: call a model for a team, and charge one credit when it succeeds."""
+"""Jobs: call a model for a team, and charge credits when it succeeds."""
 
 import os
 import sys
@@ -60,7 +60,7 @@ from saasllm_cli.commands.inputs import (
     number,
     require_some,
 )
-from saasllm_cli.errors import CheckFailed, InsufficientCredits, InvalidInput, NoAnswer
+from saasllm_cli.errors import CheckFailed, InsufficientCredits, InvalidInput, NoAnswer, limit_reached
 from saasllm_cli.output import note, print_answer, print_line, print_sentence, progress, remark, show, waiting, warn
 from saasllm_cli.settings import Format, settings
 
@@ -128,9 +128,10 @@ def run(
     idempotency_key: IdempotencyKey = None,
     output: Output = None,
 ) -> None:
-    """Run a job: ask a group's models and charge one credit.
+    """Run a job: ask a group's models and charge what it costs.
 
-    Tries the models in order until one answers. If none does, nothing is charged and the exit status is 8.
+    Tries the models in order until one answers. If none does, nothing is charged and the exit status is 8. A job costs
+    one credit unless a price is set; see `saasllm price resolve`.
 
     The prompt is --prompt followed by the text of --prompt-file; without both it is read from stdin. The answer goes to
     stdout and everything else to stderr; with -o json, the answer is the field `content`.
@@ -150,8 +151,13 @@ def run(
         metadata=merged(metadata),
         idempotency_key=idempotency_key,
     )
+
+    def tell(job_id: UUID, held: int) -> None:
+        if output is Format.TABLE:
+            note(f"{counted(held, 'credit')} reserved.", job_id=job_id, team_id=team, credits_held=held)
+
     with waiting(""):
-        result = runner.run(request, on_progress=progress, on_text=on_text)
+        result = runner.run(request, on_progress=progress, on_text=on_text, on_begun=tell)
     if result.is_repeated and output is Format.TABLE:
         note(
             f"Job {result.job_id} was already completed and charged under this key. Its answer was not kept.",
@@ -159,11 +165,21 @@ def run(
             team_id=team,
         )
         return
-    charged = {"credits_remaining": result.credits_remaining}
+    charged = {
+        name: getattr(result, name) for name in ("credits_charged", "credits_short", "is_unpriced", "credits_remaining")
+    }
     _show_result(result, group, charged, output, is_shown=on_text is not None)
+    ids = {"job_id": result.job_id, "team_id": team}
     if output is Format.TABLE:
-        ids = {"job_id": result.job_id, "team_id": team}
-        note(f"One credit charged, {result.credits_remaining} left.", **ids, credits_charged=1, **charged)
+        told = f"{counted(result.credits_charged or 0, 'credit')} charged, {result.credits_remaining} left."
+        note(told, **ids, **charged)
+    if result.credits_short:
+        warn(
+            f"The team could not pay {counted(result.credits_short, 'credit')} of what the job costs.", **ids, **charged
+        )
+    if result.is_unpriced:
+        told = f"No cost is known for {result.calls[-1].resolved_model}, so the price's minimum was charged."
+        warn(told + " To set one, see: saasllm model set --help", **ids, **charged)
 
 
 @app.command(epilog="JOB=$(saasllm job create --team team_engineering)")
@@ -178,9 +194,9 @@ def create(
 ) -> None:
     """Start a job of several calls and print its ID.
 
-    The job reserves one credit. Use `saasllm job call` as often as you like, then end the job with `complete`, which
-    charges the credit, or with `fail` or `cancel`, which charge nothing. A job left alone expires after --lease
-    seconds.
+    The job reserves what its price says, one credit by default. Use `saasllm job call` as often as you like, then end
+    the job with `complete`, which charges what it costs, or with `fail` or `cancel`, which charge nothing. A job left
+    alone expires after --lease seconds.
     """
     from saasllm_cli.jobs import runner
 
@@ -237,9 +253,9 @@ def call(
 
 @app.command(epilog="saasllm job complete $JOB")
 def complete(job: Job, output: Output = None) -> None:
-    """Complete a job and charge its team one credit.
+    """Complete a job and charge its team.
 
-    At least one call of the job must have succeeded.
+    At least one call of the job must have succeeded. Of several groups, the dearest price counts.
     """
     _finish(job, "completed", None, output)
 
@@ -289,7 +305,8 @@ def batch(
     and so on, or a line in OpenAI's batch format. Results are written to OUT as they come.
 
     Run the same command again to continue where it stopped; no line is paid for twice. OUT.journal keeps track of what
-    is done. Exit 9 if lines failed, 5 if the credits ran out.
+    is done. Exit 9 if lines failed, 5 if the credits ran out, 10 if a budget is used up. A limit per minute or hour, or
+    of jobs at once, only slows it down.
     """
     if str(file) == "-":
         if name is None:
@@ -320,7 +337,7 @@ def batch(
     if (output or settings().output) is Format.TABLE:
         print_sentence(
             f"{summary.completed} completed, {summary.failed} failed, {summary.skipped} already done, "
-            f"${summary.cost_usd.normalize():f}"
+            f"{counted(summary.credits_charged, 'credit')} charged, ${summary.cost_usd.normalize():f}"
         )
         for model, use in summary.models.items():
             counts = {"answered": use.answered, "failed": use.failed}
@@ -346,10 +363,22 @@ def batch(
             **ids,
             unsettled=summary.unsettled,
         )
+    if summary.credits_short:
+        short = counted(summary.credits_short, "credit")
+        warn(f"The team could not pay {short} of what the jobs cost.", **ids, credits_short=summary.credits_short)
+    if summary.unpriced:
+        told = (
+            f"No cost is known for the answers of {counted(summary.unpriced, 'line')}; the price's minimum was charged."
+        )
+        warn(told, **ids, unpriced=summary.unpriced)
+    if summary.limit_reached:
+        reached = limit_reached(summary.limit_reached)
+        reached.hint = f"{reached.hint or ''} Then run the same command again.".strip()
+        raise reached
     if summary.is_out_of_credits:
         raise InsufficientCredits(
             "insufficient_credits",
-            f"Team {team} has no free credits for the remaining lines.",
+            f"Team {team} does not have the credits for the remaining lines.",
             f"Run: saasllm credits add {team} AMOUNT; then run the same command again.",
             **ids,
         )
@@ -456,7 +485,7 @@ def list_(
         "team_id",
         "job_type",
         "model_groups_used",
-        "credit_applied",
+        "credits_charged",
         "error_message",
     )
     essential = ("job_id", "created_at", "status", "error_message")

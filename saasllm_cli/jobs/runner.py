@@ -23,9 +23,11 @@ from saasllm_cli import database
 from saasllm_cli.errors import (
     Conflict,
     DatabaseUnavailable,
-    InsufficientCredits,
     Interrupted,
+    LimitReached,
     SaasllmError,
+    insufficient_credits,
+    limit_reached,
     not_found,
     refused,
 )
@@ -42,6 +44,7 @@ CANCEL_SECONDS = 5.0
 UNSETTLED_LEASE_SECONDS = 86400.0  # in which somebody mends what refuses to charge an answer that was given
 # The lease outlives the deadline by the time to load litellm and to settle.
 LEASE_MARGIN_SECONDS = 120.0
+LIMIT_TRIES = 5  # where others are quicker
 SWEEP_CHUNK = 1000  # jobs that are locked at a time
 # What of a call the rest of its job does not depend on.
 TEXTS = ("purpose", "finish_reason", "error", "prompt", "answer")
@@ -51,7 +54,7 @@ CALLS_NOT_STORABLE = "Its calls could not be stored."
 # Why a job of a team and a group that are there is refused at its beginning.
 REFUSALS = (
     *("organization_suspended", "team_suspended", "group_not_assigned", "group_inactive", "no_active_model"),
-    "insufficient_credits",
+    *("limit_reached", "insufficient_credits"),
 )
 
 
@@ -85,6 +88,8 @@ class JobRequest:
 class JobResult:
     """How a job ended: `completed` with its answer, or `failed`; one of several calls goes on: `in_progress`.
 
+    `credits_charged` is what it has paid, `credits_short` what of its cost its team could not; `is_unpriced` where the
+    price was to count something of which nobody knows how much it was.
     `is_repeated` where the key of a completed job was used again: its answer was not kept. `unsettled` is why the
     database does not know of the answer; then the job is still open and `credits_remaining` unknown.
     """
@@ -94,6 +99,9 @@ class JobResult:
     status: str
     answer: Answer | None
     calls: list[Call]
+    credits_charged: int | None = None
+    credits_short: int | None = None
+    is_unpriced: bool | None = None
     credits_remaining: int | None = None
     lease_expires_at: datetime | None = None
     error_message: str | None = None
@@ -105,12 +113,14 @@ def run(
     request: JobRequest,
     on_progress: Callable[[str], None] = lambda _: None,
     on_text: Callable[[str], None] | None = None,
+    on_begun: Callable[[UUID, int], None] = lambda *_: None,
 ) -> JobResult:
-    """Runs one job of one call to its end; `on_progress` is told what is waited for, `on_text` the answer as it comes.
+    """Runs one job of one call to its end; `on_begun` is told its id and how many credits it holds, `on_progress` what
+    is waited for, `on_text` the answer as it comes.
 
-    Raises what refused it before a model was called (`NotFound`, `NotAllowed`, `InsufficientCredits`, `Conflict`,
-    `DatabaseUnavailable`), `Conflict` where the lease was lost, and `Interrupted` after Ctrl-C or SIGTERM, when the
-    job is cancelled. A job whose models failed is a result, not an error.
+    Raises what refused it before a model was called (`NotFound`, `NotAllowed`, `LimitReached`, `InsufficientCredits`,
+    `Conflict`, `DatabaseUnavailable`), `Conflict` where the lease was lost, and `Interrupted` after Ctrl-C or SIGTERM,
+    when the job is cancelled. A job whose models failed is a result, not an error.
     """
     assert request.call is not None
     job_id = new_job_id()
@@ -120,7 +130,8 @@ def run(
         with signals({signal.SIGTERM: interrupt}):  # cron and supervisors send it: as clean as Ctrl-C
             begun = _begin(job_id, request)
             if begun["outcome"] == "key_in_use":
-                return _first_result(begun["existing_job_id"], request.team_id, begun["credits_remaining"])
+                return _first_result(begun["existing_job_id"], begun["credits_remaining"])
+            on_begun(job_id, begun["credits_held"])
             answer = ask(begun["model_names"], request.call, calls, on_progress, on_text, begun["model_prices"])
             with signals(UNINTERRUPTED):
                 result = _settled(job_id, request.team_id, answer, calls)
@@ -164,21 +175,32 @@ def call(
 ) -> JobResult:
     """Makes one call of an open job, which holds it for `lease` seconds from then on. Nothing is charged by it.
 
-    Raises `NotFound`, `NotAllowed`, `Conflict` where the job is finished or its lease is lost, and `Interrupted`; the
-    job stays open then, but for a lost lease. That no model answered is a result.
+    Raises `NotFound`, `NotAllowed`, `LimitReached`, `InsufficientCredits`, `Conflict` where the job is finished or its
+    lease is lost, and `Interrupted`; the job stays open then, but for a lost lease. That no model answered is a result.
     """
     calls: list[Call] = []
     with database.patience(ANSWER_SECONDS), database.connect() as db:
-        started = db.one(
-            "job.start_call",
-            job_id=job_id,
-            group_name=request.group_name,
-            lease_seconds=max(lease, request.timeout + LEASE_MARGIN_SECONDS),
+        started = until_no_other_overtakes(
+            lambda: db.one(
+                "job.start_call",
+                job_id=job_id,
+                group_name=request.group_name,
+                lease_seconds=max(lease, request.timeout + LEASE_MARGIN_SECONDS),
+            )
         )
-    if started["outcome"] == "lease_lost":
-        raise _lost(job_id)
-    if started["outcome"] != "started":
-        raise _no_call(job_id, started["outcome"], started["team_id"], request.group_name)
+    match started["outcome"]:
+        case "started":
+            pass
+        case "lease_lost":
+            raise _lost(job_id)
+        case "limit_reached":
+            raise limit_reached(started["limit_reached"])
+        case "insufficient_credits":
+            more = started["credits_held"] - started["credits_held_before"]
+            has = (started["credits"][f"credits_{name}"] for name in ("remaining", "reserved", "overdraft"))
+            raise insufficient_credits(started["team_id"], request.group_name, more, *has)
+        case outcome:
+            raise _no_call(job_id, outcome, started["team_id"], request.group_name)
 
     def record() -> database.Row | None:
         def write(form: dict[str, Any]) -> database.Row | None:
@@ -291,11 +313,11 @@ def _begin(job_id: UUID, request: JobRequest) -> database.Row:
         nonlocal is_asked
         with database.patience(seconds), database.connect() as db:
             is_asked = True
-            begun = db.one("job.begin", **parameters)
-            if begun["outcome"] == "insufficient_credits" or begun["existing_is_expired"]:
+            begun = until_no_other_overtakes(lambda: db.one("job.begin", **parameters))
+            if begun["outcome"] in ("insufficient_credits", "limit_reached") or begun["existing_is_expired"]:
                 # Another process may have swept them first: so it is asked again, whoever did.
                 db.one("job.sweep", team_id=request.team_id, row_limit=SWEEP_CHUNK)
-                begun = db.one("job.begin", **parameters)
+                begun = until_no_other_overtakes(lambda: db.one("job.begin", **parameters))
             keep_refusal(db, request.team_id, parameters["group_name"], begun["outcome"])
         return begun
 
@@ -314,17 +336,10 @@ def _raise_refusal(begun: database.Row, request: JobRequest) -> None:
         case "begun":
             return
         case "insufficient_credits":
-            raise InsufficientCredits(
-                "insufficient_credits",
-                f"Team {request.team_id} has no free credits: {begun['credits_remaining']} remaining, "
-                f"{begun['credits_reserved']} of them reserved by running jobs.",
-                f"Run: saasllm credits add {request.team_id} AMOUNT"
-                + (" (or wait for its running jobs)" if begun["credits_reserved"] else ""),
-                team_id=request.team_id,
-                group_name=request.call.group_name if request.call else None,
-                credits_remaining=begun["credits_remaining"],
-                credits_reserved=begun["credits_reserved"],
-            )
+            has = (begun[f"credits_{name}"] for name in ("held", "remaining", "reserved", "overdraft"))
+            raise insufficient_credits(request.team_id, request.call.group_name if request.call else None, *has)
+        case "limit_reached":
+            raise limit_reached(begun["limit_reached"])
         case "key_in_use" if begun["existing_request_hash"] != request.hash():
             raise Conflict(
                 "idempotency_key_reused",
@@ -346,12 +361,26 @@ def _raise_refusal(begun: database.Row, request: JobRequest) -> None:
             raise refused(outcome, request.team_id, group_name, begun["organization_id"])
 
 
-def _first_result(job_id: UUID, team_id: str, credits_remaining: int) -> JobResult:
+def until_no_other_overtakes(ask: Callable[[], T]) -> T:
+    """Asks for room within the limits, again where others have taken it in between: then it is told what is reached."""
+    for _ in range(LIMIT_TRIES):
+        with suppress(LimitReached), database.translated_errors():
+            return ask()
+    with database.translated_errors():
+        return ask()
+
+
+def _first_result(job_id: UUID, credits_remaining: int) -> JobResult:
     with database.connect() as db:
+        job = db.get("job", job_id)
         rows = db.many("job.calls", job_id=job_id)
     fields = Call.__dataclass_fields__.keys() - {"began"}
     calls = [Call(began=0, **{name: row[name] for name in fields}) for row in rows]
-    return JobResult(job_id, team_id, "completed", None, calls, credits_remaining, is_repeated=True)
+    result = JobResult(job_id, job["team_id"], "completed", None, calls, is_repeated=True)
+    result.credits_remaining = credits_remaining
+    for name in ("credits_charged", "credits_short", "is_unpriced"):
+        setattr(result, name, job[name])
+    return result
 
 
 def _no_call(job_id: UUID, outcome: str, team_id: str | None, group_name: str | None) -> SaasllmError:
@@ -485,7 +514,8 @@ def _settled(job_id: UUID, team_id: str, answer: Answer | None, calls: list[Call
             job_id=job_id,
             team_id=team_id,
         )
-    result.credits_remaining = settled["credits_remaining"]
+    for name in ("credits_charged", "credits_short", "is_unpriced", "credits_remaining"):
+        setattr(result, name, settled[name])
     return result
 
 
@@ -515,16 +545,30 @@ def _settle(job_id: UUID, status: str, error_message: str | None, calls: list[Ca
         parameters = told | {"calls": as_json(told["calls"])}
 
         def settle(db: database.Database) -> database.Row:
-            settled = db.one("job.settle", **parameters)
+            settled = db.one("job.settle", **parameters, is_final=False)
+            if due := settled["credits_due"]:  # more than it holds
+                raise_holds(db, {str(job_id): due})
+                settled = db.one("job.settle", **parameters, is_final=True)
             if settled["status"] in ("pending", "in_progress"):
                 # It waited for another that settles the same job, and told what had been before: asked again, it tells
                 # what is.
-                settled = db.one("job.settle", **parameters)
+                settled = db.one("job.settle", **parameters, is_final=True)
             return settled
 
         return _until_it_answers(seconds, settle)
 
     return as_far_as_stored(settlement(job_id, status, error_message, map(asdict, calls)), write)
+
+
+def raise_holds(db: database.Database, due: dict[str, int]) -> None:
+    """Lets jobs hold what is due for them, as far as their teams can pay it and their limits allow."""
+    rows = [{"job_id": job_id, "credits_due": credits_} for job_id, credits_ in due.items()]
+    try:
+        until_no_other_overtakes(lambda: db.none("job.raise_holds", jobs=as_json(rows)))
+    except LimitReached:
+        if len(rows) > 1:  # each on its own, as far as there is room; what a single one does not come to hold is short
+            for job_id, credits_ in due.items():
+                raise_holds(db, {job_id: credits_})
 
 
 def _until_it_answers(seconds: float, work: Callable[[database.Database], T]) -> T:

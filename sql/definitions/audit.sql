@@ -1,4 +1,4 @@
--- Who changed what: every change of an organization, a team, a group, an assignment, a schedule or a model's price,
+-- Who changed what: every change of an organization, a team, a group, an assignment, a schedule, a price or a limit,
 -- written by the database in the transaction of the change, whatever client makes it. Times in the records are in UTC,
 -- whatever the session's zone.
 
@@ -35,7 +35,7 @@ CREATE TRIGGER audit_log_is_dated AFTER INSERT ON audit_log
     EXECUTE FUNCTION refuse_other_time();
 
 
--- Organizations, teams, assignments and prices of models: row by row, what it was and what it is. The arguments are the
+-- Organizations, teams, assignments, prices and limits: row by row, what it was and what it is. The arguments are the
 -- noun and the column by which a row is found again after an update; without one, an update is a delete and a create.
 -- What a purge removes is told by its one record: what is gone with the team or the organization that it names, unless it
 -- was made after that record.
@@ -151,6 +151,26 @@ CREATE TRIGGER model_prices_audit_delete AFTER DELETE ON model_prices
     REFERENCING OLD TABLE AS old_rows
     FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('model', 'model_name');
 
+CREATE TRIGGER job_prices_audit_create AFTER INSERT ON job_prices
+    REFERENCING NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('price', 'price_id');
+CREATE TRIGGER job_prices_audit_update AFTER UPDATE ON job_prices
+    REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('price', 'price_id');
+CREATE TRIGGER job_prices_audit_delete AFTER DELETE ON job_prices
+    REFERENCING OLD TABLE AS old_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('price', 'price_id');
+
+CREATE TRIGGER limits_audit_create AFTER INSERT ON limits
+    REFERENCING NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('limit', 'limit_id');
+CREATE TRIGGER limits_audit_update AFTER UPDATE ON limits
+    REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('limit', 'limit_id');
+CREATE TRIGGER limits_audit_delete AFTER DELETE ON limits
+    REFERENCING OLD TABLE AS old_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('limit', 'limit_id');
+
 
 -- A group is one thing with its models, though they are rows of another table: what it is now is compared with what
 -- the last record says, so that one statement that changes both, or replaces the models, writes one record.
@@ -207,6 +227,26 @@ CREATE TRIGGER model_group_models_audit_delete AFTER DELETE ON model_group_model
     REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION audit_groups();
 
 
+-- How far a team may go below zero stands with its balance, and belongs to the team.
+
+CREATE FUNCTION audit_overdraft() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
+BEGIN
+    INSERT INTO public.audit_log (noun, action, organization_id, team_id, before, after)
+    SELECT
+        'team', 'update', t.organization_id, t.team_id,
+        jsonb_build_object('credits_overdraft', OLD.credits_overdraft),
+        jsonb_build_object('credits_overdraft', NEW.credits_overdraft)
+    FROM public.teams t
+    WHERE t.team_id = NEW.team_id;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER team_credits_audit AFTER UPDATE ON team_credits
+    FOR EACH ROW WHEN (OLD.credits_overdraft IS DISTINCT FROM NEW.credits_overdraft) EXECUTE FUNCTION audit_overdraft();
+
+
 -- What a schedule is, is audited; that it has moved on to its next period, the ledger tells.
 
 CREATE FUNCTION audit_schedule() RETURNS trigger
@@ -256,6 +296,10 @@ CREATE TRIGGER team_model_groups_no_truncate BEFORE TRUNCATE ON team_model_group
 CREATE TRIGGER model_group_models_no_truncate BEFORE TRUNCATE ON model_group_models
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();
 CREATE TRIGGER model_prices_no_truncate BEFORE TRUNCATE ON model_prices
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();
+CREATE TRIGGER job_prices_no_truncate BEFORE TRUNCATE ON job_prices
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();
+CREATE TRIGGER limits_no_truncate BEFORE TRUNCATE ON limits
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();
 CREATE TRIGGER credit_schedules_no_truncate BEFORE TRUNCATE ON credit_schedules
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();

@@ -42,6 +42,7 @@ SELECT
     c.credits_used,
     c.credits_reserved,
     c.credits_remaining,
+    c.credits_overdraft,
     t.metadata,
     t.created_at,
     t.updated_at,
@@ -55,7 +56,7 @@ SELECT
     ) AS schedule
 FROM teams t
 CROSS JOIN LATERAL (
-    SELECT credits_allocated, credits_used, credits_reserved, credits_remaining
+    SELECT credits_allocated, credits_used, credits_reserved, credits_remaining, credits_overdraft
     FROM team_credits
     WHERE team_id = t.team_id
     OFFSET 0
@@ -70,11 +71,12 @@ SELECT
     c.credits_used,
     c.credits_reserved,
     c.credits_remaining,
+    c.credits_overdraft,
     c.credits_remaining - c.credits_reserved + expired.credits AS credits_free
 FROM teams t
 JOIN team_credits c USING (team_id)
 CROSS JOIN LATERAL (
-    SELECT count(*) AS credits
+    SELECT coalesce(sum(j.credits_held), 0)::bigint AS credits
     FROM jobs j
     WHERE j.team_id = t.team_id
       AND j.status IN ('pending', 'in_progress')
@@ -90,7 +92,12 @@ SELECT
     status,
     model_groups_used,
     external_task_id,
-    credit_applied,
+    credits_held,
+    credits_charged,
+    credits_short,
+    coalesce(credits_charged > 0, false) AS credit_applied,
+    price_id,
+    is_unpriced,
     error_message,
     metadata,
     created_at,

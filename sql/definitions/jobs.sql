@@ -11,7 +11,7 @@ BEGIN
         RAISE EXCEPTION 'a new job cannot be %', NEW.status
             USING ERRCODE = 'SL003', HINT = 'Insert it as pending or in_progress.';
     END IF;
-    RAISE EXCEPTION 'job % is already %: its status cannot be changed', OLD.job_id, OLD.status
+    RAISE EXCEPTION 'job % is already %: neither its status nor its charge can be changed', OLD.job_id, OLD.status
         USING ERRCODE = 'SL003', HINT = 'Start a new job.';
 END
 $$;
@@ -20,7 +20,12 @@ CREATE TRIGGER jobs_begin_open AFTER INSERT ON jobs
     FOR EACH ROW WHEN (NEW.status NOT IN ('pending', 'in_progress')) EXECUTE FUNCTION refuse_status();
 
 CREATE TRIGGER jobs_finish_once AFTER UPDATE ON jobs
-    FOR EACH ROW WHEN (OLD.completed_at IS NOT NULL AND NEW.status <> OLD.status)
+    FOR EACH ROW
+    WHEN (
+        OLD.completed_at IS NOT NULL
+        AND (NEW.status, NEW.credits_charged, NEW.credits_short, NEW.price_id, NEW.is_unpriced)
+            IS DISTINCT FROM (OLD.status, OLD.credits_charged, OLD.credits_short, OLD.price_id, OLD.is_unpriced)
+    )
     EXECUTE FUNCTION refuse_status();
 
 
@@ -44,10 +49,10 @@ CREATE TRIGGER jobs_keep_id AFTER UPDATE ON jobs
     EXECUTE FUNCTION refuse_other_job();
 
 
--- What a team has reserved is what its open jobs hold, a credit each: from a job's beginning until its charge, which the
--- ledger counts, or until it ends without one. So many jobs can be open that counting them each time would take long.
--- Hence each change has a number, the next one of its team, and is proven by the jobs that bear it: those that began
--- with it, and those that ended. A number that was passed is never taken again.
+-- What a team has reserved is what its open jobs hold: from a job's beginning until its charge, which the ledger counts, or
+-- until it ends without one. So many jobs can be open that summing them up each time would take long. Hence each change
+-- has a number, the next one of its team, and is proven by the jobs that bear it: those that began with it, those that
+-- came to hold more, or those that ended. A number that was passed is never taken again.
 
 CREATE FUNCTION number_reservation() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
@@ -57,8 +62,11 @@ DECLARE
 BEGIN
     IF TG_OP = 'INSERT' THEN
         NEW.hold_no := next_no;
-    ELSE
+    ELSIF NEW.status IN ('failed', 'cancelled') THEN
         NEW.release_no := next_no;
+    ELSE
+        NEW.raise_no := next_no;
+        NEW.credits_raised := NEW.credits_held - OLD.credits_held;
     END IF;
     RETURN NEW;
 END
@@ -70,6 +78,30 @@ CREATE TRIGGER jobs_number_hold BEFORE INSERT ON jobs
 CREATE TRIGGER jobs_number_release BEFORE UPDATE ON jobs
     FOR EACH ROW WHEN (NEW.status IN ('failed', 'cancelled') AND OLD.status IN ('pending', 'in_progress'))
     EXECUTE FUNCTION number_reservation();
+CREATE TRIGGER jobs_number_raise BEFORE UPDATE ON jobs
+    FOR EACH ROW WHEN (NEW.credits_held <> OLD.credits_held) EXECUTE FUNCTION number_reservation();
+
+-- While it is open, a job may come to hold more. Less would have to be proven by what it held before.
+CREATE FUNCTION refuse_other_hold() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION 'what job % holds can only grow, while it is open', OLD.job_id
+        USING ERRCODE = 'SL009', HINT = 'Set credits_held alone, to more than it was.';
+END
+$$;
+
+CREATE TRIGGER jobs_raise_hold AFTER UPDATE ON jobs
+    FOR EACH ROW
+    WHEN (
+        (OLD.credits_held, OLD.credits_raised, OLD.raise_no)
+            IS DISTINCT FROM (NEW.credits_held, NEW.credits_raised, NEW.raise_no)
+        AND (
+            NEW.completed_at IS NULL
+            AND NEW.raise_no > coalesce(OLD.raise_no, 0)
+            AND NEW.credits_held = OLD.credits_held + NEW.credits_raised
+        ) IS NOT TRUE
+    )
+    EXECUTE FUNCTION refuse_other_hold();
 
 -- For the functions of triggers, whose settings hold for it.
 CREATE FUNCTION move_reservation(of_team text, credits bigint, first_no bigint, last_no bigint) RETURNS void
@@ -94,12 +126,28 @@ $$;
 CREATE FUNCTION reserve_credits() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET enable_seqscan = off AS $$
 BEGIN
-    PERFORM public.move_reservation(team_id::text, jobs, first_no, last_no)
+    PERFORM public.move_reservation(team_id::text, credits, first_no, last_no)
     FROM (
-        SELECT team_id, count(*) AS jobs, min(hold_no) AS first_no, max(hold_no) AS last_no
+        SELECT team_id, sum(credits_held)::bigint AS credits, min(hold_no) AS first_no, max(hold_no) AS last_no
         FROM new_rows
         GROUP BY team_id
         ORDER BY team_id
+    ) AS begun;
+
+    PERFORM public.count_use(limit_id, period_start, jobs, credits)
+    FROM (
+        SELECT
+            l.limit_id,
+            public.limit_period(l.per, job.created_at) AS period_start,
+            count(*) AS jobs,
+            sum(job.credits_held)::bigint AS credits
+        FROM new_rows job
+        JOIN public.limits l ON coalesce(l.team_id, l.organization_id) IN (job.team_id, job.organization_id)
+            AND (l.team_id IS NULL OR l.team_id = job.team_id)
+            AND (l.organization_id IS NULL OR l.organization_id = job.organization_id)
+            AND (l.group_name IS NULL OR l.group_name = ANY (job.model_groups_used))
+        GROUP BY l.limit_id, period_start
+        ORDER BY l.limit_id, period_start
     ) AS begun;
     RETURN NULL;
 END
@@ -117,36 +165,87 @@ CREATE TRIGGER jobs_reserve_credits AFTER INSERT ON jobs
 CREATE FUNCTION settle_jobs() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET enable_seqscan = off AS $$
 DECLARE
-    uncharged    text;
-    has_released boolean;
+    uncharged  text;
+    has_raised boolean;
+    released   uuid[];
+    is_larger  boolean; -- a job that uses another group
 BEGIN
     SELECT
         min(job.job_id::text) FILTER (
             WHERE job.status = 'completed'
-              AND job.team_id IS DISTINCT FROM (
-                  SELECT c.team_id
+              AND NOT EXISTS (
+                  SELECT
                   FROM ONLY public.credit_transactions c
-                  WHERE c.job_id = job.job_id AND c.transaction_type = 'deduction'
+                  WHERE c.job_id = job.job_id
+                    AND c.transaction_type = 'deduction'
+                    AND (c.team_id, c.credits_amount) = (job.team_id, - job.credits_charged)
               )
         ),
-        bool_or(job.release_no IS NOT NULL)
-    INTO uncharged, has_released
+        bool_or(job.raise_no IS NOT NULL AND job.status IN ('pending', 'in_progress')),
+        array_agg(job.job_id) FILTER (WHERE job.release_no IS NOT NULL),
+        bool_or(cardinality(job.model_groups_used) > 0 AND job.status = 'in_progress')
+    INTO uncharged, has_raised, released, is_larger
     FROM new_rows job;
 
     IF uncharged IS NOT NULL THEN
         RAISE EXCEPTION 'job % cannot be completed without its deduction', uncharged
             USING ERRCODE = 'SL003', HINT = 'Complete the job and charge its team in one statement.';
     END IF;
-    IF has_released THEN
-        PERFORM public.move_reservation(team_id::text, - jobs, first_no, last_no)
+    IF has_raised THEN
+        PERFORM public.move_reservation(team_id::text, credits, first_no, last_no)
         FROM (
-            SELECT job.team_id, count(*) AS jobs, min(job.release_no) AS first_no, max(job.release_no) AS last_no
+            SELECT
+                job.team_id,
+                sum(job.credits_raised)::bigint AS credits,
+                min(job.raise_no) AS first_no,
+                max(job.raise_no) AS last_no
             FROM new_rows job
             JOIN old_rows USING (job_id)
-            WHERE job.release_no IS NOT NULL AND old_rows.release_no IS NULL
+            WHERE job.raise_no IS DISTINCT FROM old_rows.raise_no
             GROUP BY job.team_id
             ORDER BY job.team_id
+        ) AS raised;
+    END IF;
+    IF released IS NOT NULL THEN
+        released := ARRAY(
+            SELECT job_id
+            FROM old_rows
+            WHERE job_id = ANY (released) AND release_no IS NULL
+        );
+        PERFORM public.move_reservation(team_id::text, - credits, first_no, last_no)
+        FROM (
+            SELECT
+                team_id,
+                sum(credits_held)::bigint AS credits,
+                min(release_no) AS first_no,
+                max(release_no) AS last_no
+            FROM new_rows
+            WHERE job_id = ANY (released)
+            GROUP BY team_id
+            ORDER BY team_id
         ) AS ended;
+        PERFORM public.count_ended(released);
+    END IF;
+    IF is_larger OR has_raised THEN
+        -- What a job uses of another group is counted from then on, and what it holds more.
+        PERFORM public.count_use(limit_id, period_start, jobs, credits)
+        FROM (
+            SELECT
+                l.limit_id,
+                public.limit_period(l.per, job.created_at) AS period_start,
+                count(*) FILTER (WHERE is_new) AS jobs,
+                sum(CASE WHEN is_new THEN job.credits_held ELSE job.credits_held - before.credits_held END)::bigint AS credits
+            FROM new_rows job
+            JOIN old_rows before USING (job_id)
+            JOIN public.limits l ON coalesce(l.team_id, l.organization_id) IN (job.team_id, job.organization_id)
+                AND (l.team_id IS NULL OR l.team_id = job.team_id)
+                AND (l.organization_id IS NULL OR l.organization_id = job.organization_id)
+                AND (l.group_name IS NULL OR l.group_name = ANY (job.model_groups_used))
+            CROSS JOIN LATERAL (SELECT l.group_name <> ALL (before.model_groups_used) IS TRUE AS is_new) AS was
+            WHERE job.completed_at IS NULL AND (is_new OR job.credits_held <> before.credits_held)
+            GROUP BY l.limit_id, period_start
+            ORDER BY l.limit_id, period_start
+        ) AS larger;
     END IF;
     RETURN NULL;
 END

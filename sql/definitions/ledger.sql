@@ -39,7 +39,7 @@ CREATE TRIGGER credit_transactions_has_no_parent AFTER UPDATE ON credit_transact
 
 
 -- Ledger rows move the balances: deductions and refunds credits_used, the others credits_allocated. The rows of a team
--- must continue its chain, and what a job costs must be charged for a completed job of that team.
+-- must continue its chain, and what a job costs, or gets back, must be what a completed job of that team was charged.
 --
 -- Their times are the database's, whoever writes: an entry of an earlier month would change what that month has cost,
 -- and one of no month at all (infinity) could not be read.
@@ -54,6 +54,7 @@ DECLARE
     refused_job  text;
     is_given     boolean; -- something other than what jobs cost
     is_misdated  boolean;
+    charged      uuid[];
 BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
@@ -64,15 +65,20 @@ BEGIN
             team_id, entry_no, transaction_type, credits_amount, credits_before,
             lag(entry_no) OVER chain AS previous_no,
             lag(credits_after) OVER chain AS previous_after,
-            CASE
-                WHEN job_id IS NOT NULL AND (
-                    SELECT j.team_id = entry.team_id AND j.status = 'completed'
-                    FROM ONLY public.jobs j
-                    WHERE j.job_id = entry.job_id
-                ) IS NOT TRUE THEN job_id
-            END AS wrong_job_id,
+            CASE WHEN transaction_type = 'deduction' THEN job_id END AS charged_job_id,
+            job.credits_held,
+            CASE WHEN job_id IS NOT NULL AND job.is_charged_so IS NOT TRUE THEN job_id END AS wrong_job_id,
             created_at NOT BETWEEN transaction_timestamp() AND clock_timestamp() AS is_misdated
         FROM new_entries AS entry
+        LEFT JOIN LATERAL (
+            SELECT
+                j.credits_held,
+                (j.team_id, j.status, j.credits_charged) = (entry.team_id, 'completed', abs(entry.credits_amount))
+                    AS is_charged_so
+            FROM ONLY public.jobs j
+            WHERE j.job_id = entry.job_id
+            OFFSET 0
+        ) AS job ON true
         WINDOW chain AS (PARTITION BY team_id ORDER BY entry_no)
     ),
     movement AS (
@@ -85,8 +91,9 @@ BEGIN
             coalesce(sum(credits_amount) FILTER (WHERE transaction_type NOT IN ('deduction', 'refund')), 0)
                 AS allocated,
             coalesce(-sum(credits_amount) FILTER (WHERE transaction_type IN ('deduction', 'refund')), 0) AS used,
-            -- Each job has reserved its credit (jobs.sql): the charge takes the place of the reservation.
-            count(*) FILTER (WHERE transaction_type = 'deduction') AS released,
+            -- Each job has reserved what it holds (jobs.sql): the charge takes the place of the reservation.
+            coalesce(sum(credits_held) FILTER (WHERE transaction_type = 'deduction'), 0) AS released,
+            array_agg(charged_job_id) FILTER (WHERE charged_job_id IS NOT NULL) AS charged_jobs,
             min(wrong_job_id::text) AS wrong_job_id,
             bool_or(transaction_type <> 'deduction') AS is_given,
             bool_or(linked.is_misdated) AS is_misdated
@@ -110,8 +117,9 @@ BEGIN
         min(team_id::text) FILTER (WHERE (team_id, last_no) NOT IN (SELECT team_id, last_entry_no FROM moved)),
         min(wrong_job_id),
         bool_or(movement.is_given),
-        bool_or(movement.is_misdated)
-    INTO refused_team, refused_job, is_given, is_misdated
+        bool_or(movement.is_misdated),
+        ARRAY(SELECT unnest(charged_jobs) FROM movement)
+    INTO refused_team, refused_job, is_given, is_misdated, charged
     FROM movement;
 
     IF is_given AND NOT has_table_privilege('public.teams', 'UPDATE') THEN
@@ -126,8 +134,11 @@ BEGIN
                   DETAIL = 'Each entry_no must be the last one plus 1, and each credits_before the last credits_after.',
                   HINT = 'Lock the row of team_credits, and continue from its last_entry_no and credits_remaining.';
     ELSIF refused_job IS NOT NULL THEN
-        RAISE EXCEPTION 'job % is not a completed job of the team charged for it', refused_job
+        RAISE EXCEPTION 'job % is not a completed job of the team that was charged so much', refused_job
             USING ERRCODE = 'SL005', HINT = 'Complete the job and charge its team in one statement.';
+    END IF;
+    IF charged <> '{}' THEN
+        PERFORM public.count_ended(charged);
     END IF;
     RETURN NULL;
 END
@@ -154,7 +165,7 @@ DECLARE
     is_explained boolean := true; -- by its new entries, and by jobs
     was_right    boolean := true; -- what remained after its last entry
     is_restored  boolean; -- to what all of its entries and open jobs say
-    charged      bigint := 0; -- jobs, which hold nothing any more
+    charged      bigint := 0; -- what the jobs held that were charged: they hold nothing any more
     held         bigint; -- by which other jobs have changed what is reserved
     explained    bigint := 0; -- of that
 BEGIN
@@ -172,11 +183,20 @@ BEGIN
                    WHEN 0 THEN 0
                    ELSE min(credits_after) FILTER (WHERE NOT is_new)
                END,
-               count(*) FILTER (WHERE is_new AND transaction_type = 'deduction')
+               coalesce(
+                   sum(
+                       CASE
+                           WHEN is_new AND transaction_type = 'deduction' THEN (
+                               SELECT j.credits_held FROM ONLY public.jobs j WHERE j.job_id = entry.job_id
+                           )
+                       END
+                   ),
+                   0
+               )
         INTO is_explained, was_right, charged
         FROM (
             SELECT
-                entry_no, transaction_type, credits_amount, credits_after,
+                entry_no, transaction_type, credits_amount, credits_after, job_id,
                 entry_no > OLD.last_entry_no AS is_new,
                 transaction_type IN ('deduction', 'refund') AS is_of_job
             FROM ONLY public.credit_transactions
@@ -187,27 +207,42 @@ BEGIN
     END IF;
 
     held := NEW.credits_reserved - OLD.credits_reserved + charged;
-    IF NEW.last_hold_no = OLD.last_hold_no + 1 AND held > 0 THEN
-        -- New jobs have the time of their transaction. Where somebody gives them another, all are counted below.
-        SELECT count(*) INTO explained
-        FROM (
-            SELECT hold_no
-            FROM ONLY public.jobs
-            WHERE team_id = OLD.team_id AND created_at >= transaction_timestamp()
-            ORDER BY created_at
-            OFFSET 0
-        ) AS job
-        WHERE hold_no = NEW.last_hold_no;
-    ELSIF NEW.last_hold_no = OLD.last_hold_no + 1 THEN
-        SELECT nullif(- count(*), 0) INTO explained
-        FROM (
-            SELECT release_no
-            FROM ONLY public.jobs
-            WHERE team_id = OLD.team_id AND release_no >= NEW.last_hold_no
-            ORDER BY release_no
-            OFFSET 0
-        ) AS job
-        WHERE release_no = NEW.last_hold_no; -- one that has a later number would be counted again with that
+    IF NEW.last_hold_no = OLD.last_hold_no + 1 THEN
+        explained := NULL;
+        IF held >= 0 THEN
+            -- New jobs have the time of their transaction. Where somebody gives them another, all are counted below.
+            SELECT sum(credits_held) INTO explained
+            FROM (
+                SELECT hold_no, credits_held
+                FROM ONLY public.jobs
+                WHERE team_id = OLD.team_id AND created_at >= transaction_timestamp()
+                ORDER BY created_at
+                OFFSET 0
+            ) AS job
+            WHERE hold_no = NEW.last_hold_no;
+        END IF;
+        IF explained IS NULL AND held >= 0 THEN
+            SELECT sum(credits_raised) INTO explained
+            FROM (
+                SELECT raise_no, credits_raised
+                FROM ONLY public.jobs
+                WHERE team_id = OLD.team_id AND raise_no >= NEW.last_hold_no AND completed_at IS NULL
+                ORDER BY raise_no
+                OFFSET 0
+            ) AS job
+            WHERE raise_no = NEW.last_hold_no;
+        END IF;
+        IF explained IS NULL AND held <= 0 THEN
+            SELECT - sum(credits_held) INTO explained
+            FROM (
+                SELECT release_no, credits_held
+                FROM ONLY public.jobs
+                WHERE team_id = OLD.team_id AND release_no >= NEW.last_hold_no
+                ORDER BY release_no
+                OFFSET 0
+            ) AS job
+            WHERE release_no = NEW.last_hold_no; -- one that has a later number would be counted again with that
+        END IF;
     ELSIF NEW.last_hold_no <> OLD.last_hold_no THEN
         explained := NULL;
     END IF;
@@ -236,10 +271,12 @@ BEGIN
 
     -- While one that was wrong is repaired, it may be too low for all of them.
     SELECT NEW.credits_reserved = least(
-               count(*) FILTER (WHERE completed_at IS NULL),
-               CASE WHEN NOT (is_explained AND was_right) THEN NEW.credits_remaining END
+               coalesce(sum(credits_held) FILTER (WHERE completed_at IS NULL), 0),
+               CASE
+                   WHEN NOT (is_explained AND was_right) THEN greatest(NEW.credits_remaining + NEW.credits_overdraft, 0)
+               END
            )
-           AND NEW.last_hold_no = coalesce(greatest(max(hold_no), max(release_no)), 0)
+           AND NEW.last_hold_no = coalesce(greatest(max(hold_no), max(raise_no), max(release_no)), 0)
     INTO is_restored
     FROM ONLY public.jobs
     WHERE team_id = OLD.team_id;
@@ -331,15 +368,21 @@ CREATE TRIGGER team_credits_no_truncate BEFORE TRUNCATE ON team_credits
 
 
 -- Who waits for a balance does so in a statement of its own, which sees then what is there by now. A larger one would
--- have to begin a part of its plan anew for the row that has changed meanwhile, while the others wait.
+-- have to begin a part of its plan anew for the row that has changed meanwhile, while the others wait. Usable is what jobs
+-- may still reserve: what is free, and the overdraft.
 
 CREATE FUNCTION lock_balance(
-    of_team text, OUT last_entry_no bigint, OUT credits_remaining bigint, OUT credits_free bigint, OUT last_hold_no bigint
+    of_team text, OUT last_entry_no bigint, OUT credits_remaining bigint, OUT credits_usable numeric,
+    OUT last_hold_no bigint
 )
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET enable_seqscan = off AS $$
 BEGIN
-    SELECT c.last_entry_no, c.credits_remaining, c.credits_remaining - c.credits_reserved, c.last_hold_no
-    INTO last_entry_no, credits_remaining, credits_free, last_hold_no
+    SELECT
+        c.last_entry_no,
+        c.credits_remaining,
+        c.credits_remaining - c.credits_reserved + coalesce(c.credits_overdraft::numeric, 'Infinity'),
+        c.last_hold_no
+    INTO last_entry_no, credits_remaining, credits_usable, last_hold_no
     FROM public.team_credits c
     WHERE c.team_id = of_team
     FOR UPDATE;
@@ -355,6 +398,7 @@ SELECT
     c.credits_allocated,
     c.credits_reserved,
     c.credits_remaining,
+    c.credits_overdraft,
     c.last_entry_no,
     (c.last_entry_no, c.credits_remaining)
         IS NOT DISTINCT FROM (coalesce(last.entry_no, 0), coalesce(last.credits_after, 0)) AS is_sound

@@ -9,19 +9,20 @@ GRANT USAGE ON SCHEMA public TO saasllm_admin, saasllm_runner, saasllm_readonly;
 GRANT SELECT ON
     saasllm_migrations, saasllm_definitions, organizations, model_groups, model_group_models, teams, team_model_groups,
     team_credits, credit_transactions, credit_schedules, jobs, job_refusals, llm_calls, audit_log,
-    model_prices, organization_details, model_group_details, team_details, credit_details, job_details,
+    model_prices, job_prices, limits, limit_counters, organization_details, model_group_details, team_details, credit_details, job_details,
     job_refusal_details, llm_call_details, organization_records, model_group_records, team_records,
-    purges_of_transaction, checked_balances, callable_groups
+    purges_of_transaction, checked_balances, callable_groups, limit_details
 TO saasllm_admin, saasllm_runner, saasllm_readonly;
 
--- saasllm_runner runs jobs: it reserves credits, enters what jobs cost, and counts those that were refused. It moves
--- balances only as the ledger says, and the ledger takes nothing else from whoever may not change teams.
+-- saasllm_runner runs jobs: it reserves credits, enters what jobs cost, and counts them, also those that were refused. It
+-- moves balances only as the ledger says, and the ledger takes nothing else from whoever may not change teams.
 GRANT INSERT (
     job_id, team_id, organization_id, job_type, status, external_task_id, model_groups_used, metadata, started_at,
-    lease_expires_at, idempotency_key, request_hash, hold_no
+    lease_expires_at, idempotency_key, request_hash, hold_no, price_ids, credits_held
 ) ON jobs TO saasllm_runner;
 GRANT UPDATE (
-    status, started_at, completed_at, credit_applied, error_message, lease_expires_at, model_groups_used, metadata
+    status, started_at, completed_at, error_message, lease_expires_at, model_groups_used, metadata, price_ids,
+    credits_held, credits_charged, credits_short, price_id, is_unpriced
 ) ON jobs TO saasllm_runner;
 GRANT INSERT (team_id, group_name, reason, refusals) ON job_refusals TO saasllm_runner;
 GRANT UPDATE (refusals, last_at) ON job_refusals TO saasllm_runner;
@@ -36,12 +37,13 @@ GRANT INSERT (
 GRANT UPDATE (
     credits_allocated, credits_used, credits_reserved, last_entry_no, last_hold_no
 ) ON team_credits TO saasllm_runner;
+GRANT INSERT, UPDATE, DELETE ON limit_counters TO saasllm_runner;
 
 -- saasllm_admin does all but change the schema. The ledger and the audit log only grow: what leaves them, leaves with
 -- its whole team.
 GRANT INSERT, UPDATE, DELETE ON
-    organizations, model_groups, model_group_models, model_prices, teams, team_model_groups, team_credits,
-    credit_schedules, jobs, job_refusals, llm_calls
+    organizations, model_groups, model_group_models, model_prices, job_prices, limits, limit_counters, teams,
+    team_model_groups, team_credits, credit_schedules, jobs, job_refusals, llm_calls
 TO saasllm_admin;
 -- Not the number, the time and the role of an entry, which the database gives it.
 GRANT INSERT (

@@ -9,9 +9,11 @@ CREATE TABLE team_credits (
     credits_remaining bigint     GENERATED ALWAYS AS (credits_allocated - credits_used) STORED,
     last_entry_no     bigint     NOT NULL DEFAULT 0,
     last_hold_no      bigint     NOT NULL DEFAULT 0, -- of the latest change of what is reserved
+    credits_overdraft bigint     DEFAULT 0, -- how far below zero its free credits may go; NULL is without end
     CONSTRAINT team_credits_used CHECK (credits_used >= 0),
     CONSTRAINT team_credits_reserved CHECK (credits_reserved >= 0),
-    CONSTRAINT team_credits_free CHECK (credits_allocated - credits_used >= credits_reserved)
+    CONSTRAINT team_credits_overdraft CHECK (credits_overdraft BETWEEN 0 AND 1000000000000000),
+    CONSTRAINT team_credits_free CHECK (credits_allocated - credits_used >= credits_reserved - credits_overdraft)
 ) WITH (fillfactor = 50); -- every job updates its team's row twice: room on the page keeps those updates off the index
 
 CREATE TABLE credit_transactions (
@@ -38,13 +40,11 @@ CREATE TABLE credit_transactions (
     CONSTRAINT credit_transactions_team FOREIGN KEY (organization_id, team_id)
         REFERENCES teams (organization_id, team_id),
     CONSTRAINT credit_transactions_sum CHECK (credits_after = credits_before + credits_amount),
-    CONSTRAINT credit_transactions_not_negative CHECK (credits_before >= 0 AND credits_after >= 0),
     CONSTRAINT credit_transactions_sign CHECK (
         CASE transaction_type
             WHEN 'allocation' THEN credits_amount > 0
-            -- A job costs one credit.
-            WHEN 'deduction' THEN credits_amount = -1
-            WHEN 'refund' THEN credits_amount = 1
+            WHEN 'deduction' THEN credits_amount <= 0 -- of a job that is free, too: each has one
+            WHEN 'refund' THEN credits_amount > 0
             WHEN 'expiry' THEN credits_amount < 0
             WHEN 'adjustment' THEN credits_amount <> 0
             ELSE false

@@ -1,21 +1,35 @@
--- A job belongs to a team, holds one of its credits under a lease, and knows which groups it used.
+-- A job belongs to a team, holds credits of it under a lease, and knows which groups it used.
 
 ALTER TABLE jobs
     ADD COLUMN team_id           identifier NOT NULL,
     ADD COLUMN organization_id   identifier NOT NULL,
     ADD COLUMN model_groups_used text[]     NOT NULL DEFAULT '{}',
-    ADD COLUMN credit_applied    boolean    NOT NULL DEFAULT false,
+    ADD COLUMN price_ids         bigint[]   NOT NULL DEFAULT '{}', -- of the groups, one for each; NULL is one credit
     ADD COLUMN lease_expires_at  timestamptz,
-    -- The changes of what its team has reserved are numbered: that with which it began, and that with which it ended
-    -- without being charged.
+    -- What it has reserved. The changes of what a team has reserved are numbered: that with which the job began, the last
+    -- one by which it came to hold more, and that with which it ended without being charged.
+    ADD COLUMN credits_held      bigint     NOT NULL DEFAULT 1,
+    ADD COLUMN credits_raised    bigint,
     ADD COLUMN hold_no           bigint     NOT NULL,
+    ADD COLUMN raise_no          bigint,
     ADD COLUMN release_no        bigint,
+    -- What it has cost, and what of that its team could not pay; by which of its prices, and whether that was to count
+    -- something of which nobody knows how much it was.
+    ADD COLUMN credits_charged   bigint,
+    ADD COLUMN credits_short     bigint     NOT NULL DEFAULT 0,
+    ADD COLUMN price_id          bigint,
+    ADD COLUMN is_unpriced       boolean    NOT NULL DEFAULT false,
     ADD COLUMN idempotency_key   text,
     ADD COLUMN request_hash      text,
     ADD CONSTRAINT jobs_team FOREIGN KEY (organization_id, team_id) REFERENCES teams (organization_id, team_id),
     -- Without a lease an open job would hold its credit for ever.
     ADD CONSTRAINT jobs_lease CHECK ((lease_expires_at IS NOT NULL) = (status IN ('pending', 'in_progress'))),
-    ADD CONSTRAINT jobs_credit_applied CHECK (credit_applied = (status = 'completed')),
+    ADD CONSTRAINT jobs_credits_held CHECK (credits_held BETWEEN 0 AND 1000000000000000),
+    ADD CONSTRAINT jobs_raise CHECK ((raise_no IS NULL) = (credits_raised IS NULL) AND credits_raised > 0),
+    ADD CONSTRAINT jobs_credits_charged CHECK (
+        (credits_charged IS NOT NULL) = (status = 'completed') AND credits_charged BETWEEN 0 AND credits_held
+    ),
+    ADD CONSTRAINT jobs_credits_short CHECK (credits_short >= 0 AND (credits_short = 0 OR status = 'completed')),
     ADD CONSTRAINT jobs_release CHECK ((release_no IS NOT NULL) = (status IN ('failed', 'cancelled'))),
     ADD CONSTRAINT jobs_request_hash CHECK ((idempotency_key IS NULL) = (request_hash IS NULL)),
     -- A time that no client can read would make the lists with it unreadable, too.
@@ -30,6 +44,7 @@ CREATE INDEX jobs_by_team ON jobs (team_id, created_at, job_id);
 CREATE INDEX jobs_by_organization ON jobs (organization_id, created_at, job_id);
 CREATE INDEX jobs_open ON jobs (team_id, lease_expires_at) WHERE status IN ('pending', 'in_progress');
 CREATE INDEX jobs_by_release ON jobs (team_id, release_no) WHERE release_no IS NOT NULL;
+CREATE INDEX jobs_by_raise ON jobs (team_id, raise_no) WHERE raise_no IS NOT NULL AND completed_at IS NULL;
 -- A key whose job failed or was cancelled is free again.
 CREATE UNIQUE INDEX jobs_idempotency_key ON jobs (idempotency_key)
     WHERE idempotency_key IS NOT NULL AND status NOT IN ('failed', 'cancelled');
@@ -62,7 +77,7 @@ CREATE TABLE job_refusals (
     CONSTRAINT job_refusals_reason CHECK (
         reason IN (
             'organization_suspended', 'team_suspended', 'group_not_assigned', 'group_inactive', 'no_active_model',
-            'insufficient_credits'
+            'limit_reached', 'insufficient_credits'
         )
     ),
     CONSTRAINT job_refusals_number CHECK (refusals >= 1),

@@ -19,7 +19,9 @@ CREATE TABLE audit_log (
     before          jsonb,
     after           jsonb,
     purged_by       xid8, -- the transaction of a purge
-    CONSTRAINT audit_log_noun CHECK (noun IN ('organization', 'team', 'group', 'assignment', 'schedule', 'model')),
+    CONSTRAINT audit_log_noun CHECK (
+        noun IN ('organization', 'team', 'group', 'assignment', 'schedule', 'model', 'price', 'limit')
+    ),
     CONSTRAINT audit_log_action CHECK (
         CASE action
             WHEN 'create' THEN before IS NULL AND after IS NOT NULL

@@ -2,13 +2,14 @@
 -- moves the balance and refuses what does not fit.
 
 -- name: balance(team_id) :maybe
-SELECT team_id, organization_id, credits_allocated, credits_used, credits_reserved, credits_remaining
+SELECT
+    team_id, organization_id, credits_allocated, credits_used, credits_reserved, credits_remaining, credits_overdraft
 FROM team_details
 WHERE team_id = %(team_id)s;
 
 -- name: balance_as_of(team_id, as_of) :maybe
--- What the ledger says of a moment: all entries up to the last one that was written by then. What was reserved it does
--- not know.
+-- What the ledger says of a moment: all entries up to the last one that was written by then. What was reserved, and what
+-- the overdraft was, it does not know.
 SELECT
     t.team_id,
     t.organization_id,
@@ -17,7 +18,8 @@ SELECT
     coalesce(-sum(c.credits_amount) FILTER (WHERE c.transaction_type IN ('deduction', 'refund')), 0)::bigint
         AS credits_used,
     NULL::bigint AS credits_reserved,
-    coalesce(sum(c.credits_amount), 0)::bigint AS credits_remaining
+    coalesce(sum(c.credits_amount), 0)::bigint AS credits_remaining,
+    NULL::bigint AS credits_overdraft
 FROM teams t
 LEFT JOIN credit_transactions c ON c.team_id = t.team_id
     AND c.entry_no <= (
@@ -61,9 +63,10 @@ request AS (
         j.job_id,
         j.team_id,
         j.organization_id,
+        j.credits_charged,
         CASE
             WHEN j.job_id IS NULL THEN 'job_not_found'
-            WHEN NOT coalesce(j.credit_applied, false) THEN 'job_not_charged'
+            WHEN coalesce(j.credits_charged, 0) = 0 THEN 'job_not_charged'
             WHEN EXISTS (
                 SELECT FROM credit_transactions c WHERE c.job_id = j.job_id AND c.transaction_type = 'refund'
             ) THEN 'job_refunded_before'
@@ -72,7 +75,7 @@ request AS (
     LEFT JOIN jobs j USING (job_id)
 ),
 balance AS (
-    SELECT r.job_id, r.team_id, r.organization_id, c.last_entry_no, c.credits_remaining
+    SELECT r.job_id, r.team_id, r.organization_id, r.credits_charged, c.last_entry_no, c.credits_remaining
     FROM request r
     JOIN team_credits c USING (team_id)
     WHERE r.refusal IS NULL AND NOT EXISTS (SELECT FROM existing)
@@ -84,8 +87,8 @@ entry AS (
         reason, source, idempotency_key
     )
     SELECT
-        team_id, organization_id, last_entry_no + 1, job_id, 'refund', 1, credits_remaining, credits_remaining + 1,
-        %(reason)s, %(source)s, %(idempotency_key)s
+        team_id, organization_id, last_entry_no + 1, job_id, 'refund', credits_charged, credits_remaining,
+        credits_remaining + credits_charged, %(reason)s, %(source)s, %(idempotency_key)s
     FROM balance
     RETURNING transaction_id
 )
@@ -132,14 +135,14 @@ WHERE transaction_id = %(transaction_id)s;
 SELECT * FROM credit_details WHERE team_id = %(team_id)s;
 
 -- name: below(credits, organization_id) :many
--- The active teams of active organizations that have less than this free, the poorest first.
+-- The active teams of active organizations that can use less than this, the poorest first.
 SELECT d.*
 FROM credit_details d
 JOIN teams t USING (team_id)
 JOIN organizations o ON o.organization_id = d.organization_id
 WHERE t.status = 'active'
   AND o.status = 'active'
-  AND d.credits_free < %(credits)s::bigint
+  AND d.credits_free + d.credits_overdraft < %(credits)s::bigint
   AND (%(organization_id)s::text IS NULL OR d.organization_id = %(organization_id)s)
 ORDER BY d.credits_free, d.team_id;
 
@@ -260,8 +263,8 @@ ledger AS (
 job AS (
     SELECT
         team_id,
-        count(*) FILTER (WHERE status IN ('pending', 'in_progress')) AS open_jobs,
-        greatest(max(hold_no), max(release_no)) AS last_hold_no
+        sum(credits_held) FILTER (WHERE status IN ('pending', 'in_progress')) AS credits_held,
+        greatest(max(hold_no), max(raise_no), max(release_no)) AS last_hold_no
     FROM jobs
     WHERE %(team_id)s::text IS NULL OR team_id = %(team_id)s
     GROUP BY team_id
@@ -277,7 +280,7 @@ balance AS (
             ('credits_allocated', coalesce(l.credits_allocated, 0), c.credits_allocated),
             ('credits_used', coalesce(l.credits_used, 0), c.credits_used),
             ('last_entry_no', coalesce(l.last_entry_no, 0), c.last_entry_no),
-            ('credits_reserved', coalesce(j.open_jobs, 0), c.credits_reserved),
+            ('credits_reserved', coalesce(j.credits_held, 0), c.credits_reserved),
             ('last_hold_no', coalesce(j.last_hold_no, 0), c.last_hold_no)
     ) AS b (field, expected, found)
     WHERE (%(team_id)s::text IS NULL OR t.team_id = %(team_id)s) AND b.expected IS DISTINCT FROM b.found
@@ -344,7 +347,12 @@ JOIN audit_log p ON p.action = 'purge'
     AND (p.team_id IS NULL OR p.team_id = e.team_id)
 GROUP BY e.team_id
 UNION ALL
-SELECT j.team_id, 'completed job without its deduction', NULL, j.job_id, 1, 0
+SELECT e.team_id, e.transaction_type || ' is not what its job was charged', e.transaction_id, e.job_id, j.credits_charged, abs(e.credits_amount)
+FROM entry e
+JOIN jobs j USING (job_id)
+WHERE e.transaction_type IN ('deduction', 'refund') AND abs(e.credits_amount) <> j.credits_charged
+UNION ALL
+SELECT j.team_id, 'completed job without its deduction', NULL, j.job_id, j.credits_charged, 0
 FROM jobs j
 LEFT JOIN entry e ON e.job_id = j.job_id AND e.transaction_type = 'deduction'
 WHERE j.status = 'completed'
@@ -359,7 +367,8 @@ SELECT team_id FROM team_credits WHERE team_id = ANY (%(team_ids)s::text[]) ORDE
 -- name: repair(team_ids) :many
 -- Makes the balances that differ from their ledger what it says, and says by which adjustment (to be entered next) what
 -- remains stays as it was. Left alone are teams whose entries do not add up to their last credits_after, or that have
--- more open jobs than credits. Afterwards no more is reserved than the ledger has: `reserve_open_jobs` goes with it.
+-- more reserved by open jobs than credits. Afterwards no more is reserved than the ledger has: `reserve_open_jobs` goes
+-- with it.
 WITH ledger AS (
     SELECT
         team_id,
@@ -375,8 +384,8 @@ WITH ledger AS (
 job AS (
     SELECT
         team_id,
-        count(*) FILTER (WHERE status IN ('pending', 'in_progress')) AS open_jobs,
-        greatest(max(hold_no), max(release_no)) AS last_hold_no
+        sum(credits_held) FILTER (WHERE status IN ('pending', 'in_progress')) AS credits_held,
+        greatest(max(hold_no), max(raise_no), max(release_no)) AS last_hold_no
     FROM jobs
     WHERE team_id = ANY (%(team_ids)s::text[])
     GROUP BY team_id
@@ -389,7 +398,8 @@ wrong AS (
         coalesce(l.allocated, 0) AS allocated,
         coalesce(l.used, 0) AS used,
         coalesce(l.remaining, 0)::bigint AS ledger_remaining,
-        coalesce(j.open_jobs, 0) AS open_jobs,
+        coalesce(j.credits_held, 0) AS credits_held,
+        c.credits_overdraft,
         coalesce(j.last_hold_no, 0) AS last_hold_no
     FROM team_credits c
     LEFT JOIN ledger l USING (team_id)
@@ -397,18 +407,20 @@ wrong AS (
     WHERE c.team_id = ANY (%(team_ids)s::text[])
       AND (c.credits_allocated, c.credits_used, c.last_entry_no, c.credits_reserved, c.last_hold_no)
           <> (
-              coalesce(l.allocated, 0), coalesce(l.used, 0), coalesce(l.last_entry_no, 0), coalesce(j.open_jobs, 0),
+              coalesce(l.allocated, 0), coalesce(l.used, 0), coalesce(l.last_entry_no, 0), coalesce(j.credits_held, 0),
               coalesce(j.last_hold_no, 0)
           )
       AND coalesce(l.remaining = l.last_after, true)
-      AND c.credits_remaining >= coalesce(j.open_jobs, 0)
+      AND coalesce(c.credits_remaining + c.credits_overdraft >= coalesce(j.credits_held, 0), true)
       AND coalesce(l.used, 0) BETWEEN 0 AND 9223372036854775807 - c.credits_remaining
 ),
 restored AS (
     UPDATE team_credits c
     SET credits_allocated = wrong.allocated,
         credits_used = wrong.used,
-        credits_reserved = least(wrong.open_jobs, wrong.ledger_remaining),
+        credits_reserved = least(
+            wrong.credits_held, greatest(wrong.ledger_remaining + wrong.credits_overdraft, 0)
+        ),
         last_entry_no = wrong.last_entry_no,
         last_hold_no = wrong.last_hold_no
     FROM wrong
@@ -424,9 +436,9 @@ ORDER BY team_id;
 
 -- name: reserve_open_jobs(team_ids) :many
 UPDATE team_credits c
-SET credits_reserved = open_job.jobs
+SET credits_reserved = open_job.credits
 FROM (
-    SELECT team_id, count(*) AS jobs
+    SELECT team_id, sum(credits_held) AS credits
     FROM jobs
     WHERE team_id = ANY (%(team_ids)s::text[]) AND status IN ('pending', 'in_progress')
     GROUP BY team_id
@@ -507,21 +519,22 @@ plan AS (
         period_name(due.every, due.first_day) AS period,
         period_after(due.every, due.first_day, 1) AS following,
         CASE
-            WHEN due.mode = 'reset' AND before.period IS NULL THEN b.credits_remaining - b.credits_reserved
+            WHEN due.mode = 'reset' AND before.period IS NULL THEN greatest(b.credits_remaining - b.credits_reserved, 0)
             ELSE 0
         END AS expires,
         CASE
             WHEN before.period IS NOT NULL THEN 0 -- granted before its schedule was set anew
             WHEN due.mode = 'top-up' THEN greatest(due.credits_amount - b.credits_remaining, 0)
             WHEN due.mode = 'add' THEN greatest(
-                least(due.credits_amount, coalesce(due.credits_max, 9223372036854775807) - b.credits_remaining), 0
+                least(due.credits_amount, coalesce(due.credits_max - b.credits_remaining, due.credits_amount)), 0
             )
             ELSE due.credits_amount
         END AS grants,
         CASE
             WHEN o.status <> 'active' THEN 'organization_suspended'
             WHEN t.status <> 'active' THEN 'team_suspended'
-            WHEN b.credits_allocated > 9223372036854775807 - due.credits_amount THEN 'out_of_range'
+            WHEN b.credits_allocated > 9223372036854775807 - due.credits_amount + least(b.credits_remaining, 0)
+                THEN 'out_of_range'
             WHEN b.is_sound IS NOT TRUE THEN 'balance_differs'
         END AS refusal
     FROM due

@@ -3,7 +3,7 @@
 -- Lock order, everywhere: the job's row, then its team's balance.
 
 -- name: begin(job_id, team_id, group_name, job_type, external_task_id, metadata, idempotency_key, request_hash, lease_seconds) :one
--- Reserves a credit and opens the job under a lease, if everything allows it; else says the one
+-- Reserves what the job's price says and opens the job under a lease, if everything allows it; else says the one
 -- condition that failed, and nothing is done. A key in use gives the job that has it; a job that is there already was
 -- begun by the same request, whose answer was lost. Without a group it is pending: its calls follow. Where the balance is
 -- not that of the last entry, nothing could be charged: no model is paid for that. With the models come their prices.
@@ -13,8 +13,12 @@ WITH request AS (
         t.organization_id,
         c.credits_remaining,
         c.credits_reserved,
+        c.credits_overdraft,
+        g.group_name,
         g.model_names,
         g.model_prices,
+        p.price_id,
+        coalesce(mine.credits_held, p.hold, 1) AS credits_held,
         k.job_id AS existing_job_id,
         k.status AS existing_status,
         k.request_hash AS existing_request_hash,
@@ -38,31 +42,51 @@ WITH request AS (
     LEFT JOIN callable_groups g ON g.group_name = asked.group_name
     LEFT JOIN team_model_groups a ON a.team_id = t.team_id AND a.group_name = g.group_name
     LEFT JOIN checked_balances c ON c.team_id = asked.team_id
+    LEFT JOIN LATERAL price_of(
+        t.team_id::text, t.organization_id::text, asked.group_name, %(job_type)s
+    ) p ON true
     LEFT JOIN jobs mine ON mine.job_id = %(job_id)s
     LEFT JOIN jobs k ON k.idempotency_key = %(idempotency_key)s
         AND k.status NOT IN ('failed', 'cancelled')
 ),
+reached AS (
+    SELECT l.details AS limit_reached
+    FROM request
+    CROSS JOIN LATERAL hard_limits(request.team_id::text, request.organization_id::text, request.group_name::text) l
+    WHERE request.known_outcome IS NULL AND (l.room_jobs < 1 OR l.room_credits < request.credits_held)
+    ORDER BY l.room_at DESC
+    LIMIT 1
+),
 job AS (
     INSERT INTO jobs (
-        job_id, team_id, organization_id, job_type, status, external_task_id, model_groups_used, metadata,
-        started_at, lease_expires_at, idempotency_key, request_hash, hold_no
+        job_id, team_id, organization_id, job_type, status, external_task_id, model_groups_used, price_ids, metadata,
+        started_at, lease_expires_at, idempotency_key, request_hash, credits_held, hold_no
     )
     SELECT
         %(job_id)s, request.team_id, request.organization_id, %(job_type)s,
         CASE WHEN %(group_name)s::text IS NULL THEN 'pending' ELSE 'in_progress' END, %(external_task_id)s,
-        array_remove(ARRAY[%(group_name)s::text], NULL), %(metadata)s,
+        CASE WHEN %(group_name)s::text IS NULL THEN '{}' ELSE ARRAY[%(group_name)s::text] END,
+        CASE WHEN %(group_name)s::text IS NULL THEN '{}' ELSE ARRAY[request.price_id] END, %(metadata)s,
         CASE WHEN %(group_name)s::text IS NOT NULL THEN now() END, now() + %(lease_seconds)s * interval '1 second',
-        %(idempotency_key)s, %(request_hash)s, balance.last_hold_no + 1
+        %(idempotency_key)s, %(request_hash)s, request.credits_held, balance.last_hold_no + 1
     FROM request
     CROSS JOIN LATERAL lock_balance(request.team_id::text) AS balance
-    WHERE request.known_outcome IS NULL AND balance.credits_free >= 1
+    WHERE request.known_outcome IS NULL
+      AND NOT EXISTS (SELECT FROM reached)
+      AND balance.credits_usable >= request.credits_held
     RETURNING job_id
 )
 SELECT
     coalesce(
         request.known_outcome,
-        CASE WHEN EXISTS (SELECT FROM job) THEN 'begun' ELSE 'insufficient_credits' END
+        CASE
+            WHEN EXISTS (SELECT FROM job) THEN 'begun'
+            WHEN EXISTS (SELECT FROM reached) THEN 'limit_reached'
+            ELSE 'insufficient_credits'
+        END
     ) AS outcome,
+    request.credits_held,
+    (SELECT limit_reached FROM reached) AS limit_reached,
     request.model_names,
     request.model_prices,
     request.existing_job_id,
@@ -71,12 +95,13 @@ SELECT
     request.existing_is_expired,
     request.organization_id,
     request.credits_remaining,
-    request.credits_reserved
+    request.credits_reserved,
+    request.credits_overdraft
 FROM request;
 
 -- name: begin_many(team_id, group_name, jobs, lease_seconds) :many
 -- As `begin`, for many jobs of one team and group: of those that are new, in the order of the JSON array `jobs`, as many
--- are begun as there are credits free.
+-- are begun as there is room for within the limits and as there are credits for.
 WITH asked AS (
     SELECT *
     FROM ROWS FROM (
@@ -115,28 +140,60 @@ known AS (
     FROM asked
     JOIN jobs j ON j.idempotency_key = asked.idempotency_key AND j.status NOT IN ('failed', 'cancelled')
 ),
+price AS (
+    SELECT kind.job_type, p.price_id, coalesce(p.hold, 1) AS hold
+    FROM (SELECT DISTINCT job_type FROM asked) AS kind
+    CROSS JOIN scope
+    LEFT JOIN LATERAL price_of(
+        scope.team_id::text, scope.organization_id::text, %(group_name)s, kind.job_type
+    ) p ON true
+),
 new AS (
-    SELECT asked.*, row_number() OVER (ORDER BY place) AS credits_needed
+    SELECT
+        asked.*,
+        price.price_id,
+        price.hold,
+        row_number() OVER (ORDER BY place) AS jobs_so_far,
+        sum(price.hold) OVER (ORDER BY place) AS credits_so_far
     FROM asked
+    JOIN price USING (job_type)
     WHERE place NOT IN (SELECT place FROM known)
 ),
+hard_limit AS (
+    SELECT l.*
+    FROM scope
+    CROSS JOIN LATERAL hard_limits(scope.team_id::text, scope.organization_id::text, %(group_name)s) l
+    WHERE scope.refusal IS NULL
+),
+room AS (
+    SELECT
+        coalesce(min(room_jobs), 'Infinity') AS jobs,
+        coalesce(min(room_credits), 'Infinity') AS credits
+    FROM hard_limit
+),
+allowed AS (
+    SELECT new.*
+    FROM new, room
+    WHERE new.jobs_so_far <= room.jobs AND new.credits_so_far <= room.credits
+),
 balance AS (
-    SELECT scope.team_id, scope.organization_id, locked.credits_free, locked.last_hold_no
+    SELECT scope.team_id, scope.organization_id, locked.credits_usable, locked.last_hold_no
     FROM scope
     CROSS JOIN LATERAL lock_balance(scope.team_id::text) AS locked
-    WHERE refusal IS NULL AND EXISTS (SELECT FROM new)
+    WHERE refusal IS NULL AND EXISTS (SELECT FROM allowed)
 ),
 begun AS (
     INSERT INTO jobs (
-        job_id, team_id, organization_id, job_type, status, external_task_id, model_groups_used, metadata,
-        started_at, lease_expires_at, idempotency_key, request_hash, hold_no
+        job_id, team_id, organization_id, job_type, status, external_task_id, model_groups_used, price_ids, metadata,
+        started_at, lease_expires_at, idempotency_key, request_hash, credits_held, hold_no
     )
     SELECT
-        new.job_id, balance.team_id, balance.organization_id, new.job_type, 'in_progress', new.external_task_id,
-        ARRAY[%(group_name)s::text], new.metadata, now(), now() + %(lease_seconds)s * interval '1 second',
-        new.idempotency_key, new.request_hash, balance.last_hold_no + 1
+        job.job_id, balance.team_id, balance.organization_id, job.job_type, 'in_progress', job.external_task_id,
+        ARRAY[%(group_name)s::text], ARRAY[job.price_id], job.metadata, now(),
+        now() + %(lease_seconds)s * interval '1 second', job.idempotency_key, job.request_hash, job.hold,
+        balance.last_hold_no + 1
     FROM balance
-    JOIN new ON new.credits_needed <= balance.credits_free
+    JOIN allowed job ON job.credits_so_far <= balance.credits_usable
     RETURNING job_id
 )
 SELECT
@@ -145,8 +202,16 @@ SELECT
         WHEN scope.refusal IS NOT NULL THEN scope.refusal
         WHEN known.job_id IS NOT NULL THEN 'key_in_use'
         WHEN begun.job_id IS NOT NULL THEN 'begun'
+        WHEN asked.place NOT IN (SELECT place FROM allowed) THEN 'limit_reached'
         ELSE 'insufficient_credits'
     END AS outcome,
+    (
+        SELECT l.details
+        FROM hard_limit l
+        ORDER BY l.room_jobs < 1 DESC, l.room_credits < price.hold DESC, l.room_at DESC
+        LIMIT 1
+    ) AS limit_reached,
+    price.hold AS credits_held,
     scope.organization_id,
     scope.model_names,
     scope.model_prices,
@@ -155,6 +220,7 @@ SELECT
     known.request_hash AS existing_request_hash
 FROM asked
 CROSS JOIN scope
+JOIN price USING (job_type)
 LEFT JOIN known USING (place)
 LEFT JOIN begun ON begun.job_id = asked.job_id
 ORDER BY place;
@@ -171,13 +237,24 @@ SET refusals = kept.refusals + excluded.refusals,
 
 -- name: start_call(job_id, group_name, lease_seconds) :one
 -- The models of a group for a call of an open job, which it holds under a lease of at least so long; else the one
--- condition that failed. A team that was suspended meanwhile may finish its job.
-WITH request AS (
+-- condition that failed. A team that was suspended meanwhile may finish its job. A group that is new to the job brings its
+-- price: where that holds more than the job does, the job comes to hold as much.
+WITH job AS (
+    SELECT job_id, team_id, organization_id, job_type, status, model_groups_used, credits_held
+    FROM jobs
+    WHERE job_id = %(job_id)s
+    FOR UPDATE
+),
+request AS (
     SELECT
         j.job_id,
         j.team_id,
         g.model_names,
         g.model_prices,
+        p.price_id,
+        j.credits_held AS credits_held_before,
+        CASE WHEN f.is_first THEN greatest(j.credits_held, coalesce(p.hold, 1)) ELSE j.credits_held END AS credits_held,
+        f.is_first,
         CASE
             WHEN j.job_id IS NULL THEN 'job_not_found'
             WHEN g.group_name IS NULL THEN 'group_not_found'
@@ -185,11 +262,27 @@ WITH request AS (
             WHEN a.group_name IS NULL THEN 'group_not_assigned'
             WHEN g.status <> 'active' THEN 'group_inactive'
             WHEN g.model_names IS NULL THEN 'no_active_model'
-        END AS refusal
+        END AS refusal,
+        j.organization_id
     FROM (VALUES (%(job_id)s::uuid, %(group_name)s::text)) AS asked (job_id, group_name)
-    LEFT JOIN jobs j ON j.job_id = asked.job_id
+    LEFT JOIN job j ON j.job_id = asked.job_id
+    CROSS JOIN LATERAL (SELECT asked.group_name <> ALL (j.model_groups_used) AS is_first) AS f
     LEFT JOIN callable_groups g ON g.group_name = asked.group_name
     LEFT JOIN team_model_groups a ON a.team_id = j.team_id AND a.group_name = g.group_name
+    LEFT JOIN LATERAL price_of(j.team_id::text, j.organization_id::text, asked.group_name, j.job_type) p ON f.is_first
+),
+reached AS (
+    SELECT l.details AS limit_reached
+    FROM request
+    CROSS JOIN LATERAL hard_limits(request.team_id::text, request.organization_id::text, %(group_name)s) l
+    WHERE request.refusal IS NULL
+      AND request.is_first
+      AND (
+          (l.is_of_group AND (l.room_jobs < 1 OR l.room_credits < request.credits_held))
+          OR l.room_credits < request.credits_held - request.credits_held_before
+      )
+    ORDER BY l.room_at DESC
+    LIMIT 1
 ),
 started AS (
     UPDATE jobs j
@@ -197,21 +290,42 @@ started AS (
         started_at = coalesce(j.started_at, now()),
         lease_expires_at = greatest(j.lease_expires_at, now() + %(lease_seconds)s * interval '1 second'),
         model_groups_used = CASE
-            WHEN %(group_name)s::text = ANY (j.model_groups_used) THEN j.model_groups_used
-            ELSE j.model_groups_used || %(group_name)s::text
-        END
+            WHEN request.is_first THEN j.model_groups_used || %(group_name)s::text
+            ELSE j.model_groups_used
+        END,
+        price_ids = CASE WHEN request.is_first THEN j.price_ids || request.price_id ELSE j.price_ids END,
+        credits_held = request.credits_held
     FROM request
     WHERE j.job_id = request.job_id
       AND request.refusal IS NULL
+      AND NOT EXISTS (SELECT FROM reached)
       AND j.status IN ('pending', 'in_progress')
       AND j.lease_expires_at > clock_timestamp()
+      AND (
+          request.credits_held = request.credits_held_before
+          OR (SELECT credits_usable FROM lock_balance(request.team_id::text))
+              >= request.credits_held - request.credits_held_before
+      )
     RETURNING j.job_id
 )
 SELECT
-    coalesce(refusal, CASE WHEN EXISTS (SELECT FROM started) THEN 'started' ELSE 'lease_lost' END) AS outcome,
+    coalesce(
+        refusal,
+        CASE
+            WHEN EXISTS (SELECT FROM started) THEN 'started'
+            WHEN EXISTS (SELECT FROM reached) THEN 'limit_reached'
+            WHEN (SELECT lease_expires_at <= clock_timestamp() FROM jobs WHERE job_id = request.job_id) THEN 'lease_lost'
+            ELSE 'insufficient_credits'
+        END
+    ) AS outcome,
     team_id,
+    organization_id,
     model_names,
     model_prices,
+    credits_held,
+    credits_held_before,
+    (SELECT limit_reached FROM reached) AS limit_reached,
+    (SELECT to_jsonb(c) FROM credit_details c WHERE c.team_id = request.team_id) AS credits,
     now() AS started_at
 FROM request;
 
@@ -245,21 +359,42 @@ WHERE job.job_id = %(job_id)s
   )
 RETURNING call_id;
 
--- name: settle(job_id, status, error_message, calls) :one
--- Finishes an open job whose lease holds, with its calls, and charges its credit where it completed or frees it
--- where it did not. The second time it does nothing and says so. `calls` is a JSON array; `began` counts the
--- seconds from the job's start, so that the database's clock dates them. They are written before the balance is
--- locked, which others wait for.
-WITH job AS (
-    UPDATE jobs
-    SET status = %(status)s,
-        completed_at = clock_timestamp(),
-        credit_applied = (%(status)s = 'completed'),
-        error_message = %(error_message)s,
-        lease_expires_at = NULL
+-- name: settle(job_id, status, error_message, calls, is_final) :one
+-- Finishes an open job whose lease holds, with its calls, and charges what it costs where it completed or frees what it
+-- holds where it did not. The second time it does nothing and says so. Where it costs more than it holds, it is left as it
+-- is (`credits_due` says what for) until `is_final`: then it is charged what it holds, and the rest is short. `calls` is a
+-- JSON array; `began` counts the seconds from the job's start, so that the database's clock dates them. They are written
+-- before the balance is locked, which others wait for.
+WITH held AS (
+    SELECT job_id, credits_held, price_ids
+    FROM jobs
     WHERE job_id = %(job_id)s -- and open: only then it has a lease
       AND lease_expires_at > clock_timestamp()
-    RETURNING job_id, team_id, organization_id, status, started_at
+    FOR UPDATE
+),
+charge AS (
+    SELECT held.job_id, held.credits_held, c.price_id, c.credits_due, c.is_unpriced
+    FROM held
+    LEFT JOIN LATERAL charge_of(held.price_ids, held.job_id, %(calls)s) c ON %(status)s = 'completed'
+),
+job AS (
+    UPDATE jobs j
+    SET status = %(status)s,
+        completed_at = clock_timestamp(),
+        credits_charged = CASE
+            WHEN charge.credits_due IS NOT NULL THEN least(charge.credits_due, charge.credits_held)
+        END,
+        credits_short = greatest(charge.credits_due - charge.credits_held, 0),
+        price_id = charge.price_id,
+        is_unpriced = coalesce(charge.is_unpriced, false),
+        error_message = %(error_message)s,
+        lease_expires_at = NULL
+    FROM charge
+    WHERE j.job_id = charge.job_id
+      AND j.job_id = %(job_id)s
+      AND (%(is_final)s::boolean OR charge.credits_due <= charge.credits_held OR charge.credits_due IS NULL)
+    RETURNING
+        j.job_id, j.team_id, j.organization_id, j.status, j.started_at, j.credits_charged, j.credits_short, j.is_unpriced
 ),
 calls AS (
     INSERT INTO llm_calls (
@@ -279,39 +414,53 @@ deduction AS (
         reason, actor, command
     )
     SELECT
-        job.team_id, job.organization_id, balance.last_entry_no + 1, job.job_id, 'deduction', -1,
-        balance.credits_remaining, balance.credits_remaining - 1, 'Job completed',
+        job.team_id, job.organization_id, balance.last_entry_no + 1, job.job_id, 'deduction', - job.credits_charged,
+        balance.credits_remaining, balance.credits_remaining - job.credits_charged, 'Job completed',
         NULL, NULL
     FROM job, lock_balance(job.team_id::text) AS balance
     WHERE job.status = 'completed' AND (SELECT count(*) FROM calls) >= 0
     RETURNING credits_after
 )
 SELECT
-    j.job_id,
-    EXISTS (SELECT FROM job) AS settled,
-    coalesce((SELECT status FROM job), j.status) AS status,
+    asked.job_id,
+    job.job_id IS NOT NULL AS settled,
+    coalesce(job.status, j.status) AS status,
+    coalesce(job.credits_charged, j.credits_charged) AS credits_charged,
+    coalesce(job.credits_short, j.credits_short) AS credits_short,
+    coalesce(job.is_unpriced, j.is_unpriced) AS is_unpriced,
+    CASE WHEN job.job_id IS NULL THEN charge.credits_due END AS credits_due,
     coalesce(
         (SELECT credits_after FROM deduction),
         (SELECT credits_remaining FROM team_credits WHERE team_id = j.team_id)
     ) AS credits_remaining
 FROM (VALUES (%(job_id)s::uuid)) AS asked (job_id)
-LEFT JOIN jobs j USING (job_id);
+LEFT JOIN jobs j USING (job_id)
+LEFT JOIN charge USING (job_id)
+LEFT JOIN job USING (job_id);
 
--- name: settle_many(results) :many
+-- name: settle_many(results, is_final) :many
 -- As `settle`, for many jobs: `results` is a JSON array of their job_id, status, error_message and calls. The jobs, and
 -- then the balances of their teams, are locked in their order; each is looked up by its id, however many jobs are open.
--- The calls are written before the balances are locked, which others wait for, unless a job frees its credit.
+-- The calls are written before the balances are locked, which others wait for, unless a job frees its credits.
 WITH result AS (
     SELECT *
     FROM jsonb_to_recordset(%(results)s::jsonb) AS result (job_id uuid, status text, error_message text, calls jsonb)
     ORDER BY job_id
 ),
 held AS (
-    SELECT result.*, open.team_id
+    SELECT result.*, open.team_id, open.credits_held, open.price_ids
     FROM result
     CROSS JOIN LATERAL (
-        SELECT team_id FROM jobs WHERE job_id = result.job_id AND lease_expires_at > clock_timestamp() FOR UPDATE
+        SELECT team_id, credits_held, price_ids
+        FROM jobs
+        WHERE job_id = result.job_id AND lease_expires_at > clock_timestamp()
+        FOR UPDATE
     ) AS open
+),
+charge AS (
+    SELECT held.*, c.price_id, c.credits_due, c.is_unpriced
+    FROM held
+    LEFT JOIN LATERAL charge_of(held.price_ids, held.job_id, held.calls) c ON held.status = 'completed'
 ),
 freed AS (
     SELECT count(*) AS teams
@@ -325,16 +474,24 @@ freed AS (
 ),
 job AS (
     UPDATE jobs j
-    SET status = held.status,
+    SET status = charge.status,
         completed_at = clock_timestamp(),
-        credit_applied = (held.status = 'completed'),
-        error_message = held.error_message,
+        credits_charged = CASE
+            WHEN charge.credits_due IS NOT NULL THEN least(charge.credits_due, charge.credits_held)
+        END,
+        credits_short = greatest(charge.credits_due - charge.credits_held, 0),
+        price_id = charge.price_id,
+        is_unpriced = coalesce(charge.is_unpriced, false),
+        error_message = charge.error_message,
         lease_expires_at = NULL
-    FROM held
-    WHERE j.job_id = held.job_id
+    FROM charge
+    WHERE j.job_id = charge.job_id
       AND j.job_id = ANY (ARRAY(SELECT job_id FROM held))
+      AND (%(is_final)s::boolean OR charge.credits_due <= charge.credits_held OR charge.credits_due IS NULL)
       AND (SELECT teams FROM freed) >= 0
-    RETURNING j.job_id, j.team_id, j.organization_id, j.status, j.started_at, held.calls
+    RETURNING
+        j.job_id, j.team_id, j.organization_id, j.status, j.started_at, j.credits_charged, j.credits_short,
+        j.is_unpriced, charge.calls
 ),
 calls AS (
     INSERT INTO llm_calls (
@@ -359,21 +516,94 @@ deduction AS (
         reason, actor, command
     )
     SELECT
-        team_id, charged.organization_id, balance.last_entry_no + charged.number, charged.job_id, 'deduction', -1,
-        balance.credits_remaining - charged.number + 1, balance.credits_remaining - charged.number, 'Job completed',
+        team_id, charged.organization_id, balance.last_entry_no + charged.number, charged.job_id, 'deduction',
+        - charged.credits_charged, balance.credits_remaining - charged.credits_so_far + charged.credits_charged,
+        balance.credits_remaining - charged.credits_so_far, 'Job completed',
         NULL, NULL
     FROM (
-        SELECT job_id, team_id, organization_id, row_number() OVER (PARTITION BY team_id ORDER BY job_id) AS number
+        SELECT
+            job_id, team_id, organization_id, credits_charged,
+            row_number() OVER (PARTITION BY team_id ORDER BY job_id) AS number,
+            (sum(credits_charged) OVER (PARTITION BY team_id ORDER BY job_id))::bigint AS credits_so_far
         FROM job
         WHERE status = 'completed'
     ) AS charged
     JOIN balance USING (team_id)
 )
 SELECT
-    job_id,
-    settled,
-    CASE WHEN settled THEN status ELSE (SELECT status FROM jobs WHERE job_id = result.job_id) END AS status
-FROM (SELECT job_id, status, job_id IN (SELECT job_id FROM job) AS settled FROM result) AS result;
+    result.job_id,
+    job.job_id IS NOT NULL AS settled,
+    coalesce(job.status, j.status) AS status,
+    coalesce(job.credits_charged, j.credits_charged) AS credits_charged,
+    coalesce(job.credits_short, j.credits_short) AS credits_short,
+    coalesce(job.is_unpriced, j.is_unpriced) AS is_unpriced,
+    CASE WHEN job.job_id IS NULL THEN charge.credits_due END AS credits_due
+FROM (SELECT job_id FROM result) AS result
+LEFT JOIN charge USING (job_id)
+LEFT JOIN job USING (job_id)
+LEFT JOIN LATERAL (
+    SELECT status, credits_charged, credits_short, is_unpriced
+    FROM jobs
+    WHERE job_id = result.job_id AND job.job_id IS NULL
+) AS j ON true;
+
+-- name: raise_holds(jobs) :none
+-- Lets open jobs hold more, as far as their teams have the credits and, where they are asked for one by one, as far as the
+-- limits of credits leave room: `jobs` is a JSON array of their job_id and of the credits that are due for them.
+WITH due AS (
+    SELECT *
+    FROM jsonb_to_recordset(%(jobs)s::jsonb) AS due (job_id uuid, credits_due bigint)
+    ORDER BY job_id
+),
+job AS (
+    SELECT open.*, due.credits_due - open.credits_held AS credits
+    FROM due
+    CROSS JOIN LATERAL (
+        SELECT job_id, team_id, organization_id, model_groups_used, created_at, credits_held
+        FROM jobs
+        WHERE job_id = due.job_id AND lease_expires_at > clock_timestamp()
+        FOR UPDATE
+    ) AS open
+    WHERE due.credits_due > open.credits_held
+),
+team AS (
+    SELECT touched.team_id, balance.credits_usable
+    FROM (SELECT DISTINCT team_id FROM job ORDER BY team_id) AS touched
+    CROSS JOIN LATERAL lock_balance(touched.team_id::text) AS balance
+),
+room AS (
+    SELECT min(state.room_credits) AS credits
+    FROM job
+    JOIN limits l ON coalesce(l.team_id, l.organization_id) IN (job.team_id, job.organization_id)
+        AND (l.team_id IS NULL OR l.team_id = job.team_id)
+        AND (l.organization_id IS NULL OR l.organization_id = job.organization_id)
+        AND (l.group_name IS NULL OR l.group_name = ANY (job.model_groups_used))
+        AND l.measure = 'credits'
+        AND l.is_hard
+    CROSS JOIN LATERAL limit_state(l.limit_id, l.measure, l.per, l.amount, job.created_at) AS state
+    WHERE (SELECT count(*) FROM job) = 1
+),
+raise AS (
+    SELECT
+        job_id,
+        greatest(
+            least(
+                job.credits,
+                team.credits_usable - sum(job.credits) OVER (PARTITION BY team_id ORDER BY job_id) + job.credits,
+                room.credits
+            ),
+            0
+        )::bigint AS credits
+    FROM job
+    JOIN team USING (team_id)
+    CROSS JOIN room
+)
+UPDATE jobs j
+SET credits_held = j.credits_held + raise.credits
+FROM raise
+WHERE j.job_id = raise.job_id
+  AND j.job_id = ANY (ARRAY(SELECT job_id FROM job))
+  AND raise.credits > 0;
 
 -- name: extend_leases(job_ids, lease_seconds) :many
 -- Of those jobs that are open and whose lease holds.

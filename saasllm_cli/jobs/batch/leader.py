@@ -14,16 +14,27 @@ from typing import Any
 from uuid import UUID
 
 from saasllm_cli import database
-from saasllm_cli.errors import DatabaseUnavailable, Interrupted, InvalidInput, SaasllmError, refused
+from saasllm_cli.errors import DatabaseUnavailable, Interrupted, InvalidInput, LimitReached, SaasllmError, refused
 from saasllm_cli.jobs.batch.journal import MAKE_ROOM, Journal, is_locked
 from saasllm_cli.jobs.batch.lines import Lines
 from saasllm_cli.jobs.batch.session import Session, running_elsewhere
 from saasllm_cli.jobs.batch.tasks import CONFLICT, ELSEWHERE, BatchRequest, Task
 from saasllm_cli.jobs.batch.workers import GATHER_SECONDS, Workers
-from saasllm_cli.jobs.runner import SWEEP_CHUNK, as_far_as_stored, as_json, keep_refusal, new_job_id, settlement
+from saasllm_cli.jobs.runner import (
+    SWEEP_CHUNK,
+    as_far_as_stored,
+    as_json,
+    keep_refusal,
+    new_job_id,
+    raise_holds,
+    settlement,
+    until_no_other_overtakes,
+)
 from saasllm_cli.jobs.signals import signals
 
 LEASE_SECONDS = 120.0
+LIMIT_SECONDS = 1.0  # until a limit that makes room with time is asked again
+ROOM_COMES = ("minute", "hour", "concurrent")
 MOST_BEGUN = 500  # in one statement
 MOST_SETTLED = 100  # in one statement: with all that may be kept of them they are some 200 MB
 
@@ -35,14 +46,20 @@ class Summary:
     `models` says of each model of which an answer was asked in this run how often it gave one and how often it failed;
     `not_sent` are parameters of lines that not every provider got; `unsettled` lines were answered, but the database
     refused to settle them: their answers stay in the journal. `answered_elsewhere` are those of the skipped lines whose
-    answers are not in this output: the batch of this name wrote them into another.
+    answers are not in this output: the batch of this name wrote them into another. `credits_short` is what the team
+    could not pay, `unpriced` counts lines whose price was to count what nobody knows. `limit_reached` is the limit (a
+    row of limit_details) that the batch waits for, or at which it has ended.
     """
 
     completed: int = 0
     failed: int = 0
     skipped: int = 0
     cost_usd: Decimal = Decimal(0)
+    credits_charged: int = 0
+    credits_short: int = 0
+    unpriced: int = 0
     is_out_of_credits: bool = False
+    limit_reached: dict[str, Any] | None = None
     models: dict[str, "ModelUse"] = field(default_factory=dict)
     passed_over: dict[str, int] = field(default_factory=dict)
     not_sent: list[str] = field(default_factory=list)
@@ -103,6 +120,7 @@ class _Batch:
         self._is_ending = False
         self._is_interrupted = False
         self._extended_at = time.monotonic()
+        self._paused_until = 0.0
         self._called_since: float | None = None
         self._received = 0
 
@@ -124,7 +142,7 @@ class _Batch:
             if self._is_ending and not (self._running or self._answered or self._again):
                 break
             # As many results as are there, or soon more lines.
-            is_hungry = not self._is_ending and len(self._running) < self._workers.capacity
+            is_hungry = not self._is_ending and not self._is_paused and len(self._running) < self._workers.capacity
             self._receive(0.02 if is_hungry else 0.2)
             self._settle()
             self._extend_leases()
@@ -178,6 +196,8 @@ class _Batch:
 
     def _next(self) -> list[Task]:
         """As many jobs to begin as the workers have room for. What is wrong with a line is its result at once."""
+        if self._is_paused:
+            return []
         tasks, self._again = self._again, []
         room = min(self._workers.capacity - len(self._running), MOST_BEGUN)
         while not self._is_ending and not self._is_interrupted and len(tasks) < room:
@@ -201,7 +221,7 @@ class _Batch:
         for task in tasks:
             task.job |= {"job_id": str(new_job_id()), "idempotency_key": self._key(task.id)}
             self._running[task.job["job_id"]] = task  # before it is begun: whatever happens then, it is ended
-        begun, finished, unpaid, refused_outcomes = [], [], [], []
+        begun, finished, unpaid, limited, refused_outcomes = [], [], [], [], []
         for task, row in self._begun(tasks):
             job_id, outcome = task.job["job_id"], row["outcome"]
             if str(row["existing_job_id"]) == job_id:
@@ -218,6 +238,9 @@ class _Batch:
                     self._answered.append(task)
                 case "insufficient_credits":
                     unpaid.append(task)
+                case "limit_reached":
+                    limited.append(task)
+                    self.summary.limit_reached = row["limit_reached"]
                 case "key_in_use":
                     finished.append(self._repeated(task, row))
                 case "not_storable" if task.result:  # it was answered before its lease was lost
@@ -236,6 +259,16 @@ class _Batch:
         elif unpaid:
             self.summary.is_out_of_credits = self._is_ending = True
             refused_outcomes = ["insufficient_credits"] * len(unpaid)
+        if not limited:
+            self.summary.limit_reached = None
+        elif self._sweep():
+            self._again += limited
+        elif (limit := self.summary.limit_reached) is None or limit["per"] in ROOM_COMES:
+            self._again += limited
+            self._paused_until = time.monotonic() + LIMIT_SECONDS
+        else:
+            self._is_ending = True
+            refused_outcomes = ["limit_reached"] * len(limited)
         if refused_outcomes:  # one for all of them
             told = self._request.team_id, self._request.group_name, refused_outcomes[0], len(refused_outcomes)
             self._session.ask(lambda db: keep_refusal(db, *told))
@@ -249,7 +282,11 @@ class _Batch:
             "lease_seconds": LEASE_SECONDS,
         }
         try:
-            rows = self._session.ask(lambda db: db.many("job.begin_many", **parameters))
+            rows = self._session.ask(
+                lambda db: until_no_other_overtakes(lambda: db.many("job.begin_many", **parameters))
+            )
+        except LimitReached:  # which it is, others tell
+            rows = [{"outcome": "limit_reached", "existing_job_id": None, "limit_reached": None}] * len(tasks)
         except InvalidInput as refusal:
             if half := len(tasks) // 2:
                 return self._begun(tasks[:half]) + self._begun(tasks[half:])
@@ -301,7 +338,12 @@ class _Batch:
             if task.job["job_id"] not in statuses:
                 continue  # it stays in the journal, for a later run
             # Of a failed one nothing was to be charged; a completed one is begun once more, and its answer taken.
-            if task.result["status"] == "failed" or statuses[task.job["job_id"]] == "completed":
+            row = statuses[task.job["job_id"]]
+            if task.result["status"] == "failed" or row["status"] == "completed":
+                task.result["credits_charged"] = row["credits_charged"] or 0
+                self.summary.credits_charged += row["credits_charged"] or 0
+                self.summary.credits_short += row["credits_short"] or 0
+                self.summary.unpriced += bool(row["is_unpriced"])
                 done.append(task)
             else:
                 self._again.append(task)
@@ -309,7 +351,7 @@ class _Batch:
         if self._again:
             self._sweep()
 
-    def _settled(self, results: list[dict[str, Any]]) -> dict[str, str | None]:
+    def _settled(self, results: list[dict[str, Any]]) -> dict[str, database.Row]:
         """Settles jobs, and says how each ended. One that the database refuses hinders no other, and is left out."""
         try:
             return self._settle_many(results)
@@ -326,9 +368,17 @@ class _Batch:
             self._leave(refusal)
             return {}
 
-    def _settle_many(self, results: list[dict[str, Any]]) -> dict[str, str | None]:
-        rows = self._session.ask(lambda db: db.many("job.settle_many", results=as_json(results)))
-        return {str(row["job_id"]): row["status"] for row in rows}
+    def _settle_many(self, results: list[dict[str, Any]]) -> dict[str, database.Row]:
+        def settle(some: list[dict[str, Any]], is_final: bool) -> dict[str, database.Row]:
+            parameters = {"results": as_json(some), "is_final": is_final}
+            rows = self._session.ask(lambda db: db.many("job.settle_many", **parameters))
+            return {str(row["job_id"]): row for row in rows}
+
+        settled = settle(results, is_final=False)
+        if due := {job_id: row["credits_due"] for job_id, row in settled.items() if row["credits_due"]}:
+            self._session.ask(lambda db: raise_holds(db, due))
+            settled |= settle([result for result in results if str(result["job_id"]) in due], is_final=True)
+        return settled
 
     def _leave(self, refusal: SaasllmError) -> None:
         """Counts a line whose answer is in the journal and cannot be settled in this run."""
@@ -352,6 +402,10 @@ class _Batch:
             self.summary.cost_usd += task.result["cost_usd"] or 0
             if self._requests.get(task.id) == task.request_hash:
                 del self._requests[task.id]
+
+    @property
+    def _is_paused(self) -> bool:
+        return time.monotonic() < self._paused_until
 
     def _sweep(self) -> bool:
         """Frees the credits of the team's expired leases; whether there were any."""

@@ -45,7 +45,7 @@ class Task:
     def end(self, status: str, **fields: Any) -> None:
         """Gives it its result: a line of the output."""
         names = ["content", "tool_calls", "finish_reason", "resolved_model", "prompt_tokens", "completion_tokens"]
-        names += ["cost_usd", "error"]
+        names += ["cost_usd", "credits_charged", "error"]
         job_id = fields.get("job_id") or self.job.get("job_id")
         told = {"id": self.id, "job_id": job_id, "status": status}
         self.result = told | {name: fields.get(name) for name in names}

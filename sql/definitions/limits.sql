@@ -1,0 +1,331 @@
+-- Limits: what counts towards them, and what holds them.
+--
+-- A job counts where it began: in the row of that period, from its beginning until it has ended, whenever that is. Rows of
+-- limits are locked in the order of the limits, after the balances, and until the transaction ends: what touches them comes
+-- last. A team that has no limit, nor its organization, pays an index lookup for that.
+
+
+-- Where the row of a moment begins: for a window that slides it is a second or a minute of it, else the whole period.
+CREATE FUNCTION limit_period(per text, at timestamptz) RETURNS timestamptz
+LANGUAGE sql STABLE PARALLEL SAFE
+RETURN CASE
+    WHEN per IN ('total', 'concurrent') THEN timestamptz 'epoch'
+    ELSE date_trunc(CASE per WHEN 'minute' THEN 'second' WHEN 'hour' THEN 'minute' ELSE per END, at, 'UTC')
+END;
+
+-- How long a window that slides is; zero for any other.
+CREATE FUNCTION limit_window(per text) RETURNS interval
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+RETURN CASE per WHEN 'minute' THEN interval '1 minute' WHEN 'hour' THEN interval '1 hour' ELSE interval '0' END;
+
+-- How it stands with a limit in the period of a moment. `counted` is what is used or in use; `room_jobs` says how many jobs
+-- may begin, `room_credits` how many credits they may hold; `room_at` when there is more room, NULL where no time brings
+-- it. What tokens and money a job will use is known at its end: while it runs, it counts as what such jobs used lately.
+CREATE FUNCTION limit_state(of_limit bigint, measure text, per text, amount numeric, at timestamptz)
+RETURNS TABLE (
+    used numeric, running bigint, reserved bigint, expected numeric, counted numeric, room_jobs numeric,
+    room_credits numeric, room_at timestamptz
+)
+LANGUAGE sql STABLE PARALLEL SAFE ROWS 1 AS $$
+    SELECT
+        c.used,
+        c.running,
+        c.reserved,
+        lately.expected,
+        now_is.counted,
+        CASE
+            WHEN now_is.counted >= amount THEN 0
+            WHEN measure = 'jobs' THEN amount - now_is.counted
+            WHEN measure = 'credits' OR lately.expected IS NULL OR lately.expected = 0 THEN 'Infinity'
+            ELSE ceil((amount - c.used) / lately.expected) - c.running
+        END,
+        CASE WHEN measure = 'credits' THEN amount - now_is.counted ELSE 'Infinity' END,
+        CASE
+            WHEN per IN ('total', 'concurrent') THEN NULL
+            WHEN public.limit_window(per) > interval '0'
+                THEN c.first_start + public.limit_window(per) + CASE per WHEN 'hour' THEN interval '1 minute' ELSE interval '1 second' END
+            ELSE public.limit_period(per, at) + ('1 ' || per)::interval
+        END
+    FROM (
+        SELECT
+            coalesce(sum(used), 0) AS used,
+            coalesce(sum(running), 0)::bigint AS running,
+            coalesce(sum(reserved), 0)::bigint AS reserved,
+            min(period_start) FILTER (WHERE used > 0 OR running > 0) AS first_start
+        FROM public.limit_counters
+        WHERE limit_id = of_limit
+          AND period_start >= public.limit_period(per, at) - public.limit_window(per)
+          AND (period_start = public.limit_period(per, at) OR public.limit_window(per) > interval '0')
+    ) AS c
+    CROSS JOIN LATERAL (
+        SELECT (
+            SELECT expected
+            FROM public.limit_counters
+            WHERE limit_id = of_limit AND expected IS NOT NULL AND measure IN ('tokens', 'cost_usd')
+            ORDER BY period_start DESC
+            LIMIT 1
+        ) AS expected
+    ) AS lately
+    CROSS JOIN LATERAL (
+        SELECT CASE
+            WHEN per = 'concurrent' THEN c.running
+            WHEN measure = 'jobs' THEN c.used
+            WHEN measure = 'credits' THEN c.used + c.reserved
+            ELSE c.used + c.running * coalesce(lately.expected, 0)
+        END AS counted
+    ) AS now_is
+$$;
+
+CREATE VIEW limit_details AS
+SELECT
+    l.limit_id,
+    l.organization_id,
+    l.team_id,
+    l.group_name,
+    l.measure,
+    l.per,
+    l.amount,
+    l.is_hard,
+    l.alerts,
+    s.used,
+    s.running,
+    s.counted,
+    CASE WHEN l.amount > 0 THEN round(100 * s.counted / l.amount, 1) ELSE 100 END AS used_percent,
+    (
+        SELECT max(alert)
+        FROM unnest(l.alerts) AS alert
+        WHERE s.counted * 100 >= alert * l.amount
+    ) AS alert_reached,
+    s.room_jobs,
+    s.room_credits,
+    s.room_at,
+    l.created_at,
+    l.updated_at
+FROM limits l
+CROSS JOIN LATERAL limit_state(l.limit_id, l.measure, l.per, l.amount, now()) AS s;
+
+-- The hard limits of a job of a team and a group, as they stand; without a group those of team and organization.
+CREATE FUNCTION hard_limits(of_team text, of_organization text, of_group text)
+RETURNS TABLE (details jsonb, is_of_group boolean, room_jobs numeric, room_credits numeric, room_at timestamptz)
+LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    IF EXISTS (SELECT FROM limits WHERE coalesce(team_id, organization_id) IN (of_team, of_organization)) THEN
+        RETURN QUERY
+        SELECT to_jsonb(l), l.group_name IS NOT NULL, l.room_jobs, l.room_credits, l.room_at
+        FROM limit_details l
+        WHERE coalesce(l.team_id, l.organization_id) IN (of_team, of_organization)
+          AND (l.team_id IS NULL OR l.team_id = of_team)
+          AND (l.organization_id IS NULL OR l.organization_id = of_organization)
+          AND (l.group_name IS NULL OR l.group_name = of_group)
+          AND l.is_hard;
+    END IF;
+END
+$$;
+
+
+-- Counts jobs that begin, and what credits are held for them: for the triggers of jobs, for every client. A hard limit
+-- that is passed by it refuses them.
+CREATE FUNCTION count_use(of_limit bigint, of_period timestamptz, jobs bigint, credits bigint) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    l      public.limits;
+    is_new boolean;
+    state  record;
+BEGIN
+    SELECT * INTO l FROM ONLY public.limits WHERE limit_id = of_limit;
+    INSERT INTO public.limit_counters AS counter (limit_id, period_start, used, running, reserved)
+    VALUES (
+        of_limit, of_period, CASE WHEN l.measure = 'jobs' THEN jobs ELSE 0 END, jobs,
+        CASE WHEN l.measure = 'credits' THEN credits ELSE 0 END
+    )
+    ON CONFLICT (limit_id, period_start) DO UPDATE
+    SET used = counter.used + excluded.used,
+        running = counter.running + excluded.running,
+        reserved = counter.reserved + excluded.reserved
+    RETURNING xmax = 0 INTO is_new;
+
+    IF is_new AND public.limit_window(l.per) > interval '0' THEN
+        DELETE FROM ONLY public.limit_counters
+        WHERE limit_id = of_limit
+          AND period_start < of_period - 2 * public.limit_window(l.per)
+          AND running = 0;
+    END IF;
+    IF l.is_hard THEN
+        SELECT * INTO state FROM public.limit_state(l.limit_id, l.measure, l.per, l.amount, of_period);
+        -- Those that have just begun are running already; the last of them asks for the others.
+        IF (
+            CASE
+                WHEN l.measure IN ('tokens', 'cost_usd')
+                    THEN jobs > 0 AND state.used + (state.running - 1) * coalesce(state.expected, 0) >= l.amount
+                ELSE state.counted > l.amount
+            END
+        ) THEN
+            RAISE EXCEPTION 'the limit of % per % is reached', trim_scale(l.amount) || ' ' || l.measure, l.per
+                USING ERRCODE = 'SL011', HINT = 'See: saasllm limit list';
+        END IF;
+    END IF;
+END
+$$;
+
+-- Counts jobs that have ended: they are not running any more, and what they have used is known. What the limits say now
+-- does not matter: a job that has ended is never kept from it.
+CREATE FUNCTION count_ended(ended uuid[]) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    job record;
+BEGIN
+    FOR job IN
+        SELECT
+            l.limit_id,
+            public.limit_period(l.per, j.created_at) AS period_start,
+            count(*) AS jobs,
+            count(*) FILTER (WHERE j.status = 'completed') AS completed,
+            CASE WHEN l.measure = 'credits' THEN sum(j.credits_held) ELSE 0 END AS released,
+            coalesce(
+                sum(CASE l.measure WHEN 'credits' THEN j.credits_charged WHEN 'tokens' THEN c.tokens WHEN 'cost_usd' THEN c.cost_usd END),
+                0
+            ) AS used
+        FROM ONLY public.jobs j
+        JOIN ONLY public.limits l ON coalesce(l.team_id, l.organization_id) IN (j.team_id, j.organization_id)
+            AND (l.team_id IS NULL OR l.team_id = j.team_id)
+            AND (l.organization_id IS NULL OR l.organization_id = j.organization_id)
+            AND (l.group_name IS NULL OR l.group_name = ANY (j.model_groups_used))
+        LEFT JOIN LATERAL (
+            SELECT
+                sum(coalesce(call.total_tokens, coalesce(call.prompt_tokens, 0) + coalesce(call.completion_tokens, 0)))
+                    AS tokens,
+                sum(call.cost_usd) AS cost_usd
+            FROM ONLY public.llm_calls call
+            WHERE call.job_id = j.job_id AND (l.group_name IS NULL OR call.model_group_used = l.group_name)
+        ) AS c ON l.measure IN ('tokens', 'cost_usd')
+        WHERE j.job_id = ANY (ended) AND (l.measure <> 'jobs' OR l.per = 'concurrent')
+        GROUP BY l.limit_id, period_start
+        ORDER BY l.limit_id, period_start
+    LOOP
+        UPDATE ONLY public.limit_counters
+        SET used = used + job.used,
+            running = greatest(running - job.jobs, 0),
+            reserved = greatest(reserved - job.released, 0),
+            -- A moving average over some ten jobs.
+            expected = CASE
+                WHEN job.completed = 0 THEN expected
+                ELSE round(
+                    coalesce(expected + (job.used / job.completed - expected) * least(job.completed, 10) / 10, job.used / job.completed),
+                    12
+                )
+            END
+        WHERE limit_id = job.limit_id AND period_start = job.period_start;
+    END LOOP;
+END
+$$;
+
+-- Open jobs that are purged with their team are not running in their organization any more.
+CREATE FUNCTION forget_jobs() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET enable_seqscan = off AS $$
+BEGIN
+    UPDATE ONLY public.limit_counters counter
+    SET running = greatest(counter.running - gone.jobs, 0),
+        reserved = greatest(counter.reserved - gone.credits, 0)
+    FROM (
+        SELECT
+            l.limit_id,
+            public.limit_period(l.per, job.created_at) AS period_start,
+            count(*) AS jobs,
+            sum(job.credits_held) AS credits
+        FROM old_rows job
+        JOIN public.limits l ON l.organization_id = job.organization_id
+        WHERE job.completed_at IS NULL
+        GROUP BY l.limit_id, period_start
+    ) AS gone
+    WHERE counter.limit_id = gone.limit_id AND counter.period_start = gone.period_start;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER jobs_forget AFTER DELETE ON jobs
+    REFERENCING OLD TABLE AS old_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION forget_jobs();
+
+
+-- A limit that is new counts what was used before, in the period that is under way, and what is running. Jobs that begin or
+-- end meanwhile would be counted twice or not at all: they wait.
+CREATE FUNCTION count_past_use() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
+BEGIN
+    LOCK TABLE ONLY public.jobs IN SHARE ROW EXCLUSIVE MODE;
+    DELETE FROM ONLY public.limit_counters WHERE limit_id = NEW.limit_id;
+    INSERT INTO public.limit_counters (limit_id, period_start, used, running, reserved, expected)
+    SELECT
+        NEW.limit_id,
+        public.limit_period(NEW.per, j.created_at) AS period_start,
+        coalesce(
+            sum(
+                CASE NEW.measure
+                    WHEN 'jobs' THEN 1
+                    WHEN 'credits' THEN j.credits_charged
+                    WHEN 'tokens' THEN c.tokens
+                    WHEN 'cost_usd' THEN c.cost_usd
+                END
+            ),
+            0
+        ),
+        count(*) FILTER (WHERE j.completed_at IS NULL),
+        CASE WHEN NEW.measure = 'credits' THEN coalesce(sum(j.credits_held) FILTER (WHERE j.completed_at IS NULL), 0) ELSE 0 END,
+        CASE NEW.measure
+            WHEN 'tokens' THEN round(avg(c.tokens) FILTER (WHERE j.status = 'completed'), 12)
+            WHEN 'cost_usd' THEN round(avg(c.cost_usd) FILTER (WHERE j.status = 'completed'), 12)
+        END
+    FROM ONLY public.jobs j
+    LEFT JOIN LATERAL (
+        SELECT
+            sum(coalesce(call.total_tokens, coalesce(call.prompt_tokens, 0) + coalesce(call.completion_tokens, 0)))
+                AS tokens,
+            sum(call.cost_usd) AS cost_usd
+        FROM ONLY public.llm_calls call
+        WHERE call.job_id = j.job_id
+          AND (NEW.group_name IS NULL OR call.model_group_used = NEW.group_name)
+          AND j.completed_at IS NOT NULL -- of one that is open they count at its end
+    ) AS c ON NEW.measure IN ('tokens', 'cost_usd')
+    WHERE (j.team_id = NEW.team_id OR j.organization_id = NEW.organization_id)
+      AND (NEW.group_name IS NULL OR NEW.group_name = ANY (j.model_groups_used))
+      AND (
+          j.completed_at IS NULL
+          OR (
+              NEW.per <> 'concurrent'
+              AND j.created_at >= public.limit_period(NEW.per, now()) - public.limit_window(NEW.per)
+          )
+      )
+    GROUP BY period_start;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER limits_count_past_use AFTER INSERT ON limits
+    FOR EACH ROW EXECUTE FUNCTION count_past_use();
+
+-- What a limit counts stays what it is: else its counters would say something else.
+CREATE FUNCTION refuse_limit_change() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF TG_TABLE_NAME = 'limits' THEN
+        RAISE EXCEPTION 'limit % cannot be moved, or count something else', OLD.limit_id
+            USING ERRCODE = 'SL012', HINT = 'Remove it, and set another.';
+    END IF;
+    RAISE EXCEPTION 'what limit % has counted as used stays', OLD.limit_id
+        USING ERRCODE = 'SL012', HINT = 'Raise the limit: saasllm limit set';
+END
+$$;
+
+CREATE TRIGGER limits_stay AFTER UPDATE ON limits
+    FOR EACH ROW
+    WHEN (
+        (OLD.limit_id, OLD.organization_id, OLD.team_id, OLD.group_name, OLD.measure, OLD.per)
+        IS DISTINCT FROM (NEW.limit_id, NEW.organization_id, NEW.team_id, NEW.group_name, NEW.measure, NEW.per)
+    )
+    EXECUTE FUNCTION refuse_limit_change();
+CREATE TRIGGER limit_counters_only_grow AFTER UPDATE ON limit_counters
+    FOR EACH ROW
+    WHEN (
+        NEW.used < OLD.used OR (NEW.limit_id, NEW.period_start) IS DISTINCT FROM (OLD.limit_id, OLD.period_start)
+    )
+    EXECUTE FUNCTION refuse_limit_change();
