@@ -113,11 +113,11 @@ def insufficient_credits(
     team: str, group: str | None, needed: int, remaining: int, reserved: int, overdraft: int | None
 ) -> InsufficientCredits:
     """A job costs more than its team can use."""
-    has = f"{remaining} remaining" + (f", {reserved} of them reserved by running jobs" if reserved else "")
+    free = remaining - reserved
     return InsufficientCredits(
         "insufficient_credits",
-        f"Team {team} does not have the {needed} credit{'' if needed == 1 else 's'} that the job reserves: {has}"
-        + (f", overdraft {overdraft}." if overdraft else "."),
+        f"Team {team} has {free} free credit{'' if free == 1 else 's'} and the job needs {needed}: {remaining} remaining, "
+        f"{reserved} reserved by running jobs" + (f", overdraft {overdraft}." if overdraft else "."),
         f"Run: saasllm credits add {team} AMOUNT" + (" (or wait for its running jobs)" if reserved else ""),
         team_id=team,
         group_name=group,

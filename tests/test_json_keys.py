@@ -126,11 +126,15 @@ COMMANDS: dict[str, list[Any]] = {
     "job create --team hr --job-type b": JOB,
     "job cancel JOB": JOB,
     "job batch /dev/null --out out.jsonl --team hr --group Echo": [
-        *("completed", "failed", "skipped", "cost_usd", "is_out_of_credits", "models", "passed_over", "not_sent"),
+        *("completed", "failed", "skipped", "cost_usd", "credits_charged", "credits_short", "unpriced"),
+        *("is_out_of_credits", "limit_reached", "models", "passed_over", "not_sent"),
         *("unsettled", "unsettled_error", "answered_elsewhere"),
     ],
     "job sweep": ["swept"],
-    "job run --team hr --group Echo --prompt x": [*ANSWER, "credits_remaining"],
+    "job run --team hr --group Echo --prompt x": [
+        *ANSWER,
+        *("credits_charged", "credits_short", "is_unpriced", "credits_remaining"),
+    ],
     "job get JOB": [*JOB, {"calls": [CALL]}],
     "job list": [JOB],
     "job list --refused": [

@@ -545,6 +545,7 @@ LEFT JOIN LATERAL (
     SELECT status, credits_charged, credits_short, is_unpriced
     FROM jobs
     WHERE job_id = result.job_id AND job.job_id IS NULL
+    OFFSET 0
 ) AS j ON true;
 
 -- name: raise_holds(jobs) :none
