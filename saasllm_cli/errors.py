@@ -116,8 +116,9 @@ def insufficient_credits(
     free = remaining - reserved
     return InsufficientCredits(
         "insufficient_credits",
-        f"Team {team} has {free} free credit{'' if free == 1 else 's'} and the job needs {needed}: {remaining} remaining, "
-        f"{reserved} reserved by running jobs" + (f", overdraft {overdraft}." if overdraft else "."),
+        f"Team {team} has {free} free credit{'' if free == 1 else 's'} and the job needs {needed}: "
+        f"{remaining} remaining, {reserved} reserved by running jobs"
+        + (f", overdraft {overdraft}." if overdraft else "."),
         f"Run: saasllm credits add {team} AMOUNT" + (" (or wait for its running jobs)" if reserved else ""),
         team_id=team,
         group_name=group,
