@@ -23,8 +23,7 @@ CREATE TRIGGER jobs_finish_once AFTER UPDATE ON jobs
     FOR EACH ROW
     WHEN (
         OLD.completed_at IS NOT NULL
-        AND (NEW.status, NEW.credits_charged, NEW.credits_short, NEW.price_id, NEW.is_unpriced)
-            IS DISTINCT FROM (OLD.status, OLD.credits_charged, OLD.credits_short, OLD.price_id, OLD.is_unpriced)
+        AND (NEW.status <> OLD.status OR NEW.credits_charged <> OLD.credits_charged)
     )
     EXECUTE FUNCTION refuse_status();
 
@@ -82,26 +81,28 @@ CREATE TRIGGER jobs_number_raise BEFORE UPDATE ON jobs
     FOR EACH ROW WHEN (NEW.credits_held <> OLD.credits_held) EXECUTE FUNCTION number_reservation();
 
 -- While it is open, a job may come to hold more. Less would have to be proven by what it held before.
-CREATE FUNCTION refuse_other_hold() RETURNS trigger
+CREATE FUNCTION check_raise() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    RAISE EXCEPTION 'what job % holds can only grow, while it is open', OLD.job_id
+    IF TG_OP = 'UPDATE'
+        AND NEW.completed_at IS NULL
+        AND NEW.raise_no > coalesce(OLD.raise_no, 0)
+        AND NEW.credits_raised > 0
+        AND NEW.credits_held = OLD.credits_held + NEW.credits_raised
+    THEN
+        RETURN NULL;
+    END IF;
+    RAISE EXCEPTION 'what job % holds can only grow, while it is open', NEW.job_id
         USING ERRCODE = 'SL009', HINT = 'Set credits_held alone, to more than it was.';
 END
 $$;
 
+CREATE TRIGGER jobs_begin_without_raise AFTER INSERT ON jobs
+    FOR EACH ROW WHEN (NEW.raise_no IS NOT NULL) EXECUTE FUNCTION check_raise();
 CREATE TRIGGER jobs_raise_hold AFTER UPDATE ON jobs
     FOR EACH ROW
-    WHEN (
-        (OLD.credits_held, OLD.credits_raised, OLD.raise_no)
-            IS DISTINCT FROM (NEW.credits_held, NEW.credits_raised, NEW.raise_no)
-        AND (
-            NEW.completed_at IS NULL
-            AND NEW.raise_no > coalesce(OLD.raise_no, 0)
-            AND NEW.credits_held = OLD.credits_held + NEW.credits_raised
-        ) IS NOT TRUE
-    )
-    EXECUTE FUNCTION refuse_other_hold();
+    WHEN (NEW.credits_held <> OLD.credits_held OR NEW.raise_no IS DISTINCT FROM OLD.raise_no)
+    EXECUTE FUNCTION check_raise();
 
 -- For the functions of triggers, whose settings hold for it.
 CREATE FUNCTION move_reservation(of_team text, credits bigint, first_no bigint, last_no bigint) RETURNS void
@@ -124,31 +125,49 @@ END
 $$;
 
 CREATE FUNCTION reserve_credits() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off
+SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
+DECLARE
+    is_limited boolean;
 BEGIN
-    PERFORM public.move_reservation(team_id::text, credits, first_no, last_no)
+    SELECT bool_or(
+        EXISTS (
+            SELECT
+            FROM public.limits l
+            WHERE coalesce(l.team_id, l.organization_id) IN (begun.team_id, begun.organization_id)
+        )
+    )
+    INTO is_limited
     FROM (
-        SELECT team_id, sum(credits_held)::bigint AS credits, min(hold_no) AS first_no, max(hold_no) AS last_no
+        SELECT
+            team_id,
+            min(organization_id::text) AS organization_id,
+            sum(credits_held)::bigint AS credits,
+            min(hold_no) AS first_no,
+            max(hold_no) AS last_no
         FROM new_rows
         GROUP BY team_id
         ORDER BY team_id
-    ) AS begun;
+    ) AS begun
+    CROSS JOIN LATERAL public.move_reservation(begun.team_id::text, begun.credits, begun.first_no, begun.last_no);
 
-    PERFORM public.count_use(limit_id, period_start, jobs, credits)
-    FROM (
-        SELECT
-            l.limit_id,
-            public.limit_period(l.per, job.created_at) AS period_start,
-            count(*) AS jobs,
-            sum(job.credits_held)::bigint AS credits
-        FROM new_rows job
-        JOIN public.limits l ON coalesce(l.team_id, l.organization_id) IN (job.team_id, job.organization_id)
-            AND (l.team_id IS NULL OR l.team_id = job.team_id)
-            AND (l.organization_id IS NULL OR l.organization_id = job.organization_id)
-            AND (l.group_name IS NULL OR l.group_name = ANY (job.model_groups_used))
-        GROUP BY l.limit_id, period_start
-        ORDER BY l.limit_id, period_start
-    ) AS begun;
+    IF is_limited THEN
+        PERFORM public.count_use(limit_id, period_start, jobs, credits)
+        FROM (
+            SELECT
+                l.limit_id,
+                public.limit_period(l.per, job.created_at) AS period_start,
+                count(*) AS jobs,
+                sum(job.credits_held)::bigint AS credits
+            FROM new_rows job
+            JOIN public.limits l ON coalesce(l.team_id, l.organization_id) IN (job.team_id, job.organization_id)
+                AND (l.team_id IS NULL OR l.team_id = job.team_id)
+                AND (l.organization_id IS NULL OR l.organization_id = job.organization_id)
+                AND (l.group_name IS NULL OR l.group_name = ANY (job.model_groups_used))
+            GROUP BY l.limit_id, period_start
+            ORDER BY l.limit_id, period_start
+        ) AS begun;
+    END IF;
     RETURN NULL;
 END
 $$;
@@ -163,48 +182,30 @@ CREATE TRIGGER jobs_reserve_credits AFTER INSERT ON jobs
 -- alone. That a completed job was charged holds before its update as well as after it.
 
 CREATE FUNCTION settle_jobs() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off
+SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
 DECLARE
-    uncharged  text;
-    has_raised boolean;
-    released   uuid[];
-    is_larger  boolean; -- a job that uses another group
+    uncharged text;
+    released  uuid[];
+    is_open   boolean;
 BEGIN
     SELECT
         min(job.job_id::text) FILTER (
             WHERE job.status = 'completed'
-              AND NOT EXISTS (
-                  SELECT
+              AND (
+                  SELECT c.team_id = job.team_id AND c.credits_amount = - job.credits_charged
                   FROM ONLY public.credit_transactions c
-                  WHERE c.job_id = job.job_id
-                    AND c.transaction_type = 'deduction'
-                    AND (c.team_id, c.credits_amount) = (job.team_id, - job.credits_charged)
-              )
+                  WHERE c.job_id = job.job_id AND c.transaction_type = 'deduction'
+              ) IS NOT TRUE
         ),
-        bool_or(job.raise_no IS NOT NULL AND job.status IN ('pending', 'in_progress')),
         array_agg(job.job_id) FILTER (WHERE job.release_no IS NOT NULL),
-        bool_or(cardinality(job.model_groups_used) > 0 AND job.status = 'in_progress')
-    INTO uncharged, has_raised, released, is_larger
+        bool_or(job.lease_expires_at IS NOT NULL)
+    INTO uncharged, released, is_open
     FROM new_rows job;
 
     IF uncharged IS NOT NULL THEN
         RAISE EXCEPTION 'job % cannot be completed without its deduction', uncharged
             USING ERRCODE = 'SL003', HINT = 'Complete the job and charge its team in one statement.';
-    END IF;
-    IF has_raised THEN
-        PERFORM public.move_reservation(team_id::text, credits, first_no, last_no)
-        FROM (
-            SELECT
-                job.team_id,
-                sum(job.credits_raised)::bigint AS credits,
-                min(job.raise_no) AS first_no,
-                max(job.raise_no) AS last_no
-            FROM new_rows job
-            JOIN old_rows USING (job_id)
-            WHERE job.raise_no IS DISTINCT FROM old_rows.raise_no
-            GROUP BY job.team_id
-            ORDER BY job.team_id
-        ) AS raised;
     END IF;
     IF released IS NOT NULL THEN
         released := ARRAY(
@@ -226,7 +227,20 @@ BEGIN
         ) AS ended;
         PERFORM public.count_ended(released);
     END IF;
-    IF is_larger OR has_raised THEN
+    IF is_open THEN
+        PERFORM public.move_reservation(team_id::text, credits, first_no, last_no)
+        FROM (
+            SELECT
+                job.team_id,
+                sum(job.credits_raised)::bigint AS credits,
+                min(job.raise_no) AS first_no,
+                max(job.raise_no) AS last_no
+            FROM new_rows job
+            JOIN old_rows USING (job_id)
+            WHERE job.raise_no IS DISTINCT FROM old_rows.raise_no
+            GROUP BY job.team_id
+            ORDER BY job.team_id
+        ) AS raised;
         -- What a job uses of another group is counted from then on, and what it holds more.
         PERFORM public.count_use(limit_id, period_start, jobs, credits)
         FROM (

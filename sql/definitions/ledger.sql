@@ -48,13 +48,13 @@ CREATE TRIGGER credit_transactions_has_no_parent AFTER UPDATE ON credit_transact
 
 CREATE FUNCTION move_balances() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off
-SET enable_seqscan = off SET enable_mergejoin = off AS $$
+SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_mergejoin = off AS $$
 DECLARE
     refused_team text;
     refused_job  text;
     is_given     boolean; -- something other than what jobs cost
     is_misdated  boolean;
-    charged      uuid[];
+    charged      uuid[]; -- jobs that count towards limits
 BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
@@ -62,7 +62,7 @@ BEGIN
 
     WITH linked AS (
         SELECT
-            team_id, entry_no, transaction_type, credits_amount, credits_before,
+            team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before,
             lag(entry_no) OVER chain AS previous_no,
             lag(credits_after) OVER chain AS previous_after,
             CASE WHEN transaction_type = 'deduction' THEN job_id END AS charged_job_id,
@@ -93,6 +93,7 @@ BEGIN
             coalesce(-sum(credits_amount) FILTER (WHERE transaction_type IN ('deduction', 'refund')), 0) AS used,
             -- Each job has reserved what it holds (jobs.sql): the charge takes the place of the reservation.
             coalesce(sum(credits_held) FILTER (WHERE transaction_type = 'deduction'), 0) AS released,
+            min(organization_id::text) AS organization_id,
             array_agg(charged_job_id) FILTER (WHERE charged_job_id IS NOT NULL) AS charged_jobs,
             min(wrong_job_id::text) AS wrong_job_id,
             bool_or(transaction_type <> 'deduction') AS is_given,
@@ -118,7 +119,13 @@ BEGIN
         min(wrong_job_id),
         bool_or(movement.is_given),
         bool_or(movement.is_misdated),
-        ARRAY(SELECT unnest(charged_jobs) FROM movement)
+        CASE
+            WHEN EXISTS (
+                SELECT
+                FROM movement m
+                JOIN public.limits l ON coalesce(l.team_id, l.organization_id) IN (m.team_id, m.organization_id)
+            ) THEN ARRAY(SELECT unnest(charged_jobs) FROM movement)
+        END
     INTO refused_team, refused_job, is_given, is_misdated, charged
     FROM movement;
 
@@ -137,7 +144,7 @@ BEGIN
         RAISE EXCEPTION 'job % is not a completed job of the team that was charged so much', refused_job
             USING ERRCODE = 'SL005', HINT = 'Complete the job and charge its team in one statement.';
     END IF;
-    IF charged <> '{}' THEN
+    IF cardinality(charged) > 0 THEN
         PERFORM public.count_ended(charged);
     END IF;
     RETURN NULL;

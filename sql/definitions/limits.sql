@@ -107,17 +107,45 @@ CROSS JOIN LATERAL limit_state(l.limit_id, l.measure, l.per, l.amount, now()) AS
 -- The hard limits of a job of a team and a group, as they stand; without a group those of team and organization.
 CREATE FUNCTION hard_limits(of_team text, of_organization text, of_group text)
 RETURNS TABLE (details jsonb, is_of_group boolean, room_jobs numeric, room_credits numeric, room_at timestamptz)
-LANGUAGE plpgsql STABLE AS $$
+LANGUAGE plpgsql STABLE ROWS 1 AS $$
 BEGIN
-    IF EXISTS (SELECT FROM limits WHERE coalesce(team_id, organization_id) IN (of_team, of_organization)) THEN
-        RETURN QUERY
-        SELECT to_jsonb(l), l.group_name IS NOT NULL, l.room_jobs, l.room_credits, l.room_at
-        FROM limit_details l
-        WHERE coalesce(l.team_id, l.organization_id) IN (of_team, of_organization)
-          AND (l.team_id IS NULL OR l.team_id = of_team)
-          AND (l.organization_id IS NULL OR l.organization_id = of_organization)
-          AND (l.group_name IS NULL OR l.group_name = of_group)
-          AND l.is_hard;
+    RETURN QUERY
+    SELECT to_jsonb(l), l.group_name IS NOT NULL, l.room_jobs, l.room_credits, l.room_at
+    FROM limit_details l
+    WHERE coalesce(l.team_id, l.organization_id) IN (of_team, of_organization)
+      AND (l.team_id IS NULL OR l.team_id = of_team)
+      AND (l.organization_id IS NULL OR l.organization_id = of_organization)
+      AND (l.group_name IS NULL OR l.group_name = of_group)
+      AND l.is_hard;
+END
+$$;
+
+-- On which terms a job begins: its price, what it holds by that, and the hard limit that leaves no room for it, where there
+-- is one: the one that does so for the longest time.
+CREATE FUNCTION terms_of(
+    of_team text, of_organization text, of_group text, of_job_type text,
+    OUT price_id bigint, OUT credits_held bigint, OUT limit_reached jsonb
+)
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    is_limited boolean;
+BEGIN
+    SELECT p.price_id, coalesce(p.hold, 1), is_any.limited
+    INTO price_id, credits_held, is_limited
+    FROM (
+        SELECT EXISTS (
+            SELECT FROM limits WHERE coalesce(team_id, organization_id) IN (of_team, of_organization)
+        ) AS limited
+    ) AS is_any
+    LEFT JOIN price_of(of_team, of_organization, of_group, of_job_type) p ON true;
+
+    IF is_limited THEN
+        SELECT l.details
+        INTO limit_reached
+        FROM hard_limits(of_team, of_organization, of_group) l
+        WHERE l.room_jobs < 1 OR l.room_credits < credits_held
+        ORDER BY l.room_at DESC
+        LIMIT 1;
     END IF;
 END
 $$;

@@ -24,12 +24,12 @@ ALTER TABLE jobs
     ADD CONSTRAINT jobs_team FOREIGN KEY (organization_id, team_id) REFERENCES teams (organization_id, team_id),
     -- Without a lease an open job would hold its credit for ever.
     ADD CONSTRAINT jobs_lease CHECK ((lease_expires_at IS NOT NULL) = (status IN ('pending', 'in_progress'))),
-    ADD CONSTRAINT jobs_credits_held CHECK (credits_held BETWEEN 0 AND 1000000000000000),
-    ADD CONSTRAINT jobs_raise CHECK ((raise_no IS NULL) = (credits_raised IS NULL) AND credits_raised > 0),
-    ADD CONSTRAINT jobs_credits_charged CHECK (
-        (credits_charged IS NOT NULL) = (status = 'completed') AND credits_charged BETWEEN 0 AND credits_held
+    ADD CONSTRAINT jobs_credits CHECK (
+        credits_held >= 0
+        AND credits_short >= 0
+        AND (credits_charged IS NOT NULL) = (status = 'completed')
+        AND credits_charged BETWEEN 0 AND credits_held
     ),
-    ADD CONSTRAINT jobs_credits_short CHECK (credits_short >= 0 AND (credits_short = 0 OR status = 'completed')),
     ADD CONSTRAINT jobs_release CHECK ((release_no IS NOT NULL) = (status IN ('failed', 'cancelled'))),
     ADD CONSTRAINT jobs_request_hash CHECK ((idempotency_key IS NULL) = (request_hash IS NULL)),
     -- A time that no client can read would make the lists with it unreadable, too.

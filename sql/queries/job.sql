@@ -14,11 +14,11 @@ WITH request AS (
         c.credits_remaining,
         c.credits_reserved,
         c.credits_overdraft,
-        g.group_name,
         g.model_names,
         g.model_prices,
-        p.price_id,
-        coalesce(mine.credits_held, p.hold, 1) AS credits_held,
+        terms.price_id,
+        coalesce(mine.credits_held, terms.credits_held) AS credits_held,
+        terms.limit_reached,
         k.job_id AS existing_job_id,
         k.status AS existing_status,
         k.request_hash AS existing_request_hash,
@@ -31,10 +31,10 @@ WITH request AS (
             WHEN o.status <> 'active' THEN 'organization_suspended'
             WHEN t.status <> 'active' THEN 'team_suspended'
             WHEN c.is_sound IS NOT TRUE THEN 'balance_differs'
-            WHEN asked.group_name IS NULL THEN NULL
-            WHEN a.group_name IS NULL THEN 'group_not_assigned'
+            WHEN asked.group_name IS NOT NULL AND a.group_name IS NULL THEN 'group_not_assigned'
             WHEN g.status <> 'active' THEN 'group_inactive'
-            WHEN g.model_names IS NULL THEN 'no_active_model'
+            WHEN asked.group_name IS NOT NULL AND g.model_names IS NULL THEN 'no_active_model'
+            WHEN terms.limit_reached IS NOT NULL THEN 'limit_reached'
         END AS known_outcome
     FROM (VALUES (%(team_id)s::text, %(group_name)s::text)) AS asked (team_id, group_name)
     LEFT JOIN teams t ON t.team_id = asked.team_id
@@ -42,20 +42,12 @@ WITH request AS (
     LEFT JOIN callable_groups g ON g.group_name = asked.group_name
     LEFT JOIN team_model_groups a ON a.team_id = t.team_id AND a.group_name = g.group_name
     LEFT JOIN checked_balances c ON c.team_id = asked.team_id
-    LEFT JOIN LATERAL price_of(
-        t.team_id::text, t.organization_id::text, asked.group_name, %(job_type)s
-    ) p ON true
+    LEFT JOIN LATERAL terms_of(
+        t.team_id::text, t.organization_id::text, asked.group_name, %(job_type)s::text
+    ) AS terms ON true
     LEFT JOIN jobs mine ON mine.job_id = %(job_id)s
     LEFT JOIN jobs k ON k.idempotency_key = %(idempotency_key)s
         AND k.status NOT IN ('failed', 'cancelled')
-),
-reached AS (
-    SELECT l.details AS limit_reached
-    FROM request
-    CROSS JOIN LATERAL hard_limits(request.team_id::text, request.organization_id::text, request.group_name::text) l
-    WHERE request.known_outcome IS NULL AND (l.room_jobs < 1 OR l.room_credits < request.credits_held)
-    ORDER BY l.room_at DESC
-    LIMIT 1
 ),
 job AS (
     INSERT INTO jobs (
@@ -71,22 +63,16 @@ job AS (
         %(idempotency_key)s, %(request_hash)s, request.credits_held, balance.last_hold_no + 1
     FROM request
     CROSS JOIN LATERAL lock_balance(request.team_id::text) AS balance
-    WHERE request.known_outcome IS NULL
-      AND NOT EXISTS (SELECT FROM reached)
-      AND balance.credits_usable >= request.credits_held
+    WHERE request.known_outcome IS NULL AND balance.credits_usable >= request.credits_held
     RETURNING job_id
 )
 SELECT
     coalesce(
         request.known_outcome,
-        CASE
-            WHEN EXISTS (SELECT FROM job) THEN 'begun'
-            WHEN EXISTS (SELECT FROM reached) THEN 'limit_reached'
-            ELSE 'insufficient_credits'
-        END
+        CASE WHEN EXISTS (SELECT FROM job) THEN 'begun' ELSE 'insufficient_credits' END
     ) AS outcome,
     request.credits_held,
-    (SELECT limit_reached FROM reached) AS limit_reached,
+    request.limit_reached,
     request.model_names,
     request.model_prices,
     request.existing_job_id,
@@ -365,17 +351,12 @@ RETURNING call_id;
 -- is (`credits_due` says what for) until `is_final`: then it is charged what it holds, and the rest is short. `calls` is a
 -- JSON array; `began` counts the seconds from the job's start, so that the database's clock dates them. They are written
 -- before the balance is locked, which others wait for.
-WITH held AS (
-    SELECT job_id, credits_held, price_ids
-    FROM jobs
-    WHERE job_id = %(job_id)s -- and open: only then it has a lease
-      AND lease_expires_at > clock_timestamp()
-    FOR UPDATE
-),
-charge AS (
+WITH charge AS (
     SELECT held.job_id, held.credits_held, c.price_id, c.credits_due, c.is_unpriced
-    FROM held
+    FROM jobs held
     LEFT JOIN LATERAL charge_of(held.price_ids, held.job_id, %(calls)s) c ON %(status)s = 'completed'
+    WHERE held.job_id = %(job_id)s -- and open: only then it has a lease
+      AND held.lease_expires_at > clock_timestamp()
 ),
 job AS (
     UPDATE jobs j
@@ -392,6 +373,7 @@ job AS (
     FROM charge
     WHERE j.job_id = charge.job_id
       AND j.job_id = %(job_id)s
+      AND j.lease_expires_at > clock_timestamp()
       AND (%(is_final)s::boolean OR charge.credits_due <= charge.credits_held OR charge.credits_due IS NULL)
     RETURNING
         j.job_id, j.team_id, j.organization_id, j.status, j.started_at, j.credits_charged, j.credits_short, j.is_unpriced
@@ -428,14 +410,13 @@ SELECT
     coalesce(job.credits_charged, j.credits_charged) AS credits_charged,
     coalesce(job.credits_short, j.credits_short) AS credits_short,
     coalesce(job.is_unpriced, j.is_unpriced) AS is_unpriced,
-    CASE WHEN job.job_id IS NULL THEN charge.credits_due END AS credits_due,
+    CASE WHEN job.job_id IS NULL THEN (SELECT credits_due FROM charge) END AS credits_due,
     coalesce(
         (SELECT credits_after FROM deduction),
         (SELECT credits_remaining FROM team_credits WHERE team_id = j.team_id)
     ) AS credits_remaining
 FROM (VALUES (%(job_id)s::uuid)) AS asked (job_id)
 LEFT JOIN jobs j USING (job_id)
-LEFT JOIN charge USING (job_id)
 LEFT JOIN job USING (job_id);
 
 -- name: settle_many(results, is_final) :many
