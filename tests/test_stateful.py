@@ -4,9 +4,11 @@ After each step the balances, the ledger, the jobs and the schedules are those o
 nothing. The model follows the README, not the SQL.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import date, timedelta
+from decimal import Decimal
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -20,7 +22,7 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 from saasllm_cli import database
 from saasllm_cli.errors import SaasllmError
 from saasllm_cli.jobs import runner
-from saasllm_cli.jobs.calls import CallRequest
+from saasllm_cli.jobs.calls import Call, CallRequest
 from saasllm_cli.queries import query
 from saasllm_cli.settings import settings
 
@@ -29,15 +31,28 @@ Run = Callable[..., Result]
 TEAMS = st.sampled_from(["hr", "it"])
 PERIODS = st.sampled_from(["daily", "weekly", "monthly"])
 MODES = st.sampled_from(["add", "reset", "top-up"])
+GROUPS = st.sampled_from(["Echo", "Deep"])
+WHERE = st.sampled_from(["", "acme", "hr", "it"])  # everywhere, the organization, a team
+COSTS = st.sampled_from(
+    [Decimal(0), Decimal("0.5"), Decimal("1.000000000001"), Decimal(4)]
+)  # of the answer, in dollars
+MEASURES = st.sampled_from([("jobs", "total"), ("jobs", "concurrent"), ("credits", "total"), ("credits", "month")])
 ROOM = st.none() | st.integers(0, 4)
 DAYS = st.just(0) | st.integers(-5, 35)
 STARTS = st.none() | st.just(0) | st.integers(-35, 10)
 KEYS = st.sampled_from([None, None, "k1", "k2"])
 BALANCES = "SELECT c.*, t.schedule FROM credit_details c JOIN team_details t USING (team_id)"
+JOBS = "SELECT job_id, status, credits_held, credits_charged, credits_short FROM jobs"
+LIMITS = "SELECT coalesce(team_id, organization_id) AS place, measure, per, amount, counted FROM limit_details"
 LEDGER = (
     "SELECT team_id, transaction_type, credits_amount, job_id, period FROM credit_transactions ORDER BY 1, entry_no"
 )
 ATTACKS = [
+    "UPDATE team_credits SET credits_overdraft = -1",
+    "UPDATE job_prices SET credits = 0",
+    "UPDATE limit_counters SET used = used - 1",
+    "UPDATE jobs SET credits_held = credits_held - 1",
+    "UPDATE jobs SET credits_charged = credits_charged - 1",
     "UPDATE team_credits SET credits_allocated = credits_allocated + 1",
     "UPDATE team_credits SET credits_used = 0, last_entry_no = last_entry_no + 1",
     "UPDATE credit_transactions SET credits_amount = 9, credits_after = credits_before + 9",
@@ -52,6 +67,34 @@ class Entry(NamedTuple):
     credits_amount: int
     job_id: UUID | None = None
     period: str | None = None
+
+
+class Price(NamedTuple):
+    """What a job pays, and what it holds."""
+
+    credits_: int = 1
+    per_usd: int = 0
+    minimum: int = 0
+    maximum: int = 10**15
+    more_held: int = 0
+
+    @property
+    def hold(self) -> int:
+        return max(self.credits_, self.minimum) + self.more_held
+
+    def due(self, cost: Decimal) -> int:
+        return min(max(math.ceil(self.credits_ + cost * self.per_usd), self.minimum), self.maximum)
+
+    @property
+    def options(self) -> str:
+        line = f"--credits {self.credits_} --credits-per-usd {self.per_usd} --minimum {self.minimum} --hold {self.hold}"
+        return line + (f" --maximum {self.maximum}" if self.maximum < 10**15 else "")
+
+
+@dataclass
+class Limit:
+    amount: int
+    used: int  # by what has ended, or of jobs by what has begun
 
 
 @dataclass
@@ -69,6 +112,7 @@ class Team:
     jobs: "list[Job]" = field(default_factory=list)
     schedule: Schedule | None = None
     is_suspended: bool = False
+    overdraft: int | None = 0
 
     @property
     def remaining(self) -> int:
@@ -76,7 +120,11 @@ class Team:
 
     @property
     def unreserved(self) -> int:
-        return self.remaining - sum(job.status in ("in_progress", "expired") for job in self.jobs)
+        return self.remaining - sum(job.held for job in self.jobs if job.is_open)
+
+    @property
+    def usable(self) -> float:
+        return math.inf if self.overdraft is None else self.unreserved + self.overdraft
 
     def sweep(self) -> int:
         expired = [job for job in self.jobs if job.status == "expired"]
@@ -99,7 +147,7 @@ class Team:
             return 0, 0
         granted, expired = schedule.credits_amount, 0
         if schedule.mode == "reset":
-            expired = self.unreserved
+            expired = max(self.unreserved, 0)
         elif schedule.mode == "top-up":
             granted = max(granted - self.remaining, 0)
         elif schedule.credits_max:
@@ -116,7 +164,8 @@ class Team:
             "credits_used": used,
             "credits_reserved": self.remaining - self.unreserved,
             "credits_remaining": self.remaining,
-            "credits_free": self.remaining - sum(job.status == "in_progress" for job in self.jobs),
+            "credits_overdraft": self.overdraft,
+            "credits_free": self.remaining - sum(job.held for job in self.jobs if job.status == "in_progress"),
             "schedule": self.schedule and asdict(self.schedule) | {"next_on": str(self.schedule.next_on)},
         }
 
@@ -126,7 +175,15 @@ class Job:
     job_id: UUID
     team: Team
     key: str | None
+    prices: dict[str, Price]  # of the groups that it uses
+    held: int
     status: str = "in_progress"  # "expired": its lease has, and it was not swept yet
+    charged: int | None = None
+    short: int = 0
+
+    @property
+    def is_open(self) -> bool:
+        return self.status in ("in_progress", "expired")
 
 
 class Credits(RuleBasedStateMachine):
@@ -139,6 +196,8 @@ class Credits(RuleBasedStateMachine):
         self.run, self.sql = run, sql
         self.today = date(2026, 12, 20)
         self.is_suspended = False  # the organization
+        self.prices: dict[tuple[str, str], Price] = {}  # by where and the group
+        self.limits: dict[tuple[str, str, str], Limit] = {}  # by where, measure and per
         self.teams: dict[str, Team] = {}
         self.answers: dict[str | None, tuple[str, Any]] = {}  # by the key: what was typed, and what it showed
         self.command("org create acme")
@@ -152,9 +211,16 @@ class Credits(RuleBasedStateMachine):
         assert balances == {team_id: team.balance() for team_id, team in self.teams.items()}
         ledger = [(team_id, *entry) for team_id, team in sorted(self.teams.items()) for entry in team.ledger]
         assert [tuple(row.values()) for row in self.sql.execute(LEDGER)] == ledger
-        statuses = {row["job_id"]: row["status"] for row in self.sql.execute("SELECT job_id, status FROM jobs")}
+        found = [tuple(row.values()) for row in self.sql.execute(JOBS)]
         jobs = [job for team in self.teams.values() for job in team.jobs]
-        assert statuses == {job.job_id: job.status.replace("expired", "in_progress") for job in jobs}
+        status = {"expired": "in_progress"}
+        assert set(found) == {
+            (job.job_id, status.get(job.status, job.status), job.held, job.charged, job.short) for job in jobs
+        }
+        counted = {(row.pop("place"), row.pop("measure"), row.pop("per")): row for row in self.sql.execute(LIMITS)}
+        assert counted == {
+            of: {"amount": limit.amount, "counted": self.counted(*of)} for of, limit in self.limits.items()
+        }
         assert self.sql.execute(query("credits.verify").sql, {"team_id": None}).fetchall() == []
 
     @initialize(target=jobs, opening=st.integers(3, 5), every=PERIODS, mode=MODES, room=ROOM)
@@ -164,22 +230,24 @@ class Credits(RuleBasedStateMachine):
             self.change_team(team_id, "create", credits_)
             self.schedule(team_id, 3, every, mode, room, None)
         return multiple(
-            self.begin_job("hr", None, None),
-            self.begin_job("hr", None, "expired"),
-            self.begin_job("hr", "k1", "failed"),
-            self.begin_job("it", "k2", "completed"),
+            self.begin_job("hr", "Echo", None, None, Decimal(0)),
+            self.begin_job("hr", "Deep", None, "expired", Decimal(0)),
+            self.begin_job("hr", "Echo", "k1", "failed", Decimal(0)),
+            self.begin_job("it", "Echo", "k2", "completed", Decimal(0)),
         )
 
     @rule(team_id=TEAMS, verb=st.sampled_from(["resume", "resume", "suspend", "purge"]), opening=st.integers(0, 6))
     def change_team(self, team_id: str, verb: str, opening: int) -> None:
         """One that is not there is created."""
         if team_id not in self.teams:
-            self.command(f"team create {team_id} --org acme --group Echo --credits {opening}")
+            self.command(f"team create {team_id} --org acme --group Echo --group Deep --credits {opening}")
             self.teams[team_id] = Team([Entry("allocation", opening)] * (opening > 0))
         elif verb == "purge":
             self.command(f"team delete {team_id} --purge --confirm {team_id}")
             for job in self.teams.pop(team_id).jobs:
                 job.status = "purged"
+            self.prices = {of: price for of, price in self.prices.items() if of[0] != team_id}
+            self.limits = {of: limit for of, limit in self.limits.items() if of[0] != team_id}
             self.answers = {key: answer for key, answer in self.answers.items() if answer[1]["team_id"] != team_id}
         else:
             self.command(f"team {verb} {team_id}")
@@ -197,7 +265,7 @@ class Credits(RuleBasedStateMachine):
         line = f"{verb} {team_id} {entry.credits_amount} --reason x"
         if not team:
             refusal = "team_not_found"
-        elif team.unreserved + entry.credits_amount < 0:
+        elif entry.credits_amount < 0 and team.usable + entry.credits_amount < 0:
             refusal = "insufficient_credits"
         if amount == 0:
             self.command(f"credits {line}", "usage")
@@ -206,10 +274,10 @@ class Credits(RuleBasedStateMachine):
 
     @rule(job=jobs, key=KEYS)
     def refund(self, job: Job, key: str | None) -> None:
-        entry, refusal = Entry("refund", 1, job.job_id), None
+        entry, refusal = Entry("refund", job.charged or 0, job.job_id), None
         if job.status == "purged":
             refusal = "job_not_found"
-        elif job.status != "completed":
+        elif not job.charged:
             refusal = "job_not_charged"
         elif entry in job.team.ledger:
             refusal = "job_refunded_before"
@@ -274,40 +342,134 @@ class Credits(RuleBasedStateMachine):
             assert rehearsed == told
         assert self.command(line) == told
 
-    @rule(target=jobs, team_id=TEAMS, key=KEYS, end=st.sampled_from([None, "completed", "failed", "expired"]))
-    def begin_job(self, team_id: str, key: str | None, end: str | None) -> Any:
+    @rule(
+        where=WHERE,
+        group=st.sampled_from(["", "Echo", "Deep"]),
+        price=st.builds(
+            Price,
+            st.integers(0, 3),
+            st.integers(0, 2),
+            st.integers(0, 2),
+            st.sampled_from([5, 10**15]),
+            st.integers(0, 2),
+        )
+        | st.none(),
+    )
+    def price(self, where: str, group: str, price: Price | None) -> None:
+        """Sets it, or removes it."""
+        of = "".join(f" {option} {name}" for option, name in (("--group", group), self.option(where)) if name)
+        refusal = None if where in ("", "acme", *self.teams) else "team_not_found"
+        if price is None:
+            self.command(f"price remove{of} --if-exists", refusal)
+            self.prices.pop((where, group), None)
+        else:
+            self.command(f"price set{of} {price.options}", refusal)
+            if not refusal:
+                self.prices[where, group] = price
+
+    @rule(where=WHERE, measure=MEASURES, amount=st.integers(0, 8) | st.none())
+    def limit(self, where: str, measure: tuple[str, str], amount: int | None) -> None:
+        """Sets it, or removes it. A new one counts what was used before."""
+        where = where or "acme"
+        name, per = measure
+        line = "{} {} --measure {} --per {}".format(*self.option(where), name, per)
+        refusal = None if where in ("acme", *self.teams) else "team_not_found"
+        if amount is None:
+            self.command(f"limit remove {line} --if-exists", refusal)
+            self.limits.pop((where, *measure), None)
+        else:
+            self.command(f"limit set {line} --amount {amount}", refusal)
+            if not refusal:
+                jobs = [job for team_id, team in self.teams.items() if where in ("acme", team_id) for job in team.jobs]
+                used = len(jobs) if name == "jobs" else sum(job.charged or 0 for job in jobs)
+                self.limits.setdefault((where, *measure), Limit(amount, used)).amount = amount
+
+    @rule(team_id=TEAMS, overdraft=st.integers(0, 6) | st.none())
+    def overdraft(self, team_id: str, overdraft: int | None) -> None:
+        team, refusal = self.teams.get(team_id), None
+        if not team:
+            refusal = "team_not_found"
+        elif overdraft is not None and team.unreserved + overdraft < 0:
+            refusal = "overdraft_in_use"
+        given = "unlimited" if overdraft is None else overdraft
+        self.command(f"team update {team_id} --overdraft {given}", refusal)
+        if not refusal:
+            team.overdraft = overdraft
+
+    @rule(
+        target=jobs,
+        team_id=TEAMS,
+        group=GROUPS,
+        key=KEYS,
+        end=st.sampled_from([None, "completed", "failed", "expired"]),
+        cost=COSTS,
+    )
+    def begin_job(self, team_id: str, group: str, key: str | None, end: str | None, cost: Decimal) -> Any:
         team = self.teams.get(team_id)
         holder = self.holder(key)
-        outcome = self.outcome_of_begin(team, key)
-        if team and (outcome == "insufficient_credits" or (holder and holder.status == "expired")):
+        outcome = self.outcome_of_begin(team, team_id, group, key)
+        swept = ("insufficient_credits", "limit_reached")
+        if team and (outcome in swept or (holder and holder.status == "expired")):
             team.sweep()
-            outcome = self.outcome_of_begin(team, key)
+            outcome = self.outcome_of_begin(team, team_id, group, key)
         job_id = runner.new_job_id()
+        request = runner.JobRequest(team_id, CallRequest(group, [], 60), idempotency_key=key)
         try:
-            begun = runner._begin(job_id, runner.JobRequest(team_id, CallRequest("Echo", [], 60), idempotency_key=key))[
-                "outcome"
-            ]
+            begun = runner._begin(job_id, request)["outcome"]
         except SaasllmError as error:
             begun = error.code
         assert begun == outcome
         if begun != "begun":
             return multiple()
-        job = Job(job_id, team, key)
+        price = self.price_of(team_id, group)
+        job = Job(job_id, team, key, {group: price}, price.hold)
         team.jobs.append(job)
+        for _, limit in self.limits_of(team_id, "jobs"):
+            limit.used += 1
         if end:
-            self.end_job(job, end)
+            self.end_job(job, end, cost)
         return job
 
-    @rule(job=jobs, end=st.sampled_from(["completed", "completed", "failed", "cancelled", "expired"]))
-    def end_job(self, job: Job, end: str) -> None:
+    @rule(job=jobs, group=GROUPS)
+    def call(self, job: Job, group: str) -> None:
+        """Of one group or of another, whose price may be dearer."""
+        team_id = self.id_of(job.team)
+        price = job.prices.get(group) or self.price_of(team_id, group)
+        more = max(price.hold - job.held, 0) if group not in job.prices else 0
+        if job.status in ("purged", "expired") or not job.is_open:
+            outcome = {"purged": "job_not_found", "expired": "lease_lost"}.get(job.status, "job_finished")
+        elif any(self.room(of) < more for of, _ in self.limits_of(team_id, "credits")):
+            outcome = "limit_reached"
+        elif job.team.usable < more and more:
+            outcome = "insufficient_credits"
+        else:
+            outcome = "started"
+            job.prices.setdefault(group, price)
+            job.held += more
+        with database.connect() as db:
+            started = db.one("job.start_call", job_id=job.job_id, group_name=group, lease_seconds=60)
+        assert started["outcome"] == outcome
+
+    @rule(job=jobs, end=st.sampled_from(["completed", "completed", "failed", "cancelled", "expired"]), cost=COSTS)
+    def end_job(self, job: Job, end: str, cost: Decimal) -> None:
         """It is settled; or its lease runs out, and then it is settled too late."""
         is_running = job.status == "in_progress"
+        if is_running and end == "completed":
+            team_id = self.id_of(job.team)
+            due = max(price.due(cost) for price in job.prices.values())
+            rooms = [self.room(of) for of, _ in self.limits_of(team_id, "credits")]
+            job.held += int(max(min(due - job.held, job.team.usable, *rooms), 0))
+            job.charged = min(due, job.held)
+            job.short = due - job.charged
+            job.team.ledger.append(Entry("deduction", -job.charged, job.job_id))
+            for _, limit in self.limits_of(team_id, "credits"):
+                limit.used += job.charged
         if is_running:
             job.status = end
-            job.team.ledger += [Entry("deduction", -1, job.job_id)] * (end == "completed")
         if is_running and end == "expired":
             self.sql.execute("UPDATE jobs SET lease_expires_at = now() WHERE job_id = %s", [job.job_id])
-        settled = runner._settle(job.job_id, end.replace("expired", "completed"), None, [], 5)
+        answer = Call("Echo", "offline/echo", 1, 0, cost_usd=cost)
+        settled = runner._settle(job.job_id, end.replace("expired", "completed"), None, [answer], 5)
         assert settled["settled"] == (is_running and end != "expired")
         assert settled["credits_remaining"] == (None if job.status == "purged" else job.team.remaining)
 
@@ -354,20 +516,52 @@ class Credits(RuleBasedStateMachine):
         jobs = (job for team in self.teams.values() for job in team.jobs if key and job.key == key)
         return next((job for job in jobs if job.status not in ("failed", "cancelled")), None)
 
-    def outcome_of_begin(self, team: Team | None, key: str | None) -> str:
+    def option(self, where: str) -> tuple[str, str]:
+        return ("--org" if where == "acme" else "--team", where)
+
+    def id_of(self, team: Team) -> str:
+        return next((team_id for team_id, other in self.teams.items() if other is team), "")
+
+    def price_of(self, team_id: str, group: str) -> Price:
+        places = [(where, of) for where in (team_id, "acme", "") for of in (group, "")]
+        return next((self.prices[place] for place in places if place in self.prices), Price())
+
+    def limits_of(self, team_id: str, measure: str) -> list[tuple[tuple[str, str, str], Limit]]:
+        return [(of, limit) for of, limit in self.limits.items() if of[0] in ("acme", team_id) and of[1] == measure]
+
+    def counted(self, where: str, measure: str, per: str) -> int:
+        """What is used or in use of a limit."""
+        teams = [team for team_id, team in self.teams.items() if where in ("acme", team_id)]
+        open_jobs = [job for team in teams for job in team.jobs if job.is_open]
+        if per == "concurrent":
+            return len(open_jobs)
+        used = self.limits[where, measure, per].used
+        return used if measure == "jobs" else used + sum(job.held for job in open_jobs)
+
+    def room(self, of: tuple[str, str, str]) -> int:
+        return max(self.limits[of].amount - self.counted(*of), 0)
+
+    def outcome_of_begin(self, team: Team | None, team_id: str, group: str, key: str | None) -> str:
         if holder := self.holder(key):
             if holder.team is not team:
                 return "idempotency_key_reused"
             return "key_in_use" if holder.status == "completed" else "job_in_progress"
         if not team:
             return "team_not_found"
-        return self.suspension(team) or ("begun" if team.unreserved else "insufficient_credits")
+        if reason := self.suspension(team):
+            return reason
+        held = self.price_of(team_id, group).hold
+        limits = self.limits_of(team_id, "jobs") + self.limits_of(team_id, "credits")
+        if any(self.room(of) < (held if of[1] == "credits" else 1) or not self.room(of) for of, _ in limits):
+            return "limit_reached"
+        return "begun" if team.usable >= held else "insufficient_credits"
 
 
 def test_random_sequences(saasllm: Run, sql: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAASLLM_OUTPUT", "json")
     settings.cache_clear()
-    saasllm("group", "create", "Echo", "--model", "offline/echo")
+    for group in ("Echo", "Deep"):
+        saasllm("group", "create", group, "--model", "offline/echo")
     run_machine(lambda: Credits(saasllm, sql))
 
 

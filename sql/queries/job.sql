@@ -226,7 +226,7 @@ SET refusals = kept.refusals + excluded.refusals,
 -- condition that failed. A team that was suspended meanwhile may finish its job. A group that is new to the job brings its
 -- price: where that holds more than the job does, the job comes to hold as much.
 WITH job AS (
-    SELECT job_id, team_id, organization_id, job_type, status, model_groups_used, credits_held
+    SELECT job_id, team_id, organization_id, job_type, status, lease_expires_at, model_groups_used, credits_held
     FROM jobs
     WHERE job_id = %(job_id)s
     FOR UPDATE
@@ -248,6 +248,7 @@ request AS (
             WHEN a.group_name IS NULL THEN 'group_not_assigned'
             WHEN g.status <> 'active' THEN 'group_inactive'
             WHEN g.model_names IS NULL THEN 'no_active_model'
+            WHEN j.lease_expires_at <= clock_timestamp() THEN 'lease_lost'
         END AS refusal,
         j.organization_id
     FROM (VALUES (%(job_id)s::uuid, %(group_name)s::text)) AS asked (job_id, group_name)
@@ -285,8 +286,6 @@ started AS (
     WHERE j.job_id = request.job_id
       AND request.refusal IS NULL
       AND NOT EXISTS (SELECT FROM reached)
-      AND j.status IN ('pending', 'in_progress')
-      AND j.lease_expires_at > clock_timestamp()
       AND (
           request.credits_held = request.credits_held_before
           OR (SELECT credits_usable FROM lock_balance(request.team_id::text))
@@ -300,7 +299,6 @@ SELECT
         CASE
             WHEN EXISTS (SELECT FROM started) THEN 'started'
             WHEN EXISTS (SELECT FROM reached) THEN 'limit_reached'
-            WHEN (SELECT lease_expires_at <= clock_timestamp() FROM jobs WHERE job_id = request.job_id) THEN 'lease_lost'
             ELSE 'insufficient_credits'
         END
     ) AS outcome,
