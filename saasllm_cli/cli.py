@@ -26,6 +26,7 @@ NOUNS = {
     "org": "Manage organizations: your customers.",
     "group": "Manage model groups: a primary model and its fallbacks.",
     "model": "Manage your own prices of models.",
+    "price": "Manage prices: what jobs cost, in credits.",
     "team": "Manage the teams of an organization.",
     "credits": "Manage teams' credits and the ledger behind them.",
     "job": "Run jobs: call a model for a team, charge a credit on success.",
