@@ -179,7 +179,9 @@ def resolve(
     if (output or settings().output) is not Format.TABLE:
         show(price, output)
         return
-    why = f"by price {price['price_id']} ({_where(price)}, {_what(price)})" if price["price_id"] else "as no price is set"
+    why = (
+        f"by price {price['price_id']} ({_where(price)}, {_what(price)})" if price["price_id"] else "as no price is set"
+    )
     print_sentence(
         f"Price: {price_in_words(price)}, {why}. A job reserves {counted(price['hold'], 'credit')} when it begins."
     )
