@@ -10,6 +10,7 @@ import psycopg
 import pytest
 from conftest import Result, assert_sound
 from provider import Provider
+from test_completion import complete
 from test_job import credits_of, job_run, with_models
 
 from saasllm_cli.queries import query
@@ -544,3 +545,9 @@ def test_eight_who_set_a_price_at_once(tenant: Run, start: Callable[..., Any]) -
         assert (each.returncode, "Traceback" in err) == (0, False), err
     assert len(current(tenant)) == 1
     assert len(current(tenant, "--all")) == 8
+
+
+def test_types_that_have_a_price_are_completed(tenant: Run) -> None:
+    for job_type in ("cv", "chat", "letter"):
+        price(tenant, "--job-type", job_type, "--credits", 2)
+    assert complete("saasllm price remove --job-type c") == ["chat", "cv"]
