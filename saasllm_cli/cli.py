@@ -29,7 +29,7 @@ NOUNS = {
     "price": "Manage prices: what jobs cost, in credits.",
     "team": "Manage the teams of an organization.",
     "credits": "Manage teams' credits and the ledger behind them.",
-    "job": "Run jobs: call a model for a team, charge a credit on success.",
+    "job": "Run jobs: call a model for a team, charge credits on success.",
     "apply": "Create and update organizations, groups and teams from files.",
     "export": "Print organizations, groups and teams as a file for `apply`.",
     "audit": "Show who changed what.",
