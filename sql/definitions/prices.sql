@@ -90,7 +90,7 @@ $$;
 -- (NULL) is one credit.
 CREATE FUNCTION charge_of(of_prices bigint[], of_job uuid, calls jsonb)
 RETURNS TABLE (price_id bigint, credits_due bigint, is_unpriced boolean)
-LANGUAGE plpgsql STABLE AS $$
+LANGUAGE plpgsql STABLE ROWS 1 AS $$
 BEGIN
     IF array_remove(of_prices, NULL) = '{}' THEN
         RETURN QUERY SELECT NULL::bigint, 1::bigint, false;
