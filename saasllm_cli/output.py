@@ -50,6 +50,7 @@ HEADINGS = {
     "applied_at": "applied",
     "audit_id": "id",
     "call_id": "id",
+    "closed_at": "closed",
     "completion_tokens": "out",
     "created_at": "created",
     "credits_charged": "charged",
@@ -90,6 +91,7 @@ HEADINGS = {
     "organization_id": "org",
     "organization_status": "org_status",
     "output_usd_per_million": "out $/M",
+    "price_id": "id",
     "prompt_tokens": "in",
     "reasoning_usd_per_million": "reasoning $/M",
     "refusal_id": "id",
@@ -117,6 +119,8 @@ LEAST_WRAPPED = 30
 # The commands take that for the id.
 NARROW = 110
 SHORT_ID = 23
+# What a table shows of a field that has nothing.
+ABSENT = {"price": "1 credit"}
 GAP = 2  # between columns
 MOST_REPORTED = 60  # rows of a list in a report
 BAR_WIDTH = 16
@@ -403,9 +407,38 @@ def _text(value: Any) -> str:
             return str(value)
 
 
+def price_in_words(price: Row) -> str:
+    """What a job pays by it: `10 credits`, `$ x 100 + 30 %, at least 1`."""
+    fixed, per_prompt, per_completion = (
+        price[name] for name in ("credits", "credits_per_1000_prompt_tokens", "credits_per_1000_completion_tokens")
+    )
+    parts = [f"{fixed} credit{'' if fixed == 1 else 's'}"] if fixed else []
+    if price["credits_per_usd"]:
+        markup = f" + {_plain(price['markup_percent'])} %" if price["markup_percent"] else ""
+        parts.append(f"$ x {_plain(price['credits_per_usd'])}{markup}")
+    if per_prompt == per_completion:
+        rates = {"tokens": per_prompt}
+    else:
+        rates = {"prompt tokens": per_prompt, "answer tokens": per_completion}
+    parts += [f"{_plain(rate)} per 1000 {tokens}" for tokens, rate in rates.items() if rate]
+    bounds = [f"at least {price['minimum']}"] if price["minimum"] > fixed else []
+    bounds += [f"at most {price['maximum']}"] if price["maximum"] is not None and (parts or bounds) else []
+    return ", ".join(filter(None, (" and ".join(parts), *bounds))) or "free"
+
+
+def _plain(number: int | Decimal) -> str:
+    return f"{Decimal(number).normalize():f}"
+
+
+def _field(name: str, value: Any) -> str:
+    return ABSENT[name] if value is None and name in ABSENT else _cell(value)
+
+
 def _cell(value: Any) -> str:
     """A value as it is read in a table: lists without their brackets, times to the second."""
     match value:
+        case {"credits_per_usd": _, "minimum": _}:
+            return price_in_words(value)
         case datetime():
             return timestamp(value.replace(microsecond=0))
         case list() | dict() if not value:
@@ -430,7 +463,7 @@ def _show_one(row: Row, essential: Sequence[str] = ()) -> None:
     lists = {
         name: value for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)
     }
-    fields = {name: _cell(value) for name, value in row.items() if name not in lists}
+    fields = {name: _field(name, value) for name, value in row.items() if name not in lists}
     name_width = max(map(len, fields), default=0)
     value_width = max(1, min(_width() - name_width - GAP, max(map(cell_len, fields.values()), default=1)))
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -445,7 +478,8 @@ def _show_one(row: Row, essential: Sequence[str] = ()) -> None:
         columns = [
             name
             for name in items[0]
-            if not (name.endswith("_id") and name in row) and any(item[name] is not None for item in items)
+            if not (name.endswith("_id") and name in row)
+            and (name in ABSENT or any(item[name] is not None for item in items))
         ]
         _print_rows(items, columns, essential)
 
@@ -466,8 +500,8 @@ def _print_rows(
     from rich.table import Table
 
     width = _width()
-    cells = {name: [harmless(_cell(row[name])) for row in rows] for name in columns}
-    filled = [name for name in columns if any(row[name] is not None for row in rows)] or columns
+    cells = {name: [harmless(_field(name, row[name])) for row in rows] for name in columns}
+    filled = [name for name in columns if name in ABSENT or any(row[name] is not None for row in rows)] or columns
     by_weight = list(dict.fromkeys(name for name in (*essential, *filled) if name in filled))
     widths = _widths(cells, by_weight, width)
     if width < NARROW and len(widths) < len(columns):

@@ -12,7 +12,7 @@ from saasllm_cli import cli, database
 from saasllm_cli.commands import group
 
 Run = Callable[..., Result]
-FIELDS = ["group_name", "display_name", "description", "status", "models", "created_at", "updated_at"]
+FIELDS = ["group_name", "display_name", "description", "status", "models", "price", "created_at", "updated_at"]
 
 
 def test_create_keeps_the_order_of_the_models(saasllm: Run) -> None:

@@ -8,11 +8,17 @@ import reference
 from conftest import Result
 
 ORGANIZATION = ["organization_id", "name", "status", "metadata", "created_at", "updated_at"]
+JOB_PRICE = [
+    *("price_id", "organization_id", "team_id", "group_name", "job_type", "credits", "credits_per_usd"),
+    *("markup_percent", "credits_per_1000_prompt_tokens", "credits_per_1000_completion_tokens", "minimum", "maximum"),
+    "hold",
+]
 GROUP = [
     *("group_name", "display_name", "description", "status"),
     {"models": [["model_name", "priority", "is_active"]]},
-    *("created_at", "updated_at"),
+    *("price", "created_at", "updated_at"),
 ]
+PRICED_GROUP = [{"price": JOB_PRICE} if name == "price" else name for name in GROUP]
 PRICE = [
     *("input_usd_per_million", "output_usd_per_million", "cache_read_usd_per_million", "cache_write_usd_per_million"),
     "reasoning_usd_per_million",
@@ -23,6 +29,7 @@ TEAM = [
     *("team_id", "organization_id", "team_alias", "status", "organization_status", "model_groups", *CREDITS),
     *("metadata", "created_at", "updated_at", "schedule"),
 ]
+TEAM_WITH_PRICES = [*TEAM, "prices"]
 SCHEDULE = ["credits_amount", "every", "mode", "credits_max", "next_on"]
 REFUSED = ["team_id", "period", "reason"]
 ENTRY = [
@@ -91,14 +98,18 @@ COMMANDS: dict[str, list[Any]] = {
     "model set m --input-usd-per-million 1 --output-usd-per-million 2": MODEL,
     "model get m": MODEL,
     "model list": [["model_name", *PRICE, "created_at", "updated_at"]],
-    "team create t --org o --credits 5": TEAM,
-    "team get t": TEAM,
+    "team create t --org o --credits 5": TEAM_WITH_PRICES,
+    "team get t": TEAM_WITH_PRICES,
     "team list": [TEAM],
-    "team update t --alias x": TEAM,
-    "team assign t g": TEAM,
-    "team unassign t g": TEAM,
-    "team suspend t": TEAM,
-    "team resume t": TEAM,
+    "team update t --alias x": TEAM_WITH_PRICES,
+    "price set --group g --credits-per-usd 100 --markup 30": [*JOB_PRICE, "created_at", "closed_at"],
+    "price list": [[*JOB_PRICE, "created_at", "closed_at"]],
+    "team assign t g": [*TEAM, {"prices": [["group_name", {"price": JOB_PRICE}]]}],
+    "price resolve --team t --group g": ["source", "covers", *JOB_PRICE, "created_at"],
+    "group list --search g": [PRICED_GROUP],
+    "team unassign t g": TEAM_WITH_PRICES,
+    "team suspend t": TEAM_WITH_PRICES,
+    "team resume t": TEAM_WITH_PRICES,
     "credits balance t": ["team_id", "organization_id", *CREDITS],
     "credits add t 5": ENTRY,
     "credits adjust t -1 --reason x": ENTRY,

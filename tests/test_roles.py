@@ -89,6 +89,8 @@ def test_the_runner_runs_jobs(tenant: Run, as_role: As, sql: Sql, home: Path) ->
         tenant,
         "group resolve Echo",
         "model list",
+        "price list --all",
+        "price resolve --team hr --group Echo",
         "job run --team hr --group Echo --prompt hi --idempotency-key k",
         "job run --team hr --group Echo --prompt hi --stream",
         "job list --team hr",
@@ -125,12 +127,15 @@ def test_the_runner_runs_jobs(tenant: Run, as_role: As, sql: Sql, home: Path) ->
 
 def test_the_runner_administers_nothing(tenant: Run, as_role: As) -> None:
     job = charged_job()
+    all_pass(tenant, "price set --group Echo --credits 1")
     runner = as_role("saasllm_runner")
     none_pass(
         tenant,
         "org create other",
         "model set offline/echo --input-usd-per-million 1 --output-usd-per-million 1",
         "model remove offline/echo --if-exists",
+        "price set --team hr --credits 0",
+        "price remove --group Echo",
         "team create other --org acme",
         "team update hr --alias x",
         "team suspend hr",
@@ -145,6 +150,29 @@ def test_the_runner_administers_nothing(tenant: Run, as_role: As) -> None:
         f"migrate reset --confirm {runner.info.dbname}",
     )
     assert tenant("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 9
+
+
+def test_a_price_is_a_version_for_the_administrator_too(tenant: Run, as_role: As) -> None:
+    admin = as_role("saasllm_admin")
+    all_pass(
+        tenant,
+        "price set --group Echo --credits 10",
+        "price set --group Echo --credits 5",
+        "price set --team hr --credits 3",
+        "price remove --team hr",
+    )
+    for change in (
+        "UPDATE job_prices SET credits = 1, hold = 1",
+        "UPDATE job_prices SET closed_at = NULL WHERE team_id = 'hr'",
+        "DELETE FROM job_prices",
+        "DELETE FROM job_prices WHERE closed_at IS NOT NULL",
+    ):
+        with pytest.raises(psycopg.DatabaseError, match="is a version that stays"):
+            admin.execute(change)
+    with refused():
+        admin.execute("TRUNCATE job_prices")
+    all_pass(tenant, "group delete Echo --force --yes", "team delete hr --purge --confirm hr")
+    assert [row["credits"] for row in tenant("price", "list", "--all", "-o", "json").data] == [10, 5]
 
 
 def test_the_runner_conjures_no_credit(tenant: Run, as_role: As) -> None:
@@ -180,6 +208,10 @@ def test_the_runner_conjures_no_credit(tenant: Run, as_role: As) -> None:
         "UPDATE jobs SET team_id = 'hr'",
         "DELETE FROM jobs",
         "UPDATE llm_calls SET cost_usd = 0",
+        "INSERT INTO job_prices (credits, hold) VALUES (0, 0)",
+        "UPDATE job_prices SET closed_at = now()",
+        "DELETE FROM job_prices",
+        "TRUNCATE job_prices",
         "INSERT INTO audit_log (noun, action, after) VALUES ('team', 'create', '{}')",
         "INSERT INTO saasllm_migrations (migration, checksum, duration_ms) VALUES ('999', '', 0)",
     ):
@@ -404,6 +436,7 @@ def test_who_may_truncate_leaves_credits_and_what_is_audited(tenant: Run, as_rol
     for table in (
         *("organizations", "teams", "team_credits", "credit_transactions", "credit_schedules", "jobs", "audit_log"),
         *("model_groups", "model_group_models", "team_model_groups", "model_prices"),
+        "job_prices",
     ):
         with pytest.raises(psycopg.DatabaseError, match=r"append-only|only with its team|TRUNCATE is not allowed"):
             admin.execute(f"TRUNCATE {table} CASCADE")

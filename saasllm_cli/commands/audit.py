@@ -35,7 +35,7 @@ def list_(
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
-    """List changes to organizations, groups, models, teams and schedules."""
+    """List changes to organizations, groups, teams, schedules and prices."""
     columns = ("audit_id", "created_at", "actor", "action", "noun", "record", "command")
     essential = ("record", "action", "actor", "created_at", "noun")
     with database.connect() as db:
@@ -56,6 +56,11 @@ def list_(
 def _record(change: Row) -> Row:
     """The ids of what was changed, as one column: for a table has no room for one of each noun."""
     ids = [change[name] for name in ("team_id", "group_name") if change[name]]
-    if change["noun"] == "model":
-        ids = [(change["after"] or change["before"])["model_name"]]
+    state = change["after"] or change["before"]
+    match change["noun"]:
+        case "model":
+            ids = [state["model_name"]]
+        case "price":
+            scope = [state[name] for name in ("organization_id", "team_id", "group_name", "job_type")]
+            ids = [*filter(None, scope)] or ["everywhere"]
     return {"record": " ".join(ids) or change["organization_id"]}

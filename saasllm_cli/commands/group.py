@@ -117,7 +117,7 @@ def list_(
             after=after,
             limit=limit,
         )
-        show(groups, output, columns=("group_name", "status", "models", "display_name"))
+        show(groups, output, columns=("group_name", "status", "models", "price", "display_name"))
 
 
 @app.command(epilog="saasllm group update ResumeAgent --status inactive")

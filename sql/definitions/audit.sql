@@ -204,7 +204,7 @@ BEGIN
         LIMIT 1
     ) last ON true
     LEFT JOIN LATERAL (
-        SELECT to_jsonb(d) - 'created_at' - 'updated_at' AS state
+        SELECT to_jsonb(d) - 'price' - 'created_at' - 'updated_at' AS state
         FROM public.model_group_details d
         WHERE d.group_name = changed_group.group_name
     ) now_is ON true

@@ -3,6 +3,7 @@
 CREATE VIEW organization_details AS
 SELECT organization_id, name, status, metadata, created_at, updated_at FROM organizations;
 
+-- With what a job of the usual type costs there everywhere; NULL where no price says so.
 CREATE VIEW model_group_details AS
 SELECT
     g.group_name,
@@ -10,6 +11,7 @@ SELECT
     g.description,
     g.status,
     m.models,
+    (SELECT price_terms(p) FROM price_of(NULL, NULL, g.group_name::text, 'completion') p) AS price,
     g.created_at,
     g.updated_at
 FROM model_groups g

@@ -47,11 +47,12 @@ CREATE TRIGGER model_groups_move_prices AFTER UPDATE ON model_groups
 
 
 -- The price that holds for a job: the one of its team before that of its organization before that of everywhere; and there
--- that of its type before that of its group before that of every job. None where a job costs one credit.
+-- that of its type before that of its group before that of every job. None where a job costs one credit. (The table is
+-- named with its schema, as triggers that read a group's price have no search path.)
 CREATE FUNCTION price_of(of_team text, of_organization text, of_group text, of_job_type text) RETURNS SETOF job_prices
 LANGUAGE sql STABLE PARALLEL SAFE ROWS 1 AS $$
     SELECT *
-    FROM job_prices
+    FROM public.job_prices
     WHERE closed_at IS NULL
       AND coalesce(team_id, organization_id, '') IN (of_team, of_organization, '')
       AND (team_id IS NULL OR team_id = of_team)
@@ -60,6 +61,27 @@ LANGUAGE sql STABLE PARALLEL SAFE ROWS 1 AS $$
       AND (job_type IS NULL OR job_type = of_job_type)
     ORDER BY team_id IS NULL, organization_id IS NULL, job_type IS NULL, group_name IS NULL
     LIMIT 1
+$$;
+
+
+-- What a job costs, as a field of what it is told of.
+CREATE FUNCTION price_terms(price job_prices) RETURNS json
+LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT json_build_object(
+        'price_id', price.price_id,
+        'organization_id', price.organization_id,
+        'team_id', price.team_id,
+        'group_name', price.group_name,
+        'job_type', price.job_type,
+        'credits', price.credits,
+        'credits_per_usd', price.credits_per_usd,
+        'markup_percent', price.markup_percent,
+        'credits_per_1000_prompt_tokens', price.credits_per_1000_prompt_tokens,
+        'credits_per_1000_completion_tokens', price.credits_per_1000_completion_tokens,
+        'minimum', price.minimum,
+        'maximum', price.maximum,
+        'hold', price.hold
+    )
 $$;
 
 

@@ -43,7 +43,28 @@ SELECT
 FROM request;
 
 -- name: get(team_id) :maybe
-SELECT * FROM team_details WHERE team_id = %(team_id)s;
+-- With what a job of the usual type costs in each of its groups; NULL where no price says so.
+SELECT
+    d.*,
+    (
+        SELECT coalesce(
+            json_agg(
+                json_build_object(
+                    'group_name', a.group_name,
+                    'price', (
+                        SELECT price_terms(p)
+                        FROM price_of(d.team_id::text, d.organization_id::text, a.group_name::text, 'completion') p
+                    )
+                )
+                ORDER BY a.group_name
+            ),
+            '[]'
+        )
+        FROM team_model_groups a
+        WHERE a.team_id = d.team_id
+    ) AS prices
+FROM team_details d
+WHERE team_id = %(team_id)s;
 
 -- name: list(organization_id, status, group_name, metadata, search, sort, after, row_limit) :many
 -- By the id, or by time where `sort` is newest or oldest; behind the row `after`. What is searched for is found first:
