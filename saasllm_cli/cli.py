@@ -27,6 +27,7 @@ NOUNS = {
     "group": "Manage model groups: a primary model and its fallbacks.",
     "model": "Manage your own prices of models.",
     "team": "Manage the teams of an organization.",
+    "limit": "Limit what organizations and teams may use.",
     "credits": "Manage teams' credits and the ledger behind them.",
     "job": "Run jobs: call a model for a team, charge a credit on success.",
     "apply": "Create and update organizations, groups and teams from files.",

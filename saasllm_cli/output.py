@@ -51,6 +51,7 @@ HEADINGS = {
     "audit_id": "id",
     "call_id": "id",
     "completion_tokens": "out",
+    "counted": "used",
     "created_at": "created",
     "credits_charged": "charged",
     "credits_after": "after",
@@ -81,6 +82,7 @@ HEADINGS = {
     "jobs_completed": "completed",
     "jobs_failed": "failed",
     "last_at": "last",
+    "limit_id": "id",
     "model_group_used": "group",
     "model_groups": "groups",
     "model_groups_used": "groups",
@@ -102,6 +104,7 @@ HEADINGS = {
     "transaction_id": "id",
     "transaction_type": "type",
     "unpriced_calls": "unpriced",
+    "used_percent": "%",
 }
 # Text that ends with an ellipsis where a terminal is too narrow for it, but keeps so much; ids and numbers are whole.
 CUT = {

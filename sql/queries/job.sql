@@ -208,7 +208,8 @@ SELECT
     (
         SELECT l.details
         FROM hard_limit l
-        ORDER BY l.room_jobs < 1 DESC, l.room_credits < price.hold DESC, l.room_at DESC
+        WHERE l.room_jobs < new.jobs_so_far OR l.room_credits < new.credits_so_far
+        ORDER BY l.room_at DESC
         LIMIT 1
     ) AS limit_reached,
     price.hold AS credits_held,
@@ -222,6 +223,7 @@ FROM asked
 CROSS JOIN scope
 JOIN price USING (job_type)
 LEFT JOIN known USING (place)
+LEFT JOIN new USING (place)
 LEFT JOIN begun ON begun.job_id = asked.job_id
 ORDER BY place;
 
