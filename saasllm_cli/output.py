@@ -106,6 +106,8 @@ HEADINGS = {
     "unpriced_calls": "unpriced",
     "used_percent": "%",
 }
+# What it means in a table that a field is absent, where that is not nothing.
+ABSENT = {"credits_overdraft": "unlimited"}
 # Text that ends with an ellipsis where a terminal is too narrow for it, but keeps so much; ids and numbers are whole.
 CUT = {
     *("answer", "command", "database_url", "data_dir", "display_name", "error_message", "migration", "model_groups"),
@@ -433,7 +435,11 @@ def _show_one(row: Row, essential: Sequence[str] = ()) -> None:
     lists = {
         name: value for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)
     }
-    fields = {name: _cell(value) for name, value in row.items() if name not in lists}
+    fields = {
+        name: ABSENT.get(name, "-") if value is None else _cell(value)
+        for name, value in row.items()
+        if name not in lists
+    }
     name_width = max(map(len, fields), default=0)
     value_width = max(1, min(_width() - name_width - GAP, max(map(cell_len, fields.values()), default=1)))
     table = Table(box=None, show_header=False, pad_edge=False)
