@@ -68,9 +68,10 @@ def test_overdraft(tenant: Run) -> None:
     assert lower.error["hint"] == "Run: saasllm credits add hr 3"
     tenant("credits", "add", "hr", 3)
     tenant("job", "create", "--team", "hr")
-    assert "uses 3 of its overdraft (its running jobs reserve 1): 1 more than 2." in tenant(
-        *("team", "update", "hr", "--overdraft", 2)
-    ).err
+    assert (
+        "uses 3 of its overdraft (its running jobs reserve 1): 1 more than 2."
+        in tenant(*("team", "update", "hr", "--overdraft", 2)).err
+    )
     unlimited = tenant("team", "update", "hr", "--overdraft", "unlimited", "-o", "json").data
     assert (unlimited["credits_overdraft"], unlimited["team_alias"]) == (None, "hr")
     assert tenant(*check, 10**15).status == 0
