@@ -23,6 +23,10 @@ TEAM = [
     *("team_id", "organization_id", "team_alias", "status", "organization_status", "model_groups", *CREDITS),
     *("metadata", "created_at", "updated_at", "schedule"),
 ]
+LIMIT = [
+    *("limit_id", "organization_id", "team_id", "group_name", "measure", "per", "amount", "is_hard", "alerts"),
+    *("used", "running", "counted", "used_percent", "alert_reached", "room_at", "created_at", "updated_at"),
+]
 SCHEDULE = ["credits_amount", "every", "mode", "credits_max", "next_on"]
 REFUSED = ["team_id", "period", "reason"]
 ENTRY = [
@@ -99,6 +103,9 @@ COMMANDS: dict[str, list[Any]] = {
     "team unassign t g": TEAM,
     "team suspend t": TEAM,
     "team resume t": TEAM,
+    "limit set --team t --measure jobs --per day --amount 5": LIMIT,
+    "limit get --team t --measure jobs --per day": LIMIT,
+    "limit list": [LIMIT],
     "credits balance t": ["team_id", "organization_id", *CREDITS],
     "credits add t 5": ENTRY,
     "credits adjust t -1 --reason x": ENTRY,
