@@ -198,7 +198,7 @@ BEGIN
             FROM ONLY public.llm_calls call
             WHERE call.job_id = j.job_id AND (l.group_name IS NULL OR call.model_group_used = l.group_name)
         ) AS c ON l.measure IN ('tokens', 'cost_usd')
-        WHERE j.job_id = ANY (ended) AND (l.measure <> 'jobs' OR l.per = 'concurrent')
+        WHERE j.job_id = ANY (ended)
         GROUP BY l.limit_id, period_start
         ORDER BY l.limit_id, period_start
     LOOP
