@@ -199,15 +199,26 @@ def remove(
         removed = db.maybe("limit.remove", **scope._asdict())
         if removed is None and not if_exists:
             raise _none(db, scope)
-    which = f"{measure} {limit_period(per)} for {limit_owner(scope._asdict())}"
-    note(f"No limit is set of {which}." if removed is None else f"Removed the limit of {which}.", **scope._asdict())
+    kind, owner = f"{measure} {limit_period(per)}", limit_owner(scope._asdict())
+    note(
+        f"No limit of {kind} is set for {owner}." if removed is None else f"Removed the limit of {kind} for {owner}.",
+        **scope._asdict(),
+    )
 
 
 def _scope(org: str | None, team: str | None, group: str | None, measure: str, per: str) -> Scope:
     if (org is None) == (team is None) or (group is not None and team is None):
-        raise InvalidInput("usage", "Give either --org ORG, or --team TEAM and optionally --group GROUP.", None)
+        raise InvalidInput(
+            "usage",
+            "Give either --org ORG, or --team TEAM and optionally --group GROUP.",
+            "See: saasllm limit set --help",
+        )
     if per == "concurrent" and measure != "jobs":
-        raise InvalidInput("usage", "--per concurrent counts jobs that run at once: it requires --measure jobs.", None)
+        raise InvalidInput(
+            "usage",
+            "--per concurrent counts the jobs that run at once, and nothing else.",
+            "Use --measure jobs, or another period.",
+        )
     return Scope(org, team, group, measure, per)
 
 
@@ -225,7 +236,7 @@ def _none(db: database.Database, scope: Scope) -> NotFound:
             db.get(noun_, key)
     return NotFound(
         "limit_not_found",
-        f"No limit is set of {scope.measure} {limit_period(scope.per)} for {limit_owner(scope._asdict())}.",
+        f"No limit of {scope.measure} {limit_period(scope.per)} is set for {limit_owner(scope._asdict())}.",
         f"See: saasllm limit list {f'--team {scope.team_id}' if scope.team_id else f'--org {scope.organization_id}'}",
         **scope._asdict(),
     )
