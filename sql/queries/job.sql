@@ -547,6 +547,7 @@ LEFT JOIN LATERAL (
     SELECT status, credits_charged, credits_short, is_unpriced
     FROM jobs
     WHERE job_id = result.job_id AND job.job_id IS NULL
+    OFFSET 0 -- else all jobs are read to be joined
 ) AS j ON true;
 
 -- name: raise_holds(jobs) :none
