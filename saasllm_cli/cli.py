@@ -28,6 +28,7 @@ NOUNS = {
     "model": "Manage your own prices of models.",
     "price": "Manage prices: what jobs cost, in credits.",
     "team": "Manage the teams of an organization.",
+    "limit": "Limit what organizations and teams may use.",
     "credits": "Manage teams' credits and the ledger behind them.",
     "job": "Run jobs: call a model for a team, charge credits on success.",
     "apply": "Create and update organizations, groups and teams from files.",

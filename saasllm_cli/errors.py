@@ -1,5 +1,6 @@
 """What can go wrong: a code for scripts, an exit status for the shell, a message and a hint for people."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -128,27 +129,65 @@ def insufficient_credits(
     )
 
 
-def limit_reached(limit: dict[str, Any]) -> LimitReached:
-    """Why a job may not begin: a row of limit_details."""
-    owner = f"Team {limit['team_id']}" if limit["team_id"] else f"Organization {limit['organization_id']}"
-    where = f" with group {limit['group_name']}" if limit["group_name"] else ""
-    counted, amount = (f"{Decimal(str(limit[name])).normalize():f}" for name in ("counted", "amount"))
-    what = f"${amount}" if limit["measure"] == "cost_usd" else f"{amount} {limit['measure']}"
-    per = {"total": "in total", "concurrent": "at once"}.get(limit["per"], f"per {limit['per']}")
+def limit_owner(limit: Mapping[str, Any]) -> str:
+    """Whose limit it is: `org acme`, `team hr`, or `team hr/Echo` with one group."""
+    if limit["team_id"] is None:
+        return f"org {limit['organization_id']}"
+    return "/".join(filter(None, (f"team {limit['team_id']}", limit["group_name"])))
+
+
+def limit_words(limit: Mapping[str, Any]) -> str:
+    """What a limit allows: `3 jobs per day`, `$50 per month`, `1 job at once`."""
+    return f"{_measured(limit['amount'], limit['measure'])} {limit_period(limit['per'])}"
+
+
+def limit_period(per: str) -> str:
+    return {"total": "in total", "concurrent": "at once"}.get(per, f"per {per}")
+
+
+def limit_reached(limit: Mapping[str, Any], needed: int | None = None) -> LimitReached:
+    """Why a job may not begin: a row of limit_details, as JSON has it; and the credits that the job reserves."""
+    team, organization, group = (limit[name] for name in ("team_id", "organization_id", "group_name"))
+    owner = f"Team {team}" if team else f"Organization {organization}"
+    counted = _measured(limit["counted"], limit["measure"])
+    match limit["measure"], limit["per"]:
+        case _, "concurrent":
+            used = f"{limit['running']} running"
+        case "jobs", _:
+            used = f"{counted} begun"
+        case "credits", _:
+            used = f"{counted} used or reserved"
+        case _:
+            used = f"{counted} used" + (" or expected of running jobs" if limit["running"] else "")
+    if limit["measure"] == "credits" and needed and Decimal(str(limit["counted"])) < Decimal(str(limit["amount"])):
+        used += f", and the job reserves {needed}"
     room_at = limit["room_at"] and datetime.fromisoformat(str(limit["room_at"])).astimezone(UTC)
-    hint = {
-        "concurrent": "Wait for a running job, or raise the limit.",
-        "total": "Raise the limit: saasllm limit set",
-    }.get(limit["per"], f"There is room again at {room_at:%Y-%m-%dT%H:%M:%SZ}." if room_at else None)
+    owner_flags = f"--team {team}" + (f" --group {group}" if group else "") if team else f"--org {organization}"
+    flags = f"--measure {limit['measure']} --per {limit['per']} --amount N"
+    raised = f"saasllm limit set {owner_flags} {flags}" + "".join(f" --alert {alert}" for alert in limit["alerts"])
+    if room_at:
+        hint = f"There is room again at {room_at:%Y-%m-%dT%H:%M:%SZ}. To raise the limit, run: {raised}"
+    elif limit["per"] == "concurrent":
+        hint = f"Wait for a running job to end. To raise the limit, run: {raised}"
+    else:
+        hint = f"To raise the limit, run: {raised}"
     return LimitReached(
         "limit_reached",
-        f"{owner} has reached its limit{where} of {what} {per}: {counted} used or reserved.",
+        f"{owner} has reached its limit of {limit_words(limit)}{f' with group {group}' if group else ''}: {used}.",
         hint,
         **{name: limit[name] for name in ("limit_id", "organization_id", "team_id", "group_name", "measure", "per")},
         amount=limit["amount"],
         counted=limit["counted"],
         room_at=room_at,
     )
+
+
+def _measured(number: Any, measure: str) -> str:
+    """`3 jobs`, `1 credit`, `$0.5`."""
+    text = f"{Decimal(str(number)).normalize():f}"
+    if measure == "cost_usd":
+        return f"${text}"
+    return f"{text} {measure.removesuffix('s') if text == '1' else measure}"
 
 
 _COMMANDS = {"organization": "org"}  # where the command has another name than the noun

@@ -52,6 +52,7 @@ HEADINGS = {
     "call_id": "id",
     "closed_at": "closed",
     "completion_tokens": "out",
+    "counted": "used",
     "created_at": "created",
     "credits_charged": "charged",
     "credits_after": "after",
@@ -82,6 +83,7 @@ HEADINGS = {
     "jobs_completed": "completed",
     "jobs_failed": "failed",
     "last_at": "last",
+    "limit_id": "id",
     "model_group_used": "group",
     "model_groups": "groups",
     "model_groups_used": "groups",
@@ -104,7 +106,10 @@ HEADINGS = {
     "transaction_id": "id",
     "transaction_type": "type",
     "unpriced_calls": "unpriced",
+    "used_percent": "%",
 }
+# What it means in a table that a field is absent, where that is not nothing.
+ABSENT = {"credits_overdraft": "unlimited", "price": "1 credit"}
 # Text that ends with an ellipsis where a terminal is too narrow for it, but keeps so much; ids and numbers are whole.
 CUT = {
     *("answer", "command", "database_url", "data_dir", "display_name", "error_message", "migration", "model_groups"),
@@ -119,8 +124,6 @@ LEAST_WRAPPED = 30
 # The commands take that for the id.
 NARROW = 110
 SHORT_ID = 23
-# What a table shows of a field that has nothing.
-ABSENT = {"price": "1 credit"}
 GAP = 2  # between columns
 MOST_REPORTED = 60  # rows of a list in a report
 BAR_WIDTH = 16

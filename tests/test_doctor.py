@@ -36,8 +36,8 @@ def test_all_in_order(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) ->
         sql.execute("DROP OWNED BY doctor_owner; DROP ROLE doctor_owner")
     assert checks.pop("durability")[0] == "warning"  # the tests do without fsync
     assert list(checks) == [
-        *("database", "clock", "migrations", "role", "ledger", "leases", "allocations", "providers"),
-        "prices",
+        *("database", "clock", "migrations", "role", "ledger", "leases", "allocations", "limits", "charges"),
+        *("providers", "prices"),
     ]
     assert set(checks.values()) == {("ok", None)}
 
@@ -61,6 +61,34 @@ def test_all_that_is_wrong(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatc
     assert "ANTHROPIC_API_KEY" not in told.out
     assert "sk-ant-secret" not in told.out + told.err
     assert sql.execute("SELECT * FROM team_credits").fetchall() == before
+
+
+def test_limits_that_are_nearly_used(tenant: Run) -> None:
+    """At the lowest alert of each, else at 80 %."""
+    limit = ("limit", "set", "--team", "hr", "--per", "day")
+    tenant(*limit, "--measure", "jobs", "--amount", 4, "--alert", 50, "--alert", 90)
+    tenant(*limit, "--measure", "credits", "--amount", 5)
+    for jobs, told in (
+        (1, []),
+        (1, ["4 jobs per day for team hr (50.0 %)"]),
+        (2, ["(100.0 %)", "5 credits", "(80.0 %)"]),
+    ):
+        for _ in range(jobs):
+            charged_job()
+        (row,) = [row for row in tenant("doctor", "-o", "json").data if row["check"] == "limits"]
+        assert row["status"] == ("warning" if told else "ok")
+        assert all(words in row["message"] for words in told), row
+
+
+def test_jobs_whose_price_counts_what_nobody_knows(tenant: Run, sql: Sql) -> None:
+    for _ in range(2):
+        charged_job()
+    sql.execute("SET session_replication_role = replica; UPDATE jobs SET is_unpriced = true")
+    sql.execute("UPDATE jobs SET created_at = now() - interval '8 days' WHERE hold_no = 1")
+    (row,) = [row for row in tenant("doctor", "-o", "json").data if row["check"] == "charges"]
+    assert row["status"] == "warning"
+    assert row["message"].startswith("1 job of the last 7 days in hr: the cost or tokens of their calls are unknown")
+    assert "saasllm model set" in row["hint"]
 
 
 def test_rules_that_are_switched_off(tenant: Run, sql: Sql, migrated_database: str) -> None:

@@ -30,6 +30,10 @@ TEAM = [
     *("metadata", "created_at", "updated_at", "schedule"),
 ]
 TEAM_WITH_PRICES = [*TEAM, "prices"]
+LIMIT = [
+    *("limit_id", "organization_id", "team_id", "group_name", "measure", "per", "amount", "is_hard", "alerts"),
+    *("used", "running", "counted", "used_percent", "alert_reached", "room_at", "created_at", "updated_at"),
+]
 SCHEDULE = ["credits_amount", "every", "mode", "credits_max", "next_on"]
 REFUSED = ["team_id", "period", "reason"]
 ENTRY = [
@@ -110,6 +114,9 @@ COMMANDS: dict[str, list[Any]] = {
     "team unassign t g": TEAM_WITH_PRICES,
     "team suspend t": TEAM_WITH_PRICES,
     "team resume t": TEAM_WITH_PRICES,
+    "limit set --team t --measure jobs --per day --amount 5": LIMIT,
+    "limit get --team t --measure jobs --per day": LIMIT,
+    "limit list": [LIMIT],
     "credits balance t": ["team_id", "organization_id", *CREDITS],
     "credits add t 5": ENTRY,
     "credits adjust t -1 --reason x": ENTRY,

@@ -51,6 +51,53 @@ def test_if_not_exists_compares_groups_and_opening_credits(tenant: Run) -> None:
     assert len(tenant("credits", "transactions", "hr", "-o", "json").data) == 2
 
 
+def test_overdraft(tenant: Run) -> None:
+    """What a team may use beyond what it has; less than it uses is refused with how much it lacks."""
+    assert tenant("team", "update", "hr", "--overdraft", 5, "-o", "json").data["credits_overdraft"] == 5
+    check = ("credits", "check", "hr", "-o", "json", "--need")
+    assert [tenant(*check, need).status for need in (15, 16)] == [0, 5]
+    assert "15 free credits, its overdraft included" in tenant(*check, 16).err
+    tenant("credits", "adjust", "hr", -13, "--reason", "x")
+    job_run = ("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x")
+    assert [tenant(*job_run).status for _ in range(3)] == [0, 0, 5]
+    below = [row["team_id"] for row in tenant("credits", "check", "--below", 1, "-o", "json").data]
+    assert below == ["hr"]
+    lower = tenant("team", "update", "hr", "--overdraft", "02", "--alias", "x", "-o", "json")
+    assert (lower.status, lower.error["code"]) == (4, "overdraft_in_use")
+    assert lower.error["message"] == "Team hr uses 5 of its overdraft: 3 more than 2."
+    assert lower.error["hint"] == "Run: saasllm credits add hr 3"
+    tenant("credits", "add", "hr", 3)
+    tenant("job", "create", "--team", "hr")
+    assert (
+        "uses 3 of its overdraft (its running jobs reserve 1): 1 more than 2."
+        in tenant(*("team", "update", "hr", "--overdraft", 2)).err
+    )
+    unlimited = tenant("team", "update", "hr", "--overdraft", "unlimited", "-o", "json").data
+    assert (unlimited["credits_overdraft"], unlimited["team_alias"]) == (None, "hr")
+    assert tenant(*check, 10**15).status == 0
+    assert tenant("credits", "check", "--below", 10, "-o", "json").data == []
+    assert "unlimited" in tenant("team", "get", "hr").out
+    assert "unlimited" in tenant("credits", "balance", "hr").out
+    assert tenant(*job_run).status == 0
+    assert tenant("team", "update", "hr", "--overdraft", "x").status == 2
+    assert tenant("team", "update", "no", "--overdraft", "1").status == 3
+    records = tenant("audit", "list", "-o", "json").data
+    changed = [row["after"] for row in records if "credits_overdraft" in (row["after"] or ())]
+    assert changed == [{"credits_overdraft": None}, {"credits_overdraft": 5}]
+    assert tenant("credits", "verify").status == 0
+
+
+def test_overdraft_of_a_new_team(tenant: Run) -> None:
+    create = ("team", "create", "it", "--org", "acme", "-o", "json")
+    assert tenant(*create, "--overdraft", 7).data["credits_overdraft"] == 7
+    same = (*create, "--if-not-exists", "--overdraft")
+    assert [tenant(*same, overdraft).status for overdraft in (7, 8, "unlimited")] == [0, 4, 4]
+    tenant("team", "update", "it", "--overdraft", "unlimited")
+    assert [tenant(*same, overdraft).status for overdraft in (7, "unlimited")] == [4, 0]
+    assert tenant(*create, "--if-not-exists").status == 0
+    assert tenant("team", "create", "x", "--org", "no", "--overdraft", 7).status == 3
+
+
 def test_list_by_organization(tenant: Run) -> None:
     tenant("org", "create", "other")
     tenant("team", "create", "it", "--org", "other")

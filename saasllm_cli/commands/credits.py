@@ -188,7 +188,7 @@ def check(
     """Check for enough credits, or list teams that run low.
 
     Run --below from cron: if no team runs low, it prints nothing. Credits that are reserved only by expired jobs count
-    as free, as they do when a job starts.
+    as free, as they do when a job starts, and so does what a team may use of its overdraft.
     """
     if (team_id is None) != (need is None) or (need is None) == (below is None) or (org and below is None):
         raise InvalidInput(
@@ -208,11 +208,12 @@ def check(
             return
         balance = db.found("credits.free", "team", str(team_id), team_id=team_id)
     show(balance, output)
-    free = balance["credits_free"]
-    if need is not None and free < need:
+    free, overdraft = balance["credits_free"], balance["credits_overdraft"]
+    if need is not None and overdraft is not None and free + overdraft < need:
         raise InsufficientCredits(
             "insufficient_credits",
-            f"Team {team_id} has {counted(free, 'free credit')}, but {need} are needed.",
+            f"Team {team_id} has {counted(free + overdraft, 'free credit')}"
+            f"{', its overdraft included' if overdraft else ''}, but {need} are needed.",
             f"Run: saasllm credits add {team_id} AMOUNT",
             team_id=team_id,
             credits_free=free,

@@ -8,7 +8,7 @@ from typing import Any
 
 from saasllm_cli import database, definitions, embedded, migrations
 from saasllm_cli.commands.inputs import Output, counted, noun, some, some_rights
-from saasllm_cli.errors import CheckFailed, DatabaseUnavailable
+from saasllm_cli.errors import CheckFailed, DatabaseUnavailable, limit_owner, limit_words
 from saasllm_cli.output import Row, progress, show
 from saasllm_cli.settings import settings
 
@@ -17,6 +17,7 @@ app = noun()
 OLDEST_VERSION = 14
 CLOCK_SECONDS = 2
 FREE_BYTES = 2**30
+UNPRICED_DAYS = 7
 OK, WARNING, FAILED = "ok", "warning", "failed"
 RIGHTS = {"run jobs": "may_run_jobs", "administer": "may_administer", "migrate": "may_migrate"}
 
@@ -27,9 +28,9 @@ Check = dict[str, Any]
 def doctor(output: Output = None) -> None:
     """Check everything that jobs and cron depend on.
 
-    Checks the database and its role, migrations, the ledger, leases, allocations, provider keys (never showing their
-    values), prices of models and disk space, and says how to fix what is wrong. Changes nothing. Exit 9 if a check
-    fails, 7 if the database cannot be used; warnings alone exit 0.
+    Checks the database and its role, migrations, the ledger, leases, allocations, limits, charges, provider keys (never
+    showing their values), prices of models and disk space, and says how to fix what is wrong. Changes nothing. Exit 9
+    if a check fails, 7 if the database cannot be used; warnings alone exit 0.
     """
     checks: list[Check] = []
     unusable: DatabaseUnavailable | None = None
@@ -82,6 +83,8 @@ def _checks() -> Iterator[Check]:
             yield _check("ids", FAILED, message, "Run: saasllm migrate up")
         yield _ledger(db)
         yield from _overdue(db)
+        yield _limits(db)
+        yield _charges(db)
         rows = db.many("doctor.models")
     models = [row["model_name"] for row in rows]
     yield _keys(models)
@@ -194,6 +197,26 @@ def _overdue(db: database.Database) -> Iterator[Check]:
         if overdue["due_teams"]
         else _check("allocations", OK, "No teams are due.")
     )
+
+
+def _limits(db: database.Database) -> Check:
+    """At their lowest alert, else at 80 %."""
+    if rows := db.many("doctor.limits"):
+        used = [f"{limit_words(row)} for {limit_owner(row)} ({row['used_percent']} %)" for row in rows]
+        message = f"Nearly or fully used: {some(used)}."
+        return _check("limits", WARNING, message, "See: saasllm limit list. To raise one, run: saasllm limit set")
+    return _check("limits", OK, "No limit is nearly used.")
+
+
+def _charges(db: database.Database) -> Check:
+    unpriced = db.one("doctor.unpriced", days=UNPRICED_DAYS)
+    if unpriced["jobs"]:
+        jobs = f"{counted(unpriced['jobs'], 'job')} of the last {UNPRICED_DAYS} days in {some(unpriced['teams'])}"
+        unknown = f"the cost or tokens of {some(unpriced['model_names']) or 'their calls'} are unknown"
+        message = f"{jobs}: {unknown}, so the price's minimum was charged."
+        hint = "For the cost, run: saasllm model set MODEL --input-usd-per-million USD --output-usd-per-million USD"
+        return _check("charges", WARNING, message, hint)
+    return _check("charges", OK, f"What each job of the last {UNPRICED_DAYS} days costs is known.")
 
 
 def _keys(models: list[str]) -> Check:

@@ -127,6 +127,16 @@ def credits_from(least: int) -> Callable[[str], int]:
     return parse
 
 
+def overdraft(value: str) -> str:
+    """How far below zero a team may go: a number in its plain form, or `unlimited`."""
+    if value == "unlimited":
+        return value
+    try:
+        return str(credits_from(0)(value))
+    except typer.BadParameter as error:
+        raise typer.BadParameter(f"{error.message.rstrip('.')}, nor 'unlimited'.") from None
+
+
 def period(value: str) -> Period:
     """A year (`2026`), month (`2026-11`), ISO week (`2026-W47`) or day in UTC: when it begins, and the next one."""
     try:

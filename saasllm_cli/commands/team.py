@@ -31,6 +31,7 @@ from saasllm_cli.commands.inputs import (
     merged,
     missing_allowed,
     noun,
+    overdraft,
     require,
     require_some,
     same_or_conflict,
@@ -43,6 +44,16 @@ from saasllm_cli.output import note, show
 from saasllm_cli.settings import Format
 
 app = noun()
+
+Overdraft = Annotated[
+    str | None,
+    typer.Option(
+        "--overdraft",
+        parser=overdraft,
+        metavar="N|unlimited",
+        help="Credits that the team may use beyond what it has (default: 0).",
+    ),
+]
 
 
 @app.command(
@@ -66,6 +77,7 @@ def create(
         int | None,
         typer.Option("--credits", parser=credits_from(0), metavar="N", help="Credits to start with (default: 0)."),
     ] = None,
+    overdraft: Overdraft = None,
     metadata: Metadata = [],
     if_not_exists: IfNotExists = False,
     output: Output = None,
@@ -76,9 +88,11 @@ def create(
         "team_alias": alias,
         "model_groups": sorted(unique(group, "--group")) or None,
         "credits": credits_,
+        "credits_overdraft": overdraft,
         "metadata": merged(metadata) if metadata else None,
     }
-    with database.connect() as db:
+
+    def work() -> database.Row:
         result = db.one(
             "team.create",
             team_id=team_id,
@@ -88,6 +102,12 @@ def create(
             credits=credits_ or 0,
             metadata=given["metadata"] or {},
         )
+        if result["created"] and overdraft is not None:
+            _set_overdraft(db, team_id, overdraft)
+        return result
+
+    with database.connect() as db:
+        result = work() if overdraft is None else db.transaction(work)
         if not result["organization_exists"]:
             raise not_found("organization", org)
         if missing := result["missing_groups"]:
@@ -95,6 +115,9 @@ def create(
         team = db.get("team", team_id)
         if not result["created"]:
             existing = team | db.one("team.opening_credits", team_id=team_id)
+            existing["credits_overdraft"] = (
+                "unlimited" if team["credits_overdraft"] is None else str(team["credits_overdraft"])
+            )
             same_or_conflict("team", team_id, existing, given, if_not_exists)
     show(team, output)
 
@@ -147,6 +170,7 @@ def list_(
 def update(
     team_id: TeamId,
     alias: Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="New display name.")] = None,
+    overdraft: Overdraft = None,
     metadata: Metadata = [],
     unset_metadata: UnsetMetadata = [],
     output: Output = None,
@@ -156,8 +180,11 @@ def update(
     Metadata is merged: keys that you do not name keep their values. To change the team's groups, use `saasllm team
     assign`; to change its credits, `saasllm credits`.
     """
-    require_some({"alias": alias, "metadata": metadata, "unset_metadata": unset_metadata})
-    with database.connect() as db:
+    require_some({"alias": alias, "overdraft": overdraft, "metadata": metadata, "unset_metadata": unset_metadata})
+
+    def work() -> None:
+        if overdraft is not None:
+            _set_overdraft(db, team_id, overdraft)
         db.found(
             "team.update",
             *("team", team_id),
@@ -166,6 +193,9 @@ def update(
             metadata=merged(metadata),
             unset_metadata=unset_metadata,
         )
+
+    with database.connect() as db:
+        db.transaction(work)
         team = db.get("team", team_id)
     show(team, output)
 
@@ -287,6 +317,21 @@ def usage(
 def _assigned(db: database.Database, team_id: str, group_names: list[str], replace: bool) -> database.Row:
     db.found("team.lock", "team", team_id, team_id=team_id)
     return db.one("team.assign", team_id=team_id, group_names=group_names, is_replacing=replace)
+
+
+def _set_overdraft(db: database.Database, team_id: str, overdraft: str) -> None:
+    found = db.found("team.set_overdraft", "team", team_id, team_id=team_id, credits_overdraft=overdraft)
+    if not found["is_set"]:
+        below, reserved = found["credits_below"], found["credits_reserved"]
+        uses = f"uses {below} of its overdraft" + (f" (its running jobs reserve {reserved})" if reserved else "")
+        raise Conflict(
+            "overdraft_in_use",
+            f"Team {team_id} {uses}: {below - int(overdraft)} more than {overdraft}.",
+            f"Run: saasllm credits add {team_id} {below - int(overdraft)}"
+            + (" (or wait for its running jobs)" if reserved else ""),
+            team_id=team_id,
+            credits_below=below,
+        )
 
 
 def _set_status(team_id: str, status: str, output: Format | None) -> None:

@@ -194,7 +194,8 @@ def call(
         case "lease_lost":
             raise _lost(job_id)
         case "limit_reached":
-            raise limit_reached(started["limit_reached"])
+            more = started["credits_held"] - started["credits_held_before"]
+            raise limit_reached(started["limit_reached"], more)
         case "insufficient_credits":
             more = started["credits_held"] - started["credits_held_before"]
             has = (started["credits"][f"credits_{name}"] for name in ("remaining", "reserved", "overdraft"))
@@ -339,7 +340,7 @@ def _raise_refusal(begun: database.Row, request: JobRequest) -> None:
             has = (begun[f"credits_{name}"] for name in ("held", "remaining", "reserved", "overdraft"))
             raise insufficient_credits(request.team_id, request.call.group_name if request.call else None, *has)
         case "limit_reached":
-            raise limit_reached(begun["limit_reached"])
+            raise limit_reached(begun["limit_reached"], begun["credits_held"])
         case "key_in_use" if begun["existing_request_hash"] != request.hash():
             raise Conflict(
                 "idempotency_key_reused",

@@ -226,7 +226,7 @@ BEGIN
             FROM ONLY public.llm_calls call
             WHERE call.job_id = j.job_id AND (l.group_name IS NULL OR call.model_group_used = l.group_name)
         ) AS c ON l.measure IN ('tokens', 'cost_usd')
-        WHERE j.job_id = ANY (ended) AND (l.measure <> 'jobs' OR l.per = 'concurrent')
+        WHERE j.job_id = ANY (ended)
         GROUP BY l.limit_id, period_start
         ORDER BY l.limit_id, period_start
     LOOP
@@ -331,7 +331,8 @@ $$;
 CREATE TRIGGER limits_count_past_use AFTER INSERT ON limits
     FOR EACH ROW EXECUTE FUNCTION count_past_use();
 
--- What a limit counts stays what it is: else its counters would say something else.
+-- What a limit counts stays what it is: else its counters would say something else. What it has counted goes with it, or
+-- where its window has long slid on.
 CREATE FUNCTION refuse_limit_change() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -339,7 +340,19 @@ BEGIN
         RAISE EXCEPTION 'limit % cannot be moved, or count something else', OLD.limit_id
             USING ERRCODE = 'SL012', HINT = 'Remove it, and set another.';
     END IF;
-    RAISE EXCEPTION 'what limit % has counted as used stays', OLD.limit_id
+    IF TG_OP = 'DELETE' AND NOT EXISTS (
+        SELECT
+        FROM ONLY public.limits l
+        WHERE l.limit_id = OLD.limit_id
+          AND NOT (
+              public.limit_window(l.per) > interval '0'
+              AND OLD.period_start < clock_timestamp() - 2 * public.limit_window(l.per)
+              AND OLD.running = 0
+          )
+    ) THEN
+        RETURN NULL;
+    END IF;
+    RAISE EXCEPTION 'what limits have counted as used stays: % is not allowed', TG_OP
         USING ERRCODE = 'SL012', HINT = 'Raise the limit: saasllm limit set';
 END
 $$;
@@ -357,3 +370,7 @@ CREATE TRIGGER limit_counters_only_grow AFTER UPDATE ON limit_counters
         NEW.used < OLD.used OR (NEW.limit_id, NEW.period_start) IS DISTINCT FROM (OLD.limit_id, OLD.period_start)
     )
     EXECUTE FUNCTION refuse_limit_change();
+CREATE TRIGGER limit_counters_stay AFTER DELETE ON limit_counters
+    FOR EACH ROW EXECUTE FUNCTION refuse_limit_change();
+CREATE TRIGGER limit_counters_no_truncate BEFORE TRUNCATE ON limit_counters
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_limit_change();

@@ -18,8 +18,7 @@ SELECT
     coalesce(-sum(c.credits_amount) FILTER (WHERE c.transaction_type IN ('deduction', 'refund')), 0)::bigint
         AS credits_used,
     NULL::bigint AS credits_reserved,
-    coalesce(sum(c.credits_amount), 0)::bigint AS credits_remaining,
-    NULL::bigint AS credits_overdraft
+    coalesce(sum(c.credits_amount), 0)::bigint AS credits_remaining
 FROM teams t
 LEFT JOIN credit_transactions c ON c.team_id = t.team_id
     AND c.entry_no <= (

@@ -116,6 +116,31 @@ JOIN teams t USING (team_id)
 JOIN organizations o USING (organization_id)
 WHERE s.next_on <= (now() AT TIME ZONE 'UTC')::date AND t.status = 'active' AND o.status = 'active';
 
+-- name: limits() :many
+-- Those that are used to their lowest alert, else to 80 percent; the fullest first.
+SELECT organization_id, team_id, group_name, measure, per, amount, used_percent
+FROM limit_details
+WHERE counted * 100 >= amount * coalesce((SELECT min(alert) FROM unnest(alerts) AS alert), 80)
+ORDER BY used_percent DESC, limit_id;
+
+-- name: unpriced(days) :one
+-- The jobs of these days whose price was to count something that nobody knows, their teams, and the models at fault.
+SELECT
+    count(*) AS jobs,
+    array_agg(DISTINCT j.team_id::text) AS teams,
+    ARRAY(
+        SELECT DISTINCT l.resolved_model
+        FROM jobs unpriced
+        JOIN llm_calls l USING (job_id)
+        WHERE unpriced.is_unpriced
+          AND unpriced.created_at > now() - %(days)s * interval '1 day'
+          AND l.error IS NULL
+          AND (l.cost_usd IS NULL OR l.prompt_tokens IS NULL OR l.completion_tokens IS NULL)
+        ORDER BY l.resolved_model
+    ) AS model_names
+FROM jobs j
+WHERE j.is_unpriced AND j.created_at > now() - %(days)s * interval '1 day';
+
 -- name: models() :many
 -- The models that jobs may call, and whether they have a price of our own.
 SELECT DISTINCT m.model_name, p.model_name IS NOT NULL AS is_priced

@@ -194,7 +194,8 @@ SELECT
     (
         SELECT l.details
         FROM hard_limit l
-        ORDER BY l.room_jobs < 1 DESC, l.room_credits < price.hold DESC, l.room_at DESC
+        WHERE l.room_jobs < new.jobs_so_far OR l.room_credits < new.credits_so_far
+        ORDER BY l.room_at DESC
         LIMIT 1
     ) AS limit_reached,
     price.hold AS credits_held,
@@ -208,6 +209,7 @@ FROM asked
 CROSS JOIN scope
 JOIN price USING (job_type)
 LEFT JOIN known USING (place)
+LEFT JOIN new USING (place)
 LEFT JOIN begun ON begun.job_id = asked.job_id
 ORDER BY place;
 
@@ -524,7 +526,7 @@ LEFT JOIN LATERAL (
     SELECT status, credits_charged, credits_short, is_unpriced
     FROM jobs
     WHERE job_id = result.job_id AND job.job_id IS NULL
-    OFFSET 0
+    OFFSET 0 -- else all jobs are read to be joined
 ) AS j ON true;
 
 -- name: raise_holds(jobs) :none

@@ -119,6 +119,27 @@ SET team_alias = coalesce(%(team_alias)s, team_alias),
 WHERE team_id = %(team_id)s
 RETURNING team_id;
 
+-- name: set_overdraft(team_id, credits_overdraft) :maybe
+-- How far below zero the team may go, a number or 'unlimited'; unless its free credits are further down already. Says
+-- whether it is set, and how far down they are.
+WITH wanted AS (
+    SELECT nullif(%(credits_overdraft)s::text, 'unlimited')::bigint AS credits
+),
+written AS (
+    UPDATE team_credits c
+    SET credits_overdraft = wanted.credits
+    FROM wanted
+    WHERE c.team_id = %(team_id)s
+      AND coalesce(c.credits_remaining - c.credits_reserved + wanted.credits >= 0, true)
+    RETURNING c.team_id
+)
+SELECT
+    EXISTS (SELECT FROM written) AS is_set,
+    c.credits_reserved - c.credits_remaining AS credits_below,
+    c.credits_reserved
+FROM team_credits c
+WHERE c.team_id = %(team_id)s;
+
 -- name: set_status(team_id, status) :maybe
 UPDATE teams
 SET updated_at = CASE WHEN status = %(status)s THEN updated_at ELSE now() END,

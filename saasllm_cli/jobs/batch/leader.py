@@ -221,7 +221,8 @@ class _Batch:
         for task in tasks:
             task.job |= {"job_id": str(new_job_id()), "idempotency_key": self._key(task.id)}
             self._running[task.job["job_id"]] = task  # before it is begun: whatever happens then, it is ended
-        begun, finished, unpaid, limited, refused_outcomes = [], [], [], [], []
+        begun, finished, unpaid, refused_outcomes = [], [], [], []
+        limited: list[Task] = []
         for task, row in self._begun(tasks):
             job_id, outcome = task.job["job_id"], row["outcome"]
             if str(row["existing_job_id"]) == job_id:
@@ -239,8 +240,9 @@ class _Batch:
                 case "insufficient_credits":
                     unpaid.append(task)
                 case "limit_reached":
+                    if not limited:  # the one for which there is room first
+                        self.summary.limit_reached = row["limit_reached"]
                     limited.append(task)
-                    self.summary.limit_reached = row["limit_reached"]
                 case "key_in_use":
                     finished.append(self._repeated(task, row))
                 case "not_storable" if task.result:  # it was answered before its lease was lost
@@ -263,7 +265,8 @@ class _Batch:
             self.summary.limit_reached = None
         elif self._sweep():
             self._again += limited
-        elif (limit := self.summary.limit_reached) is None or limit["per"] in ROOM_COMES:
+        elif (limit := self.summary.limit_reached) is None or limit["per"] in ROOM_COMES or self._running:
+            # What is running may use less than is expected of it, or fail and use nothing.
             self._again += limited
             self._paused_until = time.monotonic() + LIMIT_SECONDS
         else:
