@@ -79,6 +79,7 @@ def totals(report: Any) -> dict[str, dict[str, int]]:
     return {
         row["noun"]: {name: value for name, value in row.items() if name != "noun" and value}
         for row in report["totals"]
+        if row["noun"] != "price" or any(value for name, value in row.items() if name != "noun")
     }
 
 
@@ -242,7 +243,7 @@ def test_nothing_to_apply_is_an_error(tenant: Run, home: Path, text: str, name: 
             result = tenant("apply", *words, *options, stdin=text)
             assert (result.status, result.out) == (2, "")
             shown = "stdin" if name == "-" else name
-            assert f"{shown}: it contains no organizations, model_groups or teams" in result.err
+            assert f"{shown}: it contains no organizations, model_groups, teams or prices" in result.err
     assert tenant("org", "get", "new").status == 3
     assert tenant("apply", "-f", "-", stdin="teams: []").err == "Nothing to change.\n"
 
@@ -295,14 +296,14 @@ def test_files_folders_and_forms(tenant: Run, home: Path) -> None:
 
 NO_ID = "is not a valid ID: use up to 128 letters, digits, '.', '_' and '-', starting with a letter or digit"
 NOWHERE = "not found in the files or in the database: did you mean"
-NO_FIELD = "unknown field: use one of organizations, model_groups, teams"
+NO_FIELD = "unknown field: use one of organizations, model_groups, teams, prices"
 ORG = "organizations: [{organization_id: o}]\n"
 # What is in the file, and what is told of it, without the name of the file.
 BROKEN = {
     "no YAML": ("teams: [a", ["2:1: it is not valid YAML: did not find expected ',' or ']'"]),
     "a tab": ("teams:\n\t- a", ["2:1: it is not valid YAML: found character that cannot start any token"]),
-    "no mapping": ("- a\n- b\n", ["1:1: it must be a mapping with organizations, model_groups and teams"]),
-    "a text": ("tenants", ["1:1: it must be a mapping with organizations, model_groups and teams"]),
+    "no mapping": ("- a\n- b\n", ["1:1: it must be a mapping with organizations, model_groups, teams and prices"]),
+    "a text": ("tenants", ["1:1: it must be a mapping with organizations, model_groups, teams and prices"]),
     "an unknown section": (
         "tems: []\ngroups: []\n",
         [
@@ -318,7 +319,10 @@ BROKEN = {
     ),
     "a field of nothing": (
         "organizations:\n- organization_id: o\n  zzz: 1\n",
-        ["3:3: organizations[0].zzz: unknown field: use one of organization_id, name, status, metadata, count"],
+        [
+            "3:3: organizations[0].zzz: unknown field: use one of organization_id, name, status, price, limits, "
+            "metadata, count"
+        ],
     ),
     "a missing id": ("model_groups:\n- models: [a]\n", ["2:3: model_groups[0].group_name: it is required"]),
     "a missing organization": ("teams:\n- {team_id: a}\n", ["2:3: teams[0].organization_id: it is required"]),
@@ -438,7 +442,8 @@ BROKEN = {
         "organizations: [{organization_id: o, schedule: null}]\nteams:\n"
         "- {team_id: hr, organization_id: acme, models: []}\n",
         [
-            "1:38: organizations[0].schedule: unknown field: use one of organization_id, name, status, metadata, count",
+            "1:38: organizations[0].schedule: unknown field: use one of organization_id, name, status, price, limits, "
+            "metadata, count",
             "3:40: teams[0].models: unknown field: did you mean model_groups?",
         ],
     ),
@@ -551,7 +556,7 @@ BROKEN = {
             "5: it is not valid JSON: NaN is not a number",
             "6:12: teams[0].organization_id: it is required",
             "6:29: teams[0].x: unknown field: use one of team_id, organization_id, team_alias, status, "
-            "model_groups, credits, schedule, metadata, count",
+            "model_groups, credits, overdraft, schedule, price, limits, metadata, count",
         ],
     ),
     "a template too deep in JSON": (

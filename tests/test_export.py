@@ -166,7 +166,7 @@ def test_a_part_of_it(tenant: Run) -> None:
     def ids(*options: str) -> list[list[str]]:
         manifest = yaml.safe_load(tenant("export", *options).out)
         keys = {"organizations": "organization_id", "model_groups": "group_name", "teams": "team_id"}
-        assert list(manifest) == list(keys)
+        assert list(manifest) == [*keys, "prices"]
         return [[record[key] for record in manifest[section]] for section, key in keys.items()]
 
     assert ids() == [["acme", "other"], ["Down", "Echo", "Other"], ["hr", "it", "ops"]]
@@ -179,7 +179,7 @@ def test_a_part_of_it(tenant: Run) -> None:
 
 
 def test_an_empty_database(saasllm: Run) -> None:
-    assert saasllm("export").out == "organizations: []\nmodel_groups: []\nteams: []\n"
+    assert saasllm("export").out == "organizations: []\nmodel_groups: []\nteams: []\nprices: []\n"
     assert saasllm("apply", "-f", "-", stdin=saasllm("export").out).status == 0
 
 

@@ -1,17 +1,81 @@
 -- The records as a manifest has them, each as one JSON object.
 
+-- What a price says, and a limit, without what has its default.
+CREATE FUNCTION price_record(price job_prices) RETURNS jsonb
+LANGUAGE sql STABLE PARALLEL SAFE
+RETURN jsonb_strip_nulls(
+    jsonb_build_object(
+        -- A job that is free costs 0 credits.
+        'credits', CASE
+            WHEN price.credits > 0
+                OR num_nonnulls(
+                    nullif(price.credits_per_usd, 0), nullif(price.credits_per_1000_prompt_tokens, 0),
+                    nullif(price.credits_per_1000_completion_tokens, 0), nullif(price.minimum, 0)
+                ) = 0
+                THEN price.credits
+        END,
+        'credits_per_usd', nullif(price.credits_per_usd, 0),
+        'markup_percent', nullif(price.markup_percent, 0),
+        'credits_per_1000_prompt_tokens', nullif(price.credits_per_1000_prompt_tokens, 0),
+        'credits_per_1000_completion_tokens', nullif(price.credits_per_1000_completion_tokens, 0),
+        'minimum', nullif(price.minimum, 0),
+        'maximum', price.maximum,
+        'hold', nullif(price.hold, greatest(price.credits, price.minimum))
+    )
+);
+
+CREATE FUNCTION limit_record(of_limit limits) RETURNS jsonb
+LANGUAGE sql STABLE PARALLEL SAFE
+RETURN jsonb_strip_nulls(
+    jsonb_build_object(
+        'group_name', of_limit.group_name,
+        'measure', of_limit.measure,
+        'per', of_limit.per,
+        'amount', of_limit.amount,
+        'is_hard', nullif(of_limit.is_hard, true),
+        'alerts', CASE
+            WHEN of_limit.alerts <> '{}' THEN (
+                SELECT jsonb_agg(DISTINCT alert ORDER BY alert) FROM unnest(of_limit.alerts) AS alert
+            )
+        END
+    )
+);
+
 CREATE VIEW organization_records AS
 SELECT
     organization_id,
-    jsonb_build_object('organization_id', organization_id, 'name', name, 'status', status, 'metadata', metadata)
-        AS record
-FROM organizations;
+    jsonb_build_object(
+        'organization_id', organization_id, 'name', name, 'status', status,
+        'price', (
+            SELECT price_record(p)
+            FROM job_prices p
+            WHERE closed_at IS NULL
+              AND team_id IS NULL
+              AND coalesce(team_id, organization_id, '') = o.organization_id
+              AND coalesce(group_name, '') = ''
+              AND coalesce(job_type, '') = ''
+        ),
+        'limits', (
+            SELECT coalesce(jsonb_agg(limit_record(l) ORDER BY measure, per), '[]')
+            FROM limits l
+            WHERE l.organization_id = o.organization_id
+        ),
+        'metadata', metadata
+    ) AS record
+FROM organizations o;
 
 CREATE VIEW model_group_records AS
 SELECT
     g.group_name,
     jsonb_build_object(
         'group_name', g.group_name, 'display_name', g.display_name, 'description', g.description, 'status', g.status,
+        'price', (
+            SELECT price_record(p)
+            FROM job_prices p
+            WHERE closed_at IS NULL
+              AND coalesce(team_id, organization_id, '') = ''
+              AND coalesce(group_name, '') = g.group_name
+        ),
         'models', m.models
     ) AS record
 FROM model_groups g
@@ -41,6 +105,9 @@ SELECT
             ),
             0
         ),
+        'overdraft', (
+            SELECT coalesce(to_jsonb(credits_overdraft), '"unlimited"') FROM team_credits WHERE team_id = t.team_id
+        ),
         'schedule', (
             SELECT jsonb_build_object(
                 'credits_amount', credits_amount, 'every', every, 'mode', mode, 'credits_max', credits_max,
@@ -49,6 +116,40 @@ SELECT
             FROM credit_schedules
             WHERE team_id = t.team_id
         ),
+        'price', (
+            SELECT price_record(p)
+            FROM job_prices p
+            WHERE closed_at IS NULL
+              AND team_id IS NOT NULL
+              AND coalesce(team_id, organization_id, '') = t.team_id
+              AND coalesce(group_name, '') = ''
+              AND coalesce(job_type, '') = ''
+        ),
+        'limits', (
+            SELECT coalesce(
+                jsonb_agg(limit_record(l) ORDER BY group_name COLLATE "C" NULLS FIRST, measure, per), '[]'
+            )
+            FROM limits l
+            WHERE l.team_id = t.team_id
+        ),
         'metadata', t.metadata
     ) AS record
 FROM teams t;
+
+-- Those of whole organizations, groups and teams stand in their records: they are short. One of a group that is not there
+-- holds for no job, and could not be applied.
+CREATE VIEW price_records AS
+SELECT
+    coalesce('team_id=' || team_id, 'organization_id=' || organization_id, 'everywhere')
+        || coalesce(' group_name=' || group_name, ' job_type=' || job_type, '') AS id,
+    organization_id,
+    team_id,
+    job_type IS NULL AND num_nonnulls(organization_id, team_id, group_name) = 1 AS is_short,
+    jsonb_strip_nulls(
+        jsonb_build_object(
+            'organization_id', organization_id, 'team_id', team_id, 'group_name', group_name, 'job_type', job_type
+        )
+    ) || price_record(p) AS record
+FROM job_prices p
+WHERE closed_at IS NULL
+  AND (group_name IS NULL OR EXISTS (SELECT FROM model_groups g WHERE g.group_name = p.group_name));
