@@ -1,6 +1,6 @@
 -- The records as a manifest has them, each as one JSON object.
 
--- What a price says, and a limit, without what has its default.
+-- What a price says, without what has its default.
 CREATE FUNCTION price_record(price job_prices) RETURNS jsonb
 LANGUAGE sql STABLE PARALLEL SAFE
 RETURN jsonb_strip_nulls(
@@ -24,22 +24,23 @@ RETURN jsonb_strip_nulls(
     )
 );
 
-CREATE FUNCTION limit_record(of_limit limits) RETURNS jsonb
-LANGUAGE sql STABLE PARALLEL SAFE
-RETURN jsonb_strip_nulls(
-    jsonb_build_object(
-        'group_name', of_limit.group_name,
-        'measure', of_limit.measure,
-        'per', of_limit.per,
-        'amount', of_limit.amount,
-        'is_hard', nullif(of_limit.is_hard, true),
-        'alerts', CASE
-            WHEN of_limit.alerts <> '{}' THEN (
-                SELECT jsonb_agg(DISTINCT alert ORDER BY alert) FROM unnest(of_limit.alerts) AS alert
-            )
-        END
-    )
-);
+-- Limits, in the same way.
+CREATE VIEW limit_records AS
+SELECT
+    organization_id,
+    team_id,
+    group_name,
+    measure,
+    per,
+    jsonb_strip_nulls(
+        jsonb_build_object(
+            'group_name', group_name, 'measure', measure, 'per', per, 'amount', amount, 'is_hard', nullif(is_hard, true),
+            'alerts', CASE
+                WHEN alerts <> '{}' THEN (SELECT jsonb_agg(DISTINCT alert ORDER BY alert) FROM unnest(alerts) AS alert)
+            END
+        )
+    ) AS record
+FROM limits;
 
 CREATE VIEW organization_records AS
 SELECT
@@ -56,8 +57,8 @@ SELECT
               AND coalesce(job_type, '') = ''
         ),
         'limits', (
-            SELECT coalesce(jsonb_agg(limit_record(l) ORDER BY measure, per), '[]')
-            FROM limits l
+            SELECT coalesce(jsonb_agg(record ORDER BY measure, per), '[]')
+            FROM limit_records l
             WHERE l.organization_id = o.organization_id
         ),
         'metadata', metadata
@@ -97,14 +98,7 @@ SELECT
         'model_groups', ARRAY(
             SELECT group_name FROM team_model_groups WHERE team_id = t.team_id ORDER BY group_name
         ),
-        'credits', coalesce(
-            (
-                SELECT credits_amount
-                FROM credit_transactions
-                WHERE idempotency_key = 'opening:' || t.team_id AND team_id = t.team_id
-            ),
-            0
-        ),
+        'credits', opened.credits,
         'overdraft', (
             SELECT coalesce(to_jsonb(credits_overdraft), '"unlimited"') FROM team_credits WHERE team_id = t.team_id
         ),
@@ -126,15 +120,24 @@ SELECT
               AND coalesce(job_type, '') = ''
         ),
         'limits', (
-            SELECT coalesce(
-                jsonb_agg(limit_record(l) ORDER BY group_name COLLATE "C" NULLS FIRST, measure, per), '[]'
-            )
-            FROM limits l
+            SELECT coalesce(jsonb_agg(record ORDER BY group_name COLLATE "C" NULLS FIRST, measure, per), '[]')
+            FROM limit_records l
             WHERE l.team_id = t.team_id
         ),
         'metadata', t.metadata
-    ) AS record
-FROM teams t;
+    ) AS record,
+    opened.credits
+FROM teams t
+CROSS JOIN LATERAL (
+    SELECT coalesce(
+        (
+            SELECT credits_amount
+            FROM credit_transactions
+            WHERE idempotency_key = 'opening:' || t.team_id AND team_id = t.team_id
+        ),
+        0
+    ) AS credits
+) AS opened;
 
 -- Those of whole organizations, groups and teams stand in their records: they are short. One of a group that is not there
 -- holds for no job, and could not be applied.

@@ -189,11 +189,10 @@ WHERE existing.record IS NULL OR difference.after IS NOT NULL;
 -- A team is given its opening credits once; that they are others now is only told.
 INSERT INTO pg_temp.change (noun, id, action, before, after)
 SELECT
-    noun, id, 'differ', jsonb_build_object('credits', t.record -> 'credits'),
-    jsonb_build_object('credits', s.fields -> 'credits')
+    noun, id, 'differ', jsonb_build_object('credits', t.credits), jsonb_build_object('credits', s.fields -> 'credits')
 FROM staged s
 JOIN team_records t ON t.team_id = s.id
-WHERE s.noun = 'team' AND s.fields -> 'credits' <> t.record -> 'credits';
+WHERE s.noun = 'team' AND (s.fields ->> 'credits')::bigint <> t.credits;
 
 -- name: compare_pruned() :none
 -- The teams of the organizations that are named, which are not named themselves: deleted, or with history suspended.
