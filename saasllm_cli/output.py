@@ -415,6 +415,8 @@ def _cell(value: Any) -> str:
             return ", ".join(
                 _cell(item["model_name"]) + " (inactive)" * (item.get("is_active") is False) for item in value
             )
+        case [dict(), *_]:
+            return "; ".join(map(_cell, value))
         case list():
             return ", ".join(map(_cell, value))
         case dict():

@@ -163,8 +163,8 @@ class _Whole(_Object):
 
     @model_serializer
     def _without_defaults(self) -> dict[str, Any]:
-        fields = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: value for name, value in fields.items() if value != type(self).model_fields[name].default}
+        known = type(self).model_fields.items()
+        return {name: value for name, field in known if (value := getattr(self, name)) != field.default}
 
 
 class Price(_Whole):

@@ -179,7 +179,7 @@ LEFT JOIN LATERAL (
                 ELSE s.fields
             END
         )
-        WHERE key <> 'credits'
+        WHERE key <> 'credits' OR s.noun <> 'team'
     ) AS compared
     WHERE old IS DISTINCT FROM new
 ) AS difference ON existing.record IS NOT NULL
