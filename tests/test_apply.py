@@ -13,7 +13,7 @@ import jsonschema
 import psycopg
 import pytest
 import yaml
-from conftest import Result, start_process
+from conftest import Result, assert_sound, start_process
 
 from saasllm_cli.manifests import apply as manifests
 from saasllm_cli.manifests.definitions import schema
@@ -1045,6 +1045,67 @@ def test_two_applies_at_once(tenant: Run, home: Path) -> None:
     assert len({row["team_alias"] for row in rows if row["team_id"] != "hr"}) == 1
     assert {row["credits_remaining"] for row in rows if row["team_id"] != "hr"} == {7}
     assert tenant("credits", "verify").status == 0
+
+
+def test_two_applies_at_once_of_prices_limits_and_overdrafts(tenant: Run, sql: Sql, home: Path) -> None:
+    paths = []
+    for number in (3, 4):
+        paths.append(home / f"{number}.yaml")
+        paths[-1].write_text(
+            f"prices: [{{credits: {number}}}]\nteams:\n- {{team_id: 't{{n}}', organization_id: acme, count: 200, "
+            f"price: {{credits: {number}}}, overdraft: {number}, "
+            f"limits: [{{measure: jobs, per: day, amount: {number}}}, "
+            f"{{measure: jobs, per: week, amount: {number}}}]}}\n"
+        )
+    processes = [start_process("apply", "-f", str(path), "-o", "json") for path in paths]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    rows = sql.execute(
+        "SELECT (SELECT array_agg(DISTINCT credits) FROM job_prices WHERE closed_at IS NULL) AS price,"
+        " (SELECT array_agg(DISTINCT amount::bigint) FROM limits) AS amount,"
+        " (SELECT array_agg(DISTINCT credits_overdraft) FROM team_credits WHERE team_id <> 'hr') AS overdraft,"
+        " (SELECT count(*) FROM job_prices) AS prices, (SELECT count(*) FROM limits) AS limits"
+    ).fetchall()
+    found = [*rows[0].values()]
+    assert found in ([[number]] * 3 + [402, 400] for number in (3, 4))
+    assert (
+        sql.execute(
+            "SELECT FROM job_prices a JOIN job_prices b ON b.team_id = a.team_id AND b.price_id > a.price_id"
+            " WHERE a.closed_at IS DISTINCT FROM b.created_at OR a.created_at >= a.closed_at"
+        ).fetchall()
+        == []
+    )
+
+
+def test_beside_running_jobs(tenant: Run, sql: Sql) -> None:
+    """Limits come, change and go, and overdrafts too, while jobs begin and end: none of them fails."""
+    text = (
+        "organizations: [{{organization_id: acme, limits: [{0}]}}]\nteams: [{{team_id: hr, organization_id: acme, "
+        "overdraft: {1}, limits: [{0}]}}]\n"
+    )
+    limits = [f"{{measure: jobs, per: {per}, amount: 1000}}" for per in ("day", "week", "month", "hour", "total")]
+    lines = "".join(f'{{"id": "{number}", "prompt": "x"}}\n' for number in range(150))
+    Path("in.jsonl").write_text(lines)
+    tenant("credits", "add", "hr", 490)
+    batches = [
+        start_process(
+            *("job", "batch", "in.jsonl", "--out", f"out{number}.jsonl", "--team", "hr", "--group", "Echo"),
+            *("--name", f"batch{number}"),
+        )
+        for number in range(2)
+    ]
+    number = 0
+    while any(batch.poll() is None for batch in batches):
+        applied(tenant, text.format(", ".join(limits[number % 4 : number % 4 + 2]), 100 + number % 2))
+        number += 1
+    outputs = [batch.communicate() for batch in batches]
+    assert [batch.returncode for batch in batches] == [0, 0], outputs
+    assert number > 2
+    applied(tenant, text.format("{measure: jobs, per: total, amount: 1000}", 0))
+    assert sql.execute("SELECT used, running FROM limit_counters").fetchall() == [{"used": 300, "running": 0}] * 2
+    assert_sound(tenant, 200)
+    deadlocks = "SELECT deadlocks AS n FROM pg_stat_database WHERE datname = current_database()"
+    assert sql.execute(deadlocks).fetchall() == [{"n": 0}]  # they would be resolved, after a second each
 
 
 def test_beside_other_commands(tenant: Run, home: Path) -> None:
