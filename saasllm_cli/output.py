@@ -197,7 +197,8 @@ def show_changes(changes: "Rows") -> None:
         before, after = change["before"] or {}, change["after"] or {}
         words = [sign, change["noun"], change["id"]]
         if change["action"] == "create":
-            words += [f"{name}={_cell(value)}" for name, value in after.items() if value != change["id"]]
+            given = {f"{name}={_cell(value)}": value for name, value in after.items()}
+            words += [word for word, value in given.items() if value != change["id"] and word not in change["id"]]
             after = {}
         lines = [f"    {name}: {_cell(before[name])} -> {_cell(value)}{remark}" for name, value in after.items()]
         for line in (" ".join(words), *lines):
@@ -450,6 +451,8 @@ def _cell(value: Any) -> str:
             return ", ".join(
                 _cell(item["model_name"]) + " (inactive)" * (item.get("is_active") is False) for item in value
             )
+        case [dict(), *_]:
+            return "; ".join(map(_cell, value))
         case list():
             return ", ".join(map(_cell, value))
         case dict():

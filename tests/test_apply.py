@@ -13,7 +13,7 @@ import jsonschema
 import psycopg
 import pytest
 import yaml
-from conftest import Result, start_process
+from conftest import Result, assert_sound, start_process
 
 from saasllm_cli.manifests import apply as manifests
 from saasllm_cli.manifests.definitions import schema
@@ -79,6 +79,7 @@ def totals(report: Any) -> dict[str, dict[str, int]]:
     return {
         row["noun"]: {name: value for name, value in row.items() if name != "noun" and value}
         for row in report["totals"]
+        if row["noun"] != "price" or any(value for name, value in row.items() if name != "noun")
     }
 
 
@@ -202,6 +203,202 @@ def test_what_a_file_does_not_name_is_left_as_it_is(tenant: Run) -> None:
     assert (after["schedule"], after["metadata"], after["team_alias"]) == (None, {"b": 2}, "People")
 
 
+PRICED = """\
+organizations:
+- organization_id: acme
+  price: {credits_per_usd: 100.50, markup_percent: 30, minimum: 1}
+  limits:
+  - {measure: cost_usd, per: month, amount: 50.25, alerts: [100, 80]}
+  - {measure: jobs, per: concurrent, amount: 5, is_hard: false}
+model_groups:
+- {group_name: Echo, price: {credits_per_1000_tokens: 0.000000001, maximum: 7, hold: 3}}
+teams:
+- team_id: hr
+  organization_id: acme
+  overdraft: unlimited
+  price: {credits: 0}
+  limits: [{measure: jobs, per: day, amount: 100, group_name: Echo}, {measure: tokens, per: total, amount: 1e6}]
+- {team_id: "t{n}", organization_id: acme, count: 2, overdraft: 50, price: {credits: 2, hold: 2, maximum: null}}
+prices:
+- {credits: 4}
+- {job_type: "a report", credits: 9}
+- {organization_id: acme, group_name: Down, minimum: 3, hold: 5, credits_per_1000_prompt_tokens: 2}
+- {team_id: "t{n}", group_name: Echo, credits: 6, count: 2}
+"""
+CURRENT = "SELECT * FROM job_prices WHERE closed_at IS NULL ORDER BY price_id"
+
+
+def test_prices_limits_and_overdrafts(tenant: Run, sql: Sql) -> None:
+    would = applied(tenant, PRICED, "--diff", status=9)
+    assert totals(would) == {
+        "organization": {"changed": 1},
+        "group": {"changed": 1},
+        "team": {"changed": 1, "created": 2},
+        "price": {"created": 5},
+    }
+    assert sql.execute(CURRENT).fetchall() == []
+    assert applied(tenant, PRICED) == would
+    assert applied(tenant, PRICED)["changes"] == []
+    rows = sql.execute(CURRENT).fetchall()
+    assert [
+        (
+            row["organization_id"] or row["team_id"],
+            row["group_name"] or row["job_type"],
+            row["credits"],
+            row["hold"],
+            row["maximum"],
+        )
+        for row in rows
+    ] == [
+        *[(None, "Echo", 0, 3, 7), ("acme", None, 0, 1, None)],
+        *[(None, None, 4, 4, None), (None, "a report", 9, 9, None), ("acme", "Down", 0, 5, None)],
+        *[("t1", "Echo", 6, 6, None), ("t2", "Echo", 6, 6, None)],
+        *[("hr", None, 0, 0, None), ("t1", None, 2, 2, None), ("t2", None, 2, 2, None)],
+    ]
+    prompt, completion = (rows[0][f"credits_per_1000_{kind}_tokens"] for kind in ("prompt", "completion"))
+    assert str(prompt) == str(completion) == "1E-9"
+    assert (str(rows[1]["credits_per_usd"]), rows[4]["credits_per_1000_prompt_tokens"]) == ("100.50", 2)
+    assert sql.execute(
+        "SELECT coalesce(team_id, organization_id) AS whose, group_name, measure, per, amount::text, is_hard, alerts"
+        " FROM limits ORDER BY limit_id"
+    ).fetchall() == [
+        dict(zip(("whose", "group_name", "measure", "per", "amount", "is_hard", "alerts"), row, strict=True))
+        for row in (
+            ("acme", None, "cost_usd", "month", "50.25", True, [80, 100]),
+            ("acme", None, "jobs", "concurrent", "5", False, []),
+            ("hr", "Echo", "jobs", "day", "100", True, []),
+            ("hr", None, "tokens", "total", "1000000", True, []),
+        )
+    ]
+    overdrafts = sql.execute("SELECT credits_overdraft AS n FROM team_credits ORDER BY team_id").fetchall()
+    assert [row["n"] for row in overdrafts] == [None, 50, 50]
+    for form in ("yaml", "json", "jsonl"):
+        exported = tenant("export", "-o", form).out
+        assert applied(tenant, exported, "--diff", "--prune")["changes"] == []
+    assert tenant("credits", "verify").status == 0
+
+
+def test_what_is_told_of_changed_prices_limits_and_overdrafts(tenant: Run) -> None:
+    created = tenant("apply", "-f", "-", stdin=PRICED).out.splitlines()
+    assert [line for line in created if line.startswith("+")] == [
+        "+ team t1 organization_id=acme overdraft=50 price=credits=2",
+        "+ team t2 organization_id=acme overdraft=50 price=credits=2",
+        "+ price everywhere credits=4",
+        "+ price everywhere job_type=a report credits=9",
+        "+ price organization_id=acme group_name=Down credits_per_1000_prompt_tokens=2 minimum=3 hold=5",
+        "+ price team_id=t1 group_name=Echo credits=6",
+        "+ price team_id=t2 group_name=Echo credits=6",
+    ]
+    changed = """\
+organizations: [{organization_id: acme, price: {credits: 5}}]
+model_groups: [{group_name: Echo, price: null}]
+teams:
+- team_id: hr
+  organization_id: acme
+  overdraft: 7
+  price: {credits: 1}
+  limits: [{measure: tokens, per: total, amount: 5, is_hard: false}, {measure: credits, per: week, amount: 9}]
+prices: [{organization_id: acme, group_name: Down, credits: 3, hold: 5}, {credits: 4, maximum: 4}]
+"""
+    shown = tenant("apply", "-f", "-", "--diff", stdin=changed)
+    assert shown.status == 9
+    assert shown.out.partition("noun ")[0].splitlines() == [
+        "~ organization acme",
+        "    price: credits_per_usd=100.50, markup_percent=30, minimum=1 -> credits=5",
+        "~ group Echo",
+        "    price: credits_per_1000_prompt_tokens=0.000000001, "
+        "credits_per_1000_completion_tokens=0.000000001, maximum=7, hold=3 -> -",
+        "~ team hr",
+        "    overdraft: unlimited -> 7",
+        "    price: credits=0 -> credits=1",
+        "    limits: measure=tokens, per=total, amount=1000000; group_name=Echo, measure=jobs, per=day, amount=100"
+        " -> measure=credits, per=week, amount=9; measure=tokens, per=total, amount=5, is_hard=false",
+        "~ price everywhere",
+        "    maximum: - -> 4",
+        "~ price organization_id=acme group_name=Down",
+        "    credits: - -> 3",
+        "    credits_per_1000_prompt_tokens: 2 -> -",
+        "    minimum: 3 -> -",
+    ]
+    before = tenant("export").out
+    assert tenant("apply", "-f", "-", stdin=changed).out == shown.out
+    assert tenant("apply", "-f", "-", "--diff", stdin=changed).err == "No differences.\n"
+    assert tenant("apply", "-f", "-", stdin=before).status == 0
+    assert tenant("export").out == before
+
+
+def test_a_changed_price_is_another_version(tenant: Run, sql: Sql) -> None:
+    for credits_ in (5, 5, 6):
+        applied(
+            tenant,
+            f"teams: [{{team_id: hr, organization_id: acme, price: {{credits: {credits_}}}}}]\n"
+            f"prices: [{{team_id: hr, group_name: Echo, credits: {credits_}}}]\n",
+        )
+    applied(tenant, "teams: [{team_id: hr, organization_id: acme, price: null}]")
+    rows = sql.execute(
+        "SELECT group_name, credits, closed_at IS NULL AS is_current, created_at, closed_at FROM job_prices"
+        " ORDER BY group_name NULLS FIRST, price_id"
+    ).fetchall()
+    assert [(row["group_name"], row["credits"], row["is_current"]) for row in rows] == [
+        *[(None, 5, False), (None, 6, False), ("Echo", 5, False), ("Echo", 6, True)],
+    ]
+    assert rows[0]["closed_at"] == rows[1]["created_at"] > rows[0]["created_at"]
+    assert rows[2]["closed_at"] == rows[3]["created_at"]
+    audited = sql.execute("SELECT action, command FROM audit_log WHERE noun = 'price' ORDER BY action").fetchall()
+    assert [row["action"] for row in audited] == ["create"] * 4 + ["update"] * 3
+    assert {row["command"] for row in audited} == {"saasllm apply -f - -o json"}
+    assert tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x").status == 0
+    assert tenant("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 4
+
+
+def test_limits_that_stay_keep_what_they_have_counted(tenant: Run, sql: Sql) -> None:
+    text = (
+        "teams: [{team_id: hr, organization_id: acme, limits: "
+        "[{measure: jobs, per: total, amount: 5}, {measure: jobs, per: concurrent, amount: 5}]}]"
+    )
+    tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x")
+    applied(tenant, text)
+    tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x")
+    before = sql.execute("SELECT limit_id FROM limits WHERE per = 'total'").fetchall()
+    applied(tenant, text.replace("amount: 5}, ", "amount: 2}]}]#"))
+    assert sql.execute("SELECT limit_id FROM limits").fetchall() == before
+    assert sql.execute("SELECT used FROM limit_counters").fetchall() == [{"used": 2}]  # with what was before it
+    assert tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x").status == 10
+
+
+def test_what_a_file_does_not_say_of_prices_limits_and_overdrafts_stays(tenant: Run) -> None:
+    applied(tenant, PRICED)
+    before = tenant("export").out
+    named = "organizations: [{organization_id: acme}]\nmodel_groups: [{group_name: Echo}]\n"
+    applied(tenant, named + "teams: [{team_id: hr, organization_id: acme}]\nprices: []\n")
+    assert tenant("export").out == before
+    none = "price: null, limits: []"
+    applied(
+        tenant,
+        f"organizations: [{{organization_id: acme, {none}}}]\nmodel_groups: [{{group_name: Echo, price: null}}]\n"
+        f"teams: [{{team_id: hr, organization_id: acme, overdraft: 0, {none}}}]\n",
+    )
+    after = yaml.safe_load(tenant("export", "--team", "hr").out)
+    assert [after["organizations"][0][name] for name in ("price", "limits")] == [None, []]
+    assert [after["teams"][0][name] for name in ("overdraft", "price", "limits")] == [0, None, []]
+    assert {group["group_name"]: group["price"] for group in after["model_groups"]} == {"Down": None, "Echo": None}
+
+
+def test_an_overdraft_covers_what_a_team_owes(tenant: Run, sql: Sql) -> None:
+    """And less than that is refused, at its place."""
+    text = "teams:\n- {team_id: hr, organization_id: acme, overdraft: 20, price: {credits: 13}}\n"
+    applied(tenant, text)
+    assert tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x").status == 0
+    refused = tenant("apply", "-f", "-", stdin=text.replace("20", "2"))
+    assert refused.status == 2
+    assert (
+        "stdin:2:40: teams[0].overdraft: the team is 3 credits below zero already: its overdraft must be at least 3"
+        in refused.err
+    )
+    applied(tenant, text.replace("20", "3"))
+    assert sql.execute("SELECT credits_overdraft AS n FROM team_credits").fetchall() == [{"n": 3}]
+
+
 def test_opening_credits_are_granted_once_and_are_those_of_team_create(tenant: Run) -> None:
     text = "teams: [{team_id: hr, organization_id: acme, credits: 10}]"
     assert totals(applied(tenant, text))["team"] == {"unchanged": 1}
@@ -242,7 +439,7 @@ def test_nothing_to_apply_is_an_error(tenant: Run, home: Path, text: str, name: 
             result = tenant("apply", *words, *options, stdin=text)
             assert (result.status, result.out) == (2, "")
             shown = "stdin" if name == "-" else name
-            assert f"{shown}: it contains no organizations, model_groups or teams" in result.err
+            assert f"{shown}: it contains no organizations, model_groups, teams or prices" in result.err
     assert tenant("org", "get", "new").status == 3
     assert tenant("apply", "-f", "-", stdin="teams: []").err == "Nothing to change.\n"
 
@@ -295,14 +492,14 @@ def test_files_folders_and_forms(tenant: Run, home: Path) -> None:
 
 NO_ID = "is not a valid ID: use up to 128 letters, digits, '.', '_' and '-', starting with a letter or digit"
 NOWHERE = "not found in the files or in the database: did you mean"
-NO_FIELD = "unknown field: use one of organizations, model_groups, teams"
+NO_FIELD = "unknown field: use one of organizations, model_groups, teams, prices"
 ORG = "organizations: [{organization_id: o}]\n"
 # What is in the file, and what is told of it, without the name of the file.
 BROKEN = {
     "no YAML": ("teams: [a", ["2:1: it is not valid YAML: did not find expected ',' or ']'"]),
     "a tab": ("teams:\n\t- a", ["2:1: it is not valid YAML: found character that cannot start any token"]),
-    "no mapping": ("- a\n- b\n", ["1:1: it must be a mapping with organizations, model_groups and teams"]),
-    "a text": ("tenants", ["1:1: it must be a mapping with organizations, model_groups and teams"]),
+    "no mapping": ("- a\n- b\n", ["1:1: it must be a mapping with organizations, model_groups, teams and prices"]),
+    "a text": ("tenants", ["1:1: it must be a mapping with organizations, model_groups, teams and prices"]),
     "an unknown section": (
         "tems: []\ngroups: []\n",
         [
@@ -318,7 +515,10 @@ BROKEN = {
     ),
     "a field of nothing": (
         "organizations:\n- organization_id: o\n  zzz: 1\n",
-        ["3:3: organizations[0].zzz: unknown field: use one of organization_id, name, status, metadata, count"],
+        [
+            "3:3: organizations[0].zzz: unknown field: use one of organization_id, name, status, price, limits, "
+            "metadata, count"
+        ],
     ),
     "a missing id": ("model_groups:\n- models: [a]\n", ["2:3: model_groups[0].group_name: it is required"]),
     "a missing organization": ("teams:\n- {team_id: a}\n", ["2:3: teams[0].organization_id: it is required"]),
@@ -438,7 +638,8 @@ BROKEN = {
         "organizations: [{organization_id: o, schedule: null}]\nteams:\n"
         "- {team_id: hr, organization_id: acme, models: []}\n",
         [
-            "1:38: organizations[0].schedule: unknown field: use one of organization_id, name, status, metadata, count",
+            "1:38: organizations[0].schedule: unknown field: use one of organization_id, name, status, price, limits, "
+            "metadata, count",
             "3:40: teams[0].models: unknown field: did you mean model_groups?",
         ],
     ),
@@ -551,7 +752,7 @@ BROKEN = {
             "5: it is not valid JSON: NaN is not a number",
             "6:12: teams[0].organization_id: it is required",
             "6:29: teams[0].x: unknown field: use one of team_id, organization_id, team_alias, status, "
-            "model_groups, credits, schedule, metadata, count",
+            "model_groups, credits, overdraft, schedule, price, limits, metadata, count",
         ],
     ),
     "a template too deep in JSON": (
@@ -568,6 +769,127 @@ BROKEN = {
     "a key twice in a broken line": (
         '{"organizations": [], "teams": [], "teams": [NaN]}\n{"organizations": [{"organization_id": "o"}]}\n',
         ["1: it is not valid JSON: NaN is not a number"],
+    ),
+    "a price": (
+        "model_groups:\n- {group_name: Echo, price: {credits: -1, credits_per_usd: x, minimum: 1.5, markup: 1}}\n"
+        "- {group_name: Down, price: {credits_per_usd: -1, markup_percent: 1e10, maximum: no, hold: true}}\n"
+        "- {group_name: A, price: {credits_per_1000_tokens: 0.1234567891, credits_per_1000_prompt_tokens: '1'}}\n"
+        "- {group_name: B, price: 5}\n",
+        [
+            "2:30: model_groups[0].price.credits: it must be at least 0",
+            "2:43: model_groups[0].price.credits_per_usd: it must be a number",
+            "2:63: model_groups[0].price.minimum: it must be a whole number",
+            "2:77: model_groups[0].price.markup: unknown field: did you mean markup_percent?",
+            "3:30: model_groups[1].price.credits_per_usd: it must be at least 0",
+            "3:51: model_groups[1].price.markup_percent: it must be at most 1000000000",
+            "3:73: model_groups[1].price.maximum: it must be a whole number",
+            "3:86: model_groups[1].price.hold: it must be a whole number",
+            "4:27: model_groups[2].price.credits_per_1000_tokens: it must have at most 9 decimals",
+            "4:66: model_groups[2].price.credits_per_1000_prompt_tokens: it must be a number",
+            "5:19: model_groups[3].price: it must be a mapping",
+        ],
+    ),
+    "prices whose parts do not fit": (
+        "prices:\n- {}\n- {maximum: 3}\n- {credits: 3, markup_percent: 5}\n- {credits: 3, maximum: 2}\n"
+        "- {minimum: 3, hold: 2}\n- {minimum: 3, maximum: 4, hold: 5}\n"
+        "- {credits_per_1000_tokens: 1, credits_per_1000_prompt_tokens: 1}\n"
+        "- {credits: 1, team_id: hr, organization_id: acme}\n- {credits: 1, group_name: Echo, job_type: a}\n"
+        "- {credits: 1, team_id: h r, group_name: 5, job_type: ''}\n",
+        [
+            *(
+                f"{line}:3: prices[{line - 2}]: it needs an amount: credits, credits_per_usd, credits_per_1000_tokens, "
+                "credits_per_1000_prompt_tokens, credits_per_1000_completion_tokens, minimum"
+                for line in (2, 3)
+            ),
+            "4:3: prices[2]: markup_percent requires credits_per_usd",
+            "5:3: prices[3]: maximum must not be less than credits or minimum",
+            "6:3: prices[4]: hold must not be less than credits or minimum",
+            "7:3: prices[5]: hold must not be more than maximum",
+            "8:3: prices[6]: credits_per_1000_tokens stands for both kinds of tokens: give it alone",
+            "9:3: prices[7]: give only one of organization_id and team_id",
+            "10:3: prices[8]: give only one of group_name and job_type",
+            f"11:16: prices[9].team_id: 'h r' {NO_ID}",
+            "11:30: prices[9].group_name: it must be text: put it in quotes",
+            "11:45: prices[9].job_type: it must have 1 to 255 characters",
+        ],
+    ),
+    "prices of what is not there": (
+        "prices:\n- {organization_id: acm, group_name: Ecko, credits: 1}\n- {team_id: h, job_type: a, credits: -1}\n",
+        [
+            f"2:4: prices[0].organization_id: organization acm {NOWHERE} acme?",
+            f"2:26: prices[0].group_name: group Ecko {NOWHERE} Echo?",
+            f"3:4: prices[1].team_id: team h {NOWHERE} hr?",
+            "3:29: prices[1].credits: it must be at least 0",
+        ],
+    ),
+    "a price twice": (
+        "teams:\n- {team_id: hr, organization_id: acme, price: null}\n"
+        "model_groups: [{group_name: Echo, price: {credits: 1}}]\n"
+        "prices:\n- {team_id: hr, credits: 1}\n- {group_name: Echo, credits: 1}\n"
+        "- {team_id: hr, group_name: Echo, credits: 1}\n- {team_id: hr, group_name: Echo, credits: 2}\n"
+        "- {organization_id: acme, credits: 1}\n- {team_id: hr, job_type: a, credits: 1}\n",
+        [
+            "5:3: prices[0]: team hr has a price of its own in the files: give only one of the two",
+            "6:3: prices[1]: group Echo has a price of its own in the files: give only one of the two",
+            "8:3: prices[3]: team_id=hr group_name=Echo is defined more than once",
+        ],
+    ),
+    "limits": (
+        "teams:\n- team_id: hr\n  organization_id: acme\n  limits:\n"
+        "  - {measure: job, per: year, amount: -1, is_hard: 1}\n"
+        "  - {measure: tokens, per: concurrent, amount: 1}\n  - {measure: jobs, per: day, amount: 1.5}\n"
+        "  - {measure: cost_usd, per: day, amount: 0.0000000001}\n  - {measure: jobs, soft: true, hard: no}\n"
+        "  - {measure: jobs, per: day, amount: 1, alerts: [0, 80.5, 2000]}\n"
+        "  - {measure: jobs, per: day, amount: 1, alerts: [80, 80]}\n"
+        "  - {measure: jobs, per: day, amount: 1, alerts: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]}\n"
+        "  - {measure: jobs, per: day, amount: 1, group_name: a b}\n",
+        [
+            "5:6: teams[0].limits[0].measure: it must be 'jobs', 'credits', 'tokens' or 'cost_usd'",
+            "5:20: teams[0].limits[0].per: it must be 'minute', 'hour', 'day', 'week', 'month', 'total' or "
+            "'concurrent'",
+            "5:31: teams[0].limits[0].amount: it must be at least 0",
+            "5:43: teams[0].limits[0].is_hard: it must be true or false",
+            "6:5: teams[0].limits[1]: per concurrent requires measure jobs",
+            "7:5: teams[0].limits[2]: the amount of jobs must be a whole number",
+            "8:5: teams[0].limits[3]: it must have at most 9 decimals",
+            "9:5: teams[0].limits[4].per: it is required",
+            "9:5: teams[0].limits[4].amount: it is required",
+            "9:21: teams[0].limits[4].soft: unknown field: use one of group_name, measure, per, amount, is_hard, "
+            "alerts",
+            "9:33: teams[0].limits[4].hard: unknown field: did you mean is_hard?",
+            "10:51: teams[0].limits[5].alerts[0]: it must be at least 1",
+            "10:54: teams[0].limits[5].alerts[1]: it must be a whole number",
+            "10:60: teams[0].limits[5].alerts[2]: it must be at most 1000",
+            "11:42: teams[0].limits[6].alerts: 80 is listed twice",
+            "12:42: teams[0].limits[7].alerts: it must have at most 10 items",
+            f"13:42: teams[0].limits[8].group_name: 'a b' {NO_ID}",
+        ],
+    ),
+    "limits that do not fit": (
+        "organizations:\n- {organization_id: acme, limits: [{measure: jobs, per: day, amount: 1, group_name: Echo}]}\n"
+        "teams:\n- team_id: hr\n  organization_id: acme\n  limits:\n  - {measure: jobs, per: day, amount: 1}\n"
+        "  - {measure: jobs, per: day, amount: 2}\n"
+        "- team_id: it\n  organization_id: acme\n  limits:\n  - {measure: jobs, per: day, amount: 1}\n"
+        "  - {measure: jobs, per: day, amount: 2, group_name: Ecko}\n"
+        "- {team_id: ops, organization_id: acme, limits: null}\n",
+        [
+            "2:27: organizations[0].limits: only a team can have a limit for a group",
+            "6:3: teams[0].limits: jobs per day is listed twice",
+            f"13:42: teams[1].limits[1].group_name: group Ecko {NOWHERE} Echo?",
+            "14:41: teams[2].limits: it must be a list",
+        ],
+    ),
+    "overdrafts": (
+        "teams:\n"
+        + "".join(
+            f"- {{team_id: t{number}, organization_id: acme, overdraft: {value}}}\n"
+            for number, value in enumerate(("-1", "1.5", "null", "endless", "true", "1000000000000001"))
+        ),
+        [
+            f"{number + 2}:40: teams[{number}].overdraft: it must be a whole number from 0 to 1000000000000000, "
+            "or unlimited"
+            for number in range(6)
+        ],
     ),
     "no UTF-8": (b"teams: []\n# caf\xe9\n", ["2: it is not UTF-8 text"]),
 }
@@ -691,7 +1013,14 @@ def test_the_schema_is_that_of_the_files(saasllm: Run) -> None:
     validator = jsonschema.Draft202012Validator(printed)
     validator.check_schema(printed)
     validator.validate(yaml.safe_load(ACME.replace("2030-01-01", "'2030-01-01'")))
-    for wrong in ({"tems": []}, {"teams": [{"team_id": "a"}]}, {"organizations": [{"organization_id": "a b"}]}):
+    validator.validate(yaml.safe_load(PRICED.replace("1e6", "1000000")))
+    for wrong in (
+        {"prices": [{"credits": -1}]},
+        {"teams": [{"team_id": "a", "organization_id": "b", "overdraft": "none"}]},
+        {"tems": []},
+        {"teams": [{"team_id": "a"}]},
+        {"organizations": [{"organization_id": "a b"}]},
+    ):
         assert not validator.is_valid(wrong)
 
 
@@ -716,6 +1045,67 @@ def test_two_applies_at_once(tenant: Run, home: Path) -> None:
     assert len({row["team_alias"] for row in rows if row["team_id"] != "hr"}) == 1
     assert {row["credits_remaining"] for row in rows if row["team_id"] != "hr"} == {7}
     assert tenant("credits", "verify").status == 0
+
+
+def test_two_applies_at_once_of_prices_limits_and_overdrafts(tenant: Run, sql: Sql, home: Path) -> None:
+    paths = []
+    for number in (3, 4):
+        paths.append(home / f"{number}.yaml")
+        paths[-1].write_text(
+            f"prices: [{{credits: {number}}}]\nteams:\n- {{team_id: 't{{n}}', organization_id: acme, count: 200, "
+            f"price: {{credits: {number}}}, overdraft: {number}, "
+            f"limits: [{{measure: jobs, per: day, amount: {number}}}, "
+            f"{{measure: jobs, per: week, amount: {number}}}]}}\n"
+        )
+    processes = [start_process("apply", "-f", str(path), "-o", "json") for path in paths]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    rows = sql.execute(
+        "SELECT (SELECT array_agg(DISTINCT credits) FROM job_prices WHERE closed_at IS NULL) AS price,"
+        " (SELECT array_agg(DISTINCT amount::bigint) FROM limits) AS amount,"
+        " (SELECT array_agg(DISTINCT credits_overdraft) FROM team_credits WHERE team_id <> 'hr') AS overdraft,"
+        " (SELECT count(*) FROM job_prices) AS prices, (SELECT count(*) FROM limits) AS limits"
+    ).fetchall()
+    found = [*rows[0].values()]
+    assert found in ([[number]] * 3 + [402, 400] for number in (3, 4))
+    assert (
+        sql.execute(
+            "SELECT FROM job_prices a JOIN job_prices b ON b.team_id = a.team_id AND b.price_id > a.price_id"
+            " WHERE a.closed_at IS DISTINCT FROM b.created_at OR a.created_at >= a.closed_at"
+        ).fetchall()
+        == []
+    )
+
+
+def test_beside_running_jobs(tenant: Run, sql: Sql) -> None:
+    """Limits come, change and go, and overdrafts too, while jobs begin and end: none of them fails."""
+    text = (
+        "organizations: [{{organization_id: acme, limits: [{0}]}}]\nteams: [{{team_id: hr, organization_id: acme, "
+        "overdraft: {1}, limits: [{0}]}}]\n"
+    )
+    limits = [f"{{measure: jobs, per: {per}, amount: 1000}}" for per in ("day", "week", "month", "hour", "total")]
+    lines = "".join(f'{{"id": "{number}", "prompt": "x"}}\n' for number in range(150))
+    Path("in.jsonl").write_text(lines)
+    tenant("credits", "add", "hr", 490)
+    batches = [
+        start_process(
+            *("job", "batch", "in.jsonl", "--out", f"out{number}.jsonl", "--team", "hr", "--group", "Echo"),
+            *("--name", f"batch{number}"),
+        )
+        for number in range(2)
+    ]
+    number = 0
+    while any(batch.poll() is None for batch in batches):
+        applied(tenant, text.format(", ".join(limits[number % 4 : number % 4 + 2]), 100 + number % 2))
+        number += 1
+    outputs = [batch.communicate() for batch in batches]
+    assert [batch.returncode for batch in batches] == [0, 0], outputs
+    assert number > 2
+    applied(tenant, text.format("{measure: jobs, per: total, amount: 1000}", 0))
+    assert sql.execute("SELECT used, running FROM limit_counters").fetchall() == [{"used": 300, "running": 0}] * 2
+    assert_sound(tenant, 200)
+    deadlocks = "SELECT deadlocks AS n FROM pg_stat_database WHERE datname = current_database()"
+    assert sql.execute(deadlocks).fetchall() == [{"n": 0}]  # they would be resolved, after a second each
 
 
 def test_beside_other_commands(tenant: Run, home: Path) -> None:

@@ -50,8 +50,34 @@ values = st.recursive(
     max_leaves=6,
 )
 metadata = st.dictionaries(texts, values, max_size=3)
+amounts = st.integers(0, 10**15)
+rates = st.just(0) | st.decimals(0, 10**9, places=9)
+prices = st.fixed_dictionaries(
+    {
+        "credits": st.just(0) | amounts,
+        "credits_per_usd": rates,
+        "markup_percent": rates,
+        "credits_per_1000_prompt_tokens": rates,
+        "credits_per_1000_completion_tokens": rates,
+        "minimum": st.just(0) | amounts,
+        "maximum": st.none() | amounts,
+        "hold": st.just(0) | amounts,
+    }
+)
+job_types = st.none() | texts
+limits = st.dictionaries(
+    st.sampled_from([("jobs", "concurrent"), ("jobs", "day"), ("credits", "minute"), ("cost_usd", "total")]),
+    st.tuples(st.integers(0, 10**15), st.booleans(), st.lists(st.integers(1, 1000), max_size=3)),
+    max_size=2,
+)
 organizations = st.fixed_dictionaries(
-    {"name": labels, "status": st.sampled_from(["active", "suspended"]), "metadata": metadata}
+    {
+        "name": labels,
+        "status": st.sampled_from(["active", "suspended"]),
+        "metadata": metadata,
+        "prices": st.dictionaries(job_types, prices, max_size=2),
+        "limits": limits,
+    }
 )
 model_names = st.from_regex(r"[!-~]{1,12}", fullmatch=True)
 groups = st.fixed_dictionaries(
@@ -60,6 +86,7 @@ groups = st.fixed_dictionaries(
         "description": st.none() | texts | st.just(""),
         "status": st.sampled_from(["active", "inactive"]),
         "models": st.lists(st.tuples(model_names, st.booleans()), max_size=3, unique_by=lambda model: model[0]),
+        "prices": st.dictionaries(st.none(), prices, max_size=1),
     }
 )
 schedules = st.tuples(
@@ -74,6 +101,9 @@ teams = st.fixed_dictionaries(
         "credits": st.just(0) | st.integers(1, 10**15),
         "schedule": st.none() | schedules,
         "metadata": metadata,
+        "overdraft": st.none() | amounts,
+        "prices": st.dictionaries(job_types, prices, max_size=2),
+        "limits": limits,
     }
 )
 
@@ -84,6 +114,7 @@ def states(draw: Any) -> dict[str, dict[str, Any]]:
         "organizations": draw(st.dictionaries(ids, organizations, max_size=3)),
         "model_groups": draw(st.dictionaries(ids, groups, max_size=3)),
         "teams": {},
+        "prices": draw(st.dictionaries(job_types, prices, max_size=1)),
     }
     if state["organizations"]:
         state["teams"] = draw(st.dictionaries(ids, teams, max_size=4))
@@ -91,6 +122,8 @@ def states(draw: Any) -> dict[str, dict[str, Any]]:
             team["organization_id"] = draw(st.sampled_from(sorted(state["organizations"])))
             if state["model_groups"]:
                 team["model_groups"] = draw(st.sets(st.sampled_from(sorted(state["model_groups"]))))
+                team["group_prices"] = draw(st.dictionaries(st.sampled_from(sorted(state["model_groups"])), prices))
+                team["group_limits"] = draw(st.dictionaries(st.sampled_from(sorted(state["model_groups"])), limits))
     return state
 
 
@@ -101,16 +134,43 @@ def build(sql: psycopg.Connection[Any], state: dict[str, dict[str, Any]]) -> Non
         values = ", ".join(["%s"] * len(row))
         sql.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({values})", list(row.values()))  # type: ignore[arg-type]
 
+    def insert_prices(prices: dict[str | None, dict[str, Any]], what: str = "job_type", **where: str) -> None:
+        for name, price in prices.items():
+            if not price["credits_per_usd"]:
+                price["markup_percent"] = 0
+            least = max(price["credits"], price["minimum"])
+            most = None if price["maximum"] is None else max(price["maximum"], least)
+            hold = min(max(price["hold"], least), 10**15 if most is None else most)
+            insert("job_prices", **where, **{what: name} if name else {}, **price | {"maximum": most, "hold": hold})
+
+    def insert_limits(limits: dict[tuple[str, str], tuple[int, bool, list[int]]], **where: str) -> None:
+        for (measure, per), (amount, is_hard, alerts) in limits.items():
+            exact = amount / Decimal(2) if measure == "cost_usd" else amount
+            insert("limits", measure=measure, per=per, amount=exact, is_hard=is_hard, alerts=alerts, **where)
+
+    insert_prices(state["prices"])
     for id_, item in state["organizations"].items():
+        prices, limits = item.pop("prices"), item.pop("limits")
         insert("organizations", organization_id=id_, **item | {"metadata": exact_json(item["metadata"])})
+        insert_prices(prices, organization_id=id_)
+        insert_limits(limits, organization_id=id_)
     for id_, item in state["model_groups"].items():
-        models = item.pop("models")
+        models, prices = item.pop("models"), item.pop("prices")
         insert("model_groups", group_name=id_, **item)
+        insert_prices(prices, group_name=id_)
         for place, (name, is_active) in enumerate(models):
             insert("model_group_models", group_name=id_, model_name=name, priority=2 * place, is_active=is_active)
     for id_, item in state["teams"].items():
         groups, credits_, schedule = item.pop("model_groups", ()), item.pop("credits"), item.pop("schedule")
+        prices, limits, overdraft = (item.pop(name) for name in ("prices", "limits", "overdraft"))
+        group_prices, group_limits = (item.pop(name, {}) for name in ("group_prices", "group_limits"))
         insert("teams", team_id=id_, **item | {"metadata": exact_json(item["metadata"])})
+        insert_prices(prices, team_id=id_)
+        insert_prices(group_prices, "group_name", team_id=id_)
+        insert_limits(limits, team_id=id_)
+        for group_name, limits_ in group_limits.items():
+            insert_limits(limits_, team_id=id_, group_name=group_name)
+        sql.execute("UPDATE team_credits SET credits_overdraft = %s WHERE team_id = %s", [overdraft, id_])
         for group_name in groups:
             insert("team_model_groups", team_id=id_, group_name=group_name)
         for number, key in enumerate((f"opening:{id_}", None) if credits_ else ()):
@@ -166,12 +226,27 @@ def test_a_part_of_it(tenant: Run) -> None:
     def ids(*options: str) -> list[list[str]]:
         manifest = yaml.safe_load(tenant("export", *options).out)
         keys = {"organizations": "organization_id", "model_groups": "group_name", "teams": "team_id"}
-        assert list(manifest) == list(keys)
+        assert list(manifest) == [*keys, "prices"]
         return [[record[key] for record in manifest[section]] for section, key in keys.items()]
 
     assert ids() == [["acme", "other"], ["Down", "Echo", "Other"], ["hr", "it", "ops"]]
     assert ids("--org", "other") == [["other"], ["Echo", "Other"], ["it", "ops"]]
     assert ids("--team", "it") == [["other"], ["Echo"], ["it"]]
+    # What their prices and limits name comes with them, and what is for everywhere does not.
+    for name in ("Priced", "Limited", "Unrelated"):
+        tenant("group", "create", name, "--model", "a/b")
+    more = (
+        "prices: [{credits: 3}, {organization_id: other, group_name: Priced, credits: 4}, {team_id: hr, job_type: a, "
+        "credits: 1}]\nteams: [{team_id: it, organization_id: other, "
+        "limits: [{measure: jobs, per: day, amount: 1, group_name: Limited}]}]\n"
+    )
+    assert tenant("apply", "-f", "-", stdin=more).status == 0
+    assert ids("--team", "it") == [["other"], ["Echo", "Limited", "Priced"], ["it"]]
+    assert ids("--org", "other") == [["other"], ["Echo", "Limited", "Other", "Priced"], ["it", "ops"]]
+    for part, priced in ((("--team", "it"), "Priced"), (("--org", "other"), "Priced"), (("--org", "acme"), None)):
+        (price,) = yaml.safe_load(tenant("export", *part).out)["prices"]
+        assert price.get("group_name") == priced
+    assert len(yaml.safe_load(tenant("export").out)["prices"]) == 3
     assert "metadata: {a: 'no'}" in tenant("export", "--team", "it").out
     assert tenant("export", "--team", "none").status == 3
     assert tenant("export", "--org", "none").status == 3
@@ -179,7 +254,7 @@ def test_a_part_of_it(tenant: Run) -> None:
 
 
 def test_an_empty_database(saasllm: Run) -> None:
-    assert saasllm("export").out == "organizations: []\nmodel_groups: []\nteams: []\n"
+    assert saasllm("export").out == "organizations: []\nmodel_groups: []\nteams: []\nprices: []\n"
     assert saasllm("apply", "-f", "-", stdin=saasllm("export").out).status == 0
 
 

@@ -22,7 +22,17 @@ WRITES = (
     "apply.assign_groups",
     "apply.open_credits",
     "apply.remove_schedules",
+    "apply.set_schedules",
+    "apply.set_prices",
 )
+
+# What jobs wait for, too. One that begins or ends locks the table of jobs, then its team's balance, then the counters
+# of limits. A limit that is new locks that table until the commit, for it counts what runs: were a balance locked
+# before, a job could have the table and wait for the balance, while we wait for the table. So the table comes first,
+# then the balances, then the limits. Where limits only go, the table is locked, too: their counters go with them, and
+# not in the order in which a job locks some of these. All of it comes late, as jobs stand still from then on. What
+# stands above locks nothing that a job waits for: of a team, a job needs only its key.
+WRITES_BESIDE_JOBS = ("apply.set_overdrafts", "apply.remove_limits", "apply.set_limits")
 
 
 def stage(db: Database, sources: list[Source], on_progress: Callable[[str], None]) -> None:
@@ -69,7 +79,8 @@ def _compare_references(db: Database, sources: list[Source]) -> bool:
     it then."""
     rows = db.many("apply.errors", row_limit=MOST_ERRORS + 1)
     for row in rows:
-        steps = tuple(row[step] for step in ("section", "place", "field", "position") if row[step] is not None)
+        path = ("section", "place", "field", "position", "part")
+        steps = tuple(row[step] for step in path if row[step] is not None)
         sources[row["source"]].refuse(row["document"], steps, _message(db, row["error"], row["value"]))
     return bool(rows)
 
@@ -82,6 +93,10 @@ def _message(db: Database, error: str, value: str) -> str:
             return f"the team belongs to organization {value}, which cannot be changed"
         case "metadata_too_large":
             return TOO_LARGE
+        case "price_given_twice":
+            return f"{value} has a price of its own in the files: give only one of the two"
+        case "overdraft_too_low":
+            return f"the team is {value} credits below zero already: its overdraft must be at least {value}"
     noun = error.removesuffix("_not_found")
     known = [row["id"] for row in (*db.many("apply.staged_ids", noun=noun), *db.many(NEAR[noun], name=value))]
     return f"{noun} {value} not found in the files or in the database" + did_you_mean(value, known)
@@ -108,7 +123,10 @@ def write(
         on_progress("Writing …")
         for name in WRITES:
             db.none(name)
-        db.none("apply.set_schedules")
+        if db.one("apply.limits")["are_changed"]:
+            db.none("apply.lock_jobs")
+        for name in WRITES_BESIDE_JOBS:
+            db.none(name)
         if to_prune is not None and db.one("apply.delete_teams")["deleted"] != len(to_prune["deleted"]):
             raise _changed_meanwhile()
         return db.many("apply.totals")

@@ -4,29 +4,42 @@ What a record does not name is left as it is, or has its default where the recor
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticCustomError
 
 from saasllm_cli.rules import (
     DAY,
+    DECIMALS,
     IDENTIFIER,
     LONGEST_NAME,
     METADATA_BYTES,
     METADATA_DEPTH,
     MODEL_NAME,
     MOST_CREDITS,
+    MOST_RATE,
     is_label,
     is_storable,
 )
 
 TOO_LARGE = "it is larger than 64 KiB: store large data elsewhere and refer to it"
 MOST_COPIES = 1_000_000
+MOST_ALERTS = 10
+UNLIMITED = "unlimited"
 NUMBER = "{n}"  # in the strings of a record with a count: which of them it is
 IGNORED = re.compile(r"^(x-|\.)")  # keys beside the sections: a place for anchors
 # In an editor the id of a template is none yet.
@@ -45,7 +58,7 @@ def _named_for_people(text: str) -> str:
     return text
 
 
-def _once(values: list[str]) -> list[str]:
+def _once(values: list[Any]) -> list[Any]:
     if twice := next((value for index, value in enumerate(values) if value in values[:index]), None):
         raise _refused(f"{twice} is listed twice")
     return values
@@ -92,6 +105,23 @@ def _with(**defaults: Any) -> BeforeValidator:
     return BeforeValidator(lambda value: defaults | value if isinstance(value, dict) else value)
 
 
+def _whole_too(value: Any) -> Any:
+    """A whole number is a decimal, too, which it strictly is not."""
+    return Decimal(value) if type(value) is int else value
+
+
+def _with_few_decimals(value: Decimal) -> Decimal:
+    if value != round(value, DECIMALS):
+        raise _refused(f"it must have at most {DECIMALS} decimals")
+    return value
+
+
+def _bounded(value: Any) -> Any:
+    if value != UNLIMITED and not (type(value) is int and 0 <= value <= MOST_CREDITS):
+        raise _refused(f"it must be a whole number from 0 to {MOST_CREDITS}, or {UNLIMITED}")
+    return value
+
+
 def _named(value: Any) -> Any:
     return {"model_name": value} if isinstance(value, str) else value
 
@@ -112,8 +142,152 @@ Count = Annotated[
 ]
 
 
+Credits = Annotated[int, Field(ge=0, le=MOST_CREDITS)]
+Rate = Annotated[
+    Decimal,
+    BeforeValidator(_whole_too),
+    Field(ge=0, le=MOST_RATE),
+    AfterValidator(_with_few_decimals),
+    WithJsonSchema({"type": "number", "minimum": 0, "maximum": MOST_RATE}),
+]
+Overdraft = Annotated[Credits | Literal["unlimited"], BeforeValidator(_bounded)]
+
+
 class _Object(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Whole(_Object):
+    """What is set as a whole: a field that it does not give has its default. So that equal ones are the same, none that
+    has its default is written."""
+
+    @model_serializer
+    def _without_defaults(self) -> dict[str, Any]:
+        known = type(self).model_fields.items()
+        return {name: value for name, field in known if (value := getattr(self, name)) != field.default}
+
+
+class Price(_Whole):
+    """What a completed job costs: its parts added up, rounded up once, between minimum and maximum."""
+
+    credits: Credits = Field(0, description="Credits for the job.")
+    credits_per_usd: Rate = Field(Decimal(0), description="Credits for each dollar that its answers cost.")
+    markup_percent: Rate = Field(Decimal(0), description="Markup on credits_per_usd.")
+    credits_per_1000_tokens: Rate = Field(
+        None,  # type: ignore[assignment]
+        description="Credits for 1000 tokens, of prompt and completion alike.",
+    )
+    credits_per_1000_prompt_tokens: Rate = Decimal(0)
+    credits_per_1000_completion_tokens: Rate = Decimal(0)
+    minimum: Credits = Field(0, description="Least that a job costs.")
+    maximum: Credits | None = Field(None, description="Most that a job costs; null for no bound.")
+    hold: Credits | None = Field(
+        None, description="Credits that a job reserves when it begins (default: credits, or minimum if that is more)."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Price":
+        given = self.model_fields_set
+        if not given & AMOUNTS:
+            raise _refused(f"it needs an amount: {', '.join(name for name in Price.model_fields if name in AMOUNTS)}")
+        if given & {"credits_per_1000_tokens"}:
+            if given & {"credits_per_1000_prompt_tokens", "credits_per_1000_completion_tokens"}:
+                raise _refused("credits_per_1000_tokens stands for both kinds of tokens: give it alone")
+            self.credits_per_1000_prompt_tokens = self.credits_per_1000_tokens
+            self.credits_per_1000_completion_tokens = self.credits_per_1000_tokens
+            self.credits_per_1000_tokens = None  # type: ignore[assignment]
+        if self.markup_percent and not self.credits_per_usd:
+            raise _refused("markup_percent requires credits_per_usd")
+        least = max(self.credits, self.minimum)
+        if self.maximum is not None and self.maximum < least:
+            raise _refused("maximum must not be less than credits or minimum")
+        if self.hold is not None and self.hold < least:
+            raise _refused("hold must not be less than credits or minimum")
+        if self.hold is not None and self.maximum is not None and self.hold > self.maximum:
+            raise _refused("hold must not be more than maximum")
+        if self.hold == least:
+            self.hold = None
+        return self
+
+    @model_serializer
+    def _without_defaults(self) -> dict[str, Any]:
+        fields = super()._without_defaults()
+        return fields if fields.keys() & AMOUNTS else fields | {"credits": 0}  # a job that is free
+
+
+# One of them makes a price.
+AMOUNTS = {
+    "credits",
+    "credits_per_usd",
+    "credits_per_1000_tokens",
+    "credits_per_1000_prompt_tokens",
+    "credits_per_1000_completion_tokens",
+    "minimum",
+}
+
+
+class _Scope(_Whole):
+    organization_id: Identifier = None  # type: ignore[assignment]
+    team_id: Identifier = None  # type: ignore[assignment]
+    group_name: Identifier = None  # type: ignore[assignment]
+    job_type: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME), AfterValidator(_storable)] = None  # type: ignore[assignment]
+    count: Count = None  # type: ignore[assignment]
+
+
+class ScopedPrice(Price, _Scope):
+    """A price for everywhere, an organization or a team; and there for every job, a group or a job type."""
+
+    @model_validator(mode="after")
+    def _has_one_scope(self) -> "ScopedPrice":
+        for one, other in (("organization_id", "team_id"), ("group_name", "job_type")):
+            if {one, other} <= self.model_fields_set:
+                raise _refused(f"give only one of {one} and {other}")
+        return self
+
+
+class Limit(_Whole):
+    """How much may be used."""
+
+    group_name: Identifier | None = Field(None, description="In a team: count only what uses this group.")
+    measure: Literal["jobs", "credits", "tokens", "cost_usd"]
+    per: Literal["minute", "hour", "day", "week", "month", "total", "concurrent"]
+    amount: Annotated[
+        Decimal,
+        BeforeValidator(_whole_too),
+        Field(ge=0, le=MOST_CREDITS),
+        WithJsonSchema({"type": "number", "minimum": 0, "maximum": MOST_CREDITS}),
+    ]
+    is_hard: bool = Field(True, description="Refuse jobs at the limit; if false, only alert.")
+    alerts: Annotated[
+        list[Annotated[int, Field(ge=1, le=1000)]], Field(max_length=MOST_ALERTS), AfterValidator(_once)
+    ] = Field([], description="Alert at these percentages of the amount.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Limit":
+        if self.per == "concurrent" and self.measure != "jobs":
+            raise _refused("per concurrent requires measure jobs")
+        if self.measure != "cost_usd" and self.amount != self.amount.to_integral_value():
+            raise _refused(f"the amount of {self.measure} must be a whole number")
+        if self.measure == "cost_usd":
+            _with_few_decimals(self.amount)
+        self.alerts.sort()
+        return self
+
+
+def _limited_once(limits: list[Limit]) -> list[Limit]:
+    _once([" ".join(filter(None, (limit.measure, "per", limit.per, limit.group_name))) for limit in limits])
+    return limits
+
+
+Limits = Annotated[
+    list[Limit], AfterValidator(_limited_once), Field(description="How much may be used; replaced as a whole.")
+]
+
+
+def _without_groups(limits: list[Limit]) -> list[Limit]:
+    if any(limit.group_name is not None for limit in limits):
+        raise _refused("only a team can have a limit for a group")
+    return limits
 
 
 class Organization(_Object):
@@ -122,6 +296,8 @@ class Organization(_Object):
     organization_id: Identifier
     name: Name = Field(None, description="Display name (default: the ID).")  # type: ignore[assignment]
     status: Activity = "active"
+    price: Price | None = Field(None, description="What a job of the organization costs; null for none.")
+    limits: Annotated[Limits, AfterValidator(_without_groups)] = []
     metadata: Metadata = {}
     count: Count = None  # type: ignore[assignment]
 
@@ -148,6 +324,7 @@ class ModelGroup(_Object):
     display_name: Name = Field(None, description="Display name (default: group_name).")  # type: ignore[assignment]
     description: Annotated[str, AfterValidator(_storable)] | None = Field(None, description="What the group is for.")
     status: Literal["active", "inactive"] = "active"
+    price: Price | None = Field(None, description="What a job of the group costs; null for none.")
     models: Annotated[list[NamedModel], Field(min_length=1), AfterValidator(_models_once)] = Field(
         None,  # type: ignore[arg-type]
         description="Models in order: the primary, then its fallbacks.",
@@ -198,15 +375,18 @@ class Team(_Object):
     credits: int = Field(
         0, ge=0, le=MOST_CREDITS, description="Credits to start with. To add more later, use `saasllm credits add`."
     )
+    overdraft: Overdraft = Field(0, description="How far below zero the team may go: credits, or unlimited.")
     schedule: Annotated[Schedule, _with(credits_max=None)] | None = Field(
         None, description="Credits to grant each period; null for none."
     )
+    price: Price | None = Field(None, description="What a job of the team costs; null for none.")
+    limits: Limits = []
     metadata: Metadata = {}
     count: Count = None  # type: ignore[assignment]
 
 
 class Manifest(_Object):
-    """Tenants of saasllm: organizations, model groups and teams, in any order and in any number of files."""
+    """Tenants of saasllm: organizations, model groups, teams and prices, in any order and in any number of files."""
 
     model_config = ConfigDict(json_schema_extra={"patternProperties": {IGNORED.pattern: {}}})
 
@@ -214,23 +394,36 @@ class Manifest(_Object):
     organizations: list[Organization] = []
     model_groups: list[ModelGroup] = []
     teams: list[Team] = []
+    prices: list[ScopedPrice] = []
 
 
-# By the section: what its records are called, their definition and its field that is their id.
-SECTIONS: dict[str, tuple[str, type[_Object], str]] = {
-    "organizations": ("organization", Organization, "organization_id"),
-    "model_groups": ("group", ModelGroup, "group_name"),
-    "teams": ("team", Team, "team_id"),
+def _scope(fields: dict[str, Any]) -> str | None:
+    """What a price is for, as the view `price_records` says it; None of one that is wrong."""
+    where = next((f"{name}={fields[name]}" for name in ("team_id", "organization_id") if name in fields), "everywhere")
+    what = next((f" {name}={fields[name]}" for name in ("group_name", "job_type") if name in fields), "")
+    return where + what if fields else None
+
+
+# By the section: what its records are called, their definition and what is their id.
+SECTIONS: dict[str, tuple[str, type[_Object], Callable[[dict[str, Any]], str | None]]] = {
+    "organizations": ("organization", Organization, lambda fields: fields.get("organization_id")),
+    "model_groups": ("group", ModelGroup, lambda fields: fields.get("group_name")),
+    "teams": ("team", Team, lambda fields: fields.get("team_id")),
+    "prices": ("price", ScopedPrice, _scope),
 }
+# By the field of a record.
+PARTS: dict[str | int, type[_Object]] = {"models": Model, "schedule": Schedule, "price": Price, "limits": Limit}
 
 
 def in_order(fields: dict[str, Any], definition: type[_Object]) -> dict[str, Any]:
     """The fields, which the database sorts in its own way, as they stand in the definition."""
     ordered = {name: fields[name] for name in definition.model_fields if name in fields}
-    if isinstance(schedule := ordered.get("schedule"), dict):
-        ordered["schedule"] = in_order(schedule, Schedule)
-    if models := ordered.get("models"):
-        ordered["models"] = [in_order(model, Model) for model in models]
+    for name, part in PARTS.items():
+        match ordered.get(str(name)):
+            case dict() as value:
+                ordered[str(name)] = in_order(value, part)
+            case list() as values:
+                ordered[str(name)] = [in_order(value, part) for value in values]
     return ordered
 
 

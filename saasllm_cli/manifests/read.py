@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from saasllm_cli.database import exact_json
 from saasllm_cli.errors import FileError, InvalidFiles, InvalidInput
-from saasllm_cli.manifests.definitions import IGNORED, SECTIONS, Model, Schedule, copies
+from saasllm_cli.manifests.definitions import IGNORED, PARTS, SECTIONS, ScopedPrice, copies
 from saasllm_cli.manifests.documents import MOST_NESTED, Mark, Reader, Steps
 from saasllm_cli.rules import IDENTIFIER, LONGEST_NAME, depth, exact
 
@@ -27,9 +27,9 @@ SUFFIXES = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".jsonl": "lines",
 STDIN = "stdin"
 MOST_ERRORS = 100
 TOO_DEEP = f"it is nested more than {MOST_NESTED} levels deep"
-NO_SECTION = "it contains no organizations, model_groups or teams"
-REFERENCES = ("organization_id", "group_name", "team_id", "model_groups")
-PARTS: dict[str | int, type[BaseModel]] = {"models": Model, "schedule": Schedule}  # by the field of a record
+NO_SECTION = "it contains no organizations, model_groups, teams or prices"
+SCOPE = ("organization_id", "group_name", "team_id", "job_type")
+REFERENCES = (*SCOPE, "model_groups", "limits")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -63,7 +63,7 @@ def records(sources: "list[Source]") -> Iterator[Record]:
     to itself. What is wrong the sources know then; with too many errors it ends."""
     for number, source in enumerate(sources):
         for document, section, items in _sections(source):
-            noun, definition, id_field = SECTIONS[section]
+            noun, definition, id_of = SECTIONS[section]
             for place, item in enumerate(items):
                 is_told = False  # of copies, the others would say the same
                 for copy in copies(item):
@@ -72,8 +72,8 @@ def records(sources: "list[Source]") -> Iterator[Record]:
                         steps = (section, place, *(step for step in error["loc"] if step != "[key]"))
                         source.refuse(document, steps, _message(error, definition))
                     is_told = is_told or bool(wrong)
-                    if id_field in fields:
-                        yield Record(noun, fields[id_field], exact_json(fields), number, document, section, place)
+                    if (id_ := id_of(fields)) is not None:
+                        yield Record(noun, id_, exact_json(fields), number, document, section, place)
                 if sum(len(source.errors) for source in sources) > MOST_ERRORS:
                     return
         if not source.has_sections and not source.errors:
@@ -86,7 +86,7 @@ def _sections(source: "Source") -> Iterator[tuple[int, str, list[Any]]]:
         if content is None:
             continue
         if not isinstance(content, dict):
-            source.refuse(document, (), "it must be a mapping with organizations, model_groups and teams")
+            source.refuse(document, (), "it must be a mapping with organizations, model_groups, teams and prices")
             continue
         for section, items in content.items():
             if isinstance(section, str) and IGNORED.match(section):
@@ -108,6 +108,8 @@ def _validated(record: Any, definition: type[BaseModel]) -> tuple[dict[str, Any]
         wrong = refusal.errors(include_url=False)
         places = {error["loc"][:1] for error in wrong}
         kept = [name for name in REFERENCES if (name,) not in places and () not in places and name in record]
+        if definition is ScopedPrice and any((name,) in places for name in SCOPE):
+            kept = []  # it would be taken for the price of something else
         return {name: record[name] for name in kept}, wrong
 
 
@@ -296,8 +298,12 @@ def _message(error: ErrorDetails, definition: type[BaseModel]) -> str:
             return f"it must have 1 to {LONGEST_NAME} characters"
         case "too_short":
             return "it must not be empty"
+        case "too_long":
+            return f"it must have at most {context['max_length']} items"
         case "int_type":
             return "it must be a whole number"
+        case "decimal_type" | "is_instance_of":
+            return "it must be a number"
         case "greater_than_equal":
             return f"it must be at least {context['ge']}"
         case "less_than_equal":

@@ -1,17 +1,82 @@
 -- The records as a manifest has them, each as one JSON object.
 
+-- What a price says, without what has its default.
+CREATE FUNCTION price_record(price job_prices) RETURNS jsonb
+LANGUAGE sql STABLE PARALLEL SAFE
+RETURN jsonb_strip_nulls(
+    jsonb_build_object(
+        -- A job that is free costs 0 credits.
+        'credits', CASE
+            WHEN price.credits > 0
+                OR num_nonnulls(
+                    nullif(price.credits_per_usd, 0), nullif(price.credits_per_1000_prompt_tokens, 0),
+                    nullif(price.credits_per_1000_completion_tokens, 0), nullif(price.minimum, 0)
+                ) = 0
+                THEN price.credits
+        END,
+        'credits_per_usd', nullif(price.credits_per_usd, 0),
+        'markup_percent', nullif(price.markup_percent, 0),
+        'credits_per_1000_prompt_tokens', nullif(price.credits_per_1000_prompt_tokens, 0),
+        'credits_per_1000_completion_tokens', nullif(price.credits_per_1000_completion_tokens, 0),
+        'minimum', nullif(price.minimum, 0),
+        'maximum', price.maximum,
+        'hold', nullif(price.hold, greatest(price.credits, price.minimum))
+    )
+);
+
+-- Limits, in the same way.
+CREATE VIEW limit_records AS
+SELECT
+    organization_id,
+    team_id,
+    group_name,
+    measure,
+    per,
+    jsonb_strip_nulls(
+        jsonb_build_object(
+            'group_name', group_name, 'measure', measure, 'per', per, 'amount', amount, 'is_hard', nullif(is_hard, true),
+            'alerts', CASE
+                WHEN alerts <> '{}' THEN (SELECT jsonb_agg(DISTINCT alert ORDER BY alert) FROM unnest(alerts) AS alert)
+            END
+        )
+    ) AS record
+FROM limits;
+
 CREATE VIEW organization_records AS
 SELECT
     organization_id,
-    jsonb_build_object('organization_id', organization_id, 'name', name, 'status', status, 'metadata', metadata)
-        AS record
-FROM organizations;
+    jsonb_build_object(
+        'organization_id', organization_id, 'name', name, 'status', status,
+        'price', (
+            SELECT price_record(p)
+            FROM job_prices p
+            WHERE closed_at IS NULL
+              AND team_id IS NULL
+              AND coalesce(team_id, organization_id, '') = o.organization_id
+              AND coalesce(group_name, '') = ''
+              AND coalesce(job_type, '') = ''
+        ),
+        'limits', (
+            SELECT coalesce(jsonb_agg(record ORDER BY measure, per), '[]')
+            FROM limit_records l
+            WHERE l.organization_id = o.organization_id
+        ),
+        'metadata', metadata
+    ) AS record
+FROM organizations o;
 
 CREATE VIEW model_group_records AS
 SELECT
     g.group_name,
     jsonb_build_object(
         'group_name', g.group_name, 'display_name', g.display_name, 'description', g.description, 'status', g.status,
+        'price', (
+            SELECT price_record(p)
+            FROM job_prices p
+            WHERE closed_at IS NULL
+              AND coalesce(team_id, organization_id, '') = ''
+              AND coalesce(group_name, '') = g.group_name
+        ),
         'models', m.models
     ) AS record
 FROM model_groups g
@@ -33,13 +98,9 @@ SELECT
         'model_groups', ARRAY(
             SELECT group_name FROM team_model_groups WHERE team_id = t.team_id ORDER BY group_name
         ),
-        'credits', coalesce(
-            (
-                SELECT credits_amount
-                FROM credit_transactions
-                WHERE idempotency_key = 'opening:' || t.team_id AND team_id = t.team_id
-            ),
-            0
+        'credits', opened.credits,
+        'overdraft', (
+            SELECT coalesce(to_jsonb(credits_overdraft), '"unlimited"') FROM team_credits WHERE team_id = t.team_id
         ),
         'schedule', (
             SELECT jsonb_build_object(
@@ -49,6 +110,49 @@ SELECT
             FROM credit_schedules
             WHERE team_id = t.team_id
         ),
+        'price', (
+            SELECT price_record(p)
+            FROM job_prices p
+            WHERE closed_at IS NULL
+              AND team_id IS NOT NULL
+              AND coalesce(team_id, organization_id, '') = t.team_id
+              AND coalesce(group_name, '') = ''
+              AND coalesce(job_type, '') = ''
+        ),
+        'limits', (
+            SELECT coalesce(jsonb_agg(record ORDER BY group_name COLLATE "C" NULLS FIRST, measure, per), '[]')
+            FROM limit_records l
+            WHERE l.team_id = t.team_id
+        ),
         'metadata', t.metadata
-    ) AS record
-FROM teams t;
+    ) AS record,
+    opened.credits
+FROM teams t
+CROSS JOIN LATERAL (
+    SELECT coalesce(
+        (
+            SELECT credits_amount
+            FROM credit_transactions
+            WHERE idempotency_key = 'opening:' || t.team_id AND team_id = t.team_id
+        ),
+        0
+    ) AS credits
+) AS opened;
+
+-- Those of whole organizations, groups and teams stand in their records: they are short. One of a group that is not there
+-- holds for no job, and could not be applied.
+CREATE VIEW price_records AS
+SELECT
+    coalesce('team_id=' || team_id, 'organization_id=' || organization_id, 'everywhere')
+        || coalesce(' group_name=' || group_name, ' job_type=' || job_type, '') AS id,
+    organization_id,
+    team_id,
+    job_type IS NULL AND num_nonnulls(organization_id, team_id, group_name) = 1 AS is_short,
+    jsonb_strip_nulls(
+        jsonb_build_object(
+            'organization_id', organization_id, 'team_id', team_id, 'group_name', group_name, 'job_type', job_type
+        )
+    ) || price_record(p) AS record
+FROM job_prices p
+WHERE closed_at IS NULL
+  AND (group_name IS NULL OR EXISTS (SELECT FROM model_groups g WHERE g.group_name = p.group_name));

@@ -53,39 +53,75 @@ team AS (
 ),
 -- What may be referred to, as one list: of two NOT EXISTS the planner thinks that the second is left with few rows.
 known AS (
-    SELECT noun, id FROM staged WHERE noun <> 'team'
+    SELECT noun, id FROM staged WHERE noun <> 'price'
+    UNION ALL
+    SELECT 'team', team_id FROM teams
     UNION ALL
     SELECT 'organization', organization_id FROM organizations
     UNION ALL
     SELECT 'group', group_name FROM model_groups
 ),
 wanted AS (
-    SELECT team.*, g.group_name, g.position - 1 AS position
+    SELECT source, document, section, place, 'model_groups' AS field, g.position - 1 AS position, NULL AS part,
+        'group' AS noun, g.group_name AS id
     FROM team
     CROSS JOIN LATERAL jsonb_array_elements_text(team.fields -> 'model_groups')
         WITH ORDINALITY AS g (group_name, position)
+    UNION ALL
+    SELECT source, document, section, place, 'limits', l.position - 1, 'group_name', 'group', l.value ->> 'group_name'
+    FROM team
+    CROSS JOIN LATERAL jsonb_array_elements(team.fields -> 'limits') WITH ORDINALITY AS l (value, position)
+    UNION ALL
+    SELECT source, document, section, place, field, NULL, NULL, split_part(field, '_', 1), value
+    FROM staged
+    CROSS JOIN LATERAL jsonb_each_text(fields) AS f (field, value)
+    WHERE noun = 'price' AND field IN ('organization_id', 'team_id', 'group_name')
+    UNION ALL
+    SELECT source, document, section, place, 'organization_id', NULL, NULL, 'organization', organization_id
+    FROM team
 )
 -- UNION, since of the copies of a template all stand at its place.
-SELECT source, document, section, place, 'repeated' AS error, NULL AS field, NULL::bigint AS position, id AS value
+SELECT
+    source, document, section, place, 'repeated' AS error, NULL AS field, NULL::bigint AS position, NULL AS part,
+    id AS value
 FROM repeated
 UNION
-SELECT source, document, section, place, 'metadata_too_large', 'metadata', NULL, NULL
+SELECT source, document, section, place, 'metadata_too_large', 'metadata', NULL, NULL, NULL
 FROM staged
 WHERE octet_length((fields -> 'metadata')::text) > 65536
 UNION
-SELECT source, document, section, place, 'organization_not_found', 'organization_id', NULL, organization_id
-FROM team
-WHERE organization_id IS NOT NULL -- else it is told already
-  AND NOT EXISTS (SELECT FROM known WHERE known.noun = 'organization' AND known.id = team.organization_id)
+SELECT source, document, section, place, wanted.noun || '_not_found', field, position, part, wanted.id
+FROM wanted
+WHERE wanted.id IS NOT NULL -- else it is told already, or there is none
+  AND NOT EXISTS (SELECT FROM known WHERE known.noun = wanted.noun AND known.id = wanted.id)
 UNION
-SELECT source, document, section, place, 'organization_differs', 'organization_id', NULL, existing_organization_id
+SELECT source, document, section, place, 'organization_differs', 'organization_id', NULL, NULL, existing_organization_id
 FROM team
 WHERE existing_organization_id <> organization_id
   AND EXISTS (SELECT FROM known WHERE known.noun = 'organization' AND known.id = team.organization_id)
 UNION
-SELECT source, document, section, place, 'group_not_found', 'model_groups', position, group_name
-FROM wanted
-WHERE NOT EXISTS (SELECT FROM known WHERE known.noun = 'group' AND known.id = wanted.group_name)
+SELECT p.source, p.document, p.section, p.place, 'price_given_twice', NULL, NULL, NULL, s.noun || ' ' || s.id
+FROM staged p
+CROSS JOIN LATERAL (
+    SELECT min(noun) AS noun, min(id) AS id
+    FROM (
+        VALUES ('organization', p.fields ->> 'organization_id'), ('team', p.fields ->> 'team_id'),
+            ('group', p.fields ->> 'group_name')
+    ) AS whose (noun, id)
+    WHERE id IS NOT NULL AND NOT p.fields ? 'job_type'
+    HAVING count(*) = 1 -- else it is for less than what has a short form
+) AS whole
+JOIN staged s ON s.noun = whole.noun AND s.id = whole.id AND s.fields ? 'price'
+WHERE p.noun = 'price'
+UNION
+SELECT
+    source, document, section, place, 'overdraft_too_low', 'overdraft', NULL, NULL,
+    (c.credits_reserved - c.credits_remaining)::text
+FROM team
+JOIN team_credits c ON c.team_id = team.id
+WHERE c.credits_reserved - c.credits_remaining > CASE
+    WHEN jsonb_typeof(team.fields -> 'overdraft') = 'number' THEN (team.fields ->> 'overdraft')::bigint
+END
 ORDER BY source, document, section, place
 LIMIT %(row_limit)s;
 
@@ -97,7 +133,8 @@ SELECT id FROM staged WHERE noun = %(noun)s ORDER BY id LIMIT 1000;
 TRUNCATE change;
 
 -- name: compare() :none
--- The order of a team's groups does not count, and a schedule that is there already keeps its next_on.
+-- The order of a team's groups and of limits does not count, a schedule that is there already keeps its next_on, and what a
+-- price does not say any more has its default.
 INSERT INTO pg_temp.change (noun, id, action, before, after)
 SELECT
     s.noun,
@@ -109,7 +146,8 @@ FROM staged s
 LEFT JOIN organization_records o ON s.noun = 'organization' AND o.organization_id = s.id
 LEFT JOIN model_group_records g ON s.noun = 'group' AND g.group_name = s.id
 LEFT JOIN team_records t ON s.noun = 'team' AND t.team_id = s.id
-CROSS JOIN LATERAL (SELECT coalesce(o.record, g.record, t.record) AS record) AS existing
+LEFT JOIN price_records p ON s.noun = 'price' AND p.id = s.id
+CROSS JOIN LATERAL (SELECT coalesce(o.record, g.record, t.record, p.record) AS record) AS existing
 LEFT JOIN LATERAL (
     SELECT jsonb_object_agg(field, old) AS before, jsonb_object_agg(field, new) AS after
     FROM (
@@ -121,10 +159,27 @@ LEFT JOIN LATERAL (
                     THEN to_jsonb(ARRAY(SELECT jsonb_array_elements_text(value) COLLATE "C" ORDER BY 1))
                 WHEN key = 'schedule' AND value ->> 'every' = existing.record -> key ->> 'every'
                     THEN value || jsonb_build_object('next_on', existing.record -> key -> 'next_on')
+                WHEN key = 'limits' THEN (
+                    SELECT coalesce(
+                        jsonb_agg(
+                            l
+                            ORDER BY l ->> 'group_name' COLLATE "C" NULLS FIRST, l ->> 'measure', l ->> 'per'
+                        ),
+                        '[]'
+                    )
+                    FROM jsonb_array_elements(value) AS l
+                )
                 ELSE value
             END AS new
-        FROM jsonb_each(s.fields)
-        WHERE key <> 'credits'
+        FROM jsonb_each(
+            CASE
+                WHEN s.noun = 'price' THEN (
+                    SELECT jsonb_object_agg(name, NULL::text) || s.fields FROM jsonb_object_keys(existing.record) AS name
+                )
+                ELSE s.fields
+            END
+        )
+        WHERE key <> 'credits' OR s.noun <> 'team'
     ) AS compared
     WHERE old IS DISTINCT FROM new
 ) AS difference ON existing.record IS NOT NULL
@@ -134,11 +189,10 @@ WHERE existing.record IS NULL OR difference.after IS NOT NULL;
 -- A team is given its opening credits once; that they are others now is only told.
 INSERT INTO pg_temp.change (noun, id, action, before, after)
 SELECT
-    noun, id, 'differ', jsonb_build_object('credits', t.record -> 'credits'),
-    jsonb_build_object('credits', s.fields -> 'credits')
+    noun, id, 'differ', jsonb_build_object('credits', t.credits), jsonb_build_object('credits', s.fields -> 'credits')
 FROM staged s
 JOIN team_records t ON t.team_id = s.id
-WHERE s.noun = 'team' AND s.fields -> 'credits' <> t.record -> 'credits';
+WHERE s.noun = 'team' AND (s.fields ->> 'credits')::bigint <> t.credits;
 
 -- name: compare_pruned() :none
 -- The teams of the organizations that are named, which are not named themselves: deleted, or with history suspended.
@@ -178,7 +232,7 @@ SELECT
     count(*) FILTER (WHERE action = 'differ') AS differing,
     count(*) FILTER (WHERE action = 'suspend') AS suspended,
     count(*) FILTER (WHERE action = 'delete') AS deleted
-FROM (VALUES (1, 'organization'), (2, 'group'), (3, 'team')) AS nouns (place, noun)
+FROM (VALUES (1, 'organization'), (2, 'group'), (3, 'team'), (4, 'price')) AS nouns (place, noun)
 LEFT JOIN change USING (noun)
 GROUP BY place, noun
 ORDER BY place;
@@ -186,7 +240,7 @@ ORDER BY place;
 -- name: changes(row_limit) :many
 SELECT noun, id, action, before, after
 FROM change
-ORDER BY CASE noun WHEN 'organization' THEN 1 WHEN 'group' THEN 2 ELSE 3 END, id, action DESC
+ORDER BY CASE noun WHEN 'organization' THEN 1 WHEN 'group' THEN 2 WHEN 'team' THEN 3 ELSE 4 END, id, action DESC
 LIMIT %(row_limit)s;
 
 -- name: inactive_groups() :many
@@ -319,6 +373,114 @@ SET credits_amount = excluded.credits_amount,
 DELETE FROM credit_schedules s
 USING change
 WHERE noun = 'team' AND action = 'update' AND after -> 'schedule' = 'null' AND s.team_id = id;
+
+-- name: set_prices() :none
+-- Those of organizations, groups and teams, and those that stand alone: the current version is closed and another inserted,
+-- at the same moment. That is later than the transaction began, as the version that is closed may be, too.
+WITH wanted AS (
+    SELECT
+        row_number() OVER (ORDER BY noun, id) AS place,
+        CASE noun WHEN 'organization' THEN id WHEN 'price' THEN s.fields ->> 'organization_id' END AS organization_id,
+        CASE noun WHEN 'team' THEN id WHEN 'price' THEN s.fields ->> 'team_id' END AS team_id,
+        CASE noun WHEN 'group' THEN id WHEN 'price' THEN s.fields ->> 'group_name' END AS group_name,
+        CASE noun WHEN 'price' THEN s.fields ->> 'job_type' END AS job_type,
+        CASE noun WHEN 'price' THEN s.fields ELSE s.fields -> 'price' END AS price
+    FROM change c
+    JOIN staged s USING (noun, id)
+    WHERE c.action IN ('create', 'update') AND (noun = 'price' OR c.after ? 'price')
+),
+closed AS (
+    UPDATE job_prices p
+    SET closed_at = greatest(p.created_at, statement_timestamp())
+    FROM wanted w
+    WHERE p.closed_at IS NULL
+      AND coalesce(p.team_id, p.organization_id, '') = coalesce(w.team_id, w.organization_id, '')
+      AND (p.team_id IS NOT NULL) = (w.team_id IS NOT NULL)
+      AND coalesce(p.group_name, '') = coalesce(w.group_name, '')
+      AND coalesce(p.job_type, '') = coalesce(w.job_type, '')
+    RETURNING w.place, p.closed_at
+)
+INSERT INTO job_prices (
+    organization_id, team_id, group_name, job_type, credits, credits_per_usd, markup_percent,
+    credits_per_1000_prompt_tokens, credits_per_1000_completion_tokens, minimum, maximum, hold, created_at
+)
+SELECT
+    w.organization_id, w.team_id, w.group_name, w.job_type, coalesce(a.credits, 0), coalesce(a.credits_per_usd, 0),
+    coalesce(a.markup_percent, 0), coalesce(a.credits_per_1000_prompt_tokens, 0),
+    coalesce(a.credits_per_1000_completion_tokens, 0), coalesce(a.minimum, 0), a.maximum,
+    coalesce(a.hold, greatest(a.credits, a.minimum, 0)), coalesce(closed.closed_at, statement_timestamp())
+FROM wanted w
+LEFT JOIN closed USING (place)
+CROSS JOIN LATERAL jsonb_to_record(w.price) AS a (
+    credits bigint, credits_per_usd numeric, markup_percent numeric, credits_per_1000_prompt_tokens numeric,
+    credits_per_1000_completion_tokens numeric, minimum bigint, maximum bigint, hold bigint
+)
+WHERE w.price <> 'null'
+ORDER BY place;
+
+-- name: limits() :one
+-- Whether some are set or removed.
+SELECT EXISTS (
+    SELECT FROM change WHERE after ? 'limits' AND (after -> 'limits' <> '[]' OR before -> 'limits' <> '[]')
+) AS are_changed;
+
+-- name: lock_jobs() :none
+LOCK TABLE ONLY jobs IN SHARE ROW EXCLUSIVE MODE;
+
+-- name: set_overdrafts() :none
+-- In the order in which all others lock balances.
+WITH wanted AS (
+    SELECT id, nullif(after ->> 'overdraft', 'unlimited')::bigint AS credits_overdraft
+    FROM change
+    WHERE noun = 'team' AND action IN ('create', 'update') AND after ? 'overdraft'
+),
+balance AS (
+    SELECT c.team_id, wanted.credits_overdraft
+    FROM wanted
+    JOIN team_credits c ON c.team_id = wanted.id
+    WHERE c.credits_overdraft IS DISTINCT FROM wanted.credits_overdraft
+    ORDER BY c.team_id
+    FOR UPDATE OF c
+)
+UPDATE team_credits c
+SET credits_overdraft = balance.credits_overdraft
+FROM balance
+WHERE c.team_id = balance.team_id;
+
+-- name: remove_limits() :none
+DELETE FROM limits l
+USING change c
+WHERE c.noun IN ('organization', 'team')
+  AND c.action = 'update'
+  AND c.after ? 'limits'
+  AND coalesce(l.team_id, l.organization_id) = c.id
+  AND (l.team_id IS NOT NULL) = (c.noun = 'team')
+  AND NOT EXISTS (
+      SELECT
+      FROM jsonb_to_recordset(c.after -> 'limits') AS kept (group_name text, measure text, per text)
+      WHERE (coalesce(kept.group_name, ''), kept.measure, kept.per) = (coalesce(l.group_name, ''), l.measure, l.per)
+  );
+
+-- name: set_limits() :none
+-- One that is there stays, with what it has counted.
+INSERT INTO limits AS existing (organization_id, team_id, group_name, measure, per, amount, is_hard, alerts)
+SELECT
+    CASE c.noun WHEN 'organization' THEN c.id END, CASE c.noun WHEN 'team' THEN c.id END, l.group_name, l.measure, l.per,
+    l.amount, coalesce(l.is_hard, true), coalesce(l.alerts, '{}')
+FROM change c
+CROSS JOIN LATERAL jsonb_to_recordset(c.after -> 'limits')
+    AS l (group_name text, measure text, per text, amount numeric, is_hard boolean, alerts integer[])
+WHERE c.noun IN ('organization', 'team') AND c.action IN ('create', 'update')
+ORDER BY c.noun, c.id, l.group_name, l.measure, l.per
+ON CONFLICT (
+    coalesce(team_id, organization_id), (team_id IS NOT NULL), coalesce(group_name, ''), measure, per
+) DO UPDATE
+SET amount = excluded.amount,
+    is_hard = excluded.is_hard,
+    alerts = excluded.alerts,
+    updated_at = now()
+WHERE (existing.amount, existing.is_hard, existing.alerts)
+    IS DISTINCT FROM (excluded.amount, excluded.is_hard, excluded.alerts);
 
 -- name: delete_teams() :one
 -- Says how many there were: fewer than were to be deleted where one has got history meanwhile.

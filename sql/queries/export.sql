@@ -22,6 +22,18 @@ WHERE (%(organization_id)s::text IS NULL AND %(team_id)s::text IS NULL)
          AND (%(organization_id)s::text IS NULL OR t.organization_id = %(organization_id)s)
          AND (%(team_id)s::text IS NULL OR t.team_id = %(team_id)s)
    )
+   OR EXISTS ( -- what their prices and limits name
+       SELECT
+       FROM (
+           SELECT organization_id, team_id FROM job_prices p WHERE p.group_name = g.group_name AND closed_at IS NULL
+           UNION ALL
+           SELECT organization_id, team_id FROM limits l WHERE l.group_name = g.group_name
+       ) AS named
+       LEFT JOIN teams t USING (team_id)
+       WHERE named.team_id = %(team_id)s
+          OR coalesce(named.organization_id, t.organization_id) = %(organization_id)s
+          OR named.organization_id = (SELECT organization_id FROM teams WHERE team_id = %(team_id)s)
+   )
 ORDER BY group_name;
 
 -- name: teams(organization_id, team_id) :many
@@ -30,3 +42,19 @@ FROM team_records
 WHERE (%(organization_id)s::text IS NULL OR organization_id = %(organization_id)s)
   AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
 ORDER BY team_id;
+
+-- name: prices(organization_id, team_id) :many
+-- Those that are not in the records of organizations, groups and teams; of a part, not those of everywhere.
+SELECT record
+FROM price_records
+WHERE NOT is_short
+  AND CASE
+      WHEN %(organization_id)s::text IS NOT NULL
+          THEN organization_id = %(organization_id)s
+              OR team_id IN (SELECT team_id FROM teams WHERE organization_id = %(organization_id)s)
+      WHEN %(team_id)s::text IS NOT NULL
+          THEN team_id = %(team_id)s
+              OR organization_id = (SELECT organization_id FROM teams WHERE team_id = %(team_id)s)
+      ELSE true
+  END
+ORDER BY id COLLATE "C";
