@@ -373,7 +373,7 @@ def batch(
         warn(told, **ids, unpriced=summary.unpriced)
     if summary.limit_reached:
         reached = limit_reached(summary.limit_reached)
-        reached.hint = f"{reached.hint or ''} Then run the same command again.".strip()
+        reached.hint = f"{reached.hint}\nThen run the same command again."
         raise reached
     if summary.is_out_of_credits:
         raise InsufficientCredits(

@@ -188,7 +188,8 @@ BEGIN
                 ELSE state.counted > l.amount
             END
         ) THEN
-            RAISE EXCEPTION 'the limit of % per % is reached', trim_scale(l.amount) || ' ' || l.measure, l.per
+            RAISE EXCEPTION 'the limit of % % is reached', trim_scale(l.amount) || ' ' || l.measure,
+                CASE l.per WHEN 'total' THEN 'in total' WHEN 'concurrent' THEN 'at once' ELSE 'per ' || l.per END
                 USING ERRCODE = 'SL011', HINT = 'See: saasllm limit list';
         END IF;
     END IF;
