@@ -203,6 +203,8 @@ class Credits(RuleBasedStateMachine):
         self.command("org create acme")
 
     def teardown(self) -> None:
+        for group in ("", " --group Echo", " --group Deep"):  # everywhere
+            self.command(f"price remove{group} --if-exists")
         self.command("org delete acme --purge --confirm acme")
 
     @invariant()
@@ -543,7 +545,7 @@ class Credits(RuleBasedStateMachine):
 
     def outcome_of_begin(self, team: Team | None, team_id: str, group: str, key: str | None) -> str:
         if holder := self.holder(key):
-            if holder.team is not team:
+            if holder.team is not team or group != next(iter(holder.prices)):
                 return "idempotency_key_reused"
             return "key_in_use" if holder.status == "completed" else "job_in_progress"
         if not team:
