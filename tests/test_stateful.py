@@ -362,7 +362,7 @@ class Credits(RuleBasedStateMachine):
         of = "".join(f" {option} {name}" for option, name in (("--group", group), self.option(where)) if name)
         refusal = None if where in ("", "acme", *self.teams) else "team_not_found"
         if price is None:
-            self.command(f"price remove{of} --if-exists", refusal)
+            self.command(f"price remove{of} --if-exists")
             self.prices.pop((where, group), None)
         else:
             self.command(f"price set{of} {price.options}", refusal)
@@ -377,7 +377,7 @@ class Credits(RuleBasedStateMachine):
         line = "{} {} --measure {} --per {}".format(*self.option(where), name, per)
         refusal = None if where in ("acme", *self.teams) else "team_not_found"
         if amount is None:
-            self.command(f"limit remove {line} --if-exists", refusal)
+            self.command(f"limit remove {line} --if-exists")
             self.limits.pop((where, *measure), None)
         else:
             self.command(f"limit set {line} --amount {amount}", refusal)

@@ -152,10 +152,10 @@ BEGIN
     CROSS JOIN LATERAL public.move_reservation(begun.team_id::text, begun.credits, begun.first_no, begun.last_no);
 
     IF is_limited THEN
-        PERFORM public.count_use(limit_id, period_start, jobs, credits)
+        PERFORM public.count_use(of_limit, period_start, jobs, credits)
         FROM (
             SELECT
-                l.limit_id,
+                l AS of_limit,
                 public.limit_period(l.per, job.created_at) AS period_start,
                 count(*) AS jobs,
                 sum(job.credits_held)::bigint AS credits
@@ -242,10 +242,10 @@ BEGIN
             ORDER BY job.team_id
         ) AS raised;
         -- What a job uses of another group is counted from then on, and what it holds more.
-        PERFORM public.count_use(limit_id, period_start, jobs, credits)
+        PERFORM public.count_use(of_limit, period_start, jobs, credits)
         FROM (
             SELECT
-                l.limit_id,
+                l AS of_limit,
                 public.limit_period(l.per, job.created_at) AS period_start,
                 count(*) FILTER (WHERE is_new) AS jobs,
                 sum(CASE WHEN is_new THEN job.credits_held ELSE job.credits_held - before.credits_held END)::bigint AS credits

@@ -13,10 +13,28 @@ RETURN CASE
     ELSE date_trunc(CASE per WHEN 'minute' THEN 'second' WHEN 'hour' THEN 'minute' ELSE per END, at, 'UTC')
 END;
 
+-- Whether jobs that are running count: not towards jobs in a period, which are counted as they begin.
+CREATE FUNCTION counts_running(measure text, per text) RETURNS boolean
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+RETURN measure <> 'jobs' OR per = 'concurrent';
+
 -- How long a window that slides is; zero for any other.
 CREATE FUNCTION limit_window(per text) RETURNS interval
 LANGUAGE sql IMMUTABLE PARALLEL SAFE
 RETURN CASE per WHEN 'minute' THEN interval '1 minute' WHEN 'hour' THEN interval '1 hour' ELSE interval '0' END;
+
+-- What counts of it: what is used or in use. What tokens and money a job will use is known at its end: while it runs, it
+-- counts as what such jobs used lately.
+CREATE FUNCTION limit_counted(
+    measure text, per text, used numeric, running bigint, reserved bigint, expected numeric
+) RETURNS numeric
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+RETURN CASE
+    WHEN per = 'concurrent' THEN running
+    WHEN measure = 'jobs' THEN used
+    WHEN measure = 'credits' THEN used + reserved
+    ELSE used + running * coalesce(expected, 0)
+END;
 
 -- How it stands with a limit in the period of a moment. `counted` is what is used or in use; `room_jobs` says how many jobs
 -- may begin, `room_credits` how many credits they may hold; `room_at` when there is more room, NULL where no time brings
@@ -67,12 +85,7 @@ LANGUAGE sql STABLE PARALLEL SAFE ROWS 1 AS $$
         ) AS expected
     ) AS lately
     CROSS JOIN LATERAL (
-        SELECT CASE
-            WHEN per = 'concurrent' THEN c.running
-            WHEN measure = 'jobs' THEN c.used
-            WHEN measure = 'credits' THEN c.used + c.reserved
-            ELSE c.used + c.running * coalesce(lately.expected, 0)
-        END AS counted
+        SELECT public.limit_counted(measure, per, c.used, c.running, c.reserved, lately.expected) AS counted
     ) AS now_is
 $$;
 
@@ -104,14 +117,15 @@ SELECT
 FROM limits l
 CROSS JOIN LATERAL limit_state(l.limit_id, l.measure, l.per, l.amount, now()) AS s;
 
--- The hard limits of a job of a team and a group, as they stand; without a group those of team and organization.
+-- The room that the hard limits of a job of a team and a group leave; without a group those of team and organization.
 CREATE FUNCTION hard_limits(of_team text, of_organization text, of_group text)
-RETURNS TABLE (details jsonb, is_of_group boolean, room_jobs numeric, room_credits numeric, room_at timestamptz)
-LANGUAGE plpgsql STABLE ROWS 1 AS $$
+RETURNS TABLE (limit_id bigint, is_of_group boolean, room_jobs numeric, room_credits numeric, room_at timestamptz)
+LANGUAGE plpgsql STABLE ROWS 1 SET plan_cache_mode = force_generic_plan AS $$
 BEGIN
     RETURN QUERY
-    SELECT to_jsonb(l), l.group_name IS NOT NULL, l.room_jobs, l.room_credits, l.room_at
-    FROM limit_details l
+    SELECT l.limit_id, l.group_name IS NOT NULL, s.room_jobs, s.room_credits, s.room_at
+    FROM limits l
+    CROSS JOIN LATERAL limit_state(l.limit_id, l.measure, l.per, l.amount, now()) AS s
     WHERE coalesce(l.team_id, l.organization_id) IN (of_team, of_organization)
       AND (l.team_id IS NULL OR l.team_id = of_team)
       AND (l.organization_id IS NULL OR l.organization_id = of_organization)
@@ -120,27 +134,29 @@ BEGIN
 END
 $$;
 
+-- A limit as it is told to whom it refuses: planned only where it is.
+CREATE FUNCTION limit_record(of_limit bigint) RETURNS jsonb
+LANGUAGE plpgsql STABLE STRICT AS $$
+BEGIN
+    RETURN (SELECT to_jsonb(l) FROM limit_details l WHERE l.limit_id = of_limit);
+END
+$$;
+
 -- On which terms a job begins: its price, what it holds by that, and the hard limit that leaves no room for it, where there
 -- is one: the one that does so for the longest time.
 CREATE FUNCTION terms_of(
     of_team text, of_organization text, of_group text, of_job_type text,
-    OUT price_id bigint, OUT credits_held bigint, OUT limit_reached jsonb
+    OUT price_id bigint, OUT credits_held bigint, OUT limit_reached bigint
 )
-LANGUAGE plpgsql STABLE AS $$
-DECLARE
-    is_limited boolean;
+LANGUAGE plpgsql STABLE SET plan_cache_mode = force_generic_plan AS $$
 BEGIN
-    SELECT p.price_id, coalesce(p.hold, 1), is_any.limited
-    INTO price_id, credits_held, is_limited
-    FROM (
-        SELECT EXISTS (
-            SELECT FROM limits WHERE coalesce(team_id, organization_id) IN (of_team, of_organization)
-        ) AS limited
-    ) AS is_any
-    LEFT JOIN price_of(of_team, of_organization, of_group, of_job_type) p ON true;
+    SELECT p.price_id, p.hold
+    INTO price_id, credits_held
+    FROM price_of(of_team, of_organization, of_group, of_job_type) p;
+    credits_held := coalesce(credits_held, 1);
 
-    IF is_limited THEN
-        SELECT l.details
+    IF EXISTS (SELECT FROM limits WHERE coalesce(team_id, organization_id) IN (of_team, of_organization)) THEN
+        SELECT l.limit_id
         INTO limit_reached
         FROM hard_limits(of_team, of_organization, of_group) l
         WHERE l.room_jobs < 1 OR l.room_credits < credits_held
@@ -152,46 +168,57 @@ $$;
 
 
 -- Counts jobs that begin, and what credits are held for them: for the triggers of jobs, for every client. A hard limit
--- that is passed by it refuses them.
-CREATE FUNCTION count_use(of_limit bigint, of_period timestamptz, jobs bigint, credits bigint) RETURNS void
+-- that is passed by it refuses them. Jobs that are running count only where that is limited by them.
+CREATE FUNCTION count_use(of_limit limits, of_period timestamptz, jobs bigint, credits bigint) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
-    l      public.limits;
-    is_new boolean;
-    state  record;
+    is_new   boolean;
+    used     numeric;
+    running  bigint;
+    reserved bigint;
+    expected numeric;
 BEGIN
-    SELECT * INTO l FROM ONLY public.limits WHERE limit_id = of_limit;
-    INSERT INTO public.limit_counters AS counter (limit_id, period_start, used, running, reserved)
+    INSERT INTO public.limit_counters AS c (limit_id, period_start, used, running, reserved)
     VALUES (
-        of_limit, of_period, CASE WHEN l.measure = 'jobs' THEN jobs ELSE 0 END, jobs,
-        CASE WHEN l.measure = 'credits' THEN credits ELSE 0 END
+        of_limit.limit_id,
+        of_period,
+        CASE WHEN of_limit.measure = 'jobs' THEN jobs ELSE 0 END,
+        CASE WHEN public.counts_running(of_limit.measure, of_limit.per) THEN jobs ELSE 0 END,
+        CASE WHEN of_limit.measure = 'credits' THEN credits ELSE 0 END
     )
     ON CONFLICT (limit_id, period_start) DO UPDATE
-    SET used = counter.used + excluded.used,
-        running = counter.running + excluded.running,
-        reserved = counter.reserved + excluded.reserved
-    RETURNING xmax = 0 INTO is_new;
+    SET used = c.used + excluded.used,
+        running = c.running + excluded.running,
+        reserved = c.reserved + excluded.reserved
+    RETURNING c.xmax = 0, c.used, c.running, c.reserved, c.expected INTO is_new, used, running, reserved, expected;
 
-    IF is_new AND public.limit_window(l.per) > interval '0' THEN
-        DELETE FROM ONLY public.limit_counters
-        WHERE limit_id = of_limit
-          AND period_start < of_period - 2 * public.limit_window(l.per)
-          AND running = 0;
+    IF is_new AND public.limit_window(of_limit.per) > interval '0' THEN
+        DELETE FROM ONLY public.limit_counters c
+        WHERE c.limit_id = of_limit.limit_id
+          AND c.period_start < of_period - 2 * public.limit_window(of_limit.per)
+          AND c.running = 0;
     END IF;
-    IF l.is_hard THEN
-        SELECT * INTO state FROM public.limit_state(l.limit_id, l.measure, l.per, l.amount, of_period);
-        -- Those that have just begun are running already; the last of them asks for the others.
-        IF (
-            CASE
-                WHEN l.measure IN ('tokens', 'cost_usd')
-                    THEN jobs > 0 AND state.used + (state.running - 1) * coalesce(state.expected, 0) >= l.amount
-                ELSE state.counted > l.amount
-            END
-        ) THEN
-            RAISE EXCEPTION 'the limit of % % is reached', trim_scale(l.amount) || ' ' || l.measure,
-                CASE l.per WHEN 'total' THEN 'in total' WHEN 'concurrent' THEN 'at once' ELSE 'per ' || l.per END
-                USING ERRCODE = 'SL011', HINT = 'See: saasllm limit list';
-        END IF;
+    IF NOT of_limit.is_hard THEN
+        RETURN;
+    END IF;
+    -- Its row is all there is to know of most: not of a window, nor of a period in which no job has ended.
+    IF public.limit_window(of_limit.per) > interval '0' OR (of_limit.measure IN ('tokens', 'cost_usd') AND expected IS NULL)
+    THEN
+        SELECT s.used, s.running, s.reserved, s.expected
+        INTO used, running, reserved, expected
+        FROM public.limit_state(of_limit.limit_id, of_limit.measure, of_limit.per, of_limit.amount, of_period) AS s;
+    END IF;
+    -- Of tokens and money, those jobs count that were running before: the last that has begun asks for the others.
+    IF (
+        CASE
+            WHEN of_limit.measure IN ('tokens', 'cost_usd')
+                THEN jobs > 0 AND used + (running - 1) * coalesce(expected, 0) >= of_limit.amount
+            ELSE public.limit_counted(of_limit.measure, of_limit.per, used, running, reserved, NULL) > of_limit.amount
+        END
+    ) THEN
+        RAISE EXCEPTION 'the limit of % % is reached', trim_scale(of_limit.amount) || ' ' || of_limit.measure,
+            CASE of_limit.per WHEN 'total' THEN 'in total' WHEN 'concurrent' THEN 'at once' ELSE 'per ' || of_limit.per END
+            USING ERRCODE = 'SL011', HINT = 'See: saasllm limit list';
     END IF;
 END
 $$;
@@ -227,7 +254,7 @@ BEGIN
             FROM ONLY public.llm_calls call
             WHERE call.job_id = j.job_id AND (l.group_name IS NULL OR call.model_group_used = l.group_name)
         ) AS c ON l.measure IN ('tokens', 'cost_usd')
-        WHERE j.job_id = ANY (ended)
+        WHERE j.job_id = ANY (ended) AND public.counts_running(l.measure, l.per)
         GROUP BY l.limit_id, period_start
         ORDER BY l.limit_id, period_start
     LOOP
@@ -298,7 +325,7 @@ BEGIN
             ),
             0
         ),
-        count(*) FILTER (WHERE j.completed_at IS NULL),
+        count(*) FILTER (WHERE j.completed_at IS NULL AND public.counts_running(NEW.measure, NEW.per)),
         CASE WHEN NEW.measure = 'credits' THEN coalesce(sum(j.credits_held) FILTER (WHERE j.completed_at IS NULL), 0) ELSE 0 END,
         CASE NEW.measure
             WHEN 'tokens' THEN round(avg(c.tokens) FILTER (WHERE j.status = 'completed'), 12)

@@ -72,7 +72,7 @@ SELECT
         CASE WHEN EXISTS (SELECT FROM job) THEN 'begun' ELSE 'insufficient_credits' END
     ) AS outcome,
     request.credits_held,
-    request.limit_reached,
+    limit_record(request.limit_reached) AS limit_reached,
     request.model_names,
     request.model_prices,
     request.existing_job_id,
@@ -192,7 +192,7 @@ SELECT
         ELSE 'insufficient_credits'
     END AS outcome,
     (
-        SELECT l.details
+        SELECT limit_record(l.limit_id)
         FROM hard_limit l
         WHERE l.room_jobs < new.jobs_so_far OR l.room_credits < new.credits_so_far
         ORDER BY l.room_at DESC
@@ -261,7 +261,7 @@ request AS (
     LEFT JOIN LATERAL price_of(j.team_id::text, j.organization_id::text, asked.group_name, j.job_type) p ON f.is_first
 ),
 reached AS (
-    SELECT l.details AS limit_reached
+    SELECT l.limit_id
     FROM request
     CROSS JOIN LATERAL hard_limits(request.team_id::text, request.organization_id::text, %(group_name)s) l
     WHERE request.refusal IS NULL
@@ -310,7 +310,7 @@ SELECT
     model_prices,
     credits_held,
     credits_held_before,
-    (SELECT limit_reached FROM reached) AS limit_reached,
+    limit_record((SELECT limit_id FROM reached)) AS limit_reached,
     (SELECT to_jsonb(c) FROM credit_details c WHERE c.team_id = request.team_id) AS credits,
     now() AS started_at
 FROM request;
