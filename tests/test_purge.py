@@ -96,6 +96,81 @@ def test_an_organization_goes_with_all_its_teams(used: Run, sql: psycopg.Connect
     assert {row["action"] for row in before} == {"create"}
 
 
+PRICED = """\
+organizations:
+- {organization_id: acme, price: {credits: 3}, limits: [{measure: credits, per: month, amount: 90}]}
+- {organization_id: other, price: {credits: 4}, limits: [{measure: credits, per: month, amount: 90}]}
+teams:
+- team_id: hr
+  organization_id: acme
+  overdraft: 5
+  price: {credits: 1}
+  limits: [{measure: jobs, per: day, amount: 5}, {measure: jobs, per: day, amount: 5, group_name: Echo}]
+- {team_id: it, organization_id: acme, price: {credits: 2}, limits: [{measure: jobs, per: day, amount: 7}]}
+prices:
+- {team_id: hr, group_name: Echo, credits: 1}
+- {organization_id: acme, job_type: report, credits: 5}
+- {credits: 6}
+"""
+WHOSE = "SELECT coalesce(team_id, organization_id, '') AS whose FROM {} ORDER BY whose"
+
+
+def test_prices_and_limits_go_with_their_team_and_with_their_organization(used: Run, sql: Sql) -> None:
+    """With them what they have counted, and earlier versions; of all that, no record is left but that of the purge."""
+
+    def whose(table: str) -> list[str]:
+        return [row["whose"] for row in sql.execute(WHOSE.format(table)).fetchall()]
+
+    for text in (PRICED, PRICED.replace("{credits: 1}", "{credits: 2}")):
+        assert used("apply", "-f", "-", stdin=text).status == 0
+    used("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x")
+    assert whose("job_prices") == ["", "acme", "acme", "hr", "hr", "hr", "it", "other"]
+    assert used("team", "delete", "hr", "--purge", "--confirm", "hr").status == 0
+    assert whose("job_prices") == ["", "acme", "acme", "it", "other"]
+    assert whose("limits") == ["acme", "it", "other"]
+    # The job that was open is not running any more, and what was used before stays used.
+    counted = (
+        "SELECT used, running, reserved FROM limit_counters JOIN limits USING (limit_id) WHERE organization_id = 'acme'"
+    )
+    assert sql.execute(counted).fetchall() == [{"used": 3, "running": 0, "reserved": 0}]
+    record, *before = used("audit", "list", "--team", "hr", "--limit", "all", "-o", "json").data
+    assert (record["noun"], record["action"]) == ("team", "purge")
+    assert {row["action"] for row in before} == {"create", "update"}
+
+    assert used("org", "delete", "acme", "--purge", "--confirm", "acme").status == 0
+    assert (whose("job_prices"), whose("limits")) == (["", "other"], ["other"])
+    assert whose("limit_counters JOIN limits USING (limit_id)") in ([], ["other"])
+    record, *before = used("audit", "list", "--org", "acme", "--limit", "all", "-o", "json").data
+    assert (record["noun"], record["action"]) == ("organization", "purge")
+    purges = [row for row in before if row["action"] not in ("create", "update")]
+    assert [(row["team_id"], row["action"]) for row in purges] == [("hr", "purge")]
+
+
+@pytest.mark.parametrize("purge", [False, True])
+def test_a_tenant_without_history_takes_its_prices_and_limits_along(saasllm: Run, sql: Sql, purge: bool) -> None:
+    """Deleted without a purge, each of them leaves a record."""
+    text = (
+        "organizations: [{organization_id: o, price: {credits: 1}, limits: [{measure: jobs, per: day, amount: 1}]}]\n"
+        "teams: [{team_id: t, organization_id: o, price: {credits: 1}, limits: [{measure: jobs, per: day, amount: 1}]}]"
+    )
+    assert saasllm("apply", "-f", "-", stdin=text).status == 0
+    for noun, id_ in (("team", "t"), ("org", "o")):
+        options = ("--purge", "--confirm", id_) if purge else ("--yes",)
+        deleted = saasllm(noun, "delete", id_, *options)
+        assert deleted.status == 0, deleted.err
+    assert sql.execute("SELECT FROM job_prices").fetchall() == sql.execute("SELECT FROM limits").fetchall() == []
+    gone = sql.execute(
+        "SELECT noun, action, organization_id, team_id FROM audit_log WHERE action NOT IN ('create', 'update')"
+        " ORDER BY organization_id, team_id NULLS LAST, noun"
+    ).fetchall()
+    nouns = ("{0}",) if purge else ("limit", "price", "{0}")
+    assert [tuple(row.values()) for row in gone] == [
+        (name.format(noun), "purge" if purge else "delete", "o", team_id)
+        for noun, team_id in (("team", "t"), ("organization", None))
+        for name in sorted(name.format(noun) for name in nouns)
+    ]
+
+
 def test_an_organization_without_teams(saasllm: Run) -> None:
     saasllm("org", "create", "empty")
     assert saasllm("org", "delete", "empty", "--purge", "--confirm", "empty").status == 0

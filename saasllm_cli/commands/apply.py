@@ -45,7 +45,7 @@ def apply(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of the files, for editors.")] = False,
     output: Output = None,
 ) -> None:
-    """Create and update organizations, model groups and teams from files.
+    """Create and update organizations, model groups, teams and prices from files.
 
     Either all changes are made or none. Anything the files do not name is left alone, and applying them again changes
     nothing. A team's `credits` are granted when it is created; a different number later is shown but not applied.
