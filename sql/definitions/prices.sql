@@ -28,7 +28,22 @@ CREATE TRIGGER job_prices_close_once AFTER UPDATE ON job_prices
     EXECUTE FUNCTION refuse_price_change();
 
 
--- The prices of a group end with it: another of the same name would have them else.
+-- The prices of a group end with it: another of the same name would have them else. A new one holds its group, as a
+-- foreign key would.
+
+CREATE FUNCTION require_group() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
+BEGIN
+    PERFORM FROM ONLY public.model_groups WHERE group_name = NEW.group_name FOR KEY SHARE;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'there is no group %', NEW.group_name USING ERRCODE = 'foreign_key_violation';
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER job_prices_require_group AFTER INSERT ON job_prices
+    FOR EACH ROW WHEN (NEW.group_name IS NOT NULL AND NEW.closed_at IS NULL) EXECUTE FUNCTION require_group();
 
 CREATE FUNCTION close_prices() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off AS $$

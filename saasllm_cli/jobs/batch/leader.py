@@ -256,22 +256,20 @@ class _Batch:
                     self._refusal, self._is_ending = refused(outcome, *ids), True
         self._workers.send(begun)
         self._finish(finished)
-        if unpaid and self._sweep():
-            self._again += unpaid
-        elif unpaid:
-            self.summary.is_out_of_credits = self._is_ending = True
-            refused_outcomes = ["insufficient_credits"] * len(unpaid)
         if not limited:
             self.summary.limit_reached = None
-        elif self._sweep():
-            self._again += limited
-        elif (limit := self.summary.limit_reached) is None or limit["per"] in ROOM_COMES or self._running:
-            # What is running may use less than is expected of it, or fail and use nothing.
-            self._again += limited
+        waiting = [*limited, *unpaid]
+        limit = self.summary.limit_reached
+        if waiting and self._sweep():
+            self._again += waiting
+        elif waiting and (self._running or (limited and (limit is None or limit["per"] in ROOM_COMES))):
+            # What is running may cost less than it holds or is expected to, or fail and cost nothing.
+            self._again += waiting
             self._paused_until = time.monotonic() + LIMIT_SECONDS
-        else:
+        elif waiting:
             self._is_ending = True
-            refused_outcomes = ["limit_reached"] * len(limited)
+            self.summary.is_out_of_credits = not limited
+            refused_outcomes = ["limit_reached" if limited else "insufficient_credits"] * len(waiting)
         if refused_outcomes:  # one for all of them
             told = self._request.team_id, self._request.group_name, refused_outcomes[0], len(refused_outcomes)
             self._session.ask(lambda db: keep_refusal(db, *told))
@@ -351,7 +349,9 @@ class _Batch:
             else:
                 self._again.append(task)
         self._finish(done)
-        if self._again:
+        if not self._is_slowed:
+            self._paused_until = 0.0  # there may be room by now
+        if self._again and not self._is_paused:
             self._sweep()
 
     def _settled(self, results: list[dict[str, Any]]) -> dict[str, database.Row]:
@@ -409,6 +409,12 @@ class _Batch:
     @property
     def _is_paused(self) -> bool:
         return time.monotonic() < self._paused_until
+
+    @property
+    def _is_slowed(self) -> bool:
+        """Whether it waits for time to pass, and not for what is running."""
+        limit = self.summary.limit_reached
+        return limit is not None and limit["per"] in ("minute", "hour")
 
     def _sweep(self) -> bool:
         """Frees the credits of the team's expired leases; whether there were any."""
