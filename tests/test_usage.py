@@ -20,8 +20,10 @@ from saasllm_cli.jobs.calls import CallRequest
 Run = Callable[..., Result]
 TOTALS = [
     *("jobs", "jobs_completed", "jobs_failed", "jobs_cancelled", "jobs_open"),
+    *("jobs_unpriced", "credits_charged", "credits_short"),
     *("credits_added", "credits_deducted", "credits_refunded", "credits_net", "credits_adjusted", "credits_expired"),
     *("calls", "failed_calls", "prompt_tokens", "completion_tokens", "total_tokens", "cost_usd", "unpriced_calls"),
+    "margin_usd",
 ]
 
 
@@ -82,14 +84,18 @@ def test_a_month_of_a_team(used: Run) -> None:
     ]
     assert (report["since"], report["until"]) == ("2026-03-01T00:00:00Z", "2026-04-01T00:00:00Z")
     whole = dict(
-        zip(TOTALS, [3, 0, 1, 1, 1, 5, 0, 0, 0, -2, 0, 9, 3, 33, 33, 66, Decimal("0.00000003"), 3], strict=True)
+        zip(
+            TOTALS,
+            [3, 0, 1, 1, 1, 0, 0, 0, 5, 0, 0, 0, -2, 0, 9, 3, 33, 33, 66, Decimal("0.00000003"), 3, None],
+            strict=True,
+        )
     )
     assert {field: report[field] for field in TOTALS} == whole
     assert report["months"] == [{"month": "2026-03", **whole}]
     assert [day["day"] for day in report["days"]] == [f"2026-03-{day:02}" for day in range(1, 32)]
     first, second, *_, last = report["days"]
     assert (first["jobs"], first["jobs_cancelled"], first["credits_added"], first["calls"]) == (1, 1, 5, 3)
-    assert {value for field, value in second.items() if field != "day"} == {0}
+    assert {value for field, value in second.items() if field not in ("day", "margin_usd")} == {0}
     assert (last["jobs"], last["jobs_failed"], last["jobs_open"], last["credits_adjusted"]) == (2, 1, 1, -2)
     assert report["job_types"] == [
         {
@@ -99,6 +105,10 @@ def test_a_month_of_a_team(used: Run) -> None:
             "jobs_failed": failed,
             "jobs_cancelled": cancelled,
             "jobs_open": still,
+            "jobs_unpriced": 0,
+            "credits_charged": 0,
+            "credits_short": 0,
+            "margin_usd": None,
         }
         for name, jobs, failed, cancelled, still in (("parse", 2, 0, 1, 1), ("match", 1, 1, 0, 0))
     ]
@@ -171,7 +181,7 @@ def test_an_organization_is_the_sum_of_its_teams(used: Run) -> None:
     assert len(report["months"]) == datetime.now(UTC).month if datetime.now(UTC).year == 2026 else 12
     teams = [used("team", "usage", team, "--period", "2026", "-o", "json").data for team in ("hr", "it", "idle")]
     for field in TOTALS:
-        assert report[field] == pytest.approx(sum(team[field] or 0 for team in teams)), field
+        assert (report[field] or 0) == pytest.approx(sum(team[field] or 0 for team in teams)), field
 
 
 def test_what_was_just_done_is_in_this_month(tenant: Run) -> None:

@@ -148,3 +148,23 @@ BEGIN
     FROM due;
 END
 $$;
+
+
+-- What jobs that were priced by money brought, less what all of their calls cost us, also those that failed. One that was
+-- refunded brought nothing. A job whose cost nobody knows has no margin. (The quotient has a fixed scale, so that the parts
+-- of a sum add up to it.)
+CREATE VIEW job_margins AS
+SELECT
+    j.job_id,
+    j.team_id,
+    j.organization_id,
+    j.job_type,
+    j.created_at,
+    CASE WHEN count(r.job_id) = 0 THEN round(j.credits_charged / p.credits_per_usd, 9) ELSE 0 END
+        - coalesce(sum(c.cost_usd), 0) AS margin_usd
+FROM jobs j
+JOIN job_prices p ON p.price_id = j.price_id AND p.credits_per_usd > 0
+LEFT JOIN credit_transactions r ON r.job_id = j.job_id AND r.transaction_type = 'refund'
+LEFT JOIN llm_calls c ON c.job_id = j.job_id
+WHERE NOT j.is_unpriced
+GROUP BY j.job_id, p.price_id;

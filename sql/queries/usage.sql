@@ -18,7 +18,10 @@ SELECT
     count(*) FILTER (WHERE status = 'completed') AS jobs_completed,
     count(*) FILTER (WHERE status = 'failed') AS jobs_failed,
     count(*) FILTER (WHERE status = 'cancelled') AS jobs_cancelled,
-    count(*) FILTER (WHERE status IN ('pending', 'in_progress')) AS jobs_open
+    count(*) FILTER (WHERE status IN ('pending', 'in_progress')) AS jobs_open,
+    count(*) FILTER (WHERE is_unpriced) AS jobs_unpriced,
+    coalesce(sum(credits_charged), 0) AS credits_charged,
+    coalesce(sum(credits_short), 0) AS credits_short
 FROM jobs
 CROSS JOIN LATERAL (
     SELECT
@@ -62,7 +65,7 @@ WHERE team_id IN (
 GROUP BY GROUPING SETS ((), (month), (day), (team_id));
 
 -- name: calls(organization_id, team_id, since, until) :many
--- cost_usd is the sum of the known prices, and NULL where there were answers and none is known.
+-- cost_usd is the sum of what is known, of failed calls too, and NULL where there were answers and none is known.
 SELECT
     CASE
         WHEN GROUPING(month) = 0 THEN 'months'
@@ -96,3 +99,27 @@ WHERE team_id IN (
   AND created_at >= %(since)s
   AND created_at < %(until)s
 GROUP BY GROUPING SETS ((), (month), (day), (resolved_model), (team_id));
+
+-- name: margins(organization_id, team_id, since, until) :many
+-- Of the jobs that were priced by money alone, less their own cost; NULL where there were none.
+SELECT
+    CASE
+        WHEN GROUPING(month) = 0 THEN 'months'
+        WHEN GROUPING(day) = 0 THEN 'days'
+        WHEN GROUPING(job_type) = 0 THEN 'job_types'
+        WHEN GROUPING(team_id) = 0 THEN 'teams'
+        ELSE 'all'
+    END AS part,
+    coalesce(month, day, job_type, team_id) AS key,
+    trim_scale(sum(margin_usd)) AS margin_usd
+FROM job_margins
+CROSS JOIN LATERAL (
+    SELECT
+        to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM') AS month,
+        to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD') AS day
+) AS calendar
+WHERE organization_id = %(organization_id)s
+  AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
+  AND created_at >= %(since)s
+  AND created_at < %(until)s
+GROUP BY GROUPING SETS ((), (month), (day), (job_type), (team_id));
