@@ -38,10 +38,10 @@ def report(db: Database, organization_id: str, team_id: str | None, since: datet
     for part, (field, measure) in PARTS.items():
         # Job types and models are counted by one query each, the others by all.
         nothing = {} if part in ("job_types", "models") else dict.fromkeys(whole, 0)
-        rows = [{field: key} | nothing | counted for key, counted in sorted(counts[part].items())]
         if part != "models":  # what a job brings is not divided among its models
-            for row in rows:
-                row["margin_usd"] = counts[part][row[field]].get("margin_usd")
+            for counted in counts[part].values():
+                counted.setdefault("margin_usd", None)
+        rows = [{field: key} | nothing | counted for key, counted in sorted(counts[part].items())]
         if measure:
             rows.sort(key=itemgetter(measure), reverse=True)
         result[part] = rows

@@ -11,6 +11,7 @@ import simplejson
 import typer
 from conftest import Result, charged_job
 from test_output import Terminal
+from test_price import charged, costing, price
 
 from saasllm_cli.commands.inputs import period
 from saasllm_cli.database import Database
@@ -171,6 +172,62 @@ def test_an_invoice_counts_what_was_deducted_less_what_was_refunded(tenant: Run,
         *("month", "jobs", "tokens", "cost_usd", "deducted", "net"),
         *(month["month"], "3", "0", "0", "3", "2"),
     ]
+
+
+def test_the_margin_is_of_jobs_that_were_priced_by_money(tenant: Run, sql: psycopg.Connection) -> None:
+    """Each job calls a model that answers for one cent, and one that fails for half a cent."""
+    tenant("credits", "add", "hr", 90)
+    costing(tenant, "0.01")
+    assert charged(tenant) == (1, 0)
+    assert tenant("team", "usage", "hr", "-o", "json").data["margin_usd"] is None
+    price(tenant, "--job-type", "cv", "--credits-per-usd", 300, "--markup", 200)
+    assert [charged(tenant, "--job-type", "cv") for _ in range(4)] == [(9, 0)] * 4  # nine credits are three cents
+    price(tenant, "--job-type", "third", "--credits-per-usd", 3)
+    assert charged(tenant, "--job-type", "third") == (1, 0)
+    ids = [job["job_id"] for job in tenant("job", "list", "--sort", "oldest", "-o", "json").data]
+    tenant("credits", "refund", "--job", ids[1])
+    sql.execute("UPDATE jobs SET is_unpriced = true WHERE job_id = %s", [ids[2]])
+    price(tenant, "--job-type", "big", "--credits-per-usd", 100000)
+    assert charged(tenant, "--job-type", "big") == (71, 929)
+    ids.append(tenant("job", "list", "--limit", 1, "-o", "json").data[0]["job_id"])
+    sql.execute(
+        "INSERT INTO llm_calls (job_id, team_id, model_group_used, resolved_model, attempt, latency_ms, error,"
+        " cost_usd) SELECT job_id, team_id, 'Echo', 'offline/fail', 2, 1, 'HTTP 503', 0.005 FROM jobs"
+    )
+
+    report = simplejson.loads(tenant("team", "usage", "hr", "-o", "json").out, use_decimal=True)
+    assert {row["job_type"]: (row["jobs"], row["margin_usd"]) for row in report["job_types"]} == {
+        "completion": (1, None),
+        "cv": (4, Decimal("0.015")),  # 2 * (0.03 - 0.015), less 0.015 of the one that was refunded
+        "third": (1, Decimal("0.318333333")),
+        "big": (1, Decimal("-0.01429")),
+    }
+    whole = {"jobs_unpriced": 1, "credits_charged": 109, "credits_short": 929, "credits_net": 100}
+    whole |= {"cost_usd": Decimal("0.105"), "margin_usd": Decimal("0.319043333")}
+    for row in (report, report["months"][-1], report["days"][-1]):
+        assert {name: row[name] for name in whole} == whole
+    assert "margin_usd" not in report["models"][0]
+    organization = simplejson.loads(tenant("org", "usage", "acme", "-o", "json").out, use_decimal=True)
+    assert {name: organization["teams"][0][name] for name in whole} == whole
+    assert "margin_usd" in tenant("team", "usage", "hr", "--by", "month").out
+    shown = tenant("team", "usage", "hr", "--by", "job_type").out
+    assert [line.split() for line in shown.splitlines() if line.startswith(("type", "big"))] == [
+        ["type", "jobs", "completed", "failed", "charged", "short", "margin_usd"],
+        ["big", "1", "1", "0", "71", "929", "-0.01429"],
+    ]
+
+    costs = [simplejson.loads(tenant("job", "costs", id_, "-o", "json").out, use_decimal=True) for id_ in ids]
+    margins = [None, "-0.015", None, "0.015", "0.015", "0.318333333", "-0.01429"]
+    assert [cost["margin_usd"] for cost in costs] == [margin and Decimal(margin) for margin in margins]
+    assert {cost["cost_usd"] for cost in costs} == {Decimal("0.015")}
+    assert [cost["credits_refunded"] for cost in costs] == [0, 9, 0, 0, 0, 0, 0]
+    assert (costs[-1]["credits_charged"], costs[-1]["credits_short"]) == (71, 929)
+    assert costs[1]["charged_by"]["credits_per_usd"] == 300
+    assert [row["resolved_model"] for row in rows(tenant("job", "costs", ids[1], "-o", "csv"))] == [
+        *("offline/echo", "offline/fail")
+    ]
+    for verb in ("get", "costs"):
+        assert "charged_by         $ x 300 + 200 %\n" in tenant("job", verb, ids[1]).out
 
 
 def test_an_organization_is_the_sum_of_its_teams(used: Run) -> None:
