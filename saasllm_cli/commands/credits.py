@@ -84,7 +84,7 @@ def balance(
 ) -> None:
     """Show a team's credit balance.
 
-    Shows what the team was granted, has used, has reserved for running jobs and has left.
+    Shows what the team was granted, has used, has reserved for running jobs and has left, and its overdraft.
     """
     with database.connect() as db:
         if as_of is None:
