@@ -761,6 +761,6 @@ SELECT
     j.price_id,
     (SELECT price_terms(p) FROM job_prices p WHERE p.price_id = j.price_id) AS charged_by,
     j.is_unpriced,
-    (SELECT trim_scale(margin_usd) FROM job_margins WHERE job_id = j.job_id) AS margin_usd
+    (SELECT trim_scale(sum(amount_usd)) FROM margin_parts WHERE job_id = j.job_id) AS margin_usd
 FROM jobs j
 WHERE j.job_id = %(job_id)s;
