@@ -68,6 +68,7 @@ HEADINGS = {
     "credits_per_day": "per_day",
     "credits_remaining": "remaining",
     "credits_reserved": "reserved",
+    "credits_short": "short",
     "credits_used": "used",
     "database_url": "database",
     "display_name": "name",

@@ -29,7 +29,7 @@ def report(db: Database, organization_id: str, team_id: str | None, since: datet
     counts: dict[str, dict[str, Row]] = {part: {} for part in ("all", *PARTS)}
     counts["days"] = {day: {} for day in days}
     counts["months"] = {day[:7]: {} for day in days}
-    for name in ("usage.jobs", "usage.credits", "usage.calls"):
+    for name in ("usage.jobs", "usage.credits", "usage.calls", "usage.margins"):
         for row in db.many(name, **period):
             counts[row.pop("part")].setdefault(row.pop("key"), {}).update(row)
 
@@ -38,6 +38,9 @@ def report(db: Database, organization_id: str, team_id: str | None, since: datet
     for part, (field, measure) in PARTS.items():
         # Job types and models are counted by one query each, the others by all.
         nothing = {} if part in ("job_types", "models") else dict.fromkeys(whole, 0)
+        if part != "models":  # what a job brings is not divided among its models
+            for counted in counts[part].values():
+                counted.setdefault("margin_usd", None)
         rows = [{field: key} | nothing | counted for key, counted in sorted(counts[part].items())]
         if measure:
             rows.sort(key=itemgetter(measure), reverse=True)

@@ -110,6 +110,26 @@ def test_modes(tenant: Run, mode: str, options: tuple[object, ...], after: list[
     assert tenant("credits", "verify").status == 0
 
 
+@pytest.mark.parametrize(
+    ("mode", "options", "after"),
+    [
+        ("add", (), [1, 6]),
+        ("add", ("--max", 5), [1, 5]),
+        ("reset", (), [1, 5]),  # what a team owes does not expire
+        ("top-up", (), [5, 5]),
+    ],
+)
+def test_modes_below_zero(tenant: Run, mode: str, options: tuple[object, ...], after: list[int]) -> None:
+    """From four credits below zero on, five every day, for two days without use."""
+    tenant("team", "update", "hr", "--overdraft", 8)
+    tenant("credits", "adjust", "hr", -14, "--reason", "x")
+    schedule(tenant, "--amount", 5, "--every", "daily", "--mode", mode, "--starts", "2026-03-01", *options)
+    for day, left in enumerate(after, start=1):
+        allocate(tenant, "--as-of", f"2026-03-{day:02}")
+        assert remaining(tenant) == left
+    assert tenant("credits", "verify").status == 0
+
+
 def test_a_reset_leaves_what_is_reserved_and_says_what_expired(tenant: Run) -> None:
     runner._begin(runner.new_job_id(), runner.JobRequest("hr", CallRequest("Echo", [], 60)))
     schedule(tenant, "--amount", 5, "--every", "monthly", "--mode", "reset", "--starts", "2026-03-31")

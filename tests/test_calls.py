@@ -612,7 +612,7 @@ def test_a_call_that_is_late_is_not_written(tenant: Run, provider: Provider, sql
     assert calls_of(tenant, job_id) == []
 
 
-@pytest.mark.parametrize(("status", "told"), [("completed", "its credit is charged"), ("failed", "nothing is charged")])
+@pytest.mark.parametrize(("status", "told"), [("completed", "it is charged"), ("failed", "nothing is charged")])
 def test_a_call_that_ends_after_its_job(tenant: Run, monkeypatch: pytest.MonkeyPatch, status: str, told: str) -> None:
     job_id = created(tenant)
     call(tenant, job_id, "Echo")

@@ -187,6 +187,12 @@ def test_check_which_teams_run_low(tenant: Run) -> None:
     assert [
         team["team_id"] for team in tenant("credits", "check", "--below", 11, "--org", "acme", "-o", "json").data
     ] == ["hr"]
+    tenant("team", "update", "it", "--overdraft", 9)
+    low = tenant("credits", "check", "--below", 13, "-o", "json")
+    assert [team["team_id"] for team in low.data] == ["hr", "it"]
+    assert tenant("credits", "check", "it", "--need", 12).status == 0
+    assert tenant("credits", "check", "it", "--need", 13).status == 5
+    tenant("team", "update", "it", "--overdraft", 0)
     assert tenant("credits", "check", "--below", 1, "--org", "typo").status == 3
     tenant("team", "suspend", "it")
     fine = tenant("credits", "check", "--below", 10, "-o", "json")
@@ -218,6 +224,17 @@ def test_a_refund_gives_back_what_a_job_was_charged_once(tenant: Run) -> None:
     balance = tenant("credits", "balance", "hr", "-o", "json").data
     assert (balance["credits_allocated"], balance["credits_used"], balance["credits_remaining"]) == (10, 0, 10)
     assert tenant("job", "get", job_id, "-o", "json").data["status"] == "completed"
+
+
+def test_a_refund_gives_back_all_that_a_job_was_charged(tenant: Run) -> None:
+    tenant("price", "set", "--credits", 10)
+    job_id = charged(tenant)
+    entry = tenant("credits", "refund", "--job", job_id, "-o", "json").data
+    assert (entry["credits_before"], entry["credits_amount"], entry["credits_after"]) == (0, 10, 10)
+    tenant("price", "set", "--credits", 0)
+    free = tenant("credits", "refund", "--job", charged(tenant), "-o", "json")
+    assert (free.status, free.error["code"]) == (4, "job_not_charged")
+    assert tenant("credits", "verify").status == 0
 
 
 def test_a_refund_with_a_key_is_told_again(tenant: Run) -> None:

@@ -40,6 +40,7 @@ def test_the_rate_of_the_last_days_and_the_day(used: Run, sql: psycopg.Connectio
         "team_id": "hr",
         "organization_id": "acme",
         "credits_remaining": 10,
+        "credits_overdraft": 0,
         "credits_per_day": 2,
         "days_left": 5,
         "runs_out_on": day and day["day"],
@@ -73,6 +74,44 @@ def test_what_is_scheduled_counts(used: Run, sql: psycopg.Connection, schedule: 
         f" SELECT 'hr', {schedule}"  # type: ignore[arg-type]
     )
     assert forecast(used)[0]["days_left"] == days_left
+
+
+@pytest.mark.parametrize(
+    ("schedule", "overdraft", "days_left"),
+    [
+        (None, "4", 7),
+        (None, "unlimited", None),
+        ("1, 'daily', 'add', NULL, current_date + 1", "1", 10),  # 9 8 7 6 5 4 3 2 1 0
+        ("1, 'daily', 'add', 5, current_date + 1", "2", 9),  # 8 6 5 4 3 2 1 0 -1
+        ("1, 'daily', 'top-up', NULL, current_date + 1", "1", None),  # 8 6 4 2 1 1 1 ...: each day it goes to -1
+        ("1, 'daily', 'top-up', NULL, current_date + 7", "5", None),  # -4 on that day
+        ("1, 'daily', 'reset', NULL, current_date + 9", "10", 11),  # -8 on that day, and less by one each day
+        ("2, 'daily', 'reset', NULL, current_date + 7", "3", 6),
+        ("2, 'daily', 'reset', NULL, current_date + 7", "4", None),
+        ("1, 'daily', 'reset', NULL, current_date + 2", "unlimited", None),
+    ],
+)
+def test_an_overdraft_is_used_up_before_credits_run_out(
+    used: Run, sql: psycopg.Connection, schedule: str | None, overdraft: str, days_left: int | None
+) -> None:
+    used("team", "update", "hr", "--overdraft", overdraft)
+    if schedule:
+        sql.execute(
+            "INSERT INTO credit_schedules (team_id, credits_amount, every, mode, credits_max, next_on)"
+            f" SELECT 'hr', {schedule}"  # type: ignore[arg-type]
+        )
+    assert forecast(used)[0]["days_left"] == days_left
+
+
+def test_an_overdraft_that_is_in_use(used: Run) -> None:
+    """Two credits a day, of twenty; sixteen of them are taken away: it has six below zero left."""
+    used("team", "update", "hr", "--overdraft", 12)
+    used("credits", "adjust", "hr", -16, "--reason", "x")
+    (team,) = forecast(used)
+    assert (team["credits_remaining"], team["credits_overdraft"], team["days_left"]) == (-6, 12, 3)
+    assert "12" in used("credits", "forecast").out.splitlines()[1].split()
+    used("team", "create", "idle", "--org", "acme", "--overdraft", 1)
+    assert [team["days_left"] for team in forecast(used)] == [3, None]
 
 
 def test_who_runs_out_first_comes_first(used: Run) -> None:

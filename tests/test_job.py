@@ -74,7 +74,7 @@ def test_a_job_over_http(tenant: Run, provider: Provider) -> None:
         {"role": "user", "content": "Summarise\n\na CV"},
     ]
     job = tenant("job", "get", result.data["job_id"], "-o", "json").data
-    assert list(job) == [*FIELDS, "calls"]
+    assert list(job) == [*FIELDS, "charged_by", "calls"]
     assert (job["status"], job["credit_applied"], job["model_groups_used"]) == ("completed", True, ["G"])
     (call,) = job["calls"]
     assert list(call) == CALL_FIELDS
@@ -831,7 +831,10 @@ def test_costs_per_model(tenant: Run, provider: Provider) -> None:
     with_models(tenant, "openai/status-503", "openai/gpt-4-turbo")
     provider.stands_for["gpt-4-turbo"] = "ok"
     job_id = job_run(tenant, "G", "--prompt", "x", "-o", "json").data["job_id"]
-    failed, answered = tenant("job", "costs", job_id, "-o", "json").data
+    costs = tenant("job", "costs", job_id, "-o", "json").data
+    assert (costs["job_id"], costs["calls"], costs["failed_calls"], costs["cost_usd"]) == (job_id, 2, 1, 0.00027)
+    assert (costs["credits_charged"], costs["charged_by"], costs["margin_usd"]) == (1, None, None)
+    failed, answered = costs["models"]
     assert (failed["resolved_model"], failed["calls"], failed["failed_calls"]) == ("openai/status-503", 1, 1)
     assert (failed["cost_usd"], failed["unpriced_calls"]) == (0, 0)
     assert (answered["total_tokens"], answered["cost_usd"], answered["unpriced_calls"]) == (17, 0.00027, 0)
@@ -876,7 +879,7 @@ def test_every_command_that_takes_a_job_takes_a_beginning_of_its_id(tenant: Run)
         (f"credits refund --job {name}", "transaction_type", "refund"),
     ):
         assert tenant(*command.split(), "-o", "json").data[key] == value
-    assert tenant("job", "costs", name, "-o", "json").data == []
+    assert tenant("job", "costs", name, "-o", "json").data["models"] == []
     assert tenant("job", "list", "--after", name, "-o", "json").data == []
     for verb, status in (("complete", "completed"), ("fail", "failed"), ("cancel", "cancelled")):
         begun = tenant("job", "create", "--team", "hr", "-o", "json").data["job_id"]

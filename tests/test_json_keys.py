@@ -64,19 +64,23 @@ ANSWER = [
     "completion_tokens",
     *("total_tokens", "cost_usd", "latency_ms", "attempts"),
 ]
-JOBS_USED = ["jobs", "jobs_completed", "jobs_failed", "jobs_cancelled", "jobs_open"]
+CHARGED_JOB = [*JOB, "charged_by"]
+JOBS_USED = [
+    *("jobs", "jobs_completed", "jobs_failed", "jobs_cancelled", "jobs_open", "jobs_unpriced", "credits_charged"),
+    "credits_short",
+]
 CREDITS_USED = [
     *("credits_added", "credits_deducted", "credits_refunded", "credits_net", "credits_adjusted", "credits_expired"),
 ]
 CALLS_USED = [
     *("calls", "failed_calls", "prompt_tokens", "completion_tokens", "total_tokens", "cost_usd", "unpriced_calls"),
 ]
-USED = [*JOBS_USED, *CREDITS_USED, *CALLS_USED]
+USED = [*JOBS_USED, *CREDITS_USED, *CALLS_USED, "margin_usd"]
 USAGE = [
     *("organization_id", "since", "until", *USED),
     {"months": [["month", *USED]]},
     {"days": [["day", *USED]]},
-    {"job_types": [["job_type", *JOBS_USED]]},
+    {"job_types": [["job_type", *JOBS_USED, "margin_usd"]]},
     {"models": [["resolved_model", *CALLS_USED]]},
 ]
 MIGRATION = ["migration", "status"]
@@ -132,17 +136,17 @@ COMMANDS: dict[str, list[Any]] = {
     ],
     "credits forecast": [
         [
-            *("team_id", "organization_id", "credits_remaining", "credits_per_day", "days_left", "runs_out_on"),
-            *("next_on", "next_amount"),
+            *("team_id", "organization_id", "credits_remaining", "credits_overdraft", "credits_per_day", "days_left"),
+            *("runs_out_on", "next_on", "next_amount"),
         ]
     ],
-    "job create --team hr": JOB,
+    "job create --team hr": CHARGED_JOB,
     "job call JOB --group Echo --prompt x": [*ANSWER, "lease_expires_at"],
-    "job complete JOB": JOB,
-    "job create --team hr --job-type a": JOB,
-    "job fail JOB": JOB,
-    "job create --team hr --job-type b": JOB,
-    "job cancel JOB": JOB,
+    "job complete JOB": CHARGED_JOB,
+    "job create --team hr --job-type a": CHARGED_JOB,
+    "job fail JOB": CHARGED_JOB,
+    "job create --team hr --job-type b": CHARGED_JOB,
+    "job cancel JOB": CHARGED_JOB,
     "job batch /dev/null --out out.jsonl --team hr --group Echo": [
         *("completed", "failed", "skipped", "cost_usd", "credits_charged", "credits_short", "unpriced"),
         *("is_out_of_credits", "limit_reached", "models", "passed_over", "not_sent"),
@@ -153,19 +157,22 @@ COMMANDS: dict[str, list[Any]] = {
         *ANSWER,
         *("credits_charged", "credits_short", "is_unpriced", "credits_remaining"),
     ],
-    "job get JOB": [*JOB, {"calls": [CALL]}],
+    "job get JOB": [*CHARGED_JOB, {"calls": [CALL]}],
     "job list": [JOB],
     "job list --refused": [
         ["refusal_id", "team_id", "organization_id", "group_name", "reason", "refusals", "first_at", "last_at"]
     ],
-    "job costs JOB": [["resolved_model", *CALLS_USED]],
-    "job annotate JOB --metadata a=b": JOB,
+    "job costs JOB": [
+        *("job_id", *CALLS_USED, "credits_charged", "credits_refunded", "credits_short", "price_id", "charged_by"),
+        *("is_unpriced", "margin_usd", {"models": [["resolved_model", *CALLS_USED]]}),
+    ],
+    "job annotate JOB --metadata a=b": CHARGED_JOB,
     "credits refund --job JOB": ENTRY,
     "team usage hr": ["team_id", *USAGE],
     "org usage acme": [*USAGE, {"teams": [["team_id", *USED]]}],
     "team usage hr --by month": [["team_id", "organization_id", "month", *USED]],
     "team usage hr --by day": [["team_id", "organization_id", "day", *USED]],
-    "team usage hr --by job_type": [["team_id", "organization_id", "job_type", *JOBS_USED]],
+    "team usage hr --by job_type": [["team_id", "organization_id", "job_type", *JOBS_USED, "margin_usd"]],
     "team usage hr --by model": [["team_id", "organization_id", "resolved_model", *CALLS_USED]],
     "org usage acme --by team": [["organization_id", "team_id", *USED]],
     "audit list": [
@@ -175,16 +182,17 @@ COMMANDS: dict[str, list[Any]] = {
         ]
     ],
     "export": [
-        {"organizations": [["organization_id", "name", "status", "metadata"]]},
-        {"model_groups": [["group_name", "display_name", "description", "status", "models"]]},
+        {"organizations": [["organization_id", "name", "status", "price", "limits", "metadata"]]},
+        {"model_groups": [["group_name", "display_name", "description", "status", "price", "models"]]},
         {
             "teams": [
                 [
-                    *("team_id", "organization_id", "team_alias", "status", "model_groups", "credits"),
-                    *("schedule", "metadata"),
+                    *("team_id", "organization_id", "team_alias", "status", "model_groups", "credits", "overdraft"),
+                    *("schedule", "price", "limits", "metadata"),
                 ]
             ]
         },
+        "prices",
     ],
     "apply -f file.yaml": [
         {"totals": [["noun", "created", "changed", "unchanged", "differing", "suspended", "deleted"]]},

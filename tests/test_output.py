@@ -251,7 +251,7 @@ VIEWS = {
     "job list": "job created status error",
     "job list --refused": "last reason times team",
     "job get {failed}": "",
-    "job costs {failed}": "model calls failed",
+    "job costs {failed}": "",
     "audit list": "actor action record",
     "doctor": "check status message",
     "migrate status": "migration status applied",

@@ -11,6 +11,7 @@ import simplejson
 import typer
 from conftest import Result, charged_job
 from test_output import Terminal
+from test_price import charged, costing, price
 
 from saasllm_cli.commands.inputs import period
 from saasllm_cli.database import Database
@@ -20,8 +21,10 @@ from saasllm_cli.jobs.calls import CallRequest
 Run = Callable[..., Result]
 TOTALS = [
     *("jobs", "jobs_completed", "jobs_failed", "jobs_cancelled", "jobs_open"),
+    *("jobs_unpriced", "credits_charged", "credits_short"),
     *("credits_added", "credits_deducted", "credits_refunded", "credits_net", "credits_adjusted", "credits_expired"),
     *("calls", "failed_calls", "prompt_tokens", "completion_tokens", "total_tokens", "cost_usd", "unpriced_calls"),
+    "margin_usd",
 ]
 
 
@@ -82,14 +85,18 @@ def test_a_month_of_a_team(used: Run) -> None:
     ]
     assert (report["since"], report["until"]) == ("2026-03-01T00:00:00Z", "2026-04-01T00:00:00Z")
     whole = dict(
-        zip(TOTALS, [3, 0, 1, 1, 1, 5, 0, 0, 0, -2, 0, 9, 3, 33, 33, 66, Decimal("0.00000003"), 3], strict=True)
+        zip(
+            TOTALS,
+            [3, 0, 1, 1, 1, 0, 0, 0, 5, 0, 0, 0, -2, 0, 9, 3, 33, 33, 66, Decimal("0.00000003"), 3, None],
+            strict=True,
+        )
     )
     assert {field: report[field] for field in TOTALS} == whole
     assert report["months"] == [{"month": "2026-03", **whole}]
     assert [day["day"] for day in report["days"]] == [f"2026-03-{day:02}" for day in range(1, 32)]
     first, second, *_, last = report["days"]
     assert (first["jobs"], first["jobs_cancelled"], first["credits_added"], first["calls"]) == (1, 1, 5, 3)
-    assert {value for field, value in second.items() if field != "day"} == {0}
+    assert {value for field, value in second.items() if field not in ("day", "margin_usd")} == {0}
     assert (last["jobs"], last["jobs_failed"], last["jobs_open"], last["credits_adjusted"]) == (2, 1, 1, -2)
     assert report["job_types"] == [
         {
@@ -99,6 +106,10 @@ def test_a_month_of_a_team(used: Run) -> None:
             "jobs_failed": failed,
             "jobs_cancelled": cancelled,
             "jobs_open": still,
+            "jobs_unpriced": 0,
+            "credits_charged": 0,
+            "credits_short": 0,
+            "margin_usd": None,
         }
         for name, jobs, failed, cancelled, still in (("parse", 2, 0, 1, 1), ("match", 1, 1, 0, 0))
     ]
@@ -163,6 +174,62 @@ def test_an_invoice_counts_what_was_deducted_less_what_was_refunded(tenant: Run,
     ]
 
 
+def test_the_margin_is_of_jobs_that_were_priced_by_money(tenant: Run, sql: psycopg.Connection) -> None:
+    """Each job calls a model that answers for one cent, and one that fails for half a cent."""
+    tenant("credits", "add", "hr", 90)
+    costing(tenant, "0.01")
+    assert charged(tenant) == (1, 0)
+    assert tenant("team", "usage", "hr", "-o", "json").data["margin_usd"] is None
+    price(tenant, "--job-type", "cv", "--credits-per-usd", 300, "--markup", 200)
+    assert [charged(tenant, "--job-type", "cv") for _ in range(4)] == [(9, 0)] * 4  # nine credits are three cents
+    price(tenant, "--job-type", "third", "--credits-per-usd", 3)
+    assert charged(tenant, "--job-type", "third") == (1, 0)
+    ids = [job["job_id"] for job in tenant("job", "list", "--sort", "oldest", "-o", "json").data]
+    tenant("credits", "refund", "--job", ids[1])
+    sql.execute("UPDATE jobs SET is_unpriced = true WHERE job_id = %s", [ids[2]])
+    price(tenant, "--job-type", "big", "--credits-per-usd", 100000)
+    assert charged(tenant, "--job-type", "big") == (71, 929)
+    ids.append(tenant("job", "list", "--limit", 1, "-o", "json").data[0]["job_id"])
+    sql.execute(
+        "INSERT INTO llm_calls (job_id, team_id, model_group_used, resolved_model, attempt, latency_ms, error,"
+        " cost_usd) SELECT job_id, team_id, 'Echo', 'offline/fail', 2, 1, 'HTTP 503', 0.005 FROM jobs"
+    )
+
+    report = simplejson.loads(tenant("team", "usage", "hr", "-o", "json").out, use_decimal=True)
+    assert {row["job_type"]: (row["jobs"], row["margin_usd"]) for row in report["job_types"]} == {
+        "completion": (1, None),
+        "cv": (4, Decimal("0.015")),  # 2 * (0.03 - 0.015), less 0.015 of the one that was refunded
+        "third": (1, Decimal("0.318333333")),
+        "big": (1, Decimal("-0.01429")),
+    }
+    whole = {"jobs_unpriced": 1, "credits_charged": 109, "credits_short": 929, "credits_net": 100}
+    whole |= {"cost_usd": Decimal("0.105"), "margin_usd": Decimal("0.319043333")}
+    for row in (report, report["months"][-1], report["days"][-1]):
+        assert {name: row[name] for name in whole} == whole
+    assert "margin_usd" not in report["models"][0]
+    organization = simplejson.loads(tenant("org", "usage", "acme", "-o", "json").out, use_decimal=True)
+    assert {name: organization["teams"][0][name] for name in whole} == whole
+    assert "margin_usd" in tenant("team", "usage", "hr", "--by", "month").out
+    shown = tenant("team", "usage", "hr", "--by", "job_type").out
+    assert [line.split() for line in shown.splitlines() if line.startswith(("type", "big"))] == [
+        ["type", "jobs", "completed", "failed", "charged", "short", "margin_usd"],
+        ["big", "1", "1", "0", "71", "929", "-0.01429"],
+    ]
+
+    costs = [simplejson.loads(tenant("job", "costs", id_, "-o", "json").out, use_decimal=True) for id_ in ids]
+    margins = [None, "-0.015", None, "0.015", "0.015", "0.318333333", "-0.01429"]
+    assert [cost["margin_usd"] for cost in costs] == [margin and Decimal(margin) for margin in margins]
+    assert {cost["cost_usd"] for cost in costs} == {Decimal("0.015")}
+    assert [cost["credits_refunded"] for cost in costs] == [0, 9, 0, 0, 0, 0, 0]
+    assert (costs[-1]["credits_charged"], costs[-1]["credits_short"]) == (71, 929)
+    assert costs[1]["charged_by"]["credits_per_usd"] == 300
+    assert [row["resolved_model"] for row in rows(tenant("job", "costs", ids[1], "-o", "csv"))] == [
+        *("offline/echo", "offline/fail")
+    ]
+    for verb in ("get", "costs"):
+        assert "charged_by         $ x 300 + 200 %\n" in tenant("job", verb, ids[1]).out
+
+
 def test_an_organization_is_the_sum_of_its_teams(used: Run) -> None:
     report = used("org", "usage", "acme", "--period", "2026", "-o", "json").data
     assert next(iter(report)) == "organization_id"
@@ -171,7 +238,7 @@ def test_an_organization_is_the_sum_of_its_teams(used: Run) -> None:
     assert len(report["months"]) == datetime.now(UTC).month if datetime.now(UTC).year == 2026 else 12
     teams = [used("team", "usage", team, "--period", "2026", "-o", "json").data for team in ("hr", "it", "idle")]
     for field in TOTALS:
-        assert report[field] == pytest.approx(sum(team[field] or 0 for team in teams)), field
+        assert (report[field] or 0) == pytest.approx(sum(team[field] or 0 for team in teams)), field
 
 
 def test_what_was_just_done_is_in_this_month(tenant: Run) -> None:

@@ -84,7 +84,7 @@ def balance(
 ) -> None:
     """Show a team's credit balance.
 
-    Shows what the team was granted, has used, has reserved for running jobs and has left.
+    Shows what the team was granted, has used, has reserved for running jobs and has left, and its overdraft.
     """
     with database.connect() as db:
         if as_of is None:
@@ -117,9 +117,9 @@ def refund(
     idempotency_key: IdempotencyKey = None,
     output: Output = None,
 ) -> None:
-    """Refund the credit that a job was charged.
+    """Refund what a job was charged.
 
-    A job can be refunded once. It stays completed.
+    All of its credits are given back, once. The job stays completed.
     """
     job_id = job_id_of(job)
     given = {"transaction_type": "refund", "job_id": job_id, "reason": reason, "source": source}
@@ -394,9 +394,13 @@ def forecast(
     """Forecast when teams run out of credits.
 
     Lists active teams, soonest first. Assumes that each team keeps using credits as in the past days, less refunds, and
-    gets its scheduled credits. A team without a date does not run out within a year.
+    gets its scheduled credits. They run out when its overdraft is used up, too. A team without a date does not run out
+    within a year.
     """
-    columns = ("team_id", "credits_remaining", "credits_per_day", "runs_out_on", "next_on", "next_amount", "days_left")
+    columns = (
+        *("team_id", "credits_remaining", "credits_overdraft", "credits_per_day", "runs_out_on", "next_on"),
+        *("next_amount", "days_left"),
+    )
     essential = ("team_id", "runs_out_on", "credits_remaining", "days_left")
     with database.connect() as db:
         teams = db.stream(

@@ -154,7 +154,7 @@ def run(
 
     def tell(job_id: UUID, held: int) -> None:
         if output is Format.TABLE:
-            note(f"{counted(held, 'credit')} reserved.", job_id=job_id, team_id=team, credits_held=held)
+            note(f"{_credits(held)} reserved.", job_id=job_id, team_id=team, credits_held=held)
 
     with waiting(""):
         result = runner.run(request, on_progress=progress, on_text=on_text, on_begun=tell)
@@ -171,7 +171,7 @@ def run(
     _show_result(result, group, charged, output, is_shown=on_text is not None)
     ids = {"job_id": result.job_id, "team_id": team}
     if output is Format.TABLE:
-        told = f"{counted(result.credits_charged or 0, 'credit')} charged, {result.credits_remaining} left."
+        told = f"{_credits(result.credits_charged or 0)} charged, {result.credits_remaining} left."
         note(told, **ids, **charged)
     if result.credits_short:
         warn(
@@ -507,10 +507,21 @@ def list_(
 
 @app.command(epilog="saasllm job costs 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d -o csv")
 def costs(job: Job, output: Output = None) -> None:
-    """Show what a job cost at the providers, by model."""
+    """Show what a job cost you and what it was charged.
+
+    cost_usd is what providers charged for its calls, failed ones too, as far as it is known. If the job's price is by
+    money, margin_usd is what it was charged, in dollars, less that cost; a refunded job brought nothing. With -o csv,
+    only see the cost by model.
+    """
     job_id = job_id_of(job)
     with database.connect() as db:
-        show(db.stream("job.costs", {"job": job_id}, job_id=job_id), output)
+        charge = db.found("job.charge", "job", str(job_id), job_id=job_id)
+        whole, *models = db.many("job.costs", job_id=job_id)
+    if (output or settings().output) is Format.CSV:
+        show(models, output)
+    else:
+        del whole["resolved_model"]
+        show({"job_id": job_id, **whole, **charge, "models": models}, output)
 
 
 @app.command(epilog="saasllm job annotate 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d --metadata reviewed=yes")
@@ -558,6 +569,10 @@ def _finish(job: JobName, status: str, reason: str | None, output: Format | None
     job_id = job_id_of(job)
     runner.finish(job_id, status, reason)
     _show_job(job_id, output)
+
+
+def _credits(number: int) -> str:
+    return counted(number, "credit") if number else "No credits"
 
 
 def _show_job(job_id: UUID, output: Format | None) -> None:

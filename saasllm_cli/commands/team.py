@@ -303,10 +303,15 @@ def usage(
     """Show a team's usage in a period.
 
     Shows jobs, credits, calls, tokens and cost by day, job type and model. Each counts at its own time in UTC: a job
-    when it was created, a call when it was made, a credit when it moved.
+    (with credits_charged, credits_short and margin_usd) when it was created, a call when it was made, and the other
+    credits when they moved. cost_usd is of all calls, failed ones too.
 
     For an invoice, use credits_net: the credits deducted for jobs less those refunded. A refund counts in the period in
     which it was made.
+
+    margin_usd is of completed jobs whose price is by money (--credits-per-usd) and whose cost is known: the credits
+    that they were charged, in dollars, less what all of their calls cost. Other jobs do not count in it; a refunded job
+    brought nothing.
     """
     asked = span(period, from_, to)
     with database.connect() as db:

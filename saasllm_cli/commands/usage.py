@@ -35,11 +35,19 @@ ByTeam = Annotated[Literal["month", "day", "job_type", "model", "team"] | None, 
 
 # What a table shows of each part, and what it draws as bars.
 COLUMNS = {
-    "months": ("month", "jobs", "total_tokens", "cost_usd", "credits_deducted", "credits_net"),
-    "days": ("day", "jobs", "total_tokens", "cost_usd", "credits_deducted", "credits_net"),
-    "job_types": ("job_type", "jobs", "jobs_completed", "jobs_failed"),
+    "months": ("month", "jobs", "total_tokens", "cost_usd", "credits_deducted", "credits_net", "margin_usd"),
+    "days": ("day", "jobs", "total_tokens", "cost_usd", "credits_deducted", "credits_net", "margin_usd"),
+    "job_types": (
+        "job_type",
+        "jobs",
+        "jobs_completed",
+        "jobs_failed",
+        "credits_charged",
+        "credits_short",
+        "margin_usd",
+    ),
     "models": ("resolved_model", "calls", "failed_calls", "total_tokens", "cost_usd"),
-    "teams": ("team_id", "jobs", "total_tokens", "cost_usd", "credits_deducted", "credits_net"),
+    "teams": ("team_id", "jobs", "total_tokens", "cost_usd", "credits_deducted", "credits_net", "margin_usd"),
 }
 BARS = {
     "months": "credits_deducted",
@@ -59,12 +67,15 @@ def show_usage(
     report = usage.report(db, organization_id, team_id, *asked)
     if by is None and (output or settings().output) is Format.CSV:
         by = "month"
+    # Where no job was priced by money, a column of margins would be empty.
+    empty = "margin_usd" if report["margin_usd"] is None else ""
+    tables = {part: [name for name in columns if name != empty] for part, columns in COLUMNS.items()}
     if by is None:
-        hidden = "months" if len(report["days"]) <= MOST_DAYS else "days"
-        show_report(report, {part: columns for part, columns in COLUMNS.items() if part != hidden}, BARS, output)
+        del tables["months" if len(report["days"]) <= MOST_DAYS else "days"]
+        show_report(report, tables, BARS, output)
     else:
         ids = {name: report[name] for name in ("team_id", "organization_id") if name in report}
-        show([ids | row for row in report[f"{by}s"]], output, columns=COLUMNS[f"{by}s"])
+        show([ids | row for row in report[f"{by}s"]], output, columns=tables[f"{by}s"])
 
 
 def span(within: Period | None, first: Period | None, last: Period | None) -> Period:

@@ -1,6 +1,6 @@
 """The life of a job: begin, call, settle.
 
-Begin reserves a credit and opens the job, in one round trip; then the models are called, with no database
+Begin reserves credits and opens the job, in one round trip; then the models are called, with no database
 connection held; settle writes the calls and turns the reservation into a charge or frees it, in one round trip.
 Whoever dies in between leaves a lease that runs out.
 
@@ -233,7 +233,7 @@ def call(
 
 
 def finish(job_id: UUID, status: str, error_message: str | None = None) -> None:
-    """Settles a job of several calls: `completed`, which charges its credit, `failed` or `cancelled`.
+    """Settles a job of several calls: `completed`, which charges what it costs, `failed` or `cancelled`.
 
     Raises `NotFound`, and `Conflict` where it is finished already, its lease is lost, or none of its calls succeeded.
     """
@@ -409,7 +409,7 @@ def _lost(job_id: UUID) -> SaasllmError:
     job = _until_it_answers(SETTLE_SECONDS, lambda db: db.get("job", job_id))
     if job["status"] in ("pending", "in_progress"):
         return _no_call(job_id, "lease_lost", None, None)
-    charged = "its credit is charged" if job["status"] == "completed" else "nothing is charged for it"
+    charged = "it is charged" if job["status"] == "completed" else "nothing is charged for it"
     return Conflict(
         "job_finished",
         f"Job {job_id} was already {job['status']} when this call ended; {charged}. The call was not recorded.",
@@ -465,7 +465,7 @@ def as_json(rows: list[dict[str, Any]]) -> str:
 
 
 def _cancelled(job_id: UUID, calls: list[Call], is_begun: bool) -> Interrupted:
-    """Cancels the job, so far as the database answers; else its lease frees the credit."""
+    """Cancels the job, so far as the database answers; else its lease frees the credits."""
     status = None
     with suppress(SaasllmError):
         if is_begun:

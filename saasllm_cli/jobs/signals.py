@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-# While a job is settled no signal interrupts it: its credit would stay reserved until the lease runs out.
+# While a job is settled no signal interrupts it: its credits would stay reserved until the lease runs out.
 UNINTERRUPTED = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}
 
 

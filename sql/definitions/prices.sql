@@ -163,3 +163,29 @@ BEGIN
     FROM due;
 END
 $$;
+
+
+-- The margins of jobs that were priced by money, as what they add up to: what each brought, and less what each of its
+-- calls cost us, also one that failed. A job that was refunded brought nothing; one whose cost nobody knows has no margin.
+-- (Row by row, as a million jobs would have to be sorted to be summed up one by one. The quotient has a fixed scale, so
+-- that the parts of a report add up to the whole.)
+CREATE VIEW margin_parts AS
+WITH job AS NOT MATERIALIZED (
+    SELECT j.job_id, j.team_id, j.organization_id, j.job_type, j.created_at, j.credits_charged, p.credits_per_usd
+    FROM jobs j
+    JOIN job_prices p ON p.price_id = j.price_id AND p.credits_per_usd > 0
+    WHERE NOT j.is_unpriced
+)
+SELECT
+    job.job_id,
+    job.team_id,
+    job.organization_id,
+    job.job_type,
+    job.created_at,
+    CASE WHEN r.job_id IS NULL THEN round(job.credits_charged / job.credits_per_usd, 9) ELSE 0 END AS amount_usd
+FROM job
+LEFT JOIN credit_transactions r ON r.job_id = job.job_id AND r.transaction_type = 'refund'
+UNION ALL
+SELECT job.job_id, job.team_id, job.organization_id, job.job_type, job.created_at, - c.cost_usd
+FROM job
+JOIN llm_calls c ON c.job_id = job.job_id;

@@ -143,12 +143,12 @@ WHERE t.status = 'active'
   AND o.status = 'active'
   AND d.credits_free + d.credits_overdraft < %(credits)s::bigint
   AND (%(organization_id)s::text IS NULL OR d.organization_id = %(organization_id)s)
-ORDER BY d.credits_free, d.team_id;
+ORDER BY d.credits_free + d.credits_overdraft, d.team_id;
 
 -- name: forecast(team_id, organization_id, days, row_limit) :many
--- The active teams of active organizations by the day on which their credits run out: if they go on as in the last
--- `days` (or since they were created, a day at least), and are granted what is scheduled. No day means not within a
--- year. Of one team, one organization or all.
+-- The active teams of active organizations by the day on which their credits and their overdraft run out: if they go on
+-- as in the last `days` (or since they were created, a day at least), and are granted what is scheduled. No day means not
+-- within a year. Of one team, one organization or all.
 WITH RECURSIVE burn AS (
     SELECT team_id, -sum(credits_amount) AS credits
     FROM credit_transactions
@@ -160,7 +160,8 @@ WITH RECURSIVE burn AS (
 ),
 team AS (
     SELECT
-        t.team_id, t.organization_id, c.credits_remaining, s.every, s.mode, s.credits_amount, s.credits_max,
+        t.team_id, t.organization_id, c.credits_remaining, c.credits_overdraft, s.every, s.mode, s.credits_amount,
+        s.credits_max,
         -- What is overdue is granted today.
         CASE
             WHEN s.next_on IS NOT NULL
@@ -178,33 +179,35 @@ team AS (
       AND (%(team_id)s::text IS NULL OR t.team_id = %(team_id)s)
       AND (%(organization_id)s::text IS NULL OR t.organization_id = %(organization_id)s)
 ),
--- From grant to grant: what a team has on that day, and for how many days it lasts.
+-- From grant to grant: what a team has on that day (below zero where it uses its overdraft), and for how many days it
+-- lasts. One whose overdraft has no end never runs out.
 span AS (
     SELECT
-        team_id, credits_per_day, every, mode, credits_amount, credits_max, next_on,
+        team_id, credits_overdraft, credits_per_day, every, mode, credits_amount, credits_max, next_on,
         current_date AS day,
         credits_remaining::numeric AS credits,
-        round(credits_remaining / credits_per_day, 6) AS lasts, -- the rate is rounded, and so is what it divides
+        -- The rate is rounded, and so is what it divides.
+        round((credits_remaining + credits_overdraft) / credits_per_day, 6) AS lasts,
         -- A grant that is enough for the longest period is enough for all that follow.
         credits_amount >= credits_per_day * CASE every WHEN 'daily' THEN 1 WHEN 'weekly' THEN 7 ELSE 31 END AS is_enough
     FROM team
-    WHERE credits_per_day > 0
+    WHERE credits_per_day > 0 AND credits_overdraft IS NOT NULL
     UNION ALL
     SELECT
-        team_id, credits_per_day, every, mode, credits_amount, credits_max,
+        team_id, credits_overdraft, credits_per_day, every, mode, credits_amount, credits_max,
         period_after(every, next_on, 1),
         greatest(next_on, day),
         granted.credits,
-        round(granted.credits / credits_per_day, 6),
+        round((granted.credits + credits_overdraft) / credits_per_day, 6),
         is_enough
     FROM span
     CROSS JOIN LATERAL (
-        SELECT greatest(credits - credits_per_day * greatest(next_on - day, 0), 0) AS credits
+        SELECT greatest(credits - credits_per_day * greatest(next_on - day, 0), - credits_overdraft) AS credits
     ) AS left_over
     CROSS JOIN LATERAL (
         SELECT
             CASE mode
-                WHEN 'reset' THEN credits_amount
+                WHEN 'reset' THEN least(left_over.credits, 0) + credits_amount -- what is owed does not expire
                 WHEN 'top-up' THEN greatest(left_over.credits, credits_amount)
                 ELSE greatest(left_over.credits, least(left_over.credits + credits_amount, credits_max))
             END AS credits
@@ -221,12 +224,13 @@ ending AS (
     UNION ALL
     SELECT team_id, current_date
     FROM team
-    WHERE credits_remaining = 0 AND credits_per_day = 0 AND (next_on IS NULL OR next_on > current_date)
+    WHERE credits_remaining + credits_overdraft <= 0 AND credits_per_day = 0 AND (next_on IS NULL OR next_on > current_date)
 )
 SELECT
     team_id,
     team.organization_id,
     team.credits_remaining,
+    team.credits_overdraft,
     round(team.credits_per_day, 2) AS credits_per_day,
     ending.runs_out_on - current_date AS days_left,
     ending.runs_out_on,

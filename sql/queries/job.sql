@@ -656,7 +656,10 @@ WHERE status IN ('pending', 'in_progress') AND lease_expires_at <= clock_timesta
 ORDER BY team_id;
 
 -- name: get(job_id) :maybe
-SELECT * FROM job_details WHERE job_id = %(job_id)s;
+-- `charged_by` is the price by which it was charged; none where it was not, or was charged one credit for want of a price.
+SELECT d.*, (SELECT price_terms(p) FROM job_prices p WHERE p.price_id = d.price_id) AS charged_by
+FROM job_details d
+WHERE job_id = %(job_id)s;
 
 -- name: named(low, high, row_limit) :many
 -- The jobs whose ids lie between two, for one that was named by the beginning of its id; the newest first.
@@ -723,8 +726,8 @@ WHERE job_id = %(job_id)s
 RETURNING job_id;
 
 -- name: costs(job_id) :many
--- What a job cost, per model. cost_usd is the sum of the known prices, and NULL where there were answers and none is
--- known; unpriced_calls were answered without a known price.
+-- What a job cost us: as a whole (without a resolved_model) and then per model. cost_usd is the sum of what is known, of
+-- failed calls too, and NULL where there were answers and none is known; unpriced_calls were answered without a known price.
 SELECT
     resolved_model,
     count(*) AS calls,
@@ -739,5 +742,25 @@ SELECT
     count(*) FILTER (WHERE error IS NULL AND cost_usd IS NULL) AS unpriced_calls
 FROM llm_calls
 WHERE job_id = %(job_id)s
-GROUP BY resolved_model
-ORDER BY min(call_id);
+GROUP BY GROUPING SETS ((), (resolved_model))
+ORDER BY GROUPING(resolved_model) DESC, min(call_id);
+
+-- name: charge(job_id) :maybe
+-- What a job brought, and what of it is left to us.
+SELECT
+    j.credits_charged,
+    coalesce(
+        (
+            SELECT credits_amount
+            FROM credit_transactions
+            WHERE job_id = j.job_id AND transaction_type = 'refund'
+        ),
+        0
+    ) AS credits_refunded,
+    j.credits_short,
+    j.price_id,
+    (SELECT price_terms(p) FROM job_prices p WHERE p.price_id = j.price_id) AS charged_by,
+    j.is_unpriced,
+    (SELECT trim_scale(sum(amount_usd)) FROM margin_parts WHERE job_id = j.job_id) AS margin_usd
+FROM jobs j
+WHERE j.job_id = %(job_id)s;

@@ -5,6 +5,7 @@
 -- when it was made; a credit when it moved. So the credits of a closed month stay what they are, unless it is purged.
 
 -- name: jobs(organization_id, team_id, since, until) :many
+-- (Summed up by days first: that is much less to be grouped in five ways.)
 SELECT
     CASE
         WHEN GROUPING(month) = 0 THEN 'months'
@@ -14,21 +15,34 @@ SELECT
         ELSE 'all'
     END AS part,
     coalesce(month, day, job_type, team_id) AS key,
-    count(*) AS jobs,
-    count(*) FILTER (WHERE status = 'completed') AS jobs_completed,
-    count(*) FILTER (WHERE status = 'failed') AS jobs_failed,
-    count(*) FILTER (WHERE status = 'cancelled') AS jobs_cancelled,
-    count(*) FILTER (WHERE status IN ('pending', 'in_progress')) AS jobs_open
-FROM jobs
-CROSS JOIN LATERAL (
+    coalesce(sum(jobs), 0) AS jobs,
+    coalesce(sum(jobs) FILTER (WHERE status = 'completed'), 0) AS jobs_completed,
+    coalesce(sum(jobs) FILTER (WHERE status = 'failed'), 0) AS jobs_failed,
+    coalesce(sum(jobs) FILTER (WHERE status = 'cancelled'), 0) AS jobs_cancelled,
+    coalesce(sum(jobs) FILTER (WHERE status IN ('pending', 'in_progress')), 0) AS jobs_open,
+    coalesce(sum(jobs_unpriced), 0) AS jobs_unpriced,
+    coalesce(sum(credits_charged), 0) AS credits_charged,
+    coalesce(sum(credits_short), 0) AS credits_short
+FROM (
     SELECT
-        to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM') AS month,
-        to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD') AS day
+        date_trunc('day', created_at AT TIME ZONE 'UTC') AS date,
+        job_type,
+        team_id,
+        status,
+        count(*) AS jobs,
+        count(*) FILTER (WHERE is_unpriced) AS jobs_unpriced,
+        sum(credits_charged) AS credits_charged,
+        sum(credits_short) AS credits_short
+    FROM jobs
+    WHERE organization_id = %(organization_id)s
+      AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
+      AND created_at >= %(since)s
+      AND created_at < %(until)s
+    GROUP BY date, job_type, team_id, status
+) AS job
+CROSS JOIN LATERAL (
+    SELECT to_char(date, 'YYYY-MM') AS month, to_char(date, 'YYYY-MM-DD') AS day
 ) AS calendar
-WHERE organization_id = %(organization_id)s
-  AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
-  AND created_at >= %(since)s
-  AND created_at < %(until)s
 GROUP BY GROUPING SETS ((), (month), (day), (job_type), (team_id));
 
 -- name: credits(organization_id, team_id, since, until) :many
@@ -62,7 +76,7 @@ WHERE team_id IN (
 GROUP BY GROUPING SETS ((), (month), (day), (team_id));
 
 -- name: calls(organization_id, team_id, since, until) :many
--- cost_usd is the sum of the known prices, and NULL where there were answers and none is known.
+-- cost_usd is the sum of what is known, of failed calls too, and NULL where there were answers and none is known.
 SELECT
     CASE
         WHEN GROUPING(month) = 0 THEN 'months'
@@ -96,3 +110,29 @@ WHERE team_id IN (
   AND created_at >= %(since)s
   AND created_at < %(until)s
 GROUP BY GROUPING SETS ((), (month), (day), (resolved_model), (team_id));
+
+-- name: margins(organization_id, team_id, since, until) :many
+-- Of the jobs that were priced by money alone, less their own cost; NULL where there were none.
+SELECT
+    CASE
+        WHEN GROUPING(month) = 0 THEN 'months'
+        WHEN GROUPING(day) = 0 THEN 'days'
+        WHEN GROUPING(job_type) = 0 THEN 'job_types'
+        WHEN GROUPING(team_id) = 0 THEN 'teams'
+        ELSE 'all'
+    END AS part,
+    coalesce(month, day, job_type, team_id) AS key,
+    trim_scale(sum(amount_usd)) AS margin_usd
+FROM (
+    SELECT date_trunc('day', created_at AT TIME ZONE 'UTC') AS date, job_type, team_id, sum(amount_usd) AS amount_usd
+    FROM margin_parts
+    WHERE organization_id = %(organization_id)s
+      AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
+      AND created_at >= %(since)s
+      AND created_at < %(until)s
+    GROUP BY date, job_type, team_id
+) AS margin
+CROSS JOIN LATERAL (
+    SELECT to_char(date, 'YYYY-MM') AS month, to_char(date, 'YYYY-MM-DD') AS day
+) AS calendar
+GROUP BY GROUPING SETS ((), (month), (day), (job_type), (team_id));
