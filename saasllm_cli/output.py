@@ -111,6 +111,11 @@ HEADINGS = {
 }
 # What it means in a table that a field is absent, where that is not nothing.
 ABSENT = {"credits_overdraft": "unlimited", "price": "1 credit"}
+# What a price is told in words by, where it is whole.
+PRICE = {
+    *("credits", "credits_per_usd", "markup_percent", "credits_per_1000_prompt_tokens"),
+    *("credits_per_1000_completion_tokens", "minimum", "maximum"),
+}
 # Text that ends with an ellipsis where a terminal is too narrow for it, but keeps so much; ids and numbers are whole.
 CUT = {
     *("answer", "command", "database_url", "data_dir", "display_name", "error_message", "migration", "model_groups"),
@@ -442,7 +447,7 @@ def _field(name: str, value: Any) -> str:
 def _cell(value: Any) -> str:
     """A value as it is read in a table: lists without their brackets, times to the second."""
     match value:
-        case {"credits_per_usd": _, "minimum": _}:
+        case dict() if value.keys() >= PRICE:
             return price_in_words(value)
         case datetime():
             return timestamp(value.replace(microsecond=0))
