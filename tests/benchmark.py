@@ -1,4 +1,4 @@
-"""Benchmarks on a server of their own, as ratios: `python tests/benchmark.py [start|ledger|batch|…]`.
+"""Benchmarks on a server of their own, as ratios: `python tests/benchmark.py [start|ledger|limits|…]`.
 
 What is compared is measured in turns, since a machine is not as fast in one minute as in the next: the ratios within a
 round count, and their median and range are shown.
@@ -10,6 +10,9 @@ script, simple protocol: seven round trips, four rows written). pgbench sends bo
 statements of a job once prepared, as they are on a connection that stays, once planned each time, as by `job run`,
 which opens a connection for each. Then jobs of a single team in groups, by the statements of `job batch`: pgbench
 sends them, too, and their JSON lies ready in a table. Before all of this there are some jobs already, as in TPC-B.
+
+limits: begin + settle of one job, of teams that have a price by money and by the job, a limit each, or an organization
+with a limit that all of them share, against as many teams that have none of that.
 
 batch: `job batch` in one process and in two, 64 calls at once in each, against a bare loop over `litellm.acompletion`
 with as many, both at a server on loopback that answers at once. What counts is their pace between a tenth and nine
@@ -56,7 +59,7 @@ from saasllm_cli.manifests.export import as_yaml
 from saasllm_cli.queries import query
 from saasllm_cli.settings import settings
 
-PARTS = ("start", "ledger", "batch", "allocation", "apply")
+PARTS = ("start", "ledger", "limits", "batch", "allocation", "apply")
 CLIENTS = 8
 CALLS_AT_ONCE = 64
 PROMPT = "Say something of the number {}."
@@ -77,10 +80,11 @@ BEGIN: dict[str, Any] = {
     "lease_seconds": 180,
 }
 CALL = Call("Echo", "offline/echo", attempt=1, began=0.1, latency_ms=900, prompt_tokens=700, total_tokens=1000)
+PRICED_CALL = asdict(CALL) | {"cost_usd": 0.0012}
 SETTLE: dict[str, Any] = {
     "status": "completed",
     "error_message": None,
-    "calls": json.dumps([asdict(CALL)]),
+    "calls": json.dumps([PRICED_CALL]),
     "is_final": False,
 }
 GROUP = 100
@@ -88,7 +92,7 @@ GROUPS = 200
 GROUP_CLIENTS = 2  # more of them wait for the one team
 BEGIN_MANY: dict[str, Any] = {"team_id": "t1", "group_name": "Echo", "lease_seconds": 120}
 NEW: dict[str, Any] = {"job_type": "completion", "metadata": {}}
-RESULT: dict[str, Any] = {"status": "completed", "calls": [asdict(CALL)]}
+RESULT: dict[str, Any] = {"status": "completed", "calls": [PRICED_CALL]}
 
 # pgbench makes no UUIDs. These grow like those of version 7, so that new jobs lie together in the index: the first 48
 # bits are the milliseconds of the start plus one for each job of the client, the last 48 are random.
@@ -108,6 +112,25 @@ WHAT_JOBS_NEED = """
     )
     SELECT team_id, organization_id, 1, 'allocation', 1000000000, 0, 1000000000 FROM teams;
 """
+LIMITED_TEAMS = 100
+LIMITED = """
+    INSERT INTO organizations (organization_id, name) VALUES ('{kind}', 'A limited one');
+    INSERT INTO teams (team_id, organization_id, team_alias)
+    SELECT '{kind}' || n, '{kind}', 'Team ' || n FROM generate_series(1, {teams}) n;
+"""
+KINDS = {
+    "priced": """
+        INSERT INTO job_prices (team_id, credits, credits_per_usd, markup_percent, hold)
+        SELECT team_id, 2, 100, 30, 10 FROM teams WHERE organization_id = 'priced';
+    """,
+    "limited": """
+        INSERT INTO limits (team_id, measure, per, amount)
+        SELECT team_id, 'credits', 'month', 1000000000 FROM teams WHERE organization_id = 'limited';
+    """,
+    "shared": """
+        INSERT INTO limits (organization_id, measure, per, amount) VALUES ('shared', 'credits', 'month', 1000000000);
+    """,
+}
 SCHEDULES = """
     INSERT INTO credit_schedules (team_id, credits_amount, every, mode, next_on)
     SELECT team_id, 500, 'monthly', 'add', '2001-01-01' FROM teams;
@@ -143,6 +166,8 @@ def main() -> None:
                     measure_start(4 * options.rounds)
                 case "ledger":
                     measure_ledger(options.rounds, options.seconds)
+                case "limits":
+                    measure_limits(options.rounds, options.seconds)
                 case "batch":
                     measure_batch(options.rounds, options.lines)
                 case "allocation":
@@ -255,9 +280,26 @@ def measure_ledger(rounds: int, seconds: int) -> None:
     compare("jobs a second", measures, rounds, yardsticks=2)
 
 
-def single_jobs(teams: int, protocol: str, load: list[str]) -> float:
+def measure_limits(rounds: int, seconds: int) -> None:
+    execute(TEAMS.format(teams=LIMITED_TEAMS), *(LIMITED.format(teams=LIMITED_TEAMS, kind=kind) for kind in KINDS))
+    execute(WHAT_JOBS_NEED, *KINDS.values())
+    load = [f"--client={CLIENTS}", f"--time={seconds}"]
+    for kind in ("t", *KINDS):
+        single_jobs(LIMITED_TEAMS, "prepared", load, kind)
+    execute("VACUUM (ANALYZE)")
+    names = {
+        "t": f"begin + settle, {LIMITED_TEAMS} teams",
+        "priced": "the same, with a price by job and money",
+        "limited": "the same, with a limit each",
+        "shared": "the same, with a limit of their organization",
+    }
+    measures = {name: partial(single_jobs, LIMITED_TEAMS, "prepared", load, kind) for kind, name in names.items()}
+    compare("jobs a second", measures, rounds, yardsticks=1)
+
+
+def single_jobs(teams: int, protocol: str, load: list[str], kind: str = "t") -> float:
     values = {name: Literal(value).as_string() for name, value in (BEGIN | SETTLE).items()}
-    values |= {"team_id": "'t' || :team", "job_id": JOB_ID}
+    values |= {"team_id": f"'{kind}' || :team", "job_id": JOB_ID}
     script = f"\\set team random(1, {teams})\n\\set time :time + 1\n\\set random random(0, {2**48 - 1})\n"
     script += filled_in("job.begin", values) + filled_in("job.settle", values)
     options = [f"--protocol={protocol}", f"--define=time={time.time_ns() // 1_000_000}"]
