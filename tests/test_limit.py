@@ -267,6 +267,46 @@ def test_a_limit_lowered_below_its_use(tenant: Run) -> None:
     begin()
 
 
+def test_jobs_over_a_lowered_limit_are_charged_what_they_cost(tenant: Run, sql: Sql) -> None:
+    """They come to hold more where only that is limited."""
+    assert tenant("price", "set", "--credits-per-usd", 4, "--hold", 1).status == 0
+    for per in ("day", "minute", "concurrent"):
+        set_limit(tenant, "jobs", per, 3)
+    jobs = [begin() for _ in range(3)]
+    for per in ("day", "minute", "concurrent"):
+        set_limit(tenant, "jobs", per, 1)
+    settle(jobs[0])  # $0.5
+    charged = "SELECT credits_charged, credits_short FROM jobs WHERE job_id = %s"
+    assert sql.execute(charged, [jobs[0]]).fetchone() == {"credits_charged": 2, "credits_short": 0}
+
+
+@pytest.mark.parametrize("per", ["total", "minute"])
+def test_a_limit_that_is_removed_while_a_job_begins(tenant: Run, sql: Sql, per: str) -> None:
+    set_limit(tenant, "jobs", per, 5)
+    with ThreadPoolExecutor() as pool, sql.transaction():
+        sql.execute("DELETE FROM limits")
+        begun = pool.submit(begin)
+        time.sleep(0.5)
+        assert not begun.done()
+        sql.execute("COMMIT")
+        settle(begun.result())
+        sql.execute("BEGIN")
+
+
+def test_room_comes_with_the_next_period_in_utc(tenant: Run, sql: Sql) -> None:
+    """Wherever a session thinks that it is."""
+    sql.execute("SET timezone = 'America/New_York'")
+    room = "SELECT (room_at AT TIME ZONE 'UTC')::text AS at FROM limit_state(0, 'jobs', %s, 1, %s)"
+    for per, at, room_at in (
+        ("month", "2026-03-15T00:00:00Z", "2026-04-01 00:00:00"),
+        ("month", "2026-12-31T23:59:59Z", "2027-01-01 00:00:00"),
+        ("week", "2027-01-03T23:59:59Z", "2027-01-04 00:00:00"),  # of 2026-W53
+        ("day", "2026-03-08T12:00:00Z", "2026-03-09 00:00:00"),
+        ("day", "2026-11-01T12:00:00Z", "2026-11-02 00:00:00"),
+    ):
+        assert sql.execute(room, [per, at]).fetchone() == {"at": room_at}, (per, at)
+
+
 @pytest.mark.parametrize("measure", MEASURES)
 def test_a_new_limit_counts_what_was_used_before(tenant: Run, sql: Sql, measure: str) -> None:
     settle(begin())
@@ -460,6 +500,30 @@ def test_a_batch_waits_for_the_next_minute(
     back_in_time(sql, "2 minutes")
     assert process.wait(30) == 0
     assert len(results(home)) == 5
+
+
+@pytest.mark.parametrize(
+    ("measure", "per", "amount"),
+    [("jobs", "minute", 0), ("tokens", "hour", 0), ("jobs", "concurrent", 0), ("credits", "minute", 4)],
+)
+def test_a_batch_does_not_wait_for_what_never_comes(
+    tenant: Run, home: Path, start: Callable[..., "subprocess.Popen[str]"], measure: str, per: str, amount: int
+) -> None:
+    assert tenant("price", "set", "--credits", 5).status == 0
+    set_limit(tenant, measure, per, amount)
+    lines(home, *prompts(2))
+    process = start(*words())
+    try:
+        assert process.wait(30) == 10
+    finally:
+        process.kill()
+
+
+def test_a_limit_of_nothing_never_has_room(tenant: Run) -> None:
+    assert set_limit(tenant, "jobs", "day", 0)["room_at"] is None
+    with pytest.raises(LimitReached) as refusal:
+        begin()
+    assert (refusal.value.hint or "").startswith("To raise the limit")
 
 
 @pytest.mark.parametrize("measure", ["jobs", "credits"])
