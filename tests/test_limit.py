@@ -393,6 +393,24 @@ def test_a_job_of_several_calls(tenant: Run) -> None:
     assert state(tenant, "tokens", "day", of)["used"] == 8  # two calls of 2 + 2
 
 
+@pytest.mark.parametrize("of", [("--team", "hr"), ("--org", "acme")])
+def test_a_job_that_waits_for_its_calls_counts_once(tenant: Run, of: tuple[str, ...]) -> None:
+    """Whatever changes of it before its first call, and by that."""
+    for measure, per in (("jobs", "day"), ("jobs", "concurrent"), ("credits", "day"), ("tokens", "day")):
+        set_limit(tenant, measure, per, 100, of=of)
+    job = tenant("job", "create", "--team", "hr").out.strip()
+    tenant("job", "annotate", job, "--metadata", "a=b")
+    for _ in range(2):
+        assert tenant("job", "call", job, "--group", "Echo", "--prompt", "x").status == 0
+    assert state(tenant, "jobs", "day", of)["used"] == 1
+    for measure, per in (("jobs", "concurrent"), ("credits", "day"), ("tokens", "day")):
+        assert state(tenant, measure, per, of)["running"] == 1
+    assert state(tenant, "credits", "day", of)["counted"] == 1
+    assert tenant("job", "complete", job).status == 0
+    for measure, per in (("jobs", "concurrent"), ("credits", "day"), ("tokens", "day")):
+        assert state(tenant, measure, per, of)["running"] == 0
+
+
 def test_a_purge_frees_its_organization(tenant: Run) -> None:
     tenant("team", "create", "it", "--org", "acme", "--group", "Echo", "--credits", 5)
     of = ("--org", "acme")
