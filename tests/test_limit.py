@@ -13,7 +13,7 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from conftest import Result, assert_sound
+from conftest import Result, assert_sound, open_jobs
 from test_batch import lines, prompts, results, words
 from test_job import job_run, logged, refusals, with_models
 from test_roles import as_role as as_role
@@ -323,6 +323,20 @@ def test_a_new_limit_counts_what_was_used_before(tenant: Run, sql: Sql, measure:
     assert state(tenant, measure, "day")["running"] == 0
     after = {"jobs": 3, "credits": 2, "tokens": 30, "cost_usd": 1.5}[measure]
     assert state(tenant, measure, "day")["used"] == after
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+def test_a_new_limit_counts_what_has_just_begun(tenant: Run, migrated_database: str, sql: Sql, level: str) -> None:
+    """Also where it waits for that at a higher isolation level."""
+    sql.execute(f"ALTER DATABASE {migrated_database} SET default_transaction_isolation = '{level}'")  # type: ignore[arg-type]
+    with ThreadPoolExecutor() as pool, sql.transaction():
+        sql.execute(open_jobs(2))
+        limit = pool.submit(set_limit, tenant, "jobs", "concurrent", 5)
+        time.sleep(0.5)
+        assert not limit.done()
+        sql.execute("COMMIT")
+        assert limit.result()["running"] == 2
+        sql.execute("BEGIN")
 
 
 def test_a_period_that_ends_while_a_job_runs(tenant: Run, sql: Sql) -> None:

@@ -310,6 +310,10 @@ CREATE FUNCTION count_past_use() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
 BEGIN
     LOCK TABLE ONLY public.jobs IN SHARE ROW EXCLUSIVE MODE;
+    IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+        RAISE EXCEPTION 'jobs that began or ended meanwhile cannot be counted in a transaction that does not see them'
+            USING ERRCODE = 'serialization_failure', HINT = 'Set limits in a READ COMMITTED transaction.';
+    END IF;
     DELETE FROM ONLY public.limit_counters WHERE limit_id = NEW.limit_id;
     INSERT INTO public.limit_counters (limit_id, period_start, used, running, reserved, expected)
     SELECT
