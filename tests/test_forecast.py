@@ -121,3 +121,17 @@ def test_wrong_names_and_numbers(tenant: Run) -> None:
     assert tenant("credits", "forecast", "no").status == 3
     assert tenant("credits", "forecast", "--org", "no").status == 3
     assert tenant("credits", "forecast", "--days", 0).status == 2
+
+
+@pytest.mark.parametrize("mode", [None, "add", "reset", "top-up"])
+def test_a_team_deep_in_its_overdraft_has_run_out(tenant: Run, mode: str | None) -> None:
+    """Today, and neither before nor in a year that no client can read."""
+    tenant("team", "update", "hr", "--overdraft", "unlimited")
+    tenant("credits", "adjust", "hr", -(10**10), "--reason", "x")
+    (unused,) = forecast(tenant, "hr")
+    assert unused["days_left"] == 0
+    use(1)
+    if mode:
+        tenant("credits", "schedule", "hr", "--amount", 5, "--every", "weekly", "--mode", mode)
+    (team,) = forecast(tenant)
+    assert team["days_left"] == 0

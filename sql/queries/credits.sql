@@ -184,7 +184,8 @@ span AS (
         team_id, credits_per_day, every, mode, credits_amount, credits_max, next_on,
         current_date AS day,
         credits_remaining::numeric AS credits,
-        round(credits_remaining / credits_per_day, 6) AS lasts, -- the rate is rounded, and so is what it divides
+        -- The rate is rounded, and so is what it divides. A team in its overdraft has run out today.
+        greatest(round(credits_remaining / credits_per_day, 6), 0) AS lasts,
         -- A grant that is enough for the longest period is enough for all that follow.
         credits_amount >= credits_per_day * CASE every WHEN 'daily' THEN 1 WHEN 'weekly' THEN 7 ELSE 31 END AS is_enough
     FROM team
@@ -195,16 +196,16 @@ span AS (
         period_after(every, next_on, 1),
         greatest(next_on, day),
         granted.credits,
-        round(granted.credits / credits_per_day, 6),
+        greatest(round(granted.credits / credits_per_day, 6), 0),
         is_enough
     FROM span
     CROSS JOIN LATERAL (
-        SELECT greatest(credits - credits_per_day * greatest(next_on - day, 0), 0) AS credits
+        SELECT greatest(credits - credits_per_day * greatest(next_on - day, 0), least(credits, 0)) AS credits
     ) AS left_over
     CROSS JOIN LATERAL (
         SELECT
             CASE mode
-                WHEN 'reset' THEN credits_amount
+                WHEN 'reset' THEN credits_amount + least(left_over.credits, 0)
                 WHEN 'top-up' THEN greatest(left_over.credits, credits_amount)
                 ELSE greatest(left_over.credits, least(left_over.credits + credits_amount, credits_max))
             END AS credits
@@ -221,7 +222,7 @@ ending AS (
     UNION ALL
     SELECT team_id, current_date
     FROM team
-    WHERE credits_remaining = 0 AND credits_per_day = 0 AND (next_on IS NULL OR next_on > current_date)
+    WHERE credits_remaining <= 0 AND credits_per_day = 0 AND (next_on IS NULL OR next_on > current_date)
 )
 SELECT
     team_id,
