@@ -359,6 +359,11 @@ def _passes(error: psycopg.Error) -> bool:
         isinstance(error, DEADLOCKS)
         # Another process has just done the same: asked again, it finds its row.
         or (isinstance(error, psycopg.errors.UniqueViolation) and str(error.diag.constraint_name).endswith(ONCE))
+        # A limit was removed in the moment in which it was to count: asked again, it is not there.
+        or (
+            isinstance(error, psycopg.errors.ForeignKeyViolation)
+            and error.diag.constraint_name == "limit_counters_limit_id_fkey"
+        )
         # A function was taken away by a migration in the moment in which it was to be called.
         or (isinstance(error, psycopg.errors.InternalError_) and "cache lookup failed" in str(error))
     )

@@ -160,3 +160,19 @@ def test_wrong_names_and_numbers(tenant: Run) -> None:
     assert tenant("credits", "forecast", "no").status == 3
     assert tenant("credits", "forecast", "--org", "no").status == 3
     assert tenant("credits", "forecast", "--days", 0).status == 2
+
+
+@pytest.mark.parametrize("mode", [None, "add", "reset", "top-up"])
+def test_a_team_deep_in_its_overdraft(tenant: Run, mode: str | None) -> None:
+    """It has run out when that is used up, today, and without an end never: in no year that no client can read."""
+    tenant("team", "update", "hr", "--overdraft", 10**10 + 10)
+    tenant("credits", "adjust", "hr", -(10**10), "--reason", "x")
+    use(1)
+    tenant("credits", "adjust", "hr", -19, "--reason", "x")
+    if mode:
+        tenant("credits", "schedule", "hr", "--amount", 5, "--every", "weekly", "--mode", mode)
+    (used_up,) = forecast(tenant, "hr")
+    assert used_up["days_left"] == 0
+    tenant("team", "update", "hr", "--overdraft", "unlimited")
+    (endless,) = forecast(tenant, "hr")
+    assert endless["days_left"] is None

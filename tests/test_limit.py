@@ -13,7 +13,7 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from conftest import Result, assert_sound
+from conftest import Result, assert_sound, open_jobs
 from test_batch import lines, prompts, results, words
 from test_job import job_run, logged, refusals, with_models
 from test_roles import as_role as as_role
@@ -267,6 +267,46 @@ def test_a_limit_lowered_below_its_use(tenant: Run) -> None:
     begin()
 
 
+def test_jobs_over_a_lowered_limit_are_charged_what_they_cost(tenant: Run, sql: Sql) -> None:
+    """They come to hold more where only that is limited."""
+    assert tenant("price", "set", "--credits-per-usd", 4, "--hold", 1).status == 0
+    for per in ("day", "minute", "concurrent"):
+        set_limit(tenant, "jobs", per, 3)
+    jobs = [begin() for _ in range(3)]
+    for per in ("day", "minute", "concurrent"):
+        set_limit(tenant, "jobs", per, 1)
+    settle(jobs[0])  # $0.5
+    charged = "SELECT credits_charged, credits_short FROM jobs WHERE job_id = %s"
+    assert sql.execute(charged, [jobs[0]]).fetchone() == {"credits_charged": 2, "credits_short": 0}
+
+
+@pytest.mark.parametrize("per", ["total", "minute"])
+def test_a_limit_that_is_removed_while_a_job_begins(tenant: Run, sql: Sql, per: str) -> None:
+    set_limit(tenant, "jobs", per, 5)
+    with ThreadPoolExecutor() as pool, sql.transaction():
+        sql.execute("DELETE FROM limits")
+        begun = pool.submit(begin)
+        time.sleep(0.5)
+        assert not begun.done()
+        sql.execute("COMMIT")
+        settle(begun.result())
+        sql.execute("BEGIN")
+
+
+def test_room_comes_with_the_next_period_in_utc(tenant: Run, sql: Sql) -> None:
+    """Wherever a session thinks that it is."""
+    sql.execute("SET timezone = 'America/New_York'")
+    room = "SELECT (room_at AT TIME ZONE 'UTC')::text AS at FROM limit_state(0, 'jobs', %s, 1, %s)"
+    for per, at, room_at in (
+        ("month", "2026-03-15T00:00:00Z", "2026-04-01 00:00:00"),
+        ("month", "2026-12-31T23:59:59Z", "2027-01-01 00:00:00"),
+        ("week", "2027-01-03T23:59:59Z", "2027-01-04 00:00:00"),  # of 2026-W53
+        ("day", "2026-03-08T12:00:00Z", "2026-03-09 00:00:00"),
+        ("day", "2026-11-01T12:00:00Z", "2026-11-02 00:00:00"),
+    ):
+        assert sql.execute(room, [per, at]).fetchone() == {"at": room_at}, (per, at)
+
+
 @pytest.mark.parametrize("measure", MEASURES)
 def test_a_new_limit_counts_what_was_used_before(tenant: Run, sql: Sql, measure: str) -> None:
     settle(begin())
@@ -283,6 +323,20 @@ def test_a_new_limit_counts_what_was_used_before(tenant: Run, sql: Sql, measure:
     assert state(tenant, measure, "day")["running"] == 0
     after = {"jobs": 3, "credits": 2, "tokens": 30, "cost_usd": 1.5}[measure]
     assert state(tenant, measure, "day")["used"] == after
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+def test_a_new_limit_counts_what_has_just_begun(tenant: Run, migrated_database: str, sql: Sql, level: str) -> None:
+    """Also where it waits for that at a higher isolation level."""
+    sql.execute(f"ALTER DATABASE {migrated_database} SET default_transaction_isolation = '{level}'")  # type: ignore[arg-type]
+    with ThreadPoolExecutor() as pool, sql.transaction():
+        sql.execute(open_jobs(2))
+        limit = pool.submit(set_limit, tenant, "jobs", "concurrent", 5)
+        time.sleep(0.5)
+        assert not limit.done()
+        sql.execute("COMMIT")
+        assert limit.result()["running"] == 2
+        sql.execute("BEGIN")
 
 
 def test_a_period_that_ends_while_a_job_runs(tenant: Run, sql: Sql) -> None:
@@ -351,6 +405,24 @@ def test_a_job_of_several_calls(tenant: Run) -> None:
         assert tenant("job", "complete", job).status == 0
     assert (state(tenant, "jobs", "day", of)["used"], state(tenant, "jobs", "day", of)["running"]) == (1, 0)
     assert state(tenant, "tokens", "day", of)["used"] == 8  # two calls of 2 + 2
+
+
+@pytest.mark.parametrize("of", [("--team", "hr"), ("--org", "acme")])
+def test_a_job_that_waits_for_its_calls_counts_once(tenant: Run, of: tuple[str, ...]) -> None:
+    """Whatever changes of it before its first call, and by that."""
+    for measure, per in (("jobs", "day"), ("jobs", "concurrent"), ("credits", "day"), ("tokens", "day")):
+        set_limit(tenant, measure, per, 100, of=of)
+    job = tenant("job", "create", "--team", "hr").out.strip()
+    tenant("job", "annotate", job, "--metadata", "a=b")
+    for _ in range(2):
+        assert tenant("job", "call", job, "--group", "Echo", "--prompt", "x").status == 0
+    assert state(tenant, "jobs", "day", of)["used"] == 1
+    for measure, per in (("jobs", "concurrent"), ("credits", "day"), ("tokens", "day")):
+        assert state(tenant, measure, per, of)["running"] == 1
+    assert state(tenant, "credits", "day", of)["counted"] == 1
+    assert tenant("job", "complete", job).status == 0
+    for measure, per in (("jobs", "concurrent"), ("credits", "day"), ("tokens", "day")):
+        assert state(tenant, measure, per, of)["running"] == 0
 
 
 def test_a_purge_frees_its_organization(tenant: Run) -> None:
@@ -460,6 +532,30 @@ def test_a_batch_waits_for_the_next_minute(
     back_in_time(sql, "2 minutes")
     assert process.wait(30) == 0
     assert len(results(home)) == 5
+
+
+@pytest.mark.parametrize(
+    ("measure", "per", "amount"),
+    [("jobs", "minute", 0), ("tokens", "hour", 0), ("jobs", "concurrent", 0), ("credits", "minute", 4)],
+)
+def test_a_batch_does_not_wait_for_what_never_comes(
+    tenant: Run, home: Path, start: Callable[..., "subprocess.Popen[str]"], measure: str, per: str, amount: int
+) -> None:
+    assert tenant("price", "set", "--credits", 5).status == 0
+    set_limit(tenant, measure, per, amount)
+    lines(home, *prompts(2))
+    process = start(*words())
+    try:
+        assert process.wait(30) == 10
+    finally:
+        process.kill()
+
+
+def test_a_limit_of_nothing_never_has_room(tenant: Run) -> None:
+    assert set_limit(tenant, "jobs", "day", 0)["room_at"] is None
+    with pytest.raises(LimitReached) as refusal:
+        begin()
+    assert (refusal.value.hint or "").startswith("To raise the limit")
 
 
 @pytest.mark.parametrize("measure", ["jobs", "credits"])

@@ -255,8 +255,12 @@ BEGIN
                 AND (l.team_id IS NULL OR l.team_id = job.team_id)
                 AND (l.organization_id IS NULL OR l.organization_id = job.organization_id)
                 AND (l.group_name IS NULL OR l.group_name = ANY (job.model_groups_used))
-            CROSS JOIN LATERAL (SELECT l.group_name <> ALL (before.model_groups_used) IS TRUE AS is_new) AS was
-            WHERE job.completed_at IS NULL AND (is_new OR job.credits_held <> before.credits_held)
+            -- Of no group it is none that is new, also where there were none: NULL is not among nothing.
+            CROSS JOIN LATERAL (
+                SELECT l.group_name IS NOT NULL AND l.group_name <> ALL (before.model_groups_used) AS is_new
+            ) AS was
+            WHERE job.completed_at IS NULL
+              AND (is_new OR (l.measure = 'credits' AND job.credits_held <> before.credits_held))
             GROUP BY l.limit_id, period_start
             ORDER BY l.limit_id, period_start
         ) AS larger;

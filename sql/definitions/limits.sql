@@ -59,10 +59,11 @@ LANGUAGE sql STABLE PARALLEL SAFE ROWS 1 AS $$
         END,
         CASE WHEN measure = 'credits' THEN amount - now_is.counted ELSE 'Infinity' END,
         CASE
-            WHEN per IN ('total', 'concurrent') THEN NULL
+            WHEN per IN ('total', 'concurrent') OR amount = 0 THEN NULL
             WHEN public.limit_window(per) > interval '0'
                 THEN c.first_start + public.limit_window(per) + CASE per WHEN 'hour' THEN interval '1 minute' ELSE interval '1 second' END
-            ELSE public.limit_period(per, at) + ('1 ' || per)::interval
+            -- In UTC: a session's own time zone may have another month then, or a day of 23 hours.
+            ELSE (public.limit_period(per, at) AT TIME ZONE 'UTC' + ('1 ' || per)::interval) AT TIME ZONE 'UTC'
         END
     FROM (
         SELECT
@@ -309,6 +310,10 @@ CREATE FUNCTION count_past_use() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
 BEGIN
     LOCK TABLE ONLY public.jobs IN SHARE ROW EXCLUSIVE MODE;
+    IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+        RAISE EXCEPTION 'jobs that began or ended meanwhile cannot be counted in a transaction that does not see them'
+            USING ERRCODE = 'serialization_failure', HINT = 'Set limits in a READ COMMITTED transaction.';
+    END IF;
     DELETE FROM ONLY public.limit_counters WHERE limit_id = NEW.limit_id;
     INSERT INTO public.limit_counters (limit_id, period_start, used, running, reserved, expected)
     SELECT

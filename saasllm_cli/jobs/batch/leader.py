@@ -262,7 +262,7 @@ class _Batch:
         limit = self.summary.limit_reached
         if waiting and self._sweep():
             self._again += waiting
-        elif waiting and (self._running or (limited and (limit is None or limit["per"] in ROOM_COMES))):
+        elif waiting and (self._running or (limited and _room_comes(limit))):
             # What is running may cost less than it holds or is expected to, or fail and cost nothing.
             self._again += waiting
             self._paused_until = time.monotonic() + LIMIT_SECONDS
@@ -429,3 +429,9 @@ class _Batch:
             self._extended_at = time.monotonic()
             job_ids = [UUID(job_id) for job_id in self._running]
             self._session.ask(lambda db: db.many("job.extend_leases", job_ids=job_ids, lease_seconds=LEASE_SECONDS))
+
+
+def _room_comes(limit: dict[str, Any] | None) -> bool:
+    """Whether a limit is worth waiting for: others tell where it is not known which. One towards which nothing counts,
+    and which has no room all the same, never has any."""
+    return limit is None or (limit["per"] in ROOM_COMES and limit["counted"] > 0)
