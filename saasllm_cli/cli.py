@@ -291,6 +291,7 @@ def _plain(message: str) -> str:
     message = re.sub(r"not a valid (float|int|integer)( range)?\.", "not a number.", message)
     message = re.sub(r"^No such option: (-\d\S*)$", r"Unexpected negative number: \1.", message)
     message = re.sub(r"^Got unexpected extra arguments?(\(s\))? \((.*)\)$", r"Unexpected argument: \2.", message)
+    message = re.sub(r"(?<=Choose from:)(\s+\S+)+$", lambda choices: f" {' '.join(choices[0].split())}.", message)
     return re.sub(r"'([^']{60})[^']{20,}'", r"'\1…'", message)
 
 

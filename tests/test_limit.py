@@ -184,7 +184,7 @@ def test_list_and_what_is_nearly_used(tenant: Run) -> None:
     quiet = tenant("limit", "list", "--above", 51, "--team", "hr")
     assert quiet == (0, "", "")  # for cron
     told = tenant("limit", "list", "--above", 50, "--team", "hr")
-    assert "team hr  2 jobs per day (soft)     1  50.0" in told.out
+    assert "team hr  2 jobs per day (soft)     1  50" in told.out
     assert told.err == "Error: Some limits are used to 50 % or more.\n"
     assert tenant("limit", "list", "--org", "no").status == 3
     assert [row["alert_reached"] for row in tenant("limit", "list", "-o", "json").data] == [None, 50, None, None, None]

@@ -117,7 +117,7 @@ def refund(
     idempotency_key: IdempotencyKey = None,
     output: Output = None,
 ) -> None:
-    """Refund the credit that a job was charged.
+    """Refund the credits that a job was charged.
 
     A job can be refunded once. It stays completed.
     """
