@@ -88,8 +88,8 @@ def test_set_and_set_again(tenant: Run) -> None:
     assert (limit["team_id"], limit["organization_id"], limit["group_name"]) == ("hr", None, None)
     assert (limit["is_hard"], limit["alerts"], limit["counted"], limit["used_percent"]) == (False, [80, 100], 0, 0)
     assert limit["room_at"].endswith("-01T00:00:00Z")
-    again = set_limit(tenant, "cost_usd", "month", "60")  # the whole limit
-    assert (again["limit_id"], again["amount"]) == (limit["limit_id"], 60)
+    again = set_limit(tenant, "cost_usd", "month", "60.00")  # the whole limit
+    assert (again["limit_id"], str(again["amount"])) == (limit["limit_id"], "60")
     assert (again["is_hard"], again["alerts"]) == (True, [])
     assert set_limit(tenant, "cost_usd", "month", "60") == again  # no change
     assert (
