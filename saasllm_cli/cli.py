@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from contextvars import ContextVar, copy_context
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,8 +32,8 @@ NOUNS = {
     "limit": "Limit what organizations and teams may use.",
     "credits": "Manage teams' credits and the ledger behind them.",
     "job": "Run jobs: call a model for a team, charge credits on success.",
-    "apply": "Create and update organizations, groups and teams from files.",
-    "export": "Print organizations, groups and teams as a file for `apply`.",
+    "apply": "Create and update organizations, groups, teams, prices from files.",
+    "export": "Print organizations, groups, teams, prices as a file for `apply`.",
     "audit": "Show who changed what.",
     "doctor": "Check everything that jobs and cron depend on.",
     "db": "Manage the embedded PostgreSQL, or connect to your own.",
@@ -264,7 +265,8 @@ def _tell(error: Exception, arguments: list[str]) -> int:
             if re.search(r"\0--log-format[\0=]json(\0|$)", line):  # behind a word that is wrong, it was not read
                 log_format_flag.set("json")
                 _read_settings_anew()
-            command = context.command_path if context else "saasllm"
+            named = takewhile(lambda word: not word.startswith("-"), command_line.get()[:2])
+            command = context.command_path if context else " ".join(("saasllm", *named))
             message, hint = _plain(error.format_message()), f"See: {command} --help"
             if command in ONLY_UP and (negative := re.search(r"[\0=](-\d[\d.]*)(\0|$)", line)):
                 # Click takes it for options of one letter, and names the first.
@@ -291,6 +293,7 @@ def _plain(message: str) -> str:
     message = re.sub(r"not a valid (float|int|integer)( range)?\.", "not a number.", message)
     message = re.sub(r"^No such option: (-\d\S*)$", r"Unexpected negative number: \1.", message)
     message = re.sub(r"^Got unexpected extra arguments?(\(s\))? \((.*)\)$", r"Unexpected argument: \2.", message)
+    message = re.sub(r"(?<=Choose from:)(\s+\S+)+$", lambda choices: f" {' '.join(choices[0].split())}.", message)
     return re.sub(r"'([^']{60})[^']{20,}'", r"'\1…'", message)
 
 

@@ -114,10 +114,11 @@ def insufficient_credits(
     team: str, group: str | None, needed: int, remaining: int, reserved: int, overdraft: int | None
 ) -> InsufficientCredits:
     """A job costs more than its team can use."""
-    free = remaining - reserved
+    free = remaining - reserved + (overdraft or 0)
     return InsufficientCredits(
         "insufficient_credits",
-        f"Team {team} has {free} free credit{'' if free == 1 else 's'} and the job needs {needed}: "
+        f"Team {team} has {free} free credit{'' if free == 1 else 's'}"
+        f"{', its overdraft included,' if overdraft else ''} and the job needs {needed}: "
         f"{remaining} remaining, {reserved} reserved by running jobs"
         + (f", overdraft {overdraft}." if overdraft else "."),
         f"Run: saasllm credits add {team} AMOUNT" + (" (or wait for its running jobs)" if reserved else ""),

@@ -65,6 +65,7 @@ HEADINGS = {
     "credits_free": "free",
     "credits_granted": "granted",
     "credits_net": "net",
+    "credits_overdraft": "overdraft",
     "credits_per_day": "per_day",
     "credits_remaining": "remaining",
     "credits_reserved": "reserved",
@@ -111,11 +112,8 @@ HEADINGS = {
 }
 # What it means in a table that a field is absent, where that is not nothing.
 ABSENT = {"credits_overdraft": "unlimited", "price": "1 credit"}
-# What a price is told in words by, where it is whole.
-PRICE = {
-    *("credits", "credits_per_usd", "markup_percent", "credits_per_1000_prompt_tokens"),
-    *("credits_per_1000_completion_tokens", "minimum", "maximum"),
-}
+# Of these, a table shows the words.
+PRICES = ("price", "charged_by")
 # Text that ends with an ellipsis where a terminal is too narrow for it, but keeps so much; ids and numbers are whole.
 CUT = {
     *("answer", "command", "database_url", "data_dir", "display_name", "error_message", "migration", "model_groups"),
@@ -123,9 +121,10 @@ CUT = {
     *("resolved_model", "team_alias"),
 }
 LEAST_CUT = 16
-# Text that says what is wrong or what to do is whole, too: it goes on in the next line.
-WRAPPED = {"error", "message", "problem"}
-LEAST_WRAPPED = 30
+# Text that says what is wrong, what to do or what a job costs is whole, too: it goes on in the next line.
+WRAPPED = {"error": 30, "message": 30, "price": 20, "problem": 30}
+# What consists of words and ids goes on there between them.
+BROKEN = {"for", "limit", "scope", "where"}
 # Where a terminal is narrower, and a table does not fit, it shows so much of a job's id: its time and 26 random bits.
 # The commands take that for the id.
 NARROW = 110
@@ -136,6 +135,7 @@ BAR_WIDTH = 16
 LEAST_BAR = 6
 
 _has_progress = False  # whether a line of it stands at the terminal
+_has_pieces = False  # whether a part of an answer stands there
 
 
 def show(
@@ -238,12 +238,22 @@ def print_answer(text: str) -> None:
 def printer() -> Callable[[str], None]:
     """What prints the pieces of a model's answer as they come: to stdout as it is now, for while a model is called
     litellm's words are kept from there."""
+    global _has_pieces
+    _has_pieces = False
     stdout = sys.stdout
 
     def print_piece(text: str) -> None:
+        global _has_pieces
+        _has_pieces = True
         print(harmless(text, keep="\n\t") if stdout.isatty() else text, end="", file=stdout, flush=True)
 
     return print_piece
+
+
+def end_pieces() -> None:
+    """Ends the line in which an answer broke off."""
+    if _has_pieces:
+        note("")
 
 
 def note(text: str, **fields: Any) -> None:
@@ -283,8 +293,13 @@ def progress(text: str) -> None:
     global _has_progress
     if sys.stderr.isatty() and (text or _has_progress) and _log_format() == "text":
         _has_progress = bool(text)
+        from shutil import get_terminal_size
+
         is_dumb = os.environ.get("TERM") == "dumb"
-        line = f"{harmless(text)}\n" * bool(text) if is_dumb else f"\r\x1b[K{harmless(text)}"
+        text = harmless(text)
+        if len(text) > (most := get_terminal_size().columns - 1):  # one in the next line would stay there
+            text = text[: most - 1] + "…"
+        line = f"{text}\n" * bool(text) if is_dumb else f"\r\x1b[K{text}"
         _to_stderr(line)
 
 
@@ -418,14 +433,14 @@ def _text(value: Any) -> str:
 
 
 def price_in_words(price: Row) -> str:
-    """What a job pays by it: `10 credits`, `$ x 100 + 30 %, at least 1`."""
+    """What a job pays by it: `10 credits`, `100 per $ + 30 %, at least 1`."""
     fixed, per_prompt, per_completion = (
         price[name] for name in ("credits", "credits_per_1000_prompt_tokens", "credits_per_1000_completion_tokens")
     )
     parts = [f"{fixed} credit{'' if fixed == 1 else 's'}"] if fixed else []
     if price["credits_per_usd"]:
         markup = f" + {_plain(price['markup_percent'])} %" if price["markup_percent"] else ""
-        parts.append(f"$ x {_plain(price['credits_per_usd'])}{markup}")
+        parts.append(f"{_plain(price['credits_per_usd'])} per ${markup}")
     if per_prompt == per_completion:
         rates = {"tokens": per_prompt}
     else:
@@ -441,14 +456,14 @@ def _plain(number: int | Decimal) -> str:
 
 
 def _field(name: str, value: Any) -> str:
-    return ABSENT[name] if value is None and name in ABSENT else _cell(value)
+    if value is None and name in ABSENT:
+        return ABSENT[name]
+    return price_in_words(value) if name in PRICES and isinstance(value, dict) else _cell(value)
 
 
 def _cell(value: Any) -> str:
     """A value as it is read in a table: lists without their brackets, times to the second."""
     match value:
-        case dict() if value.keys() >= PRICE:
-            return price_in_words(value)
         case datetime():
             return timestamp(value.replace(microsecond=0))
         case list() | dict() if not value:
@@ -560,7 +575,9 @@ def _widths(cells: Mapping[str, Sequence[str]], by_weight: Sequence[str], width:
     # An id wider than the terminal is broken whatever is left out: then there is room for others beside it.
     least = {name: most if most <= width else (width + 1) // 2 for name, most in whole.items()}
     least |= {name: min(whole[name], LEAST_CUT, width) for name in whole.keys() & CUT}
-    least |= {name: min(whole[name], LEAST_WRAPPED, (2 * width + 1) // 5) for name in whole.keys() & WRAPPED}
+    least |= {name: min(whole[name], WRAPPED[name], (2 * width + 1) // 5) for name in whole.keys() & WRAPPED}
+    for name in whole.keys() & BROKEN:
+        least[name] = min(least[name], max(cell_len(word) for cell in (name, *cells[name]) for word in cell.split()))
     kept: list[str] = []
     left = width + GAP
     for name in by_weight:

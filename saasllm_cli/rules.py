@@ -15,7 +15,6 @@ MOST_CREDITS = 10**15
 MOST_RATE = 10**9  # credits per dollar or thousand tokens, or percent
 DECIMALS = 9  # of a rate, and of money in a limit
 MOST_USD_PER_MILLION = 10**6
-MOST_RATE = 10**9  # of a price
 MOST_ALERTS = 10  # of a limit
 MOST_PERCENT = 1000
 METADATA_BYTES = 65536
@@ -29,6 +28,11 @@ def exact(text: str) -> Decimal:
     if abs(number.adjusted()) > LARGEST_EXPONENT:
         raise ValueError(f"{text} is out of range")
     return number
+
+
+def plain(number: Decimal) -> Decimal:
+    """The same number without zeros behind it: 5 for 5.00."""
+    return Decimal(f"{number.normalize():f}")
 
 
 def depth(value: Any) -> int:

@@ -257,7 +257,7 @@ def test_prices_limits_and_overdrafts(tenant: Run, sql: Sql) -> None:
     ]
     prompt, completion = (rows[0][f"credits_per_1000_{kind}_tokens"] for kind in ("prompt", "completion"))
     assert str(prompt) == str(completion) == "1E-9"
-    assert (str(rows[1]["credits_per_usd"]), rows[4]["credits_per_1000_prompt_tokens"]) == ("100.50", 2)
+    assert (str(rows[1]["credits_per_usd"]), rows[4]["credits_per_1000_prompt_tokens"]) == ("100.5", 2)
     assert sql.execute(
         "SELECT coalesce(team_id, organization_id) AS whose, group_name, measure, per, amount::text, is_hard, alerts"
         " FROM limits ORDER BY limit_id"
@@ -304,7 +304,7 @@ prices: [{organization_id: acme, group_name: Down, credits: 3, hold: 5}, {credit
     assert shown.status == 9
     assert shown.out.partition("noun ")[0].splitlines() == [
         "~ organization acme",
-        "    price: credits_per_usd=100.50, markup_percent=30, minimum=1 -> credits=5",
+        "    price: credits_per_usd=100.5, markup_percent=30, minimum=1 -> credits=5",
         "~ group Echo",
         "    price: credits_per_1000_prompt_tokens=0.000000001, "
         "credits_per_1000_completion_tokens=0.000000001, maximum=7, hold=3 -> -",

@@ -947,6 +947,15 @@ def test_the_pace_is_that_of_the_models(spawned_workers: None, tenant: Run, prov
     assert paces[-1] > 2 * 10 / (time.monotonic() - began)
 
 
+def test_it_says_what_it_waits_for(tenant: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("saasllm_cli.commands.job.progress", told.append)
+    tenant("limit", "set", "--team", "hr", "--measure", "jobs", "--per", "concurrent", "--amount", 2)
+    lines(home, *prompts(3))
+    assert tenant(*words()).status == 0
+    assert "2 done, 0 failed · waiting for the limit of 2 jobs at once" in told
+
+
 def test_it_slows_down_for_a_rate_limit(tenant: Run, provider: Provider, home: Path) -> None:
     with_models(tenant, "openai/narrow-2")
     tenant("credits", "add", "hr", 50)

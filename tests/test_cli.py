@@ -116,6 +116,11 @@ def test_version_and_nonsense(run: Run) -> None:
     assert "Usage" in run("org").err
 
 
+def test_an_option_without_its_value_is_told_with_its_command(run: Run) -> None:
+    told = "Error: Option '--credits' requires an argument.\nSee: saasllm price set --help\n"
+    assert run("price", "set", "--credits").err == told
+
+
 @pytest.mark.parametrize(
     "options", [("-o", "json"), ("-ojson",), ("--output=json",), ("--output", "jsonl"), ("-o=json",)]
 )
@@ -344,6 +349,11 @@ ADJUST = "To take credits away, run: saasllm credits adjust TEAM {} --reason TEX
         ),
         ("credits add hr -5 --nope", "Unexpected negative number: -5.", ADJUST.format(-5)),
         ("credits add hr --nope -5", "No such option: --nope", "See: saasllm credits add --help"),
+        (
+            "limit set --per day",
+            "Missing option '--measure'. Choose from: jobs, credits, tokens, cost_usd.",
+            "See: saasllm limit set --help",
+        ),
         ("job run --timeout x", "Invalid value for '--timeout': 'x' is not a number.", "See: saasllm job run --help"),
     ],
 )

@@ -88,8 +88,8 @@ def test_set_and_set_again(tenant: Run) -> None:
     assert (limit["team_id"], limit["organization_id"], limit["group_name"]) == ("hr", None, None)
     assert (limit["is_hard"], limit["alerts"], limit["counted"], limit["used_percent"]) == (False, [80, 100], 0, 0)
     assert limit["room_at"].endswith("-01T00:00:00Z")
-    again = set_limit(tenant, "cost_usd", "month", "60")  # the whole limit
-    assert (again["limit_id"], again["amount"]) == (limit["limit_id"], 60)
+    again = set_limit(tenant, "cost_usd", "month", "60.00")  # the whole limit
+    assert (again["limit_id"], str(again["amount"])) == (limit["limit_id"], "60")
     assert (again["is_hard"], again["alerts"]) == (True, [])
     assert set_limit(tenant, "cost_usd", "month", "60") == again  # no change
     assert (
@@ -184,7 +184,7 @@ def test_list_and_what_is_nearly_used(tenant: Run) -> None:
     quiet = tenant("limit", "list", "--above", 51, "--team", "hr")
     assert quiet == (0, "", "")  # for cron
     told = tenant("limit", "list", "--above", 50, "--team", "hr")
-    assert "team hr  2 jobs per day (soft)     1  50.0" in told.out
+    assert "team hr  2 jobs per day (soft)     1  50" in told.out
     assert told.err == "Error: Some limits are used to 50 % or more.\n"
     assert tenant("limit", "list", "--org", "no").status == 3
     assert [row["alert_reached"] for row in tenant("limit", "list", "-o", "json").data] == [None, 50, None, None, None]

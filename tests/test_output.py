@@ -248,6 +248,8 @@ VIEWS = {
     "credits check --below 2000000": "team free",
     "credits forecast": "team remaining runs_out",
     "credits allocate --dry-run": "",
+    "price list": "id where for price",
+    "limit list": "scope limit used %",
     "job list": "job created status error",
     "job list --refused": "last reason times team",
     "job get {failed}": "",
@@ -259,7 +261,7 @@ VIEWS = {
     "profile list": "profile used protected database",
     "profile show production": "",
 }
-IN_SEVERAL_LINES = ("doctor",)  # a row of what is wrong
+IN_SEVERAL_LINES = ("doctor", "price list", "limit list")
 
 
 @pytest.fixture
@@ -275,6 +277,9 @@ def filled(saasllm: Run, home: Path) -> dict[str, str]:
         f"team unassign {TEAM} {GROUPS[0]}",
         "profile add production --protected --password-file /etc/saasllm/secrets/password "
         "--database-url postgresql://saasllm@db-primary.eu-central-1.example.com/saasllm?sslmode=verify-full",
+        f"price set --org {ORG} --group {GROUPS[1]} --credits-per-usd 100 --markup 30 --minimum 2",
+        f"price set --team {TEAM} --credits 1 --credits-per-1000-tokens 0.5 --maximum 30",
+        f"limit set --team {TEAM} --group {GROUPS[1]} --measure tokens --per total --amount 1000000 --soft",
     ):
         assert saasllm(*shlex.split(command)).status == 0, command
     assert saasllm("job", "run", "--team", TEAM, "--group", GROUPS[1], "--prompt", "x").status == 8
@@ -324,6 +329,17 @@ def test_an_id_that_is_wider_than_the_terminal_leaves_room_for_others(
     header, *lines = at_terminal(60, "team list")
     assert header.split()[:3] == ["team", "status", "remaining"]
     assert "".join(line.split()[0] for line in lines) == name
+
+
+def test_a_line_of_progress_is_no_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("TERM", "xterm")
+    for text, shown in (("x" * 19, "x" * 19), ("x" * 20, "x" * 18 + "…")):
+        monkeypatch.setattr("sys.stderr", screen := Screen(io.BytesIO(), encoding="utf-8"))
+        output.progress(text)
+        output.progress("")
+        screen.flush()
+        assert screen.buffer.getvalue().decode() == f"\r\x1b[K{shown}\r\x1b[K"  # type: ignore[attr-defined]
 
 
 def test_each_command_keeps_within_a_narrow_terminal(

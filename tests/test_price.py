@@ -94,7 +94,7 @@ def test_resolve_in_words(tenant: Run) -> None:
     )
     price(tenant, "--org", "acme", "--job-type", "cv", "--credits-per-usd", "100.50", "--markup", "30", "--minimum", 2)
     assert tenant("price", "resolve", "--team", "hr", "--job-type", "cv").out == (
-        "Price: $ x 100.5 + 30 %, at least 2, by price 1 (organization acme, job type cv). "
+        "Price: 100.5 per $ + 30 %, at least 2, by price 1 (organization acme, job type cv). "
         "A job reserves 2 credits when it begins.\n"
     )
     for words, code in ((["--team", "no"], "team"), (["--team", "hr", "--group", "No"], "group")):
@@ -262,8 +262,8 @@ def test_groups_and_teams_say_what_a_job_costs(tenant: Run) -> None:
         (["--credits", 1], "1 credit"),
         (["--credits", 5, "--minimum", 5, "--maximum", 5], "5 credits, at most 5"),
         (["--credits", 0, "--minimum", 5], "at least 5"),
-        (["--credits-per-usd", "100.00"], "$ x 100"),
-        (["--credits-per-usd", 100, "--markup", "7.50", "--minimum", 1], "$ x 100 + 7.5 %, at least 1"),
+        (["--credits-per-usd", "100.00"], "100 per $"),
+        (["--credits-per-usd", 100, "--markup", "7.50", "--minimum", 1], "100 per $ + 7.5 %, at least 1"),
         (["--credits-per-1000-tokens", 2, "--maximum", 9], "2 per 1000 tokens, at most 9"),
         (["--credits-per-1000-completion-tokens", "0.5"], "0.5 per 1000 answer tokens"),
         (

@@ -57,6 +57,9 @@ def test_overdraft(tenant: Run) -> None:
     check = ("credits", "check", "hr", "-o", "json", "--need")
     assert [tenant(*check, need).status for need in (15, 16)] == [0, 5]
     assert "15 free credits, its overdraft included" in tenant(*check, 16).err
+    tenant("price", "set", "--job-type", "dear", "--credits", 16)
+    refused = tenant("job", "run", "--team", "hr", "--group", "Echo", "--job-type", "dear", "--prompt", "x")
+    assert "hr has 15 free credits, its overdraft included, and the job needs 16: 10 remaining" in refused.err
     tenant("credits", "adjust", "hr", -13, "--reason", "x")
     job_run = ("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x")
     assert [tenant(*job_run).status for _ in range(3)] == [0, 0, 5]

@@ -117,7 +117,7 @@ def refund(
     idempotency_key: IdempotencyKey = None,
     output: Output = None,
 ) -> None:
-    """Refund what a job was charged.
+    """Refund the credits that a job was charged.
 
     All of its credits are given back, once. The job stays completed.
     """

@@ -60,8 +60,19 @@ from saasllm_cli.commands.inputs import (
     number,
     require_some,
 )
-from saasllm_cli.errors import CheckFailed, InsufficientCredits, InvalidInput, NoAnswer, limit_reached
-from saasllm_cli.output import note, print_answer, print_line, print_sentence, progress, remark, show, waiting, warn
+from saasllm_cli.errors import CheckFailed, InsufficientCredits, InvalidInput, NoAnswer, limit_reached, limit_words
+from saasllm_cli.output import (
+    end_pieces,
+    note,
+    print_answer,
+    print_line,
+    print_sentence,
+    progress,
+    remark,
+    show,
+    waiting,
+    warn,
+)
 from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
@@ -305,8 +316,8 @@ def batch(
     and so on, or a line in OpenAI's batch format. Results are written to OUT as they come.
 
     Run the same command again to continue where it stopped; no line is paid for twice. OUT.journal keeps track of what
-    is done. Exit 9 if lines failed, 5 if the credits ran out, 10 if a budget is used up. A limit per minute or hour, or
-    of jobs at once, only slows it down.
+    is done. Exit 9 if lines failed, 5 if the credits ran out. A limit per minute or hour, or of jobs at once, only
+    slows it down; any other ends it with exit 10.
     """
     if str(file) == "-":
         if name is None:
@@ -553,7 +564,11 @@ def _batch_progress(source: BinaryIO) -> "Callable[[Summary, float], None]":
 
     def tell(summary: "Summary", pace: float) -> None:
         done = summary.completed + summary.failed
-        text = f"{done} done, {summary.failed} failed · {pace:.1f}/s · ${summary.cost_usd.normalize():f}"
+        text = f"{done} done, {summary.failed} failed · "
+        if summary.limit_reached:
+            progress(f"{text}waiting for the limit of {limit_words(summary.limit_reached)}")
+            return
+        text += f"{pace:.1f}/s · ${summary.cost_usd.normalize():f}"
         if total and pace:
             left = max(total - done - summary.skipped, 0)
             filled = 20 * (total - left) // total
@@ -587,7 +602,7 @@ def _show_result(result: "JobResult", group: str, further: dict[str, Any], outpu
     ids = {"job_id": result.job_id, "team_id": result.team_id, "group_name": group}
     if result.answer is None and not result.is_repeated:
         if is_shown:
-            note("")  # a part of an answer may stand in the line
+            end_pieces()
         attempts = "".join(f"\n  {call.resolved_model}: {call.error}" for call in result.calls)
         raise NoAnswer(
             "no_answer",

@@ -22,7 +22,7 @@ from saasllm_cli.commands.inputs import (
 )
 from saasllm_cli.errors import CheckFailed, InvalidInput, NotFound, limit_owner, limit_period, limit_words, not_found
 from saasllm_cli.output import Row, note, remark, show
-from saasllm_cli.rules import MOST_ALERTS, MOST_CREDITS, MOST_PERCENT
+from saasllm_cli.rules import MOST_ALERTS, MOST_CREDITS, MOST_PERCENT, plain
 from saasllm_cli.settings import Format, settings
 
 app = noun()
@@ -40,16 +40,16 @@ def percent(value: str) -> int:
 def amount_of(value: str) -> Decimal:
     """As it is written: a float would round it."""
     if not re.fullmatch(r"[0-9]{1,16}(\.[0-9]{1,9})?", value) or Decimal(value) > MOST_CREDITS:
-        raise typer.BadParameter(
-            f"{value!r} is not a number from 0 to {MOST_CREDITS}, in dollars with up to 9 decimals."
-        )
-    return Decimal(value)
+        raise typer.BadParameter(f"{value!r} is not a number from 0 to {MOST_CREDITS}, such as 50 or 2.5.")
+    return plain(Decimal(value))
 
 
-Org = Annotated[str | None, typer.Option("--org", **AN_ORGANIZATION, help="Organization that it limits, as a whole.")]
-Team = Annotated[str | None, typer.Option("--team", **A_TEAM, help="Team that it limits.")]
+Org = Annotated[str | None, typer.Option("--org", **AN_ORGANIZATION, help="Organization to limit, as a whole.")]
+Team = Annotated[str | None, typer.Option("--team", **A_TEAM, help="Team to limit.")]
 Group = Annotated[str | None, typer.Option("--group", **A_GROUP, help="Limit only the team's use of this group.")]
-Measured = Annotated[Measure, typer.Option("--measure", show_default=False, help="What it counts.")]
+Measured = Annotated[
+    Measure, typer.Option("--measure", show_default=False, help="What to count; cost_usd is what providers charge you.")
+]
 Period = Annotated[
     Per,
     typer.Option(
@@ -71,14 +71,16 @@ class Scope(NamedTuple):
 
 
 @app.command(
-    "set", epilog="saasllm limit set --team team_engineering --measure cost_usd --per month --amount 50 --alert 80"
+    "set",
+    epilog="saasllm limit set --team team_engineering --measure cost_usd --per month --amount 50 --alert 80\n"
+    "saasllm limit set --org org_acme_corp --measure jobs --per concurrent --amount 20",
 )
 def set_(
     measure: Measured,
     per: Period,
     amount: Annotated[
         Decimal,
-        typer.Option(parser=amount_of, metavar="N", show_default=False, help="How much of it is allowed."),
+        typer.Option(parser=amount_of, metavar="N", show_default=False, help="How much is allowed."),
     ],
     org: Org = None,
     team: Team = None,
@@ -89,7 +91,7 @@ def set_(
     alert: Annotated[
         list[int],
         typer.Option(
-            parser=percent, metavar="PERCENT", help="Tell in `saasllm doctor` when so much is used; repeatable."
+            parser=percent, metavar="PERCENT", help="Warn in `saasllm doctor` when this much is used; repeatable."
         ),
     ] = [],
     output: Output = None,
@@ -147,7 +149,7 @@ def list_(
         typer.Option(
             parser=percent,
             metavar="PERCENT",
-            help="List limits of which at least so much is used; exit 9 if there are any.",
+            help="List limits of which this much or more is used; exit 9 if there are any.",
         ),
     ] = None,
     after: AfterNumber = None,
@@ -156,7 +158,7 @@ def list_(
 ) -> None:
     """List limits and how much of each is used.
 
-    Run --above from cron: if no limit is used so far, it prints nothing.
+    Run --above from cron: if it finds no limit, it prints nothing.
     """
     with database.connect() as db:
         limits = db.stream(

@@ -26,7 +26,7 @@ from saasllm_cli.commands.inputs import (
 )
 from saasllm_cli.errors import InvalidInput, NotFound, not_found
 from saasllm_cli.output import Row, note, price_in_words, print_sentence, show
-from saasllm_cli.rules import MOST_RATE
+from saasllm_cli.rules import MOST_RATE, plain
 from saasllm_cli.settings import Format, settings
 
 app = noun()
@@ -43,7 +43,11 @@ def rate(value: str) -> Decimal:
     """A rate as it is written: a float would round it."""
     if not re.fullmatch(r"[0-9]{1,10}(\.[0-9]{1,9})?", value) or Decimal(value) > MOST_RATE:
         raise typer.BadParameter(f"{value!r} is not a number from 0 to {MOST_RATE} with up to 9 decimals, such as 2.5.")
-    return Decimal(value)
+    return plain(Decimal(value))
+
+
+def markup_percent(value: str) -> Decimal:
+    return rate(value.removesuffix("%"))
 
 
 A_RATE: dict[str, Any] = {"parser": rate, "metavar": "X"}
@@ -57,6 +61,7 @@ JobType = Annotated[str | None, typer.Option("--job-type", **A_JOB_TYPE, help="F
 @app.command(
     "set",
     epilog="saasllm price set --group DeepResearch --credits 10\n"
+    "saasllm price set --org org_acme_corp --credits-per-1000-tokens 2 --maximum 50\n"
     "saasllm price set --team team_acme --group Chat --credits-per-usd 100 --markup 30 --minimum 1",
 )
 def set_(
@@ -70,7 +75,7 @@ def set_(
     ] = None,
     markup: Annotated[
         Decimal | None,
-        typer.Option(**A_RATE | {"metavar": "PERCENT"}, help="What to add to --credits-per-usd, in percent."),
+        typer.Option(parser=markup_percent, metavar="PERCENT", help="Percentage to add to --credits-per-usd."),
     ] = None,
     credits_per_1000_tokens: Annotated[
         Decimal | None, typer.Option(**A_RATE, help="Credits for 1000 tokens, of prompt and answer.")
@@ -81,8 +86,12 @@ def set_(
     credits_per_1000_completion_tokens: Annotated[
         Decimal | None, typer.Option(**A_RATE, help="Credits for 1000 answer tokens.")
     ] = None,
-    minimum: Annotated[int | None, typer.Option(**CREDITS, help="Least credits for a job (default: 0).")] = None,
-    maximum: Annotated[int | None, typer.Option(**CREDITS, help="Most credits for a job (default: no limit).")] = None,
+    minimum: Annotated[
+        int | None, typer.Option(**CREDITS, help="Charge each job at least N credits (default: 0).")
+    ] = None,
+    maximum: Annotated[
+        int | None, typer.Option(**CREDITS, help="Charge no job more than N credits (default: no limit).")
+    ] = None,
     hold: Annotated[
         int | None,
         typer.Option(**CREDITS, help="Credits to reserve when a job begins (default: --credits or --minimum)."),
@@ -239,7 +248,7 @@ def _check(price: dict[str, Any], markup: Decimal | None) -> None:
     """The same rules as in the database, for better messages."""
     due, maximum, hold = max(price["credits"], price["minimum"]), price["maximum"], price["hold"]
     if markup is not None and not price["credits_per_usd"]:
-        raise _invalid("--markup is a part of --credits-per-usd.", "Add --credits-per-usd X")
+        raise _invalid("--markup is a part of --credits-per-usd.", "Add --credits-per-usd X.")
     if maximum is not None and maximum < due:
         raise _invalid(
             f"--maximum {maximum} is less than the {counted(due, 'credit')} that each job costs.",

@@ -51,7 +51,7 @@ Overdraft = Annotated[
         "--overdraft",
         parser=overdraft,
         metavar="N|unlimited",
-        help="Credits that the team may use beyond what it has (default: 0).",
+        help="Credits that the team may use beyond what it has (0 for a new team).",
     ),
 ]
 
@@ -166,7 +166,10 @@ def list_(
         show(teams, output, columns=columns)
 
 
-@app.command(epilog='saasllm team update team_engineering --alias "Platform Team"')
+@app.command(
+    epilog='saasllm team update team_engineering --alias "Platform Team"\n'
+    "saasllm team update team_engineering --overdraft unlimited"
+)
 def update(
     team_id: TeamId,
     alias: Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="New display name.")] = None,

@@ -30,15 +30,16 @@ from saasllm_cli.rules import (
     METADATA_BYTES,
     METADATA_DEPTH,
     MODEL_NAME,
+    MOST_ALERTS,
     MOST_CREDITS,
     MOST_RATE,
     is_label,
     is_storable,
+    plain,
 )
 
 TOO_LARGE = "it is larger than 64 KiB: store large data elsewhere and refer to it"
 MOST_COPIES = 1_000_000
-MOST_ALERTS = 10
 UNLIMITED = "unlimited"
 NUMBER = "{n}"  # in the strings of a record with a count: which of them it is
 IGNORED = re.compile(r"^(x-|\.)")  # keys beside the sections: a place for anchors
@@ -113,7 +114,7 @@ def _whole_too(value: Any) -> Any:
 def _with_few_decimals(value: Decimal) -> Decimal:
     if value != round(value, DECIMALS):
         raise _refused(f"it must have at most {DECIMALS} decimals")
-    return value
+    return plain(value)
 
 
 def _bounded(value: Any) -> Any:
@@ -269,7 +270,7 @@ class Limit(_Whole):
         if self.measure != "cost_usd" and self.amount != self.amount.to_integral_value():
             raise _refused(f"the amount of {self.measure} must be a whole number")
         if self.measure == "cost_usd":
-            _with_few_decimals(self.amount)
+            self.amount = _with_few_decimals(self.amount)
         self.alerts.sort()
         return self
 

@@ -104,7 +104,7 @@ SELECT
     s.used,
     s.running,
     s.counted,
-    CASE WHEN l.amount > 0 THEN round(100 * s.counted / l.amount, 1) ELSE 100 END AS used_percent,
+    CASE WHEN l.amount > 0 THEN trim_scale(round(100 * s.counted / l.amount, 1)) ELSE 100 END AS used_percent,
     (
         SELECT max(alert)
         FROM unnest(l.alerts) AS alert
