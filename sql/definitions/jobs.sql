@@ -188,6 +188,7 @@ DECLARE
     uncharged text;
     released  uuid[];
     is_open   boolean;
+    has_ended boolean;
 BEGIN
     SELECT
         min(job.job_id::text) FILTER (
@@ -199,8 +200,9 @@ BEGIN
               ) IS NOT TRUE
         ),
         array_agg(job.job_id) FILTER (WHERE job.release_no IS NOT NULL),
-        bool_or(job.lease_expires_at IS NOT NULL)
-    INTO uncharged, released, is_open
+        bool_or(job.lease_expires_at IS NOT NULL),
+        bool_or(job.lease_expires_at IS NULL)
+    INTO uncharged, released, is_open, has_ended
     FROM new_rows job;
 
     IF uncharged IS NOT NULL THEN
@@ -225,7 +227,20 @@ BEGIN
             GROUP BY team_id
             ORDER BY team_id
         ) AS ended;
-        PERFORM public.count_ended(released);
+    END IF;
+    IF has_ended AND EXISTS (
+        SELECT
+        FROM new_rows job
+        JOIN public.limits l ON coalesce(l.team_id, l.organization_id) IN (job.team_id, job.organization_id)
+    ) THEN
+        PERFORM public.count_ended(
+            ARRAY(
+                SELECT job.job_id
+                FROM new_rows job
+                JOIN old_rows USING (job_id)
+                WHERE job.completed_at IS NOT NULL AND old_rows.completed_at IS NULL
+            )
+        );
     END IF;
     IF is_open THEN
         PERFORM public.move_reservation(team_id::text, credits, first_no, last_no)

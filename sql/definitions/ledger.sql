@@ -54,7 +54,6 @@ DECLARE
     refused_job  text;
     is_given     boolean; -- something other than what jobs cost
     is_misdated  boolean;
-    charged      uuid[]; -- jobs that count towards limits
 BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
@@ -62,10 +61,9 @@ BEGIN
 
     WITH linked AS (
         SELECT
-            team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before,
+            team_id, entry_no, transaction_type, credits_amount, credits_before,
             lag(entry_no) OVER chain AS previous_no,
             lag(credits_after) OVER chain AS previous_after,
-            CASE WHEN transaction_type = 'deduction' THEN job_id END AS charged_job_id,
             job.credits_held,
             CASE WHEN job_id IS NOT NULL AND job.is_charged_so IS NOT TRUE THEN job_id END AS wrong_job_id,
             created_at NOT BETWEEN transaction_timestamp() AND clock_timestamp() AS is_misdated
@@ -93,8 +91,6 @@ BEGIN
             coalesce(-sum(credits_amount) FILTER (WHERE transaction_type IN ('deduction', 'refund')), 0) AS used,
             -- Each job has reserved what it holds (jobs.sql): the charge takes the place of the reservation.
             coalesce(sum(credits_held) FILTER (WHERE transaction_type = 'deduction'), 0) AS released,
-            min(organization_id::text) AS organization_id,
-            array_agg(charged_job_id) FILTER (WHERE charged_job_id IS NOT NULL) AS charged_jobs,
             min(wrong_job_id::text) AS wrong_job_id,
             bool_or(transaction_type <> 'deduction') AS is_given,
             bool_or(linked.is_misdated) AS is_misdated
@@ -118,15 +114,8 @@ BEGIN
         min(team_id::text) FILTER (WHERE (team_id, last_no) NOT IN (SELECT team_id, last_entry_no FROM moved)),
         min(wrong_job_id),
         bool_or(movement.is_given),
-        bool_or(movement.is_misdated),
-        CASE
-            WHEN EXISTS (
-                SELECT
-                FROM movement m
-                JOIN public.limits l ON coalesce(l.team_id, l.organization_id) IN (m.team_id, m.organization_id)
-            ) THEN ARRAY(SELECT unnest(charged_jobs) FROM movement)
-        END
-    INTO refused_team, refused_job, is_given, is_misdated, charged
+        bool_or(movement.is_misdated)
+    INTO refused_team, refused_job, is_given, is_misdated
     FROM movement;
 
     IF is_given AND NOT has_table_privilege('public.teams', 'UPDATE') THEN
@@ -143,9 +132,6 @@ BEGIN
     ELSIF refused_job IS NOT NULL THEN
         RAISE EXCEPTION 'job % is not a completed job of the team that was charged so much', refused_job
             USING ERRCODE = 'SL005', HINT = 'Complete the job and charge its team in one statement.';
-    END IF;
-    IF cardinality(charged) > 0 THEN
-        PERFORM public.count_ended(charged);
     END IF;
     RETURN NULL;
 END
