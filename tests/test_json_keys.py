@@ -175,16 +175,17 @@ COMMANDS: dict[str, list[Any]] = {
         ]
     ],
     "export": [
-        {"organizations": [["organization_id", "name", "status", "metadata"]]},
-        {"model_groups": [["group_name", "display_name", "description", "status", "models"]]},
+        {"organizations": [["organization_id", "name", "status", "price", "limits", "metadata"]]},
+        {"model_groups": [["group_name", "display_name", "description", "status", "price", "models"]]},
         {
             "teams": [
                 [
-                    *("team_id", "organization_id", "team_alias", "status", "model_groups", "credits"),
-                    *("schedule", "metadata"),
+                    *("team_id", "organization_id", "team_alias", "status", "model_groups", "credits", "overdraft"),
+                    *("schedule", "price", "limits", "metadata"),
                 ]
             ]
         },
+        "prices",
     ],
     "apply -f file.yaml": [
         {"totals": [["noun", "created", "changed", "unchanged", "differing", "suspended", "deleted"]]},
