@@ -70,8 +70,8 @@ def test_limits_that_are_nearly_used(tenant: Run) -> None:
     tenant(*limit, "--measure", "credits", "--amount", 5)
     for jobs, told in (
         (1, []),
-        (1, ["4 jobs per day for team hr (50.0 %)"]),
-        (2, ["(100.0 %)", "5 credits", "(80.0 %)"]),
+        (1, ["4 jobs per day for team hr (50 %)"]),
+        (2, ["(100 %)", "5 credits", "(80 %)"]),
     ):
         for _ in range(jobs):
             charged_job()
