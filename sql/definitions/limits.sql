@@ -102,7 +102,7 @@ SELECT
     l.is_hard,
     l.alerts,
     s.used,
-    s.running,
+    CASE WHEN counts_running(l.measure, l.per) THEN s.running END AS running,
     s.counted,
     CASE WHEN l.amount > 0 THEN trim_scale(round(100 * s.counted / l.amount, 1)) ELSE 100 END AS used_percent,
     (
