@@ -102,15 +102,11 @@ $$;
 
 -- What a job that completes has to pay: by the dearest of its prices, from what its answers cost us and their tokens.
 -- `calls` are those that are just being written. What nobody knows counts nothing, and is told. A price that is missing
--- (NULL) is one credit.
+-- (NULL) is one credit; a job without any is not asked for.
 CREATE FUNCTION charge_of(of_prices bigint[], of_job uuid, calls jsonb)
 RETURNS TABLE (price_id bigint, credits_due bigint, is_unpriced boolean)
 LANGUAGE plpgsql STABLE ROWS 1 AS $$
 BEGIN
-    IF array_remove(of_prices, NULL) = '{}' THEN
-        RETURN QUERY SELECT NULL::bigint, 1::bigint, false;
-        RETURN;
-    END IF;
     RETURN QUERY
     WITH answer AS (
         SELECT c.cost_usd, c.prompt_tokens, c.completion_tokens

@@ -352,9 +352,12 @@ RETURNING call_id;
 -- JSON array; `began` counts the seconds from the job's start, so that the database's clock dates them. They are written
 -- before the balance is locked, which others wait for.
 WITH charge AS (
-    SELECT held.job_id, held.credits_held, c.price_id, c.credits_due, c.is_unpriced
+    SELECT
+        held.job_id, held.credits_held, c.price_id, c.is_unpriced,
+        CASE WHEN %(status)s = 'completed' THEN coalesce(c.credits_due, 1) END AS credits_due -- 1 without a price
     FROM jobs held
-    LEFT JOIN LATERAL charge_of(held.price_ids, held.job_id, %(calls)s) c ON %(status)s = 'completed'
+    LEFT JOIN LATERAL charge_of(held.price_ids, held.job_id, %(calls)s) c
+        ON %(status)s = 'completed' AND array_remove(held.price_ids, NULL) <> '{}'
     WHERE held.job_id = %(job_id)s -- and open: only then it has a lease
       AND held.lease_expires_at > clock_timestamp()
 ),
@@ -439,9 +442,12 @@ held AS (
     ) AS open
 ),
 charge AS (
-    SELECT held.*, c.price_id, c.credits_due, c.is_unpriced
+    SELECT
+        held.*, c.price_id, c.is_unpriced,
+        CASE WHEN held.status = 'completed' THEN coalesce(c.credits_due, 1) END AS credits_due
     FROM held
-    LEFT JOIN LATERAL charge_of(held.price_ids, held.job_id, held.calls) c ON held.status = 'completed'
+    LEFT JOIN LATERAL charge_of(held.price_ids, held.job_id, held.calls) c
+        ON held.status = 'completed' AND array_remove(held.price_ids, NULL) <> '{}'
 ),
 freed AS (
     SELECT count(*) AS teams
