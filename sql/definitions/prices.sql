@@ -102,10 +102,10 @@ $$;
 
 -- What a job that completes has to pay: by the dearest of its prices, from what its answers cost us and their tokens.
 -- `calls` are those that are just being written. What nobody knows counts nothing, and is told. A price that is missing
--- (NULL) is one credit; a job without any is not asked for.
+-- (NULL) is one credit; of a job without any it is not asked: its array is NULL.
 CREATE FUNCTION charge_of(of_prices bigint[], of_job uuid, calls jsonb)
 RETURNS TABLE (price_id bigint, credits_due bigint, is_unpriced boolean)
-LANGUAGE plpgsql STABLE ROWS 1 AS $$
+LANGUAGE plpgsql STABLE STRICT ROWS 1 AS $$
 BEGIN
     RETURN QUERY
     WITH answer AS (

@@ -356,8 +356,11 @@ WITH charge AS (
         held.job_id, held.credits_held, c.price_id, c.is_unpriced,
         CASE WHEN %(status)s = 'completed' THEN coalesce(c.credits_due, 1) END AS credits_due -- 1 without a price
     FROM jobs held
-    LEFT JOIN LATERAL charge_of(held.price_ids, held.job_id, %(calls)s) c
-        ON %(status)s = 'completed' AND array_remove(held.price_ids, NULL) <> '{}'
+    LEFT JOIN LATERAL charge_of(
+        CASE WHEN %(status)s = 'completed' AND array_remove(held.price_ids, NULL) <> '{}' THEN held.price_ids END,
+        held.job_id,
+        %(calls)s
+    ) c ON true
     WHERE held.job_id = %(job_id)s -- and open: only then it has a lease
       AND held.lease_expires_at > clock_timestamp()
 ),
@@ -446,8 +449,11 @@ charge AS (
         held.*, c.price_id, c.is_unpriced,
         CASE WHEN held.status = 'completed' THEN coalesce(c.credits_due, 1) END AS credits_due
     FROM held
-    LEFT JOIN LATERAL charge_of(held.price_ids, held.job_id, held.calls) c
-        ON held.status = 'completed' AND array_remove(held.price_ids, NULL) <> '{}'
+    LEFT JOIN LATERAL charge_of(
+        CASE WHEN held.status = 'completed' AND array_remove(held.price_ids, NULL) <> '{}' THEN held.price_ids END,
+        held.job_id,
+        coalesce(held.calls, '[]')
+    ) c ON true
 ),
 freed AS (
     SELECT count(*) AS teams
