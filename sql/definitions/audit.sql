@@ -37,8 +37,8 @@ CREATE TRIGGER audit_log_is_dated AFTER INSERT ON audit_log
 
 -- Organizations, teams, assignments, prices and limits: row by row, what it was and what it is. The arguments are the
 -- noun and the column by which a row is found again after an update; without one, an update is a delete and a create.
--- What a purge removes is told by its one record: what is gone with the team or the organization that it names, unless it
--- was made after that record.
+-- What a purge removes is told by its one record: what is gone with the team or the organization that it names, unless
+-- it was made after that record.
 
 CREATE FUNCTION audit_rows() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET timezone = 'UTC' AS $$

@@ -48,10 +48,10 @@ CREATE TRIGGER jobs_keep_id AFTER UPDATE ON jobs
     EXECUTE FUNCTION refuse_other_job();
 
 
--- What a team has reserved is what its open jobs hold: from a job's beginning until its charge, which the ledger counts, or
--- until it ends without one. So many jobs can be open that summing them up each time would take long. Hence each change
--- has a number, the next one of its team, and is proven by the jobs that bear it: those that began with it, those that
--- came to hold more, or those that ended. A number that was passed is never taken again.
+-- What a team has reserved is what its open jobs hold: from a job's beginning until its charge, which the ledger
+-- counts, or until it ends without one. So many jobs can be open that summing them up each time would take long. Hence
+-- each change has a number, the next one of its team, and is proven by the jobs that bear it: those that began with it,
+-- those that came to hold more, or those that ended. A number that was passed is never taken again.
 
 CREATE FUNCTION number_reservation() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
@@ -160,12 +160,9 @@ BEGIN
                 count(*) AS jobs,
                 sum(job.credits_held)::bigint AS credits
             FROM new_rows job
-            JOIN public.limits l ON coalesce(l.team_id, l.organization_id) IN (job.team_id, job.organization_id)
-                AND (l.team_id IS NULL OR l.team_id = job.team_id)
-                AND (l.organization_id IS NULL OR l.organization_id = job.organization_id)
-                AND (l.group_name IS NULL OR l.group_name = ANY (job.model_groups_used))
-            GROUP BY l.limit_id, period_start
-            ORDER BY l.limit_id, period_start
+            CROSS JOIN LATERAL public.limits_of(job.team_id::text, job.organization_id::text, job.model_groups_used) l
+            GROUP BY l, period_start
+            ORDER BY l, period_start
         ) AS begun;
     END IF;
     RETURN NULL;
@@ -231,7 +228,7 @@ BEGIN
     IF has_ended AND EXISTS (
         SELECT
         FROM new_rows job
-        JOIN public.limits l ON coalesce(l.team_id, l.organization_id) IN (job.team_id, job.organization_id)
+        CROSS JOIN LATERAL public.limits_of(job.team_id::text, job.organization_id::text, job.model_groups_used)
     ) THEN
         PERFORM public.count_ended(
             ARRAY(
@@ -263,21 +260,18 @@ BEGIN
                 l AS of_limit,
                 public.limit_period(l.per, job.created_at) AS period_start,
                 count(*) FILTER (WHERE is_new) AS jobs,
-                sum(CASE WHEN is_new THEN job.credits_held ELSE job.credits_held - before.credits_held END)::bigint AS credits
+                sum(job.credits_held - CASE WHEN is_new THEN 0 ELSE before.credits_held END)::bigint AS credits
             FROM new_rows job
             JOIN old_rows before USING (job_id)
-            JOIN public.limits l ON coalesce(l.team_id, l.organization_id) IN (job.team_id, job.organization_id)
-                AND (l.team_id IS NULL OR l.team_id = job.team_id)
-                AND (l.organization_id IS NULL OR l.organization_id = job.organization_id)
-                AND (l.group_name IS NULL OR l.group_name = ANY (job.model_groups_used))
+            CROSS JOIN LATERAL public.limits_of(job.team_id::text, job.organization_id::text, job.model_groups_used) l
             -- Of no group it is none that is new, also where there were none: NULL is not among nothing.
             CROSS JOIN LATERAL (
                 SELECT l.group_name IS NOT NULL AND l.group_name <> ALL (before.model_groups_used) AS is_new
             ) AS was
             WHERE job.completed_at IS NULL
               AND (is_new OR (l.measure = 'credits' AND job.credits_held <> before.credits_held))
-            GROUP BY l.limit_id, period_start
-            ORDER BY l.limit_id, period_start
+            GROUP BY l, period_start
+            ORDER BY l, period_start
         ) AS larger;
     END IF;
     RETURN NULL;

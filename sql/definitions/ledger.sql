@@ -1,10 +1,10 @@
 -- Credits: a ledger that only grows, and the balances that follow from it.
 --
--- Statements insert ledger rows and nothing else. One trigger moves the balances by what was inserted, and a guard
--- on the balances asks the ledger whether a movement is explained by its rows. It asks the data, not who is asking:
--- a setting or a trigger depth could be faked by any client. The functions see pg_catalog alone and name their tables
--- in full, with ONLY: a temporary table, a function of somebody's or a child table cannot stand in for the real one.
--- A function of ours is given just the types that it takes: a domain's own would be preferred, where somebody makes one.
+-- Statements insert ledger rows and nothing else. One trigger moves the balances by what was inserted, and a guard on
+-- the balances asks the ledger whether a movement is explained by its rows. It asks the data, not who is asking: a
+-- setting or a trigger depth could be faked by any client. The functions see pg_catalog alone and name their tables in
+-- full, with ONLY: a temporary table, a function of somebody's or a child table cannot stand in for the real one. A
+-- function of ours is given just the types that it takes: a domain's own would be preferred, where somebody makes one.
 -- With row_security = off they fail where a policy would hide rows from them.
 --
 -- What they check is what was written: before a row is, a trigger of somebody else's may still change it.
@@ -361,8 +361,8 @@ CREATE TRIGGER team_credits_no_truncate BEFORE TRUNCATE ON team_credits
 
 
 -- Who waits for a balance does so in a statement of its own, which sees then what is there by now. A larger one would
--- have to begin a part of its plan anew for the row that has changed meanwhile, while the others wait. Usable is what jobs
--- may still reserve: what is free, and the overdraft.
+-- have to begin a part of its plan anew for the row that has changed meanwhile, while the others wait. Usable is what
+-- jobs may still reserve: what is free, and the overdraft.
 
 CREATE FUNCTION lock_balance(
     of_team text, OUT last_entry_no bigint, OUT credits_remaining bigint, OUT credits_usable numeric,
@@ -383,8 +383,8 @@ END
 $$;
 
 
--- Balances, and whether each is that of its last entry: where it is not, the guard lets it move no more, so that nothing
--- can be charged.
+-- Balances, and whether each is that of its last entry: where it is not, the guard lets it move no more, so that
+-- nothing can be charged.
 CREATE VIEW checked_balances AS
 SELECT
     c.team_id,

@@ -1,9 +1,30 @@
 -- Limits: what counts towards them, and what holds them.
 --
--- A job counts where it began: in the row of that period, from its beginning until it has ended, whenever that is. Rows of
--- limits are locked in the order of the limits, after the balances, and until the transaction ends: what touches them comes
--- last. A team that has no limit, nor its organization, pays an index lookup for that.
+-- A job counts where it began: in the row of that period, from its beginning until it has ended, whenever that is. Rows
+-- of limits are locked in the order of the limits, after the balances, and until the transaction ends: what touches
+-- them comes last. A team that has no limit, nor its organization, pays an index lookup for that.
 
+
+-- The limits that concern a job: those of its team and organization, and of its team with its groups.
+CREATE FUNCTION limits_of(of_team text, of_organization text, of_groups text[]) RETURNS SETOF limits
+LANGUAGE sql STABLE PARALLEL SAFE ROWS 1 AS $$
+    SELECT *
+    FROM public.limits
+    WHERE coalesce(team_id, organization_id) IN (of_team, of_organization)
+      AND (team_id IS NULL OR team_id = of_team)
+      AND (organization_id IS NULL OR organization_id = of_organization)
+      AND (group_name IS NULL OR group_name = ANY (of_groups))
+$$;
+
+-- What a job has used by its calls, failed ones too, or by those to a group.
+CREATE FUNCTION used_by_calls(of_job uuid, of_group text) RETURNS TABLE (tokens numeric, cost_usd numeric)
+LANGUAGE sql STABLE PARALLEL SAFE ROWS 1 AS $$
+    SELECT
+        sum(coalesce(c.total_tokens, coalesce(c.prompt_tokens, 0) + coalesce(c.completion_tokens, 0))),
+        sum(c.cost_usd)
+    FROM ONLY public.llm_calls c
+    WHERE c.job_id = of_job AND (of_group IS NULL OR c.model_group_used = of_group)
+$$;
 
 -- Where the row of a moment begins: for a window that slides it is a second or a minute of it, else the whole period.
 CREATE FUNCTION limit_period(per text, at timestamptz) RETURNS timestamptz
@@ -23,8 +44,8 @@ CREATE FUNCTION limit_window(per text) RETURNS interval
 LANGUAGE sql IMMUTABLE PARALLEL SAFE
 RETURN CASE per WHEN 'minute' THEN interval '1 minute' WHEN 'hour' THEN interval '1 hour' ELSE interval '0' END;
 
--- What counts of it: what is used or in use. What tokens and money a job will use is known at its end: while it runs, it
--- counts as what such jobs used lately.
+-- What counts of it: what is used or in use. What tokens and money a job will use is known at its end: while it runs,
+-- it counts as what such jobs used lately.
 CREATE FUNCTION limit_counted(
     measure text, per text, used numeric, running bigint, reserved bigint, expected numeric
 ) RETURNS numeric
@@ -36,9 +57,10 @@ RETURN CASE
     ELSE used + running * coalesce(expected, 0)
 END;
 
--- How it stands with a limit in the period of a moment. `counted` is what is used or in use; `room_jobs` says how many jobs
--- may begin, `room_credits` how many credits they may hold; `room_at` when there is more room, NULL where no time brings
--- it. What tokens and money a job will use is known at its end: while it runs, it counts as what such jobs used lately.
+-- How it stands with a limit in the period of a moment. `counted` is what is used or in use; `room_jobs` says how many
+-- jobs may begin, `room_credits` how many credits they may hold; `room_at` when there is more room, NULL where no time
+-- brings it. What tokens and money a job will use is known at its end: while it runs, it counts as what such jobs used
+-- lately.
 CREATE FUNCTION limit_state(of_limit bigint, measure text, per text, amount numeric, at timestamptz)
 RETURNS TABLE (
     used numeric, running bigint, reserved bigint, expected numeric, counted numeric, room_jobs numeric,
@@ -61,7 +83,9 @@ LANGUAGE sql STABLE PARALLEL SAFE ROWS 1 AS $$
         CASE
             WHEN per IN ('total', 'concurrent') OR amount = 0 THEN NULL
             WHEN public.limit_window(per) > interval '0'
-                THEN c.first_start + public.limit_window(per) + CASE per WHEN 'hour' THEN interval '1 minute' ELSE interval '1 second' END
+                THEN c.first_start
+                    + public.limit_window(per)
+                    + CASE per WHEN 'hour' THEN interval '1 minute' ELSE interval '1 second' END
             -- In UTC: a session's own time zone may have another month then, or a day of 23 hours.
             ELSE (public.limit_period(per, at) AT TIME ZONE 'UTC' + ('1 ' || per)::interval) AT TIME ZONE 'UTC'
         END
@@ -125,13 +149,9 @@ LANGUAGE plpgsql STABLE ROWS 1 SET plan_cache_mode = force_generic_plan AS $$
 BEGIN
     RETURN QUERY
     SELECT l.limit_id, l.group_name IS NOT NULL, s.room_jobs, s.room_credits, s.room_at
-    FROM limits l
+    FROM limits_of(of_team, of_organization, ARRAY[of_group]) l
     CROSS JOIN LATERAL limit_state(l.limit_id, l.measure, l.per, l.amount, now()) AS s
-    WHERE coalesce(l.team_id, l.organization_id) IN (of_team, of_organization)
-      AND (l.team_id IS NULL OR l.team_id = of_team)
-      AND (l.organization_id IS NULL OR l.organization_id = of_organization)
-      AND (l.group_name IS NULL OR l.group_name = of_group)
-      AND l.is_hard;
+    WHERE l.is_hard;
 END
 $$;
 
@@ -143,8 +163,8 @@ BEGIN
 END
 $$;
 
--- On which terms a job begins: its price, what it holds by that, and the hard limit that leaves no room for it, where there
--- is one: the one that does so for the longest time.
+-- On which terms a job begins: its price, what it holds by that, and the hard limit that leaves no room for it, where
+-- there is one: the one that does so for the longest time.
 CREATE FUNCTION terms_of(
     of_team text, of_organization text, of_group text, of_job_type text,
     OUT price_id bigint, OUT credits_held bigint, OUT limit_reached bigint
@@ -156,7 +176,7 @@ BEGIN
     FROM price_of(of_team, of_organization, of_group, of_job_type) p;
     credits_held := coalesce(credits_held, 1);
 
-    IF EXISTS (SELECT FROM limits WHERE coalesce(team_id, organization_id) IN (of_team, of_organization)) THEN
+    IF EXISTS (SELECT FROM limits_of(of_team, of_organization, ARRAY[of_group])) THEN
         SELECT l.limit_id
         INTO limit_reached
         FROM hard_limits(of_team, of_organization, of_group) l
@@ -203,7 +223,8 @@ BEGIN
         RETURN;
     END IF;
     -- Its row is all there is to know of most: not of a window, nor of a period in which no job has ended.
-    IF public.limit_window(of_limit.per) > interval '0' OR (of_limit.measure IN ('tokens', 'cost_usd') AND expected IS NULL)
+    IF public.limit_window(of_limit.per) > interval '0'
+        OR (of_limit.measure IN ('tokens', 'cost_usd') AND expected IS NULL)
     THEN
         SELECT s.used, s.running, s.reserved, s.expected
         INTO used, running, reserved, expected
@@ -218,7 +239,11 @@ BEGIN
         END
     ) THEN
         RAISE EXCEPTION 'the limit of % % is reached', trim_scale(of_limit.amount) || ' ' || of_limit.measure,
-            CASE of_limit.per WHEN 'total' THEN 'in total' WHEN 'concurrent' THEN 'at once' ELSE 'per ' || of_limit.per END
+            CASE of_limit.per
+                WHEN 'total' THEN 'in total'
+                WHEN 'concurrent' THEN 'at once'
+                ELSE 'per ' || of_limit.per
+            END
             USING ERRCODE = 'SL011', HINT = 'See: saasllm limit list';
     END IF;
 END
@@ -239,24 +264,22 @@ BEGIN
             count(*) FILTER (WHERE j.status = 'completed') AS completed,
             CASE WHEN l.measure = 'credits' THEN sum(j.credits_held) ELSE 0 END AS released,
             coalesce(
-                sum(CASE l.measure WHEN 'credits' THEN j.credits_charged WHEN 'tokens' THEN c.tokens WHEN 'cost_usd' THEN c.cost_usd END),
+                sum(
+                    CASE l.measure
+                        WHEN 'credits' THEN j.credits_charged
+                        WHEN 'tokens' THEN c.tokens
+                        WHEN 'cost_usd' THEN c.cost_usd
+                    END
+                ),
                 0
             ) AS used
         FROM ONLY public.jobs j
-        JOIN ONLY public.limits l ON coalesce(l.team_id, l.organization_id) IN (j.team_id, j.organization_id)
-            AND (l.team_id IS NULL OR l.team_id = j.team_id)
-            AND (l.organization_id IS NULL OR l.organization_id = j.organization_id)
-            AND (l.group_name IS NULL OR l.group_name = ANY (j.model_groups_used))
-        LEFT JOIN LATERAL (
-            SELECT
-                sum(coalesce(call.total_tokens, coalesce(call.prompt_tokens, 0) + coalesce(call.completion_tokens, 0)))
-                    AS tokens,
-                sum(call.cost_usd) AS cost_usd
-            FROM ONLY public.llm_calls call
-            WHERE call.job_id = j.job_id AND (l.group_name IS NULL OR call.model_group_used = l.group_name)
-        ) AS c ON l.measure IN ('tokens', 'cost_usd')
+        CROSS JOIN LATERAL public.limits_of(j.team_id::text, j.organization_id::text, j.model_groups_used) l
+        CROSS JOIN LATERAL public.used_by_calls(
+            CASE WHEN l.measure IN ('tokens', 'cost_usd') THEN j.job_id END, l.group_name::text
+        ) c
         WHERE j.job_id = ANY (ended) AND public.counts_running(l.measure, l.per)
-        GROUP BY l.limit_id, period_start
+        GROUP BY l.limit_id, l.measure, period_start
         ORDER BY l.limit_id, period_start
     LOOP
         UPDATE ONLY public.limit_counters
@@ -267,7 +290,10 @@ BEGIN
             expected = CASE
                 WHEN job.completed = 0 THEN expected
                 ELSE round(
-                    coalesce(expected + (job.used / job.completed - expected) * least(job.completed, 10) / 10, job.used / job.completed),
+                    coalesce(
+                        expected + (job.used / job.completed - expected) * least(job.completed, 10) / 10,
+                        job.used / job.completed
+                    ),
                     12
                 )
             END
@@ -304,8 +330,8 @@ CREATE TRIGGER jobs_forget AFTER DELETE ON jobs
     FOR EACH STATEMENT EXECUTE FUNCTION forget_jobs();
 
 
--- A limit that is new counts what was used before, in the period that is under way, and what is running. Jobs that begin or
--- end meanwhile would be counted twice or not at all: they wait.
+-- A limit that is new counts what was used before, in the period that is under way, and what is running. Jobs that
+-- begin or end meanwhile would be counted twice or not at all: they wait.
 CREATE FUNCTION count_past_use() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
 BEGIN
@@ -331,22 +357,17 @@ BEGIN
             0
         ),
         count(*) FILTER (WHERE j.completed_at IS NULL AND public.counts_running(NEW.measure, NEW.per)),
-        CASE WHEN NEW.measure = 'credits' THEN coalesce(sum(j.credits_held) FILTER (WHERE j.completed_at IS NULL), 0) ELSE 0 END,
+        coalesce(sum(j.credits_held) FILTER (WHERE j.completed_at IS NULL AND NEW.measure = 'credits'), 0),
         CASE NEW.measure
             WHEN 'tokens' THEN round(avg(c.tokens) FILTER (WHERE j.status = 'completed'), 12)
             WHEN 'cost_usd' THEN round(avg(c.cost_usd) FILTER (WHERE j.status = 'completed'), 12)
         END
     FROM ONLY public.jobs j
-    LEFT JOIN LATERAL (
-        SELECT
-            sum(coalesce(call.total_tokens, coalesce(call.prompt_tokens, 0) + coalesce(call.completion_tokens, 0)))
-                AS tokens,
-            sum(call.cost_usd) AS cost_usd
-        FROM ONLY public.llm_calls call
-        WHERE call.job_id = j.job_id
-          AND (NEW.group_name IS NULL OR call.model_group_used = NEW.group_name)
-          AND j.completed_at IS NOT NULL -- of one that is open they count at its end
-    ) AS c ON NEW.measure IN ('tokens', 'cost_usd')
+    -- Of one that is open they count at its end.
+    CROSS JOIN LATERAL public.used_by_calls(
+        CASE WHEN NEW.measure IN ('tokens', 'cost_usd') AND j.completed_at IS NOT NULL THEN j.job_id END,
+        NEW.group_name::text
+    ) c
     WHERE (j.team_id = NEW.team_id OR j.organization_id = NEW.organization_id)
       AND (NEW.group_name IS NULL OR NEW.group_name = ANY (j.model_groups_used))
       AND (
@@ -364,8 +385,8 @@ $$;
 CREATE TRIGGER limits_count_past_use AFTER INSERT ON limits
     FOR EACH ROW EXECUTE FUNCTION count_past_use();
 
--- What a limit counts stays what it is: else its counters would say something else. What it has counted goes with it, or
--- where its window has long slid on.
+-- What a limit counts stays what it is: else its counters would say something else. What it has counted goes with it,
+-- or where its window has long slid on.
 CREATE FUNCTION refuse_limit_change() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN

@@ -139,8 +139,8 @@ CROSS JOIN LATERAL (
     ) AS credits
 ) AS opened;
 
--- Those of whole organizations, groups and teams stand in their records: they are short. One of a group that is not there
--- holds for no job, and could not be applied.
+-- Those of whole organizations, groups and teams stand in their records: they are short. One of a group that is not
+-- there holds for no job, and could not be applied.
 CREATE VIEW price_records AS
 SELECT
     coalesce('team_id=' || team_id, 'organization_id=' || organization_id, 'everywhere')

@@ -1,10 +1,11 @@
--- The check that travels with the first query of every command: is the database as the program says, does it enforce its
--- rules, and may the program see all of it?
+-- The check that travels with the first query of every command: is the database as the program says, does it enforce
+-- its rules, and may the program see all of it?
 
 -- Raises SL001 with what is pending, or SL002 with a migration that the program does not know. The program names its
 -- migrations, and each file of definitions with its checksum. Where row-level security holds for the caller, what is
 -- hidden would pass for what is not there: a ledger of which the half is missing would look sound. Where no trigger
--- fires (SL010), as after a move by a tool that has set so for the role or the database, a charge would move no balance.
+-- fires (SL010), as after a move by a tool that has set so for the role or the database, a charge would move no
+-- balance.
 CREATE FUNCTION require_migrations(known text[], definitions text[]) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE

@@ -9,13 +9,14 @@ GRANT USAGE ON SCHEMA public TO saasllm_admin, saasllm_runner, saasllm_readonly;
 GRANT SELECT ON
     saasllm_migrations, saasllm_definitions, organizations, model_groups, model_group_models, teams, team_model_groups,
     team_credits, credit_transactions, credit_schedules, jobs, job_refusals, llm_calls, audit_log,
-    model_prices, job_prices, limits, limit_counters, organization_details, model_group_details, team_details, credit_details, job_details,
+    model_prices, job_prices, limits, limit_counters, organization_details, model_group_details, team_details,
+    credit_details, job_details,
     job_refusal_details, llm_call_details, organization_records, model_group_records, team_records, price_records,
     limit_records, purges_of_transaction, checked_balances, callable_groups, limit_details, margin_parts
 TO saasllm_admin, saasllm_runner, saasllm_readonly;
 
--- saasllm_runner runs jobs: it reserves credits, enters what jobs cost, and counts them, also those that were refused. It
--- moves balances only as the ledger says, and the ledger takes nothing else from whoever may not change teams.
+-- saasllm_runner runs jobs: it reserves credits, enters what jobs cost, and counts them, also those that were refused.
+-- It moves balances only as the ledger says, and the ledger takes nothing else from whoever may not change teams.
 GRANT INSERT (
     job_id, team_id, organization_id, job_type, status, external_task_id, model_groups_used, metadata, started_at,
     lease_expires_at, idempotency_key, request_hash, hold_no, price_ids, credits_held

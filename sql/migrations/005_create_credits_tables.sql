@@ -31,8 +31,8 @@ CREATE TABLE credit_transactions (
     created_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
     source           text, -- where it comes from, such as the number of an invoice
     period           text, -- what it was granted for: 2026-11-22, 2026-W47 or 2026-11
-    -- Who entered it, by which command and in which role, as in the audit log; of a deduction the role alone, for its job
-    -- explains it.
+    -- Who entered it, by which command and in which role, as in the audit log; of a deduction the role alone, for its
+    -- job explains it.
     actor            text        DEFAULT coalesce(nullif(current_setting('saasllm.actor', true), ''), session_user),
     command          text        DEFAULT nullif(current_setting('saasllm.command', true), ''),
     role             text        NOT NULL DEFAULT session_user,

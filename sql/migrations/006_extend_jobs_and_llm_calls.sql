@@ -6,8 +6,8 @@ ALTER TABLE jobs
     ADD COLUMN model_groups_used text[]     NOT NULL DEFAULT '{}',
     ADD COLUMN price_ids         bigint[]   NOT NULL DEFAULT '{}', -- of the groups, one for each; NULL is one credit
     ADD COLUMN lease_expires_at  timestamptz,
-    -- What it has reserved. The changes of what a team has reserved are numbered: that with which the job began, the last
-    -- one by which it came to hold more, and that with which it ended without being charged.
+    -- What it has reserved. The changes of what a team has reserved are numbered: that with which the job began, the
+    -- last one by which it came to hold more, and that with which it ended without being charged.
     ADD COLUMN credits_held      bigint     NOT NULL DEFAULT 1,
     ADD COLUMN credits_raised    bigint,
     ADD COLUMN hold_no           bigint     NOT NULL,

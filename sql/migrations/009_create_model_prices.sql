@@ -6,8 +6,8 @@ CREATE DOMAIN usd_per_million AS numeric
     CONSTRAINT usd_per_million_range CHECK (VALUE >= 0 AND VALUE <= 1000000)
     CONSTRAINT usd_per_million_decimals CHECK (VALUE = round(VALUE, 9));
 
--- A price belongs to a name, whether a group has a model of it or not. Tokens that have no price of their own (read from
--- the provider's cache, written to it, spent on reasoning) cost what the others of the prompt or of the answer do.
+-- A price belongs to a name, whether a group has a model of it or not. Tokens that have no price of their own (read
+-- from the provider's cache, written to it, spent on reasoning) cost what the others of the prompt or of the answer do.
 CREATE TABLE model_prices (
     model_name                  text COLLATE "C" PRIMARY KEY,
     input_usd_per_million       usd_per_million  NOT NULL,

@@ -1,14 +1,14 @@
--- What jobs cost: prices in versions. What keeps them as they are: sql/definitions/prices.sql.
+-- What jobs cost: prices in versions. What keeps them as they are: sql/definitions/charges.sql.
 
--- A rate: credits per dollar, per thousand tokens, or a markup in percent. 'NaN' is greater than every number, so a lower
--- bound alone would let it in.
+-- A rate: credits per dollar, per thousand tokens, or a markup in percent. 'NaN' is greater than every number, so a
+-- lower bound alone would let it in.
 CREATE DOMAIN price_rate AS numeric
     CONSTRAINT price_rate_range CHECK (VALUE >= 0 AND VALUE <= 1000000000)
     CONSTRAINT price_rate_decimals CHECK (VALUE = round(VALUE, 9));
 
 -- A price is for everywhere, an organization or a team, and there for every job, a job type or a group. A job pays
--- `credits`, what its answers cost us by `credits_per_usd` with the markup on it, and its tokens by the thousand, rounded
--- up once, and between minimum and maximum. `hold` is what it reserves at its beginning.
+-- `credits`, what its answers cost us by `credits_per_usd` with the markup on it, and its tokens by the thousand,
+-- rounded up once, and between minimum and maximum. `hold` is what it reserves at its beginning.
 CREATE TABLE job_prices (
     price_id                           bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     organization_id                    identifier  REFERENCES organizations ON DELETE CASCADE,

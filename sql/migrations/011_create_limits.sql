@@ -1,4 +1,5 @@
--- How much an organization, a team, or a team with one group may use. What counts and holds: sql/definitions/limits.sql.
+-- How much an organization, a team, or a team with one group may use. What counts and holds:
+-- sql/definitions/limits.sql.
 
 CREATE TABLE limits (
     limit_id        bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

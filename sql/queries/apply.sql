@@ -133,8 +133,8 @@ SELECT id FROM staged WHERE noun = %(noun)s ORDER BY id LIMIT 1000;
 TRUNCATE change;
 
 -- name: compare() :none
--- The order of a team's groups and of limits does not count, a schedule that is there already keeps its next_on, and what a
--- price does not say any more has its default.
+-- The order of a team's groups and of limits does not count, a schedule that is there already keeps its next_on, and
+-- what a price does not say any more has its default.
 INSERT INTO pg_temp.change (noun, id, action, before, after)
 SELECT
     s.noun,
@@ -375,8 +375,8 @@ USING change
 WHERE noun = 'team' AND action = 'update' AND after -> 'schedule' = 'null' AND s.team_id = id;
 
 -- name: set_prices() :none
--- Those of organizations, groups and teams, and those that stand alone: the current version is closed and another inserted,
--- at the same moment. That is later than the transaction began, as the version that is closed may be, too.
+-- Those of organizations, groups and teams, and those that stand alone: the current version is closed and another
+-- inserted, at the same moment. That is later than the transaction began, as the version that is closed may be, too.
 WITH wanted AS (
     SELECT
         row_number() OVER (ORDER BY noun, id) AS place,

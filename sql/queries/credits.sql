@@ -8,8 +8,8 @@ FROM team_details
 WHERE team_id = %(team_id)s;
 
 -- name: balance_as_of(team_id, as_of) :maybe
--- What the ledger says of a moment: all entries up to the last one that was written by then. What was reserved, and what
--- the overdraft was, it does not know.
+-- What the ledger says of a moment: all entries up to the last one that was written by then. What was reserved, and
+-- what the overdraft was, it does not know.
 SELECT
     t.team_id,
     t.organization_id,
@@ -147,8 +147,8 @@ ORDER BY d.credits_free + d.credits_overdraft, d.team_id;
 
 -- name: forecast(team_id, organization_id, days, row_limit) :many
 -- The active teams of active organizations by the day on which their credits and their overdraft run out: if they go on
--- as in the last `days` (or since they were created, a day at least), and are granted what is scheduled. No day means not
--- within a year. Of one team, one organization or all.
+-- as in the last `days` (or since they were created, a day at least), and are granted what is scheduled. No day means
+-- not within a year. Of one team, one organization or all.
 WITH RECURSIVE burn AS (
     SELECT team_id, -sum(credits_amount) AS credits
     FROM credit_transactions
@@ -350,7 +350,9 @@ JOIN audit_log p ON p.action = 'purge'
     AND (p.team_id IS NULL OR p.team_id = e.team_id)
 GROUP BY e.team_id
 UNION ALL
-SELECT e.team_id, e.transaction_type || ' is not what its job was charged', e.transaction_id, e.job_id, j.credits_charged, abs(e.credits_amount)
+SELECT
+    e.team_id, e.transaction_type || ' is not what its job was charged', e.transaction_id, e.job_id, j.credits_charged,
+    abs(e.credits_amount)
 FROM entry e
 JOIN jobs j USING (job_id)
 WHERE e.transaction_type IN ('deduction', 'refund') AND abs(e.credits_amount) <> j.credits_charged
@@ -505,8 +507,8 @@ LEFT JOIN LATERAL (SELECT FROM team_credits WHERE team_id = due.team_id FOR UPDA
 ORDER BY due.team_id;
 
 -- name: allocate(team_ids, as_of, catch_up, every, is_listing) :one
--- Grants one period, the first that is due, to each of the teams that `due` has locked: those that are due still. Who is
--- suspended, has a balance that is not that of its last entry, or would have more credits than there are numbers, is
+-- Grants one period, the first that is due, to each of the teams that `due` has locked: those that are due still. Who
+-- is suspended, has a balance that is not that of its last entry, or would have more credits than there are numbers, is
 -- left as it is. Periods before the last `catch_up` missed ones are forgone.
 WITH due AS (
     SELECT

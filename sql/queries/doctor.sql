@@ -49,7 +49,8 @@ WHERE CASE
 END;
 
 -- name: rights(tables) :one
--- The tables of saasllm that the role may not read, or not in full, what it may do, and who may make objects beside them.
+-- The tables of saasllm that the role may not read, or not in full, what it may do, and who may make objects beside
+-- them.
 SELECT
     ARRAY(
         SELECT c.oid::regclass::text

@@ -5,8 +5,9 @@
 -- name: begin(job_id, team_id, group_name, job_type, external_task_id, metadata, idempotency_key, request_hash, lease_seconds) :one
 -- Reserves what the job's price says and opens the job under a lease, if everything allows it; else says the one
 -- condition that failed, and nothing is done. A key in use gives the job that has it; a job that is there already was
--- begun by the same request, whose answer was lost. Without a group it is pending: its calls follow. Where the balance is
--- not that of the last entry, nothing could be charged: no model is paid for that. With the models come their prices.
+-- begun by the same request, whose answer was lost. Without a group it is pending: its calls follow. Where the balance
+-- is not that of the last entry, nothing could be charged: no model is paid for that. With the models come their
+-- prices.
 WITH request AS (
     SELECT
         t.team_id,
@@ -86,8 +87,8 @@ SELECT
 FROM request;
 
 -- name: begin_many(team_id, group_name, jobs, lease_seconds) :many
--- As `begin`, for many jobs of one team and group: of those that are new, in the order of the JSON array `jobs`, as many
--- are begun as there is room for within the limits and as there are credits for.
+-- As `begin`, for many jobs of one team and group: of those that are new, in the order of the JSON array `jobs`, as
+-- many are begun as there is room for within the limits and as there are credits for.
 WITH asked AS (
     SELECT *
     FROM ROWS FROM (
@@ -225,8 +226,8 @@ SET refusals = kept.refusals + excluded.refusals,
 
 -- name: start_call(job_id, group_name, lease_seconds) :one
 -- The models of a group for a call of an open job, which it holds under a lease of at least so long; else the one
--- condition that failed. A team that was suspended meanwhile may finish its job. A group that is new to the job brings its
--- price: where that holds more than the job does, the job comes to hold as much.
+-- condition that failed. A team that was suspended meanwhile may finish its job. A group that is new to the job brings
+-- its price: where that holds more than the job does, the job comes to hold as much.
 WITH job AS (
     SELECT job_id, team_id, organization_id, job_type, status, lease_expires_at, model_groups_used, credits_held
     FROM jobs
@@ -347,10 +348,10 @@ RETURNING call_id;
 
 -- name: settle(job_id, status, error_message, calls, is_final) :one
 -- Finishes an open job whose lease holds, with its calls, and charges what it costs where it completed or frees what it
--- holds where it did not. The second time it does nothing and says so. Where it costs more than it holds, it is left as it
--- is (`credits_due` says what for) until `is_final`: then it is charged what it holds, and the rest is short. `calls` is a
--- JSON array; `began` counts the seconds from the job's start, so that the database's clock dates them. They are written
--- before the balance is locked, which others wait for.
+-- holds where it did not. The second time it does nothing and says so. Where it costs more than it holds, it is left as
+-- it is (`credits_due` says what for) until `is_final`: then it is charged what it holds, and the rest is short.
+-- `calls` is a JSON array; `began` counts the seconds from the job's start, so that the database's clock dates them.
+-- They are written before the balance is locked, which others wait for.
 WITH charge AS (
     SELECT
         held.job_id, held.credits_held, c.price_id, c.is_unpriced,
@@ -542,8 +543,8 @@ LEFT JOIN LATERAL (
 ) AS j ON true;
 
 -- name: raise_holds(jobs) :none
--- Lets open jobs hold more, as far as their teams have the credits and, where they are asked for one by one, as far as the
--- limits of credits leave room: `jobs` is a JSON array of their job_id and of the credits that are due for them.
+-- Lets open jobs hold more, as far as their teams have the credits and, where they are asked for one by one, as far as
+-- the limits of credits leave room: `jobs` is a JSON array of their job_id and of the credits that are due for them.
 WITH due AS (
     SELECT *
     FROM jsonb_to_recordset(%(jobs)s::jsonb) AS due (job_id uuid, credits_due bigint)
@@ -568,14 +569,9 @@ team AS (
 room AS (
     SELECT min(state.room_credits) AS credits
     FROM job
-    JOIN limits l ON coalesce(l.team_id, l.organization_id) IN (job.team_id, job.organization_id)
-        AND (l.team_id IS NULL OR l.team_id = job.team_id)
-        AND (l.organization_id IS NULL OR l.organization_id = job.organization_id)
-        AND (l.group_name IS NULL OR l.group_name = ANY (job.model_groups_used))
-        AND l.measure = 'credits'
-        AND l.is_hard
+    CROSS JOIN LATERAL limits_of(job.team_id::text, job.organization_id::text, job.model_groups_used) AS l
     CROSS JOIN LATERAL limit_state(l.limit_id, l.measure, l.per, l.amount, job.created_at) AS state
-    WHERE (SELECT count(*) FROM job) = 1
+    WHERE l.measure = 'credits' AND l.is_hard AND (SELECT count(*) FROM job) = 1
 ),
 raise AS (
     SELECT
@@ -668,7 +664,8 @@ WHERE status IN ('pending', 'in_progress') AND lease_expires_at <= clock_timesta
 ORDER BY team_id;
 
 -- name: get(job_id) :maybe
--- `charged_by` is the price by which it was charged; none where it was not, or was charged one credit for want of a price.
+-- `charged_by` is the price by which it was charged; none where it was not, or was charged one credit for want of a
+-- price.
 SELECT d.*, (SELECT price_terms(p) FROM job_prices p WHERE p.price_id = d.price_id) AS charged_by
 FROM job_details d
 WHERE job_id = %(job_id)s;
@@ -738,8 +735,9 @@ WHERE job_id = %(job_id)s
 RETURNING job_id;
 
 -- name: costs(job_id) :many
--- What a job cost us: as a whole (without a resolved_model) and then per model. cost_usd is the sum of what is known, of
--- failed calls too, and NULL where there were answers and none is known; unpriced_calls were answered without a known price.
+-- What a job cost us: as a whole (without a resolved_model) and then per model. cost_usd is the sum of what is known,
+-- of failed calls too, and NULL where there were answers and none is known; unpriced_calls were answered without a
+-- known price.
 SELECT
     resolved_model,
     count(*) AS calls,

@@ -3,8 +3,8 @@
 -- A lock of a session would be nobody's behind a pooler, where the next transaction may be in another session; so a
 -- transaction holds it: that of the work, or beside several one of its own. A locked row would keep the server from
 -- cleaning up old rows for as long as that transaction lasts, hours for a batch; so it is an advisory lock. Such a lock
--- anybody may hold who may connect. Those who may not do the work are passed over: each lock has a number, the first one
--- from 0 on that none of them holds. Transactions of the work that do not hold it have a number below 0.
+-- anybody may hold who may connect. Those who may not do the work are passed over: each lock has a number, the first
+-- one from 0 on that none of them holds. Transactions of the work that do not hold it have a number below 0.
 
 -- name: look_again() :one
 -- Else `others` knows, within one transaction, no session that began after its first look.

@@ -16,8 +16,8 @@ CREATE TABLE IF NOT EXISTS saasllm_definitions (
 );
 
 -- name: check(known, definitions) :one
--- Raises SL001 where a migration or a definition is pending, SL002 where an unknown migration is applied, SL010 where no
--- rule is enforced.
+-- Raises SL001 where a migration or a definition is pending, SL002 where an unknown migration is applied, SL010 where
+-- no rule is enforced.
 SELECT public.require_migrations(%(known)s, %(definitions)s) AS checked;
 
 -- name: act(actor, command) :one
@@ -163,8 +163,8 @@ WHERE acl.grantee <> c.relowner AND r.rolsuper IS NOT TRUE
 ORDER BY role, relation, privilege, acl.column_name;
 
 -- name: advance_ids() :none
--- Where rows came without their sequence (a restore of data alone, a switch to a logical replica), the next ids would be
--- taken. (A call's id is one of its job alone.) Nothing is locked where all is well.
+-- Where rows came without their sequence (a restore of data alone, a switch to a logical replica), the next ids would
+-- be taken. (A call's id is one of its job alone.) Nothing is locked where all is well.
 DO $$
 DECLARE
     numbered record;

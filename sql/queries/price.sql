@@ -12,8 +12,9 @@ WHERE closed_at IS NULL
 FOR NO KEY UPDATE;
 
 -- name: set(current_id, organization_id, team_id, group_name, job_type, credits, credits_per_usd, markup_percent, credits_per_1000_prompt_tokens, credits_per_1000_completion_tokens, minimum, maximum, hold) :one
--- Closes the current version, where the scope has one, and adds the new one; the same again is no change. Nothing is done
--- where what the price is for is missing. The group is locked against its deletion, which closes the prices that it has.
+-- Closes the current version, where the scope has one, and adds the new one; the same again is no change. Nothing is
+-- done where what the price is for is missing. The group is locked against its deletion, which closes the prices that
+-- it has.
 WITH model_group AS (
     SELECT group_name FROM model_groups WHERE group_name = %(group_name)s FOR KEY SHARE
 ),
@@ -73,8 +74,8 @@ FROM job_prices
 WHERE price_id = %(price_id)s;
 
 -- name: list(organization_id, team_id, group_name, job_type, is_closed_wanted, after, row_limit) :many
--- By the number, so that a later version comes later; behind the price `after`. Those of an organization are also those of
--- its teams.
+-- By the number, so that a later version comes later; behind the price `after`. Those of an organization are also those
+-- of its teams.
 SELECT
     price_id, organization_id, team_id, group_name, job_type, credits, credits_per_usd, markup_percent,
     credits_per_1000_prompt_tokens, credits_per_1000_completion_tokens, minimum, maximum, hold, created_at, closed_at

@@ -276,8 +276,8 @@ SELECT jsonb_build_object(
 END AS removed;
 
 -- name: purge(organization_id, team_id, is_redacting) :one
--- Deletes the team, or the organization with all its teams, and all their history. What is left is one record of it, and
--- what the audit log has of them; where it is redacted, without names and metadata.
+-- Deletes the team, or the organization with all its teams, and all their history. What is left is one record of it,
+-- and what the audit log has of them; where it is redacted, without names and metadata.
 WITH purged AS (
     SELECT t.team_id, t.organization_id, c.credits_remaining
     FROM teams t

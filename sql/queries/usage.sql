@@ -1,8 +1,9 @@
 -- What a team, or an organization with all its teams, has used in a period.
 --
 -- Each query gives the whole period and its parts: a row for each month, day and team, and for each type of job or
--- model. Everything is counted by its own time in UTC: a job when it was created, by what has become of it since; a call
--- when it was made; a credit when it moved. So the credits of a closed month stay what they are, unless it is purged.
+-- model. Everything is counted by its own time in UTC: a job when it was created, by what has become of it since; a
+-- call when it was made; a credit when it moved. So the credits of a closed month stay what they are, unless it is
+-- purged.
 
 -- name: jobs(organization_id, team_id, since, until) :many
 -- (Summed up by days first: that is much less to be grouped in five ways.)

@@ -1,9 +1,9 @@
--- Prices of jobs: which one holds, and what a job pays by it.
+-- What jobs are charged: which price holds, and what a job pays by it.
 
 
--- A price is a version: it is closed, once, and nothing else of it changes, for jobs that were charged by it name it. They
--- do so without a foreign key, as each job would lock the row of its price. It leaves only with its team or organization,
--- which has no jobs any more.
+-- A price is a version: it is closed, once, and nothing else of it changes, for jobs that were charged by it name it.
+-- They do so without a foreign key, as each job would lock the row of its price. It leaves only with its team or
+-- organization, which has no jobs any more.
 
 CREATE FUNCTION refuse_price_change() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
@@ -61,9 +61,9 @@ CREATE TRIGGER model_groups_move_prices AFTER UPDATE ON model_groups
     FOR EACH ROW WHEN (OLD.group_name <> NEW.group_name) EXECUTE FUNCTION close_prices();
 
 
--- The price that holds for a job: the one of its team before that of its organization before that of everywhere; and there
--- that of its type before that of its group before that of every job. None where a job costs one credit. (The table is
--- named with its schema, as triggers that read a group's price have no search path.)
+-- The price that holds for a job: the one of its team before that of its organization before that of everywhere; and
+-- there that of its type before that of its group before that of every job. None where a job costs one credit. (The
+-- table is named with its schema, as triggers that read a group's price have no search path.)
 CREATE FUNCTION price_of(of_team text, of_organization text, of_group text, of_job_type text) RETURNS SETOF job_prices
 LANGUAGE sql STABLE PARALLEL SAFE ROWS 1 AS $$
     SELECT *
@@ -162,9 +162,9 @@ $$;
 
 
 -- The margins of jobs that were priced by money, as what they add up to: what each brought, and less what each of its
--- calls cost us, also one that failed. A job that was refunded brought nothing; one whose cost nobody knows has no margin.
--- (Row by row, as a million jobs would have to be sorted to be summed up one by one. The quotient has a fixed scale, so
--- that the parts of a report add up to the whole.)
+-- calls cost us, also one that failed. A job that was refunded brought nothing; one whose cost nobody knows has no
+-- margin. (Row by row, as a million jobs would have to be sorted to be summed up one by one. The quotient has a fixed
+-- scale, so that the parts of a report add up to the whole.)
 CREATE VIEW margin_parts AS
 WITH job AS NOT MATERIALIZED (
     SELECT j.job_id, j.team_id, j.organization_id, j.job_type, j.created_at, j.credits_charged, p.credits_per_usd
