@@ -241,7 +241,7 @@ def test_an_empty_answer_says_why_and_what_it_has_used_counts(
     assert len(others) == goes_on
     assert (first["total_tokens"], Decimal(str(first["cost_usd"])) > 0) == (17, True)
     job_id = tenant("job", "list", "-o", "json").data[0]["job_id"]
-    costs = {row["resolved_model"]: row for row in tenant("job", "costs", job_id, "-o", "json").data}
+    costs = {row["resolved_model"]: row for row in tenant("job", "costs", job_id, "-o", "json").data["models"]}
     assert costs["openai/gpt-4o"]["total_tokens"] == 17
 
 

@@ -52,7 +52,7 @@ ATTACKS = [
     "UPDATE job_prices SET credits = 0",
     "UPDATE limit_counters SET used = used - 1",
     "UPDATE jobs SET credits_held = credits_held - 1",
-    "UPDATE jobs SET credits_charged = credits_charged - 1",
+    "UPDATE jobs SET credits_charged = credits_charged - 1 WHERE credits_charged > 0",
     "UPDATE team_credits SET credits_allocated = credits_allocated + 1",
     "UPDATE team_credits SET credits_used = 0, last_entry_no = last_entry_no + 1",
     "UPDATE credit_transactions SET credits_amount = 9, credits_after = credits_before + 9",

@@ -227,7 +227,7 @@ def test_the_margin_is_of_jobs_that_were_priced_by_money(tenant: Run, sql: psyco
         *("offline/echo", "offline/fail")
     ]
     for verb in ("get", "costs"):
-        assert "charged_by         $ x 300 + 200 %\n" in tenant("job", verb, ids[1]).out
+        assert "charged_by         300 per $ + 200 %\n" in tenant("job", verb, ids[1]).out
 
 
 def test_an_organization_is_the_sum_of_its_teams(used: Run) -> None:

@@ -14,10 +14,10 @@ RETURN jsonb_strip_nulls(
                 ) = 0
                 THEN price.credits
         END,
-        'credits_per_usd', nullif(price.credits_per_usd, 0),
-        'markup_percent', nullif(price.markup_percent, 0),
-        'credits_per_1000_prompt_tokens', nullif(price.credits_per_1000_prompt_tokens, 0),
-        'credits_per_1000_completion_tokens', nullif(price.credits_per_1000_completion_tokens, 0),
+        'credits_per_usd', nullif(trim_scale(price.credits_per_usd), 0),
+        'markup_percent', nullif(trim_scale(price.markup_percent), 0),
+        'credits_per_1000_prompt_tokens', nullif(trim_scale(price.credits_per_1000_prompt_tokens), 0),
+        'credits_per_1000_completion_tokens', nullif(trim_scale(price.credits_per_1000_completion_tokens), 0),
         'minimum', nullif(price.minimum, 0),
         'maximum', price.maximum,
         'hold', nullif(price.hold, greatest(price.credits, price.minimum))
@@ -34,7 +34,8 @@ SELECT
     per,
     jsonb_strip_nulls(
         jsonb_build_object(
-            'group_name', group_name, 'measure', measure, 'per', per, 'amount', amount, 'is_hard', nullif(is_hard, true),
+            'group_name', group_name, 'measure', measure, 'per', per, 'amount', trim_scale(amount),
+            'is_hard', nullif(is_hard, true),
             'alerts', CASE
                 WHEN alerts <> '{}' THEN (SELECT jsonb_agg(DISTINCT alert ORDER BY alert) FROM unnest(alerts) AS alert)
             END
