@@ -410,6 +410,20 @@ def test_a_job_of_several_calls(tenant: Run) -> None:
     assert state(tenant, "tokens", "day", of)["used"] == 8  # two calls of 2 + 2
 
 
+def test_a_job_that_holds_its_credits_is_called_though_the_limit_was_lowered(tenant: Run) -> None:
+    """Only what it would hold more is refused."""
+    job = tenant("job", "create", "--team", "hr").out.strip()
+    settle(begin())
+    settle(begin())
+    lowered = set_limit(tenant, "credits", "month", 2)
+    assert lowered["counted"] == 3
+    tenant("price", "set", "--group", "Down", "--credits", 2)
+    call_ = ("job", "call", job, "--prompt", "x", "--group")
+    assert tenant(*call_, "Down").status == 10
+    assert tenant(*call_, "Echo").status == 0
+    assert tenant("job", "complete", job).status == 0
+
+
 @pytest.mark.parametrize("of", [("--team", "hr"), ("--org", "acme")])
 def test_a_job_that_waits_for_its_calls_counts_once(tenant: Run, of: tuple[str, ...]) -> None:
     """Whatever changes of it before its first call, and by that."""

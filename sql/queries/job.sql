@@ -269,7 +269,10 @@ reached AS (
       AND request.is_first
       AND (
           (l.is_of_group AND (l.room_jobs < 1 OR l.room_credits < request.credits_held))
-          OR l.room_credits < request.credits_held - request.credits_held_before
+          OR (
+              request.credits_held > request.credits_held_before
+              AND l.room_credits < request.credits_held - request.credits_held_before
+          )
       )
     ORDER BY l.room_at DESC
     LIMIT 1
