@@ -176,9 +176,7 @@ def run(
             team_id=team,
         )
         return
-    charged = {
-        name: getattr(result, name) for name in ("credits_charged", "credits_short", "is_unpriced", "credits_remaining")
-    }
+    charged = {name: getattr(result, name) for name in (*runner.CHARGE, "credits_remaining")}
     _show_result(result, group, charged, output, is_shown=on_text is not None)
     ids = {"job_id": result.job_id, "team_id": team}
     if output is Format.TABLE:

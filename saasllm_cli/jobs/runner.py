@@ -49,6 +49,8 @@ SWEEP_CHUNK = 1000  # jobs that are locked at a time
 # What of a call the rest of its job does not depend on.
 TEXTS = ("purpose", "finish_reason", "error", "prompt", "answer")
 NUMBERS = ("prompt_tokens", "completion_tokens", "total_tokens", "cost_usd")
+# What is told of a completed job.
+CHARGE = ("credits_charged", "credits_short", "is_unpriced")
 NOT_STORABLE = "the reason could not be stored"
 CALLS_NOT_STORABLE = "Its calls could not be stored."
 # Why a job of a team and a group that are there is refused at its beginning.
@@ -379,7 +381,7 @@ def _first_result(job_id: UUID, credits_remaining: int) -> JobResult:
     calls = [Call(began=0, **{name: row[name] for name in fields}) for row in rows]
     result = JobResult(job_id, job["team_id"], "completed", None, calls, is_repeated=True)
     result.credits_remaining = credits_remaining
-    for name in ("credits_charged", "credits_short", "is_unpriced"):
+    for name in CHARGE:
         setattr(result, name, job[name])
     return result
 
@@ -515,7 +517,7 @@ def _settled(job_id: UUID, team_id: str, answer: Answer | None, calls: list[Call
             job_id=job_id,
             team_id=team_id,
         )
-    for name in ("credits_charged", "credits_short", "is_unpriced", "credits_remaining"):
+    for name in (*CHARGE, "credits_remaining"):
         setattr(result, name, settled[name])
     return result
 
