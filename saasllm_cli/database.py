@@ -502,13 +502,12 @@ def _hold(connection: Connection, work: str) -> bool:
         return False
     passed_over = {other["number"] for other in others}
     number = next(number for number in count() if number not in passed_over)
-    is_held = False
     with connection.transaction() as attempt:
         row = connection.execute(query("lock.hold").sql, {"work": work, "number": number}).fetchone()
         # One who was passed over may have left his to another process meanwhile.
         is_held = bool(row and row["is_held"]) and not _is_held_by(_others(connection, work))
-        if not is_held:
-            raise psycopg.Rollback(attempt)
+        # Not by raising psycopg.Rollback: where the connection is lost meanwhile, that would reach the user.
+        attempt.force_rollback = not is_held
     return is_held
 
 

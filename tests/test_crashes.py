@@ -212,6 +212,22 @@ def test_backends_that_are_terminated(account: Run, sql: psycopg.Connection, is_
     assert len(failures) > terminations / 3
 
 
+def test_a_connection_that_is_lost_as_a_lock_is_left_to_another(
+    account: Run, sql: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([False, True])
+
+    def is_held_by(_: object) -> bool:
+        if is_held := next(answers):
+            sql.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'saasllm'")
+            time.sleep(0.1)
+        return is_held
+
+    monkeypatch.setattr(database, "_is_held_by", is_held_by)
+    with pytest.raises(DatabaseUnavailable), database.lock("allocate", Conflict("busy", "Busy.")):
+        pass
+
+
 @pytest.fixture
 def crashing_server(
     request: pytest.FixtureRequest, server: str, data_dir: Path, home: Path, monkeypatch: pytest.MonkeyPatch
