@@ -83,16 +83,26 @@ def _chunk(db: Database, limits: Row, terms: Row) -> tuple[list[str], list[Row]]
 
 
 def _grant(db: Database, team_ids: list[str], terms: Row) -> list[Row]:
-    """One period to each of the teams. One that the database refuses hinders no other, and is told."""
+    """One period to each of the teams, between what expires before and, where it is over already, of itself. One that
+    the database refuses hinders no other, and is told."""
+
+    def work() -> list[Row]:
+        expiring = {"team_ids": team_ids, "is_listing": terms["is_listing"]}
+        return [
+            db.one("credits.expire", **expiring),
+            db.one("credits.allocate", team_ids=team_ids, **terms),
+            db.one("credits.expire", **expiring),
+        ]
+
     try:
-        return [db.part(lambda: db.one("credits.allocate", team_ids=team_ids, **terms))]
+        rounds = db.part(work)
     except DatabaseUnavailable:
         raise
     except SaasllmError as refusal:
         if half := len(team_ids) // 2:
             return _grant(db, team_ids[:half], terms) + _grant(db, team_ids[half:], terms)
-        told = {"team_id": team_ids[0], "period": None, "reason": refusal.in_one_line}
-    return [dict.fromkeys(COUNTS, 0) | {"grants": [], "still_due": [], "refused": [told]}]
+        rounds = [{"refused": [{"team_id": team_ids[0], "period": None, "reason": refusal.in_one_line}]}]
+    return [dict.fromkeys(COUNTS, 0) | {"grants": [], "still_due": [], "refused": []} | row for row in rounds]
 
 
 def _add(allocation: Allocation, rounds: list[Row]) -> None:

@@ -11,6 +11,7 @@ IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 MODEL_NAME = re.compile(r"[^\s\x00-\x1f\x7f]{1,255}")
 DAY = re.compile(r"2\d{3}-\d\d-\d\d", re.ASCII)
 LONGEST_NAME = 255
+DEFAULT_PRIORITY = 50  # of credits
 MOST_CREDITS = 10**15
 MOST_RATE = 10**9  # credits per dollar or thousand tokens, or percent
 DECIMALS = 9  # of a rate, and of money in a limit

@@ -108,7 +108,7 @@ ONE_TEAM_HAS_MOST = """
 def rows_read(sql: psycopg.Connection[dict[str, int]]) -> int:
     row = sql.execute(
         "SELECT sum(seq_tup_read + idx_tup_fetch)::int AS rows FROM pg_stat_user_tables "
-        "WHERE relname IN ('jobs', 'team_credits', 'credit_transactions', 'llm_calls')"
+        "WHERE relname IN ('jobs', 'team_credits', 'credit_transactions', 'credit_grants', 'llm_calls')"
     ).fetchone()
     assert row
     return row["rows"]

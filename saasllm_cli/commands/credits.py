@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import asdict
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import UUID
 
@@ -13,11 +13,15 @@ from saasllm_cli.commands.inputs import (
     A_JOB,
     A_TEAM,
     AfterNumber,
+    Category,
+    Expires,
+    Expiry,
     IdempotencyKey,
     JobName,
     Limit,
     OrgFilter,
     Output,
+    Priority,
     Since,
     TeamFilter,
     TeamId,
@@ -44,7 +48,7 @@ from saasllm_cli.errors import (
     not_found,
 )
 from saasllm_cli.output import note, progress, remark, show, waiting
-from saasllm_cli.rules import MOST_CREDITS
+from saasllm_cli.rules import DEFAULT_PRIORITY, MOST_CREDITS
 from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
@@ -60,6 +64,8 @@ REPAIRABLE = (
     "credits_reserved differs",
     "last_hold_no differs",
 )
+
+NO_GRANT = {"category": None, "priority": None}
 
 Reason = Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="Reason, kept in the ledger.")]
 Source = Annotated[
@@ -100,13 +106,78 @@ def add(
     amount: Annotated[
         int, typer.Argument(parser=credits_from(1), metavar="AMOUNT", show_default=False, help="Number of credits.")
     ],
+    category: Category = "paid",
+    priority: Priority = DEFAULT_PRIORITY,
+    expires: Expires = None,
     reason: Reason = None,
     source: Source = None,
     idempotency_key: IdempotencyKey = None,
     output: Output = None,
 ) -> None:
-    """Add credits to a team."""
-    _enter(team_id, "allocation", amount, reason, source, idempotency_key, output)
+    """Add credits to a team.
+
+    A team's credits are used in this order: the lowest priority first, then those that expire first, then promotional
+    before included before paid, then the oldest. Included are those of its schedule.
+    """
+    grant = {"category": category, "priority": priority}
+    _enter(team_id, "allocation", amount, reason, source, idempotency_key, output, expires, grant)
+
+
+@app.command(epilog="saasllm credits grants team_engineering --all -o csv")
+def grants(
+    team_id: TeamId,
+    all_: Annotated[bool, typer.Option("--all", help="Show also grants that are used up or have expired.")] = False,
+    after: AfterNumber = None,
+    limit: Limit = 100,
+    output: Output = None,
+) -> None:
+    """List a team's grants of credits, and what is left of each.
+
+    In the order in which they are used; those that have nothing left follow, newest first. What has expired and running
+    jobs still hold counts as left.
+    """
+    columns = (
+        *("grant_id", "category", "priority", "credits_amount", "credits_used", "credits_expired", "credits_left"),
+        *("expires_at", "reason"),
+    )
+    essential = ("grant_id", "category", "credits_left", "expires_at")
+    with database.connect() as db:
+        rows = db.stream("credits.grants", {"team": team_id}, team_id=team_id, is_all=all_, after=after, limit=limit)
+        if rows.is_empty and after is not None:
+            _require_entry_of(db, team_id, after)
+        show(rows, output, columns, essential)
+
+
+@app.command(epilog='saasllm credits revoke 4711 --reason "Invoice 2026-118 was not paid"')
+def revoke(
+    grant_id: Annotated[
+        int, typer.Argument(min=1, metavar="GRANT", show_default=False, help="Grant ID, as in credits grants.")
+    ],
+    reason: Annotated[
+        str, typer.Option(parser=label, metavar="TEXT", show_default=False, help="Reason, kept in the ledger.")
+    ],
+    idempotency_key: IdempotencyKey = None,
+    output: Output = None,
+) -> None:
+    """Let what is left of a grant expire now.
+
+    What running jobs hold of it is left to them.
+    """
+    given = {"transaction_type": "expiry", "grant_id": grant_id, "reason": reason}
+    with database.connect() as db:
+        result = db.one("credits.revoke", grant_id=grant_id, reason=reason, idempotency_key=idempotency_key)
+        if result["transaction_id"] is None:
+            if not result["is_known"]:
+                error = not_found("grant", str(grant_id))
+                error.hint = "See: saasllm credits grants TEAM"
+                raise error
+            raise Conflict(
+                "grant_has_ended",
+                f"Grant {grant_id} is used up or has expired.",
+                "See: saasllm credits grants TEAM --all",
+            )
+        entry = _entry(db, result["transaction_id"], given)
+    show(entry, output)
 
 
 @app.command(epilog='saasllm credits refund --job 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d --reason "Wrong answer"')
@@ -273,12 +344,23 @@ def schedule(
     ] = None,
     mode: Annotated[
         Literal["add", "reset", "top-up"] | None,
-        typer.Option(help="Add to what is left, expire it first (reset), or only fill up to --amount (top-up)."),
+        typer.Option(
+            help="Credits that last (add), that expire with their period (reset), or only as many as fill up what is "
+            "left of earlier periods to --amount (top-up)."
+        ),
     ] = None,
     max_: Annotated[
         int | None,
         typer.Option(
             "--max", parser=credits_from(1), metavar="N", help="With --mode add, never grant beyond a balance of N."
+        ),
+    ] = None,
+    rollover: Annotated[
+        int | None,
+        typer.Option(
+            parser=credits_from(1),
+            metavar="N",
+            help="With --mode reset, keep up to N unused credits for one more period.",
         ),
     ] = None,
     starts: Annotated[
@@ -293,7 +375,7 @@ def schedule(
     They are granted by `saasllm credits allocate`, which cron should run.
     """
     if off:
-        if any(value is not None for value in (amount, every, mode, max_, starts)):
+        if any(value is not None for value in (amount, every, mode, max_, rollover, starts)):
             raise InvalidInput("usage", "--off cannot be combined with other options.", "Give --off alone.")
         _unschedule(team_id)
         return
@@ -305,6 +387,12 @@ def schedule(
         raise InvalidInput(
             "usage", "--max requires --mode add, and must not be less than --amount.", "Correct or omit --max."
         )
+    if rollover is not None and (mode != "reset" or rollover > amount):
+        raise InvalidInput(
+            "usage",
+            "--rollover requires --mode reset, and must not be more than --amount.",
+            "Correct or omit --rollover.",
+        )
     with database.connect() as db:
         db.found(
             "credits.schedule",
@@ -314,6 +402,7 @@ def schedule(
             every=every,
             mode=mode,
             credits_max=max_,
+            rollover=rollover,
             starts_on=starts,
         )
         team = db.get("team", team_id)
@@ -468,7 +557,12 @@ def _repair(db: database.Database, team_ids: list[str], output: Format | None) -
         repaired = db.many("credits.repair", team_ids=team_ids)
         for row in repaired:
             if row["credits_amount"]:
-                entry = {"transaction_type": "adjustment", "source": None, "idempotency_key": None, **row}
+                entry = {
+                    **NO_GRANT,
+                    **dict.fromkeys(("expires_at", "expires_in", "source", "idempotency_key")),
+                    "transaction_type": "adjustment",
+                    **row,
+                }
                 row |= db.found("credits.enter", "team", row["team_id"], **entry)
         db.many("credits.reserve_open_jobs", team_ids=[row["team_id"] for row in repaired])
         return repaired
@@ -489,6 +583,8 @@ def _enter(
     source: str | None,
     idempotency_key: str | None,
     output: Format | None,
+    expires: Expiry | None = None,
+    grant: dict[str, Any] = NO_GRANT,
 ) -> None:
     given = {
         "team_id": team_id,
@@ -496,11 +592,22 @@ def _enter(
         "credits_amount": amount,
         "reason": reason,
         "source": source,
+        **grant,
     }
+    at, after = expires or (None, None)
     try:
         with database.connect() as db:
-            written = db.found("credits.enter", "team", team_id, idempotency_key=idempotency_key, **given)
+            if at and at <= db.one("credits.today")["now"]:
+                raise InvalidInput("usage", f"--expires {at.isoformat()} is in the past.", "Give a time to come.")
+            written = db.found(
+                *("credits.enter", "team", team_id),
+                **given,
+                expires_at=at,
+                expires_in=after,
+                idempotency_key=idempotency_key,
+            )
             entry = _entry(db, written["transaction_id"], given)
+            _require_expiry(entry, at, after)
     except InsufficientCredits as error:
         with database.connect() as db:
             free = db.found("credits.free", "team", team_id, team_id=team_id)["credits_free"]
@@ -513,12 +620,23 @@ def _entry(db: database.Database, transaction_id: int, given: dict[str, Any]) ->
     """The entry, if it is what was asked for: a key may have been used for another one before."""
     entry = db.found("credits.transaction", "transaction", str(transaction_id), transaction_id=transaction_id)
     if different := [field for field, value in given.items() if entry[field] != value]:
-        raise Conflict(
-            "idempotency_key_reused",
-            f"This idempotency key was already used with different values for: {', '.join(different)}.",
-            "Use a new key for a new entry.",
-        )
+        raise _reused(", ".join(different))
     return entry
+
+
+def _require_expiry(entry: database.Row, at: datetime | None, after: timedelta | None) -> None:
+    if after:  # since it was entered, which took a moment
+        at = entry["created_at"] + after
+    if (at is None) != (entry["expires_at"] is None) or (at and abs(at - entry["expires_at"]) > timedelta(minutes=1)):
+        raise _reused("expires_at")
+
+
+def _reused(fields: str) -> Conflict:
+    return Conflict(
+        "idempotency_key_reused",
+        f"This idempotency key was already used with different values for: {fields}.",
+        "Use a new key for a new entry.",
+    )
 
 
 def _require_entry_of(db: database.Database, team_id: str, transaction_id: int) -> None:

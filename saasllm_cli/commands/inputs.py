@@ -111,6 +111,28 @@ def moment(value: str) -> datetime:
     return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
 
 
+class Expiry(NamedTuple):
+    """At a time, or so long after the credits are granted."""
+
+    at: datetime | None = None
+    after: timedelta | None = None
+
+
+def expiry(value: str) -> Expiry:
+    """When credits expire: after a time (`90d`), with the beginning of a day in UTC (`2027-01-01`) or at an RFC 3339
+    time."""
+    try:
+        if match := re.fullmatch(r"(\d{1,9})([smhdw])", value):
+            after = timedelta(**{AGES[match[2]]: int(match[1])})
+            if timedelta(0) < after < timedelta(days=366_000):
+                return Expiry(after=after)
+        elif value[:2] in ("19", "20", "21"):
+            return Expiry(moment(value))
+    except (typer.BadParameter, OverflowError):
+        pass
+    raise typer.BadParameter(f"{value!r} is not a time: use 90d, 12h, 2027-01-01 or 2027-01-01T08:00:00Z.")
+
+
 class Period(NamedTuple):
     since: datetime
     until: datetime
@@ -498,6 +520,20 @@ Search = Annotated[
     str | None,
     typer.Option(
         "--search", parser=search, metavar="TEXT", help="Filter by words in the ID or name; a prefix is enough."
+    ),
+]
+Category = Annotated[
+    Literal["paid", "promotional"],
+    typer.Option(help="Whether the credits were paid for or given away."),
+]
+Priority = Annotated[
+    int,
+    typer.Option(min=0, max=100, metavar="N", help="Use these credits before those of a higher priority (0 to 100)."),
+]
+Expires = Annotated[
+    Expiry | None,
+    typer.Option(
+        "--expires", parser=expiry, metavar="WHEN", help="When they expire: 90d, 2027-01-01 or an RFC 3339 time."
     ),
 ]
 IdempotencyKey = Annotated[

@@ -351,15 +351,20 @@ class Schedule(_Object):
     credits_max: int | None = Field(
         None, ge=1, le=MOST_CREDITS, description="With mode add, never grant beyond this balance."
     )
+    rollover: int | None = Field(
+        None, ge=1, le=MOST_CREDITS, description="With mode reset, keep up to so many unused credits one period longer."
+    )
     next_on: Annotated[str, AfterValidator(_day), WithJsonSchema({"type": "string", "format": "date"})] = Field(
         None,  # type: ignore[assignment]
         description="For a new schedule, any day in its first period (default: the next period).",
     )
 
     @model_validator(mode="after")
-    def _has_a_fitting_max(self) -> "Schedule":
+    def _has_fitting_bounds(self) -> "Schedule":
         if self.credits_max is not None and (self.mode != "add" or self.credits_max < self.credits_amount):
             raise _refused("credits_max requires mode add, and must not be less than credits_amount")
+        if self.rollover is not None and (self.mode != "reset" or self.rollover > self.credits_amount):
+            raise _refused("rollover requires mode reset, and must not be more than credits_amount")
         return self
 
 
@@ -377,7 +382,7 @@ class Team(_Object):
         0, ge=0, le=MOST_CREDITS, description="Credits to start with. To add more later, use `saasllm credits add`."
     )
     overdraft: Overdraft = Field(0, description="How far below zero the team may go: credits, or unlimited.")
-    schedule: Annotated[Schedule, _with(credits_max=None)] | None = Field(
+    schedule: Annotated[Schedule, _with(credits_max=None, rollover=None)] | None = Field(
         None, description="Credits to grant each period; null for none."
     )
     price: Price | None = Field(None, description="What a job of the team costs; null for none.")

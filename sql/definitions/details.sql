@@ -51,7 +51,7 @@ SELECT
     (
         SELECT json_build_object(
             'credits_amount', s.credits_amount, 'every', s.every, 'mode', s.mode, 'credits_max', s.credits_max,
-            'next_on', s.next_on
+            'rollover', s.rollover, 'next_on', s.next_on
         )
         FROM credit_schedules s
         WHERE s.team_id = t.team_id
@@ -59,7 +59,7 @@ SELECT
 FROM teams t
 CROSS JOIN LATERAL (
     SELECT credits_allocated, credits_used, credits_reserved, credits_remaining, credits_overdraft
-    FROM team_credits
+    FROM current_balances
     WHERE team_id = t.team_id
     OFFSET 0
 ) c;
@@ -76,7 +76,7 @@ SELECT
     c.credits_overdraft,
     c.credits_remaining - c.credits_reserved + expired.credits AS credits_free
 FROM teams t
-JOIN team_credits c USING (team_id)
+JOIN current_balances c USING (team_id)
 CROSS JOIN LATERAL (
     SELECT coalesce(sum(j.credits_held), 0)::bigint AS credits
     FROM jobs j

@@ -184,6 +184,7 @@ SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
 DECLARE
     uncharged text;
     released  uuid[];
+    expired   text[];
     is_open   boolean;
     has_ended boolean;
 BEGIN
@@ -224,6 +225,16 @@ BEGIN
             GROUP BY team_id
             ORDER BY team_id
         ) AS ended;
+        -- What they held and nobody else may use any more.
+        expired := ARRAY(
+            SELECT DISTINCT job.team_id::text
+            FROM new_rows job
+            JOIN ONLY public.team_credits c ON c.team_id = job.team_id
+            WHERE job.job_id = ANY (released) AND job.created_at < c.held_expired_at
+        );
+        IF expired <> '{}' THEN
+            PERFORM public.expire_credits(expired);
+        END IF;
     END IF;
     IF has_ended AND EXISTS (
         SELECT

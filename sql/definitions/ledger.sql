@@ -52,8 +52,9 @@ SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_mer
 DECLARE
     refused_team text;
     refused_job  text;
-    is_given     boolean; -- something other than what jobs cost
+    is_given     boolean; -- something other than what jobs cost, and what has expired
     is_misdated  boolean;
+    is_of_grants boolean; -- to be attributed at once (credit_grants.sql)
 BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
@@ -64,7 +65,7 @@ BEGIN
             team_id, entry_no, transaction_type, credits_amount, credits_before,
             lag(entry_no) OVER chain AS previous_no,
             lag(credits_after) OVER chain AS previous_after,
-            job.credits_held,
+            created_at, job.credits_held,
             CASE WHEN job_id IS NOT NULL AND job.is_charged_so IS NOT TRUE THEN job_id END AS wrong_job_id,
             created_at NOT BETWEEN transaction_timestamp() AND clock_timestamp() AS is_misdated
         FROM new_entries AS entry
@@ -91,8 +92,10 @@ BEGIN
             coalesce(-sum(credits_amount) FILTER (WHERE transaction_type IN ('deduction', 'refund')), 0) AS used,
             -- Each job has reserved what it holds (jobs.sql): the charge takes the place of the reservation.
             coalesce(sum(credits_held) FILTER (WHERE transaction_type = 'deduction'), 0) AS released,
+            max(created_at) AS last_at,
             min(wrong_job_id::text) AS wrong_job_id,
-            bool_or(transaction_type <> 'deduction') AS is_given,
+            bool_or(transaction_type NOT IN ('deduction', 'expiry')) AS is_given,
+            bool_or(transaction_type <> 'deduction') AS is_of_grants,
             bool_or(linked.is_misdated) AS is_misdated
         FROM linked
         GROUP BY team_id
@@ -108,18 +111,21 @@ BEGIN
           AND movement.unbroken
           AND movement.first_no = c.last_entry_no + 1
           AND movement.opening = c.credits_remaining
-        RETURNING c.team_id, c.last_entry_no
+        RETURNING
+            c.team_id, c.last_entry_no,
+            c.held_expired_at IS NOT NULL OR c.next_expiry_at <= movement.last_at AS is_of_grants
     )
     SELECT
         min(team_id::text) FILTER (WHERE (team_id, last_no) NOT IN (SELECT team_id, last_entry_no FROM moved)),
         min(wrong_job_id),
         bool_or(movement.is_given),
-        bool_or(movement.is_misdated)
-    INTO refused_team, refused_job, is_given, is_misdated
+        bool_or(movement.is_misdated),
+        bool_or(movement.is_of_grants) OR (SELECT bool_or(moved.is_of_grants) FROM moved)
+    INTO refused_team, refused_job, is_given, is_misdated, is_of_grants
     FROM movement;
 
     IF is_given AND NOT has_table_privilege('public.teams', 'UPDATE') THEN
-        RAISE EXCEPTION 'a role that cannot change teams can enter only the charges of jobs'
+        RAISE EXCEPTION 'a role that cannot change teams can enter only what jobs are charged, and what has expired'
             USING ERRCODE = 'insufficient_privilege';
     ELSIF is_misdated THEN
         RAISE EXCEPTION 'an entry must be dated by the clock of the database'
@@ -132,6 +138,9 @@ BEGIN
     ELSIF refused_job IS NOT NULL THEN
         RAISE EXCEPTION 'job % is not a completed job of the team that was charged so much', refused_job
             USING ERRCODE = 'SL005', HINT = 'Complete the job and charge its team in one statement.';
+    END IF;
+    IF is_of_grants THEN
+        PERFORM public.attribute_entries(ARRAY(SELECT entry::public.credit_transactions FROM new_entries AS entry));
     END IF;
     RETURN NULL;
 END
@@ -361,30 +370,38 @@ CREATE TRIGGER team_credits_no_truncate BEFORE TRUNCATE ON team_credits
 
 
 -- Who waits for a balance does so in a statement of its own, which sees then what is there by now. A larger one would
--- have to begin a part of its plan anew for the row that has changed meanwhile, while the others wait. Usable is what
--- jobs may still reserve: what is free, and the overdraft.
+-- have to begin a part of its plan anew for the row that has changed meanwhile, while the others wait. What has expired
+-- by now is entered first. Usable is what jobs may still reserve: what is free, and the overdraft.
 
 CREATE FUNCTION lock_balance(
     of_team text, OUT last_entry_no bigint, OUT credits_remaining bigint, OUT credits_usable numeric,
     OUT last_hold_no bigint
 )
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET enable_seqscan = off AS $$
+DECLARE
+    is_due boolean;
 BEGIN
-    SELECT
-        c.last_entry_no,
-        c.credits_remaining,
-        c.credits_remaining - c.credits_reserved + coalesce(c.credits_overdraft::numeric, 'Infinity'),
-        c.last_hold_no
-    INTO last_entry_no, credits_remaining, credits_usable, last_hold_no
-    FROM public.team_credits c
-    WHERE c.team_id = of_team
-    FOR UPDATE;
+    LOOP
+        SELECT
+            c.last_entry_no,
+            c.credits_remaining,
+            c.credits_remaining - c.credits_reserved + coalesce(c.credits_overdraft::numeric, 'Infinity'),
+            c.last_hold_no,
+            c.next_expiry_at <= clock_timestamp()
+        INTO last_entry_no, credits_remaining, credits_usable, last_hold_no, is_due
+        FROM public.team_credits c
+        WHERE c.team_id = of_team
+        FOR UPDATE;
+
+        EXIT WHEN is_due IS NOT TRUE;
+        PERFORM public.expire_credits(ARRAY[of_team]);
+    END LOOP;
 END
 $$;
 
 
--- Balances, and whether each is that of its last entry: where it is not, the guard lets it move no more, so that
--- nothing can be charged.
+-- Balances as they are entered, and whether each is that of its last entry: where it is not, the guard lets it move no
+-- more, so that nothing can be charged.
 CREATE VIEW checked_balances AS
 SELECT
     c.team_id,
@@ -392,6 +409,7 @@ SELECT
     c.credits_reserved,
     c.credits_remaining,
     c.credits_overdraft,
+    c.credits_owed,
     c.last_entry_no,
     (c.last_entry_no, c.credits_remaining)
         IS NOT DISTINCT FROM (coalesce(last.entry_no, 0), coalesce(last.credits_after, 0)) AS is_sound

@@ -106,7 +106,7 @@ SELECT
         'schedule', (
             SELECT jsonb_build_object(
                 'credits_amount', credits_amount, 'every', every, 'mode', mode, 'credits_max', credits_max,
-                'next_on', next_on
+                'rollover', rollover, 'next_on', next_on
             )
             FROM credit_schedules
             WHERE team_id = t.team_id

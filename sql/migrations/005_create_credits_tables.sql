@@ -10,11 +10,20 @@ CREATE TABLE team_credits (
     last_entry_no     bigint     NOT NULL DEFAULT 0,
     last_hold_no      bigint     NOT NULL DEFAULT 0, -- of the latest change of what is reserved
     credits_overdraft bigint     DEFAULT 0, -- how far below zero its free credits may go; NULL is without end
+    -- Of its grants, as last_entry_no is of its ledger.
+    credits_owed      bigint     NOT NULL DEFAULT 0, -- used beyond all of them: the next one pays it first
+    next_expiry_at    timestamptz, -- when the next of them expires
+    held_expired_at   timestamptz, -- when the last of those expired that open jobs still hold credits of
     CONSTRAINT team_credits_used CHECK (credits_used >= 0),
     CONSTRAINT team_credits_reserved CHECK (credits_reserved >= 0),
     CONSTRAINT team_credits_overdraft CHECK (credits_overdraft BETWEEN 0 AND 1000000000000000),
     CONSTRAINT team_credits_free CHECK (credits_allocated - credits_used >= credits_reserved - credits_overdraft)
 ) WITH (fillfactor = 50); -- every job updates its team's row twice: room on the page keeps those updates off the index
+
+CREATE INDEX team_credits_by_expiry ON team_credits (next_expiry_at) WHERE next_expiry_at IS NOT NULL;
+
+-- The order in which credits of one priority that expire together are used.
+CREATE TYPE credit_category AS ENUM ('promotional', 'included', 'paid');
 
 CREATE TABLE credit_transactions (
     transaction_id   bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -31,6 +40,11 @@ CREATE TABLE credit_transactions (
     created_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
     source           text, -- where it comes from, such as the number of an invoice
     period           text, -- what it was granted for: 2026-11-22, 2026-W47 or 2026-11
+    -- An allocation is a grant. Where this is not given, it is paid, of priority 50, and does not expire.
+    category         credit_category,
+    priority         integer, -- the lower is used first
+    expires_at       timestamptz,
+    grant_id         bigint, -- of an expiry: the transaction that granted what expires
     -- Who entered it, by which command and in which role, as in the audit log; of a deduction the role alone, for its
     -- job explains it.
     actor            text        DEFAULT coalesce(nullif(current_setting('saasllm.actor', true), ''), session_user),
@@ -45,7 +59,7 @@ CREATE TABLE credit_transactions (
             WHEN 'allocation' THEN credits_amount > 0
             WHEN 'deduction' THEN credits_amount <= 0 -- of a job that is free, too: each has one
             WHEN 'refund' THEN credits_amount > 0
-            WHEN 'expiry' THEN credits_amount < 0
+            WHEN 'expiry' THEN credits_amount <= 0 -- of a grant that is revoked, and which jobs hold all of
             WHEN 'adjustment' THEN credits_amount <> 0
             ELSE false
         END
@@ -54,7 +68,17 @@ CREATE TABLE credit_transactions (
         (transaction_type IN ('deduction', 'refund')) = (job_id IS NOT NULL)
     ),
     CONSTRAINT credit_transactions_source CHECK (source <> '' AND length(source) <= 255),
-    CONSTRAINT credit_transactions_period CHECK (period IS NULL OR transaction_type IN ('allocation', 'expiry'))
+    CONSTRAINT credit_transactions_grant CHECK (
+        CASE transaction_type
+            WHEN 'allocation' THEN
+                grant_id IS NULL
+                AND coalesce(priority BETWEEN 0 AND 100, true)
+                AND coalesce(expires_at >= '1970-01-01' AND expires_at < '9999-01-01', true)
+            ELSE
+                (transaction_type = 'expiry') = (grant_id IS NOT NULL)
+                AND num_nonnulls(category, priority, expires_at, period) = 0
+        END
+    )
 );
 
 -- A job is charged at most once, and given back at most once.
@@ -62,9 +86,11 @@ CREATE UNIQUE INDEX credit_transactions_once_a_job ON credit_transactions (job_i
     WHERE job_id IS NOT NULL;
 CREATE UNIQUE INDEX credit_transactions_idempotency_key ON credit_transactions (idempotency_key)
     WHERE idempotency_key IS NOT NULL;
--- A period is granted at most once; what expires as it begins is an entry of its own.
-CREATE UNIQUE INDEX credit_transactions_once_a_period ON credit_transactions (team_id, period, transaction_type)
+-- A period is granted at most once.
+CREATE UNIQUE INDEX credit_transactions_once_a_period ON credit_transactions (team_id, period)
     WHERE period IS NOT NULL;
+-- What has expired of a grant.
+CREATE INDEX credit_transactions_by_grant ON credit_transactions (grant_id) WHERE grant_id IS NOT NULL;
 -- What a team was charged in a period.
 CREATE INDEX credit_transactions_by_time ON credit_transactions (team_id, created_at);
 
@@ -75,6 +101,7 @@ CREATE TABLE credit_schedules (
     every          text        NOT NULL,
     mode           text        NOT NULL,
     credits_max    bigint,
+    rollover       bigint, -- how much of what is left of a period lives one longer
     next_on        date        NOT NULL, -- the first day of the first period that was not granted yet
     created_at     timestamptz NOT NULL DEFAULT now(),
     updated_at     timestamptz NOT NULL DEFAULT now(),
@@ -82,6 +109,9 @@ CREATE TABLE credit_schedules (
     CONSTRAINT credit_schedules_every CHECK (every IN ('daily', 'weekly', 'monthly')),
     CONSTRAINT credit_schedules_mode CHECK (mode IN ('add', 'reset', 'top-up')),
     CONSTRAINT credit_schedules_max CHECK (credits_max IS NULL OR (mode = 'add' AND credits_max >= credits_amount)),
+    CONSTRAINT credit_schedules_rollover CHECK (
+        rollover IS NULL OR (mode = 'reset' AND rollover BETWEEN 1 AND credits_amount)
+    ),
     CONSTRAINT credit_schedules_next_on CHECK (
         next_on >= '1970-01-01' AND next_on < '9999-01-01' -- a day that every client can read
         AND CASE every

@@ -349,22 +349,23 @@ ORDER BY id;
 
 -- name: set_schedules() :none
 -- As `credits schedule` does.
-INSERT INTO credit_schedules (team_id, credits_amount, every, mode, credits_max, next_on)
+INSERT INTO credit_schedules (team_id, credits_amount, every, mode, credits_max, rollover, next_on)
 SELECT
-    id, s.credits_amount, s.every, s.mode, s.credits_max,
+    id, s.credits_amount, s.every, s.mode, s.credits_max, s.rollover,
     coalesce(
         period_start(s.every, s.next_on),
         period_after(s.every, period_start(s.every, (now() AT TIME ZONE 'UTC')::date), 1)
     )
 FROM change
 CROSS JOIN LATERAL jsonb_to_record(after -> 'schedule')
-    AS s (credits_amount bigint, every text, mode text, credits_max bigint, next_on date)
+    AS s (credits_amount bigint, every text, mode text, credits_max bigint, rollover bigint, next_on date)
 WHERE noun = 'team' AND action IN ('create', 'update') AND after -> 'schedule' <> 'null'
 ORDER BY id
 ON CONFLICT (team_id) DO UPDATE
 SET credits_amount = excluded.credits_amount,
     mode = excluded.mode,
     credits_max = excluded.credits_max,
+    rollover = excluded.rollover,
     next_on = CASE WHEN credit_schedules.every = excluded.every THEN credit_schedules.next_on ELSE excluded.next_on END,
     every = excluded.every,
     updated_at = now();

@@ -2,10 +2,20 @@
 -- moves the balance and refuses what does not fit.
 
 -- name: balance(team_id) :maybe
+-- With what expires next of what is left now.
 SELECT
-    team_id, organization_id, credits_allocated, credits_used, credits_reserved, credits_remaining, credits_overdraft
-FROM team_details
-WHERE team_id = %(team_id)s;
+    d.team_id, d.organization_id, d.credits_allocated, d.credits_used, d.credits_reserved, d.credits_remaining,
+    d.credits_overdraft, coalesce(next.credits_expiring, 0) AS credits_expiring, next.next_expiry_at
+FROM team_details d
+LEFT JOIN LATERAL (
+    SELECT sum(credits_left)::bigint AS credits_expiring, expires_at AS next_expiry_at
+    FROM grants_now(ARRAY[d.team_id::text])
+    WHERE expires_at > clock_timestamp() AND credits_left > 0
+    GROUP BY expires_at
+    ORDER BY expires_at
+    LIMIT 1
+) AS next ON true
+WHERE d.team_id = %(team_id)s;
 
 -- name: balance_as_of(team_id, as_of) :maybe
 -- What the ledger says of a moment: all entries up to the last one that was written by then. What was reserved, and
@@ -27,7 +37,7 @@ LEFT JOIN credit_transactions c ON c.team_id = t.team_id
 WHERE t.team_id = %(team_id)s
 GROUP BY t.team_id;
 
--- name: enter(team_id, transaction_type, credits_amount, reason, source, idempotency_key) :maybe
+-- name: enter(team_id, transaction_type, credits_amount, category, priority, expires_at, expires_in, reason, source, idempotency_key) :maybe
 -- The new entry, or the one that the key has made already. Nothing where there is no such team.
 WITH existing AS (
     SELECT transaction_id FROM credit_transactions WHERE idempotency_key = %(idempotency_key)s
@@ -35,22 +45,98 @@ WITH existing AS (
 balance AS (
     SELECT t.team_id, t.organization_id, c.last_entry_no, c.credits_remaining
     FROM teams t
-    JOIN team_credits c USING (team_id)
-    WHERE t.team_id = %(team_id)s AND NOT EXISTS (SELECT FROM existing)
-    FOR UPDATE OF c
+    CROSS JOIN LATERAL lock_balance(t.team_id::text) AS c
+    WHERE t.team_id = %(team_id)s AND NOT EXISTS (SELECT FROM existing) AND c.last_entry_no IS NOT NULL
 ),
 entry AS (
     INSERT INTO credit_transactions (
         team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after,
-        reason, source, idempotency_key
+        category, priority, expires_at, reason, source, idempotency_key
     )
     SELECT
         team_id, organization_id, last_entry_no + 1, %(transaction_type)s, %(credits_amount)s::bigint,
-        credits_remaining, credits_remaining + %(credits_amount)s::bigint, %(reason)s, %(source)s, %(idempotency_key)s
+        credits_remaining, credits_remaining + %(credits_amount)s::bigint, %(category)s::credit_category, %(priority)s,
+        coalesce(%(expires_at)s::timestamptz, statement_timestamp() + %(expires_in)s::interval),
+        %(reason)s, %(source)s, %(idempotency_key)s
     FROM balance
     RETURNING transaction_id
 )
 SELECT transaction_id FROM entry UNION ALL SELECT transaction_id FROM existing;
+
+-- name: revoke(grant_id, reason, idempotency_key) :one
+-- The entry that ends a grant now, but for what open jobs hold of it, or the one that the key has made already; else
+-- why there is none.
+WITH existing AS (
+    SELECT transaction_id FROM credit_transactions WHERE idempotency_key = %(idempotency_key)s
+),
+balance AS (
+    SELECT g.team_id, locked.last_entry_no, locked.credits_remaining
+    FROM credit_grants g
+    CROSS JOIN LATERAL lock_balance(g.team_id::text) AS locked
+    WHERE g.grant_id = %(grant_id)s AND NOT EXISTS (SELECT FROM existing)
+),
+entry AS (
+    INSERT INTO credit_transactions (
+        team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after, grant_id,
+        reason, idempotency_key
+    )
+    SELECT
+        t.team_id, t.organization_id, balance.last_entry_no + 1, 'expiry', - unheld.credits,
+        balance.credits_remaining, balance.credits_remaining - unheld.credits, %(grant_id)s, %(reason)s,
+        %(idempotency_key)s
+    FROM balance
+    JOIN teams t USING (team_id)
+    CROSS JOIN LATERAL unheld_credits(t.team_id::text, %(grant_id)s) AS unheld
+    WHERE unheld.credits IS NOT NULL
+    RETURNING transaction_id
+)
+SELECT
+    coalesce((SELECT transaction_id FROM entry), (SELECT transaction_id FROM existing)) AS transaction_id,
+    EXISTS (SELECT FROM credit_grants WHERE grant_id = %(grant_id)s) AS is_known;
+
+-- name: grants(team_id, is_all, after, row_limit) :many
+-- What a team has left in the order in which it is used; with `is_all` then what it has nothing left of, the newest
+-- first. Behind the grant `after`.
+WITH open AS (
+    SELECT now.grant_id, now.place, now.credits_taken, coalesce(due.credits, 0) AS credits_due
+    FROM grants_now(ARRAY[%(team_id)s::text]) now
+    LEFT JOIN due_expiries(ARRAY[%(team_id)s::text]) due USING (grant_id)
+),
+listed AS (
+    SELECT
+        g.grant_id,
+        g.team_id,
+        g.category,
+        g.priority,
+        g.credits_amount,
+        g.credits_used + coalesce(open.credits_taken, 0) AS credits_used,
+        g.credits_expired + coalesce(open.credits_due, 0) AS credits_expired,
+        g.credits_left - coalesce(open.credits_taken + open.credits_due, 0) AS credits_left,
+        g.created_at,
+        g.expires_at,
+        c.period,
+        c.reason,
+        c.source,
+        open.place
+    FROM credit_grants g
+    JOIN credit_transactions c ON c.transaction_id = g.grant_id
+    LEFT JOIN open ON open.grant_id = g.grant_id
+    WHERE g.team_id = %(team_id)s AND (%(is_all)s::boolean OR g.credits_left > 0)
+),
+numbered AS (
+    SELECT
+        listed.*,
+        row_number() OVER (ORDER BY CASE WHEN credits_left > 0 THEN place END, grant_id DESC) AS number
+    FROM listed
+    WHERE %(is_all)s::boolean OR credits_left > 0
+)
+SELECT
+    grant_id, team_id, category, priority, credits_amount, credits_used, credits_expired, credits_left, created_at,
+    expires_at, period, reason, source
+FROM numbered
+WHERE number > coalesce((SELECT number FROM numbered WHERE grant_id = %(after)s::bigint), 0)
+ORDER BY number
+LIMIT %(row_limit)s;
 
 -- name: refund(job_id, reason, source, idempotency_key) :one
 -- The entry that gives back what a job was charged, or the one that the key has made already; else why there is none.
@@ -76,9 +162,8 @@ request AS (
 balance AS (
     SELECT r.job_id, r.team_id, r.organization_id, r.credits_charged, c.last_entry_no, c.credits_remaining
     FROM request r
-    JOIN team_credits c USING (team_id)
+    CROSS JOIN LATERAL lock_balance(r.team_id::text) AS c
     WHERE r.refusal IS NULL AND NOT EXISTS (SELECT FROM existing)
-    FOR UPDATE OF c
 ),
 entry AS (
     INSERT INTO credit_transactions (
@@ -101,7 +186,7 @@ FROM request;
 -- which clocks need not agree with.
 SELECT
     transaction_id, team_id, organization_id, job_id, transaction_type, credits_amount, credits_before, credits_after,
-    reason, source, actor, role, command, created_at
+    category, priority, expires_at, grant_id, reason, source, actor, role, command, created_at
 FROM credit_transactions
 WHERE team_id = %(team_id)s
   AND (%(transaction_type)s::text IS NULL OR transaction_type = %(transaction_type)s)
@@ -125,7 +210,7 @@ LIMIT %(row_limit)s;
 -- name: transaction(transaction_id) :maybe
 SELECT
     transaction_id, team_id, organization_id, job_id, transaction_type, credits_amount, credits_before, credits_after,
-    reason, source, actor, role, command, created_at
+    category, priority, expires_at, grant_id, reason, source, actor, role, command, created_at
 FROM credit_transactions
 WHERE transaction_id = %(transaction_id)s;
 
@@ -451,12 +536,12 @@ FROM (
 WHERE c.team_id = open_job.team_id
 RETURNING c.team_id;
 
--- name: schedule(team_id, credits_amount, every, mode, credits_max, starts_on) :maybe
+-- name: schedule(team_id, credits_amount, every, mode, credits_max, rollover, starts_on) :maybe
 -- Sets the team's schedule. Its first period is the one of `starts_on`, else the next one after today, by the database;
 -- a schedule that is changed goes on with its next period, as far as that is one of its new length.
-INSERT INTO credit_schedules (team_id, credits_amount, every, mode, credits_max, next_on)
+INSERT INTO credit_schedules (team_id, credits_amount, every, mode, credits_max, rollover, next_on)
 SELECT
-    team_id, %(credits_amount)s, %(every)s, %(mode)s, %(credits_max)s,
+    team_id, %(credits_amount)s, %(every)s, %(mode)s, %(credits_max)s, %(rollover)s,
     CASE
         WHEN %(starts_on)s::date IS NOT NULL THEN period_start(%(every)s, %(starts_on)s)
         ELSE period_after(%(every)s, period_start(%(every)s, (now() AT TIME ZONE 'UTC')::date), 1)
@@ -467,6 +552,7 @@ ON CONFLICT (team_id) DO UPDATE
 SET credits_amount = excluded.credits_amount,
     mode = excluded.mode,
     credits_max = excluded.credits_max,
+    rollover = excluded.rollover,
     next_on = CASE
         WHEN %(starts_on)s::date IS NULL AND credit_schedules.every = excluded.every THEN credit_schedules.next_on
         ELSE excluded.next_on
@@ -480,39 +566,72 @@ DELETE FROM credit_schedules WHERE team_id = %(team_id)s RETURNING team_id;
 
 -- name: today() :one
 -- By the clock of the database, which all machines share.
-SELECT (now() AT TIME ZONE 'UTC')::date AS today;
+SELECT (now() AT TIME ZONE 'UTC')::date AS today, now() AS now;
 
 -- name: due(as_of, every, organization_id, team_id, after, row_limit) :many
--- The next teams to be allocated to, by their ids (behind `after`), with all of their rows locked in this order. A
--- statement of its own, so that `allocate` sees what was committed before it had the locks.
+-- The next teams to be allocated to, or whose credits have expired, by their ids (behind `after`), with all of their
+-- rows locked in this order. A statement of its own, so that `expire` and `allocate` see what was committed before it
+-- had the locks.
 WITH due AS (
-    SELECT s.team_id
-    FROM credit_schedules s
-    WHERE s.next_on <= %(as_of)s
-      AND s.team_id > %(after)s
-      AND (%(every)s::text IS NULL OR s.every = %(every)s)
-      AND (%(team_id)s::text IS NULL OR s.team_id = %(team_id)s)
-      AND (
-          %(organization_id)s::text IS NULL
-          OR s.team_id IN (SELECT t.team_id FROM teams t WHERE t.organization_id = %(organization_id)s)
-      )
-    ORDER BY s.team_id
+    (
+        SELECT s.team_id
+        FROM credit_schedules s
+        WHERE s.next_on <= %(as_of)s
+          AND s.team_id > %(after)s
+          AND (%(every)s::text IS NULL OR s.every = %(every)s)
+          AND (%(team_id)s::text IS NULL OR s.team_id = %(team_id)s)
+          AND (
+              %(organization_id)s::text IS NULL
+              OR s.team_id IN (SELECT t.team_id FROM teams t WHERE t.organization_id = %(organization_id)s)
+          )
+        ORDER BY s.team_id
+        LIMIT %(row_limit)s
+    )
+    UNION
+    (
+        SELECT c.team_id
+        FROM team_credits c
+        WHERE c.next_expiry_at <= clock_timestamp()
+          AND c.team_id > %(after)s
+          AND (%(team_id)s::text IS NULL OR c.team_id = %(team_id)s)
+          AND (
+              %(organization_id)s::text IS NULL
+              OR c.team_id IN (SELECT t.team_id FROM teams t WHERE t.organization_id = %(organization_id)s)
+          )
+        ORDER BY c.team_id
+        LIMIT %(row_limit)s
+    )
+    ORDER BY team_id
     LIMIT %(row_limit)s
-    FOR UPDATE
 )
 -- Team by team, in the order of `due`: joined as a whole, each chunk would read the balances of all.
 SELECT due.team_id
 FROM due
+LEFT JOIN LATERAL (SELECT FROM credit_schedules WHERE team_id = due.team_id FOR UPDATE) AS schedule ON true
 LEFT JOIN LATERAL (SELECT FROM team_credits WHERE team_id = due.team_id FOR UPDATE) AS balance ON true
 ORDER BY due.team_id;
+
+-- name: expire(team_ids, is_listing) :one
+-- Enters what has expired of teams that `due` has locked.
+SELECT
+    coalesce(sum(credits), 0)::bigint AS credits_expired,
+    coalesce(
+        json_agg(
+            json_build_object('team_id', team_id, 'period', NULL, 'credits_granted', 0, 'credits_expired', credits)
+            ORDER BY team_id
+        ) FILTER (WHERE %(is_listing)s::boolean),
+        '[]'
+    ) AS grants
+FROM expire_credits(%(team_ids)s::text[]);
 
 -- name: allocate(team_ids, as_of, catch_up, every, is_listing) :one
 -- Grants one period, the first that is due, to each of the teams that `due` has locked: those that are due still. Who
 -- is suspended, has a balance that is not that of its last entry, or would have more credits than there are numbers, is
--- left as it is. Periods before the last `catch_up` missed ones are forgone.
+-- left as it is. Periods before the last `catch_up` missed ones are forgone. A reset grants credits that expire with
+-- their period, and once more what has expired of the period before, as far as that rolls over.
 WITH due AS (
     SELECT
-        s.team_id, s.credits_amount, s.every, s.mode, s.credits_max,
+        s.team_id, s.credits_amount, s.every, s.mode, s.credits_max, s.rollover,
         greatest(s.next_on, period_after(s.every, period_start(s.every, %(as_of)s), - %(catch_up)s::integer)) AS first_day
     FROM unnest(%(team_ids)s::text[]) AS asked (team_id)
     CROSS JOIN LATERAL (SELECT * FROM credit_schedules WHERE team_id = asked.team_id OFFSET 0) AS s
@@ -521,15 +640,30 @@ WITH due AS (
 plan AS (
     SELECT
         due.team_id, t.organization_id, due.every, due.first_day, b.last_entry_no, b.credits_remaining,
-        period_name(due.every, due.first_day) AS period,
-        period_after(due.every, due.first_day, 1) AS following,
+        named.period, named.period_before, named.following,
+        CASE WHEN due.mode = 'reset' THEN named.following::timestamp AT TIME ZONE 'UTC' END AS expires_at,
         CASE
-            WHEN due.mode = 'reset' AND before.period IS NULL THEN greatest(b.credits_remaining - b.credits_reserved, 0)
-            ELSE 0
-        END AS expires,
+            WHEN before.period IS NOT NULL OR due.rollover IS NULL THEN 0
+            ELSE least(
+                due.rollover,
+                (
+                    SELECT coalesce(-sum(e.credits_amount), 0)
+                    FROM credit_transactions g
+                    JOIN credit_transactions e ON e.grant_id = g.transaction_id AND e.created_at >= g.expires_at
+                    WHERE g.team_id = due.team_id AND g.period = named.period_before
+                )
+            )
+        END AS rolls_over,
         CASE
             WHEN before.period IS NOT NULL THEN 0 -- granted before its schedule was set anew
-            WHEN due.mode = 'top-up' THEN greatest(due.credits_amount - b.credits_remaining, 0)
+            WHEN due.mode = 'top-up' THEN greatest(
+                due.credits_amount + b.credits_owed - (
+                    SELECT coalesce(sum(g.credits_left), 0)
+                    FROM grants_at(due.team_id::text, b.credits_remaining, b.credits_owed) g
+                    WHERE g.category = 'included' AND (g.expires_at IS NULL OR g.expires_at > now())
+                ),
+                0
+            )
             WHEN due.mode = 'add' THEN greatest(
                 least(due.credits_amount, coalesce(due.credits_max - b.credits_remaining, due.credits_amount)), 0
             )
@@ -538,35 +672,42 @@ plan AS (
         CASE
             WHEN o.status <> 'active' THEN 'organization_suspended'
             WHEN t.status <> 'active' THEN 'team_suspended'
-            WHEN b.credits_allocated > 9223372036854775807 - due.credits_amount + least(b.credits_remaining, 0)
+            WHEN b.credits_allocated
+                > 9223372036854775807 - due.credits_amount - coalesce(due.rollover, 0) + least(b.credits_remaining, 0)
                 THEN 'out_of_range'
             WHEN b.is_sound IS NOT TRUE THEN 'balance_differs'
         END AS refusal
     FROM due
+    CROSS JOIN LATERAL (
+        SELECT
+            period_name(due.every, due.first_day) AS period,
+            period_name(due.every, period_after(due.every, due.first_day, -1)) AS period_before,
+            period_after(due.every, due.first_day, 1) AS following
+    ) AS named
     CROSS JOIN LATERAL (SELECT organization_id, status FROM teams WHERE team_id = due.team_id OFFSET 0) AS t
     JOIN organizations o USING (organization_id)
     LEFT JOIN LATERAL (SELECT * FROM checked_balances WHERE team_id = due.team_id OFFSET 0) AS b ON true
-    LEFT JOIN credit_transactions before ON before.team_id = due.team_id
-        AND before.period = period_name(due.every, due.first_day)
-        AND before.transaction_type = 'allocation'
+    LEFT JOIN credit_transactions before ON before.team_id = due.team_id AND before.period = named.period
 ),
 granted AS (
     SELECT * FROM plan WHERE refusal IS NULL
 ),
 entry AS (
     INSERT INTO credit_transactions (
-        team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after, reason,
-        period
+        team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after, category,
+        expires_at, period, reason
     )
     SELECT
-        team_id, organization_id, last_entry_no + 1, 'expiry', -expires, credits_remaining,
-        credits_remaining - expires, 'Unused at the start of ' || period, period
+        team_id, organization_id, last_entry_no + 1, 'allocation', rolls_over, credits_remaining,
+        credits_remaining + rolls_over, 'included'::credit_category, expires_at, NULL,
+        'Rolled over from ' || period_before
     FROM granted
-    WHERE expires > 0
+    WHERE rolls_over > 0
     UNION ALL
     SELECT
-        team_id, organization_id, last_entry_no + 1 + (expires > 0)::integer, 'allocation', grants,
-        credits_remaining - expires, credits_remaining - expires + grants, 'Allocation for ' || period, period
+        team_id, organization_id, last_entry_no + 1 + (rolls_over > 0)::integer, 'allocation', grants,
+        credits_remaining + rolls_over, credits_remaining + rolls_over + grants, 'included', expires_at, period,
+        'Allocation for ' || period
     FROM granted
     WHERE grants > 0
 ),
@@ -576,8 +717,7 @@ moved_on AS (
 SELECT
     count(*) FILTER (WHERE refusal IS NULL AND grants > 0) AS granted,
     count(*) FILTER (WHERE refusal IS NULL AND grants = 0) AS full,
-    coalesce(sum(grants) FILTER (WHERE refusal IS NULL), 0) AS credits_granted,
-    coalesce(sum(expires) FILTER (WHERE refusal IS NULL), 0) AS credits_expired,
+    coalesce(sum(grants + rolls_over) FILTER (WHERE refusal IS NULL), 0) AS credits_granted,
     coalesce(
         array_agg(team_id::text ORDER BY team_id) FILTER (WHERE refusal IS NULL AND following <= %(as_of)s), '{}'
     ) AS still_due,
@@ -590,10 +730,10 @@ SELECT
     coalesce(
         json_agg(
             json_build_object(
-                'team_id', team_id, 'period', period, 'credits_granted', grants, 'credits_expired', expires
+                'team_id', team_id, 'period', period, 'credits_granted', grants + rolls_over, 'credits_expired', 0
             )
             ORDER BY team_id
-        ) FILTER (WHERE %(is_listing)s::boolean AND refusal IS NULL AND grants + expires > 0),
+        ) FILTER (WHERE %(is_listing)s::boolean AND refusal IS NULL AND grants > 0),
         '[]'
     ) AS grants
 FROM plan;

@@ -27,11 +27,11 @@ assigned AS (
 ),
 opening AS (
     INSERT INTO credit_transactions (
-        team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after,
-        reason, idempotency_key
+        team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after, category,
+        priority, reason, idempotency_key
     )
     SELECT
-        team_id, organization_id, 1, 'allocation', %(credits)s::bigint, 0, %(credits)s::bigint,
+        team_id, organization_id, 1, 'allocation', %(credits)s::bigint, 0, %(credits)s::bigint, 'paid', 50,
         'Opening credits', 'opening:' || team_id
     FROM created
     WHERE %(credits)s::bigint > 0

@@ -1,0 +1,448 @@
+-- Grants: what is left of each, and what of them has expired.
+--
+-- Credits are used in an order: by priority, then what expires first, then promotional before included before paid,
+-- then what was granted earlier. As long as no grant comes or goes, what each has left follows from how far the balance
+-- has fallen. So what a job is charged writes nothing here: it is attributed to the grants when the ledger gets an entry
+-- of another kind.
+--
+-- A grant may be used by jobs that begin before it expires. What it has left then expires at once, by the clock of the
+-- database, but for what open jobs hold: together they hold what would be used first. That is used before all else by
+-- jobs that still may, each charge being attributed at once, and expires when they hold it no more. Who locks the
+-- balance enters what has expired before anything else (lock_balance).
+
+
+-- The grants of a team that have something left, in the order of their use, as its ledger had it at a balance. What is
+-- recorded here is that of an earlier one: `credits_taken` have been used since.
+CREATE FUNCTION grants_at(of_team text, balance bigint, owed bigint) RETURNS TABLE (
+    place bigint, grant_id bigint, category credit_category, created_at timestamptz, expires_at timestamptz,
+    credits_taken bigint, credits_left bigint
+)
+LANGUAGE sql STABLE AS $$
+    SELECT
+        place, grant_id, category, created_at, expires_at, (recorded - credits_left)::bigint, credits_left::bigint
+    FROM (
+        SELECT
+            g.grant_id,
+            g.category,
+            g.created_at,
+            g.expires_at,
+            g.credits_left AS recorded,
+            row_number() OVER in_order AS place,
+            sum(g.credits_left) OVER in_order AS credits_to,
+            sum(g.credits_left) OVER () - owed - balance AS credits_used
+        FROM public.credit_grants g
+        WHERE g.team_id = of_team AND g.credits_left > 0
+        WINDOW in_order AS (ORDER BY g.priority, g.expires_at, g.category, g.grant_id)
+    ) AS open
+    CROSS JOIN LATERAL (SELECT least(recorded, greatest(credits_to - credits_used, 0)) AS credits_left) AS now
+    ORDER BY place
+$$;
+
+-- How much is taken of each, one after the other, while all that is taken stays within the bound of each.
+CREATE FUNCTION take_in_turn(credits bigint[], bounds bigint[]) RETURNS bigint[]
+LANGUAGE plpgsql IMMUTABLE STRICT AS $$
+DECLARE
+    taken bigint[] := '{}';
+    total bigint := 0;
+BEGIN
+    FOR number IN 1 .. cardinality(credits) LOOP
+        taken[number] := least(credits[number], greatest(bounds[number] - total, 0));
+        total := total + taken[number];
+    END LOOP;
+    RETURN taken;
+END
+$$;
+
+
+-- The same of several teams as they are now, with what open jobs hold of each: together they hold what would be used
+-- first, and before that what they held as it expired (`was_held`).
+CREATE FUNCTION grants_now(of_teams text[]) RETURNS TABLE (
+    team_id text, place bigint, grant_id bigint, category credit_category, created_at timestamptz,
+    expires_at timestamptz, credits_taken bigint, credits_left bigint, was_held boolean, credits_held bigint
+)
+LANGUAGE sql STABLE AS $$
+    SELECT
+        g.team_id, g.place, g.grant_id, g.category, g.created_at, g.expires_at, g.credits_taken, g.credits_left,
+        g.was_held,
+        CASE
+            WHEN g.is_usable THEN least(
+                g.credits_left,
+                greatest(
+                    g.credits_reserved - sum(g.credits_left) FILTER (WHERE g.is_usable) OVER use + g.credits_left, 0
+                )
+            )
+            ELSE 0
+        END::bigint
+    FROM (
+        SELECT
+            c.team_id,
+            c.credits_reserved,
+            now.*,
+            coalesce(now.expires_at <= c.held_expired_at, false) AS was_held,
+            coalesce(now.expires_at > now.created_at, true) AS is_usable -- not one that had expired as it came
+        FROM unnest(of_teams) AS asked (team_id)
+        JOIN public.team_credits c ON c.team_id = asked.team_id
+        CROSS JOIN LATERAL public.grants_at(c.team_id::text, c.credits_remaining, c.credits_owed) AS now
+    ) AS g
+    WINDOW use AS (PARTITION BY g.team_id ORDER BY NOT g.was_held, g.place)
+$$;
+
+
+-- What has expired and is still in the balances of teams: what no job holds. Of what jobs held as it expired, that is
+-- what those of them that are still open do not hold.
+CREATE FUNCTION due_expiries(of_teams text[]) RETURNS TABLE (team_id text, place bigint, grant_id bigint, credits bigint)
+LANGUAGE sql STABLE AS $$
+    WITH expired AS MATERIALIZED (
+        SELECT
+            g.*,
+            c.credits_remaining - c.credits_reserved + coalesce(c.credits_overdraft::numeric, 'Infinity') AS usable
+        FROM public.grants_now(of_teams) g
+        JOIN public.team_credits c ON c.team_id = g.team_id
+        WHERE g.expires_at <= clock_timestamp()
+    ),
+    held AS (
+        SELECT grants.grant_id, grants.credits
+        FROM (
+            SELECT
+                array_agg(e.grant_id ORDER BY e.expires_at, e.place) AS grant_ids,
+                public.take_in_turn(
+                    array_agg(e.credits_left ORDER BY e.expires_at, e.place),
+                    array_agg(jobs.credits_held ORDER BY e.expires_at, e.place)
+                ) AS credits
+            FROM expired e
+            CROSS JOIN LATERAL (
+                SELECT coalesce(sum(j.credits_held), 0)::bigint AS credits_held
+                FROM public.jobs j
+                WHERE j.team_id = e.team_id
+                  AND j.status IN ('pending', 'in_progress')
+                  AND j.created_at < e.expires_at
+            ) AS jobs
+            WHERE e.was_held
+            GROUP BY e.team_id
+        ) AS team
+        CROSS JOIN LATERAL unnest(team.grant_ids, team.credits) AS grants (grant_id, credits)
+        UNION ALL
+        SELECT grant_id, credits_held FROM expired WHERE NOT was_held
+    )
+    SELECT due.team_id, due.place, due.grant_id, due.credits::bigint
+    FROM (
+        SELECT
+            e.team_id,
+            e.place,
+            e.grant_id,
+            -- Never what jobs have reserved, whatever they may have been given to hold.
+            least(
+                e.credits_left - held.credits,
+                greatest(
+                    e.usable
+                    - sum(e.credits_left - held.credits) OVER (PARTITION BY e.team_id ORDER BY e.place)
+                    + e.credits_left - held.credits,
+                    0
+                )
+            ) AS credits
+        FROM expired e
+        JOIN held USING (grant_id)
+    ) AS due
+    WHERE due.credits > 0
+$$;
+
+-- What could expire now of a grant that has not expired yet; NULL where it has, or has nothing left.
+CREATE FUNCTION unheld_credits(of_team text, of_grant bigint, OUT credits bigint)
+LANGUAGE plpgsql AS $$
+BEGIN
+    SELECT g.credits_left - g.credits_held INTO credits
+    FROM public.grants_now(ARRAY[of_team]) g
+    WHERE g.grant_id = of_grant AND g.credits_left > 0 AND (g.expires_at > clock_timestamp()) IS NOT FALSE;
+END
+$$;
+
+-- When the next of their grants expires, and when the last did that jobs still hold credits of.
+CREATE FUNCTION note_expiry(of_teams text[]) RETURNS void
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
+BEGIN
+    UPDATE public.team_credits c
+    SET next_expiry_at = open.next_at,
+        held_expired_at = open.held_at
+    FROM unnest(of_teams) AS asked (team_id)
+    CROSS JOIN LATERAL (
+        SELECT
+            min(g.expires_at) FILTER (WHERE g.expires_at > clock_timestamp()) AS next_at,
+            max(g.expires_at) FILTER (WHERE g.expires_at <= clock_timestamp()) AS held_at
+        FROM public.credit_grants g
+        WHERE g.team_id = asked.team_id AND g.credits_left > 0
+    ) AS open
+    WHERE c.team_id = asked.team_id
+      AND (c.next_expiry_at, c.held_expired_at) IS DISTINCT FROM (open.next_at, open.held_at);
+END
+$$;
+
+-- Enters what has expired, and says how much that is of each team. The balances are locked.
+CREATE FUNCTION expire_credits(of_teams text[]) RETURNS TABLE (team_id text, credits bigint)
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
+#variable_conflict use_column
+BEGIN
+    of_teams := ARRAY(
+        SELECT c.team_id::text
+        FROM public.team_credits c
+        WHERE c.team_id = ANY (of_teams)
+          AND (c.next_expiry_at <= clock_timestamp() OR c.held_expired_at IS NOT NULL)
+    );
+    RETURN QUERY WITH entry AS (
+        INSERT INTO public.credit_transactions AS e (
+            team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after,
+            reason, grant_id
+        )
+        SELECT
+            t.team_id, t.organization_id, b.last_entry_no + row_number() OVER in_order, 'expiry', - due.credits,
+            b.credits_remaining - sum(due.credits) OVER in_order + due.credits,
+            b.credits_remaining - sum(due.credits) OVER in_order, 'Expired', due.grant_id
+        FROM public.due_expiries(of_teams) due
+        CROSS JOIN LATERAL (SELECT * FROM public.teams WHERE team_id = due.team_id OFFSET 0) AS t
+        CROSS JOIN LATERAL (SELECT * FROM public.checked_balances WHERE team_id = due.team_id OFFSET 0) AS b
+        WHERE b.is_sound
+        WINDOW in_order AS (PARTITION BY t.team_id ORDER BY due.place)
+        RETURNING e.team_id, e.credits_amount
+    )
+    SELECT entry.team_id::text, - sum(entry.credits_amount)::bigint FROM entry GROUP BY entry.team_id;
+
+    PERFORM public.note_expiry(of_teams);
+END
+$$;
+
+
+-- Attributes entries to the grants of their teams, and before them what was used since the last ones. For the trigger
+-- of the ledger, whose settings hold for it, and which moves the balances.
+CREATE FUNCTION attribute_entries(entries credit_transactions[]) RETURNS void
+LANGUAGE plpgsql SET enable_hashjoin = off AS $$
+DECLARE
+    of_teams text[] := ARRAY(SELECT DISTINCT e.team_id::text FROM unnest(entries) AS e);
+    mixed    text;
+    expiries bigint;
+    found_no bigint;
+BEGIN
+    SELECT min(e.team_id::text) INTO mixed
+    FROM unnest(entries) AS e
+    GROUP BY e.team_id
+    HAVING count(
+        DISTINCT CASE
+            WHEN e.transaction_type IN ('expiry', 'refund') THEN e.transaction_type
+            WHEN e.credits_amount > 0 THEN 'grant'
+            ELSE 'use'
+        END
+    ) > 1;
+    IF mixed IS NOT NULL THEN
+        RAISE EXCEPTION 'the new entries of team % grant, use, give back or expire credits in one statement', mixed
+            USING ERRCODE = 'SL005', HINT = 'Enter them in separate statements.';
+    END IF;
+
+    -- What was used: first since the last entries that were attributed, then by these.
+    WITH movement AS (
+        SELECT
+            e.team_id,
+            max(e.entry_no) AS last_no,
+            max(e.created_at) AS at,
+            (array_agg(e.credits_before ORDER BY e.entry_no))[1] AS opening,
+            coalesce(
+                -sum(e.credits_amount) FILTER (WHERE e.transaction_type <> 'expiry' AND e.credits_amount < 0), 0
+            ) AS used
+        FROM unnest(entries) AS e
+        GROUP BY e.team_id
+    ),
+    open AS MATERIALIZED (
+        SELECT
+            m.team_id, m.last_no, m.used, g.place, g.grant_id, g.created_at, g.expires_at, g.credits_taken,
+            g.credits_left, coalesce(g.expires_at <= m.at, false) AS is_expired
+        FROM movement m
+        CROSS JOIN LATERAL (SELECT credits_owed FROM public.team_credits WHERE team_id = m.team_id OFFSET 0) AS c
+        CROSS JOIN LATERAL public.grants_at(m.team_id::text, m.opening, c.credits_owed) g
+    ),
+    held AS MATERIALIZED (
+        SELECT team.team_id, grants.grant_id, grants.credits
+        FROM (
+            SELECT
+                o.team_id,
+                array_agg(o.grant_id ORDER BY o.expires_at, o.place) AS grant_ids,
+                public.take_in_turn(
+                    array_agg(o.credits_left ORDER BY o.expires_at, o.place),
+                    array_agg(jobs.credits ORDER BY o.expires_at, o.place)
+                ) AS credits
+            FROM open o
+            CROSS JOIN LATERAL (
+                SELECT coalesce(-sum(e.credits_amount), 0)::bigint AS credits
+                FROM unnest(entries) AS e
+                JOIN ONLY public.jobs j ON j.job_id = e.job_id
+                WHERE e.team_id = o.team_id
+                  AND e.transaction_type = 'deduction'
+                  AND j.created_at < o.expires_at
+                  AND o.created_at < o.expires_at
+            ) AS jobs
+            WHERE o.is_expired AND o.used > 0
+            GROUP BY o.team_id
+        ) AS team
+        CROSS JOIN LATERAL unnest(team.grant_ids, team.credits) AS grants (grant_id, credits)
+    )
+    UPDATE ONLY public.credit_grants g
+    SET credits_used = g.credits_used + used.credits,
+        last_used_no = used.last_no
+    FROM (
+        SELECT
+            o.grant_id,
+            o.last_no,
+            o.credits_taken + CASE
+                WHEN o.used = 0 THEN 0
+                WHEN o.is_expired THEN (SELECT h.credits FROM held h WHERE h.grant_id = o.grant_id)
+                ELSE least(
+                    o.credits_left,
+                    greatest(
+                        o.used
+                        - coalesce((SELECT sum(h.credits) FROM held h WHERE h.team_id = o.team_id), 0)
+                        - sum(o.credits_left) FILTER (WHERE NOT o.is_expired) OVER in_order
+                        + o.credits_left,
+                        0
+                    )
+                )
+            END AS credits
+        FROM open o
+        WINDOW in_order AS (PARTITION BY o.team_id ORDER BY o.place)
+    ) AS used
+    WHERE g.grant_id = used.grant_id AND used.credits > 0;
+
+    -- What has expired. One that is revoked expires now.
+    UPDATE ONLY public.credit_grants g
+    SET credits_expired = g.credits_expired - e.credits_amount,
+        expires_at = least(g.expires_at, e.created_at)
+    FROM unnest(entries) AS e
+    WHERE e.transaction_type = 'expiry'
+      AND g.grant_id = e.grant_id
+      AND g.team_id = e.team_id
+      AND (g.expires_at <= e.created_at OR has_table_privilege('public.teams', 'UPDATE'));
+    GET DIAGNOSTICS found_no = ROW_COUNT;
+    SELECT count(*) INTO expiries FROM unnest(entries) AS e WHERE e.transaction_type = 'expiry';
+    IF found_no <> expiries THEN
+        RAISE EXCEPTION 'an expiry does not name a grant of its team that has expired'
+            USING ERRCODE = 'SL005', HINT = 'Give the grant_id of an allocation of the team, each in one entry.';
+    END IF;
+
+    -- What was granted pays first what is owed.
+    INSERT INTO public.credit_grants (
+        grant_id, team_id, category, priority, created_at, expires_at, credits_amount, credits_used, last_used_no
+    )
+    SELECT
+        e.transaction_id, e.team_id, coalesce(e.category, 'paid'), coalesce(e.priority, 50), e.created_at,
+        e.expires_at, e.credits_amount, paid.credits, CASE WHEN paid.credits > 0 THEN e.entry_no END
+    FROM unnest(entries) AS e
+    CROSS JOIN LATERAL (
+        SELECT coalesce(sum(g.credits_left), 0) - e.credits_before AS credits
+        FROM ONLY public.credit_grants g
+        WHERE g.team_id = e.team_id AND g.credits_left > 0
+    ) AS owed
+    CROSS JOIN LATERAL (SELECT greatest(least(e.credits_amount, owed.credits), 0) AS credits) AS paid
+    WHERE e.credits_amount > 0 AND e.transaction_type <> 'refund';
+
+    -- What was given back goes to what is owed, then to what was used last and has not expired; the rest lasts.
+    WITH refund AS (
+        SELECT
+            e.team_id,
+            min(e.transaction_id) AS transaction_id,
+            max(e.created_at) AS at,
+            sum(e.credits_amount) - greatest(
+                coalesce(
+                    (
+                        SELECT sum(g.credits_left)
+                        FROM ONLY public.credit_grants g
+                        WHERE g.team_id = e.team_id AND g.credits_left > 0
+                    ),
+                    0
+                ) - min(e.credits_before),
+                0
+            ) AS credits
+        FROM unnest(entries) AS e
+        WHERE e.transaction_type = 'refund'
+        GROUP BY e.team_id
+    ),
+    back AS (
+        UPDATE ONLY public.credit_grants g
+        SET credits_used = g.credits_used - given.credits
+        FROM (
+            SELECT
+                used.grant_id,
+                least(
+                    used.credits_used,
+                    r.credits - sum(used.credits_used) OVER last_first + used.credits_used
+                ) AS credits
+            FROM refund r
+            JOIN public.credit_grants used ON used.team_id = r.team_id
+            WHERE used.credits_used > 0 AND (used.expires_at IS NULL OR used.expires_at > r.at)
+            WINDOW last_first AS (
+                PARTITION BY r.team_id
+                ORDER BY
+                    used.last_used_no DESC, used.priority DESC, used.expires_at DESC, used.category DESC,
+                    used.grant_id DESC
+            )
+        ) AS given
+        WHERE g.grant_id = given.grant_id AND given.credits > 0
+        RETURNING g.team_id, given.credits
+    )
+    INSERT INTO public.credit_grants (grant_id, team_id, created_at, credits_amount)
+    SELECT r.transaction_id, r.team_id, r.at, r.credits - coalesce(given.credits, 0)
+    FROM refund r
+    CROSS JOIN LATERAL (SELECT sum(back.credits) AS credits FROM back WHERE back.team_id = r.team_id) AS given
+    WHERE r.credits > coalesce(given.credits, 0);
+
+    UPDATE ONLY public.team_credits c
+    SET credits_owed = now.owed
+    FROM (
+        SELECT
+            last.team_id,
+            coalesce(
+                (
+                    SELECT sum(g.credits_left)
+                    FROM ONLY public.credit_grants g
+                    WHERE g.team_id = last.team_id AND g.credits_left > 0
+                ),
+                0
+            ) - last.credits_after AS owed
+        FROM (
+            SELECT DISTINCT ON (e.team_id) e.team_id, e.credits_after
+            FROM unnest(entries) AS e
+            ORDER BY e.team_id, e.entry_no DESC
+        ) AS last
+    ) AS now
+    WHERE c.team_id = now.team_id AND c.credits_owed <> now.owed;
+
+    PERFORM public.note_expiry(of_teams);
+
+    -- A job that may use what has expired, and was charged less than it held.
+    of_teams := ARRAY(
+        SELECT DISTINCT e.team_id::text
+        FROM unnest(entries) AS e
+        JOIN ONLY public.jobs j ON j.job_id = e.job_id
+        JOIN ONLY public.team_credits c ON c.team_id = e.team_id
+        WHERE e.transaction_type = 'deduction'
+          AND j.credits_held > - e.credits_amount
+          AND j.created_at < c.held_expired_at
+    );
+    IF of_teams <> '{}' THEN
+        PERFORM public.expire_credits(of_teams);
+    END IF;
+END
+$$;
+
+
+-- Balances without what has expired, also where that is not entered yet.
+CREATE VIEW current_balances AS
+SELECT
+    c.team_id,
+    c.credits_allocated - expired.credits AS credits_allocated,
+    c.credits_used,
+    c.credits_reserved,
+    c.credits_remaining - expired.credits AS credits_remaining,
+    c.credits_overdraft
+FROM team_credits c
+CROSS JOIN LATERAL (
+    SELECT CASE
+        WHEN c.next_expiry_at <= clock_timestamp()
+            THEN (SELECT coalesce(sum(due.credits), 0)::bigint FROM due_expiries(ARRAY[c.team_id::text]) due)
+        ELSE 0
+    END AS credits
+) AS expired;
