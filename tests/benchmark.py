@@ -494,10 +494,11 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 
 def team_by_team() -> None:
-    entry = {"transaction_type": "allocation", "credits_amount": 500, "reason": "Allocation", "source": None}
+    unused = ("category", "priority", "expires_at", "expires_in", "source", "idempotency_key")
+    entry = {"transaction_type": "allocation", "credits_amount": 500, "reason": "Allocation"} | dict.fromkeys(unused)
     with database.connect() as db:
         for number in range(1, LOOPED_TEAMS + 1):
-            db.maybe("credits.enter", team_id=f"t{number}", idempotency_key=None, **entry)
+            db.maybe("credits.enter", team_id=f"t{number}", **entry)
 
 
 # What the rows are of: {r} is the round, {o} and {t} are numbers.

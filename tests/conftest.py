@@ -305,6 +305,10 @@ def charged_job() -> UUID:
     return job_id
 
 
+# What an entry need not have.
+UNUSED = dict.fromkeys(("category", "priority", "expires_at", "expires_in", "reason", "source", "idempotency_key"))
+
+
 def open_jobs(number: int, hold_no: int | None = None) -> str:
     """A statement that begins so many jobs of `hr`."""
     return f"""

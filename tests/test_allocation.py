@@ -7,7 +7,7 @@ from datetime import UTC, date, datetime, timedelta
 
 import psycopg
 import pytest
-from conftest import Result, start_process
+from conftest import UNUSED, Result, start_process
 
 from saasllm_cli import allocation, database
 from saasllm_cli.errors import Conflict
@@ -335,7 +335,7 @@ def test_what_is_written_while_it_waits_for_a_balance_is_no_difference(tenant: R
     entry = {"team_id": "hr", "transaction_type": "allocation", "credits_amount": 1}
     with ThreadPoolExecutor(1) as threads:
         with sql.transaction():
-            sql.execute(query("credits.enter").sql, entry | dict.fromkeys(("reason", "source", "idempotency_key")))
+            sql.execute(query("credits.enter").sql, UNUSED | entry)
             waiting = threads.submit(allocation.allocate, date(2026, 1, 1))
             time.sleep(0.5)
         result = waiting.result()

@@ -19,7 +19,7 @@ from random import Random
 
 import psycopg
 import pytest
-from conftest import TENANT, Result, assert_sound, charged_job, end_leases, own_server, start_process
+from conftest import TENANT, UNUSED, Result, assert_sound, charged_job, end_leases, own_server, start_process
 from proxy import Proxy
 
 from saasllm_cli import allocation, database, embedded
@@ -178,7 +178,7 @@ def load(run: Run) -> Iterator[list[DatabaseUnavailable]]:
 def add_one(number: int) -> None:
     entry = {"team_id": "hr", "transaction_type": "allocation", "credits_amount": ADDED}
     with database.connect() as db:
-        assert db.maybe("credits.enter", **entry, reason=None, source=None, idempotency_key=f"add-{number}")
+        assert db.maybe("credits.enter", **UNUSED | entry | {"idempotency_key": f"add-{number}"})
 
 
 def complete_job(number: int) -> None:

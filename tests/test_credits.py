@@ -4,21 +4,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
-from conftest import Result, charged_job, open_jobs
+from conftest import UNUSED, Result, charged_job, open_jobs
 from test_json_keys import ENTRY as FIELDS
 
 from saasllm_cli import database
 from saasllm_cli.settings import settings
 
 Run = Callable[..., Result]
-ENTRY = {
-    "team_id": "hr",
-    "transaction_type": "allocation",
-    "credits_amount": 1,
-    "reason": None,
-    "source": None,
-    "idempotency_key": None,
-}
+ENTRY = UNUSED | {"team_id": "hr", "transaction_type": "allocation", "credits_amount": 1}
 
 
 def test_add_shows_its_ledger_entry(tenant: Run) -> None:

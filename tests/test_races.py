@@ -11,7 +11,7 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from conftest import Result, assert_sound, charged_job
+from conftest import UNUSED, Result, assert_sound, charged_job
 
 from saasllm_cli import database
 from saasllm_cli.commands import credits as commands
@@ -33,7 +33,7 @@ def begin(key: str | None = None, prompt: int = 0) -> UUID:
 
 def enter(db: Database, transaction_type: str, amount: int, key: str | None = None) -> int:
     given = {"team_id": "hr", "transaction_type": transaction_type, "credits_amount": amount}
-    return _transaction_id(db, db.maybe("credits.enter", **given, reason=None, source=None, idempotency_key=key), given)
+    return _transaction_id(db, db.maybe("credits.enter", **UNUSED | given | {"idempotency_key": key}), given)
 
 
 def refund(db: Database, job_id: UUID, key: str | None = None) -> int:

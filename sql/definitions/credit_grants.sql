@@ -14,7 +14,7 @@
 -- The grants of a team that have something left, in the order of their use, as its ledger had it at a balance. What is
 -- recorded here is that of an earlier one: `credits_taken` have been used since.
 CREATE FUNCTION grants_at(of_team text, balance bigint, owed bigint) RETURNS TABLE (
-    place bigint, grant_id bigint, category credit_category, created_at timestamptz, expires_at timestamptz,
+    place bigint, grant_id bigint, category text, created_at timestamptz, expires_at timestamptz,
     credits_taken bigint, credits_left bigint
 )
 LANGUAGE sql STABLE AS $$
@@ -32,7 +32,13 @@ LANGUAGE sql STABLE AS $$
             sum(g.credits_left) OVER () - owed - balance AS credits_used
         FROM public.credit_grants g
         WHERE g.team_id = of_team AND g.credits_left > 0
-        WINDOW in_order AS (ORDER BY g.priority, g.expires_at, g.category, g.grant_id)
+        WINDOW in_order AS (
+            ORDER BY
+                g.priority,
+                g.expires_at,
+                array_position('{promotional,included,paid}', g.category::text),
+                g.grant_id
+        )
     ) AS open
     CROSS JOIN LATERAL (SELECT least(recorded, greatest(credits_to - credits_used, 0)) AS credits_left) AS now
     ORDER BY place
@@ -57,7 +63,7 @@ $$;
 -- The same of several teams as they are now, with what open jobs hold of each: together they hold what would be used
 -- first, and before that what they held as it expired (`was_held`).
 CREATE FUNCTION grants_now(of_teams text[]) RETURNS TABLE (
-    team_id text, place bigint, grant_id bigint, category credit_category, created_at timestamptz,
+    team_id text, place bigint, grant_id bigint, category text, created_at timestamptz,
     expires_at timestamptz, credits_taken bigint, credits_left bigint, was_held boolean, credits_held bigint
 )
 LANGUAGE sql STABLE AS $$
@@ -213,7 +219,7 @@ $$;
 -- Attributes entries to the grants of their teams, and before them what was used since the last ones. For the trigger
 -- of the ledger, whose settings hold for it, and which moves the balances.
 CREATE FUNCTION attribute_entries(entries credit_transactions[]) RETURNS void
-LANGUAGE plpgsql SET enable_hashjoin = off AS $$
+LANGUAGE plpgsql AS $$
 DECLARE
     of_teams text[] := ARRAY(SELECT DISTINCT e.team_id::text FROM unnest(entries) AS e);
     mixed    text;
@@ -225,9 +231,9 @@ BEGIN
     GROUP BY e.team_id
     HAVING count(
         DISTINCT CASE
-            WHEN e.transaction_type IN ('expiry', 'refund') THEN e.transaction_type
+            WHEN e.transaction_type IN ('deduction', 'expiry', 'refund') THEN e.transaction_type
             WHEN e.credits_amount > 0 THEN 'grant'
-            ELSE 'use'
+            ELSE 'adjustment'
         END
     ) > 1;
     IF mixed IS NOT NULL THEN
@@ -235,26 +241,29 @@ BEGIN
             USING ERRCODE = 'SL005', HINT = 'Enter them in separate statements.';
     END IF;
 
-    -- What was used: first since the last entries that were attributed, then by these.
-    WITH movement AS (
-        SELECT
-            e.team_id,
-            max(e.entry_no) AS last_no,
-            max(e.created_at) AS at,
-            (array_agg(e.credits_before ORDER BY e.entry_no))[1] AS opening,
-            coalesce(
-                -sum(e.credits_amount) FILTER (WHERE e.transaction_type <> 'expiry' AND e.credits_amount < 0), 0
-            ) AS used
-        FROM unnest(entries) AS e
-        GROUP BY e.team_id
+    -- What was used: first since the last entries that were attributed (the tail), then by these.
+    WITH movement AS MATERIALIZED (
+        SELECT e.*, c.credits_owed
+        FROM (
+            SELECT
+                team_id,
+                min(entry_no) - 1 AS tail_no,
+                max(entry_no) AS last_no,
+                max(created_at) AS at,
+                (array_agg(credits_before ORDER BY entry_no))[1] AS opening,
+                -- The charges of jobs, or adjustments.
+                bool_or(transaction_type = 'deduction') AS is_charge,
+                coalesce(-sum(credits_amount) FILTER (WHERE transaction_type <> 'expiry' AND credits_amount < 0), 0)
+                    AS used
+            FROM unnest(entries)
+            GROUP BY team_id
+        ) AS e
+        CROSS JOIN LATERAL (SELECT credits_owed FROM public.team_credits WHERE team_id = e.team_id OFFSET 0) AS c
     ),
     open AS MATERIALIZED (
-        SELECT
-            m.team_id, m.last_no, m.used, g.place, g.grant_id, g.created_at, g.expires_at, g.credits_taken,
-            g.credits_left, coalesce(g.expires_at <= m.at, false) AS is_expired
+        SELECT m.*, g.*, coalesce(g.expires_at <= m.at, false) AS is_expired
         FROM movement m
-        CROSS JOIN LATERAL (SELECT credits_owed FROM public.team_credits WHERE team_id = m.team_id OFFSET 0) AS c
-        CROSS JOIN LATERAL public.grants_at(m.team_id::text, m.opening, c.credits_owed) g
+        LEFT JOIN LATERAL public.grants_at(m.team_id::text, m.opening, m.credits_owed) g ON true
     ),
     held AS MATERIALIZED (
         SELECT team.team_id, grants.grant_id, grants.credits
@@ -280,15 +289,11 @@ BEGIN
             GROUP BY o.team_id
         ) AS team
         CROSS JOIN LATERAL unnest(team.grant_ids, team.credits) AS grants (grant_id, credits)
-    )
-    UPDATE ONLY public.credit_grants g
-    SET credits_used = g.credits_used + used.credits,
-        last_used_no = used.last_no
-    FROM (
+    ),
+    used AS MATERIALIZED (
         SELECT
-            o.grant_id,
-            o.last_no,
-            o.credits_taken + CASE
+            o.*,
+            CASE
                 WHEN o.used = 0 THEN 0
                 WHEN o.is_expired THEN (SELECT h.credits FROM held h WHERE h.grant_id = o.grant_id)
                 ELSE least(
@@ -301,11 +306,40 @@ BEGIN
                         0
                     )
                 )
-            END AS credits
+            END AS credits_used
         FROM open o
         WINDOW in_order AS (PARTITION BY o.team_id ORDER BY o.place)
-    ) AS used
-    WHERE g.grant_id = used.grant_id AND used.credits > 0;
+    ),
+    attributed AS (
+        UPDATE ONLY public.credit_grants g
+        SET credits_used = g.credits_used + used.credits_taken + used.credits_used,
+            last_used_no = used.last_no
+        FROM used
+        WHERE g.grant_id = used.grant_id
+          AND g.grant_id = ANY (ARRAY(SELECT grant_id FROM used WHERE credits_taken + credits_used > 0))
+    ),
+    overdrawn AS (
+        SELECT
+            team_id, tail_no, last_no, is_charge,
+            coalesce(sum(credits_left), 0) - credits_owed - opening AS credits_taken,
+            used - coalesce(sum(credits_used), 0) AS credits_used
+        FROM used
+        GROUP BY team_id, tail_no, last_no, is_charge, credits_owed, opening, used
+    )
+    INSERT INTO public.credit_uses (team_id, last_no, grant_id, credits)
+    SELECT team_id, last_no, grant_id, credits
+    FROM (
+        SELECT team_id, tail_no AS last_no, grant_id, credits_taken AS credits, place, false AS is_lasting
+        FROM used
+        UNION ALL
+        SELECT team_id, tail_no, NULL, credits_taken, NULL, NULL FROM overdrawn
+        UNION ALL
+        SELECT team_id, last_no, grant_id, credits_used, place, NOT is_expired FROM used WHERE is_charge
+        UNION ALL
+        SELECT team_id, last_no, NULL, credits_used, NULL, NULL FROM overdrawn WHERE is_charge
+    ) AS use
+    WHERE credits > 0
+    ORDER BY team_id, last_no, is_lasting, place;
 
     -- What has expired. One that is revoked expires now.
     UPDATE ONLY public.credit_grants g
@@ -376,7 +410,11 @@ BEGIN
             WINDOW last_first AS (
                 PARTITION BY r.team_id
                 ORDER BY
-                    used.last_used_no DESC, used.priority DESC, used.expires_at DESC, used.category DESC,
+                    used.last_used_no DESC,
+                    -- and the other way round than they are used
+                    used.priority DESC,
+                    used.expires_at DESC,
+                    array_position('{promotional,included,paid}', used.category::text) DESC,
                     used.grant_id DESC
             )
         ) AS given

@@ -22,8 +22,9 @@ CREATE TABLE team_credits (
 
 CREATE INDEX team_credits_by_expiry ON team_credits (next_expiry_at) WHERE next_expiry_at IS NOT NULL;
 
--- The order in which credits of one priority that expire together are used.
-CREATE TYPE credit_category AS ENUM ('promotional', 'included', 'paid');
+-- Credits are given away, included by a schedule, or paid for.
+CREATE DOMAIN credit_category AS text
+    CONSTRAINT credit_category_known CHECK (VALUE IN ('promotional', 'included', 'paid'));
 
 CREATE TABLE credit_transactions (
     transaction_id   bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

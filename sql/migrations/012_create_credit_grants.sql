@@ -21,3 +21,17 @@ CREATE TABLE credit_grants (
 
 CREATE INDEX credit_grants_by_team ON credit_grants (team_id, grant_id);
 CREATE INDEX credit_grants_open ON credit_grants (team_id) WHERE credits_left > 0;
+
+-- What was used of which grant by the deductions up to an entry, since the last such: what usage by category is summed
+-- up from. Within one of these spans, in the order of use_id. No grant means the overdraft.
+CREATE TABLE credit_uses (
+    use_id   bigint     GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    team_id  identifier NOT NULL REFERENCES teams ON DELETE CASCADE,
+    last_no  bigint     NOT NULL,
+    grant_id bigint     REFERENCES credit_grants ON DELETE CASCADE,
+    credits  bigint     NOT NULL,
+    CONSTRAINT credit_uses_credits CHECK (credits > 0)
+);
+
+CREATE INDEX credit_uses_by_team ON credit_uses (team_id, last_no);
+CREATE INDEX credit_uses_by_grant ON credit_uses (grant_id) WHERE grant_id IS NOT NULL; -- a purge looks there

@@ -55,7 +55,7 @@ entry AS (
     )
     SELECT
         team_id, organization_id, last_entry_no + 1, %(transaction_type)s, %(credits_amount)s::bigint,
-        credits_remaining, credits_remaining + %(credits_amount)s::bigint, %(category)s::credit_category, %(priority)s,
+        credits_remaining, credits_remaining + %(credits_amount)s::bigint, %(category)s, %(priority)s,
         coalesce(%(expires_at)s::timestamptz, statement_timestamp() + %(expires_in)s::interval),
         %(reason)s, %(source)s, %(idempotency_key)s
     FROM balance
@@ -699,7 +699,7 @@ entry AS (
     )
     SELECT
         team_id, organization_id, last_entry_no + 1, 'allocation', rolls_over, credits_remaining,
-        credits_remaining + rolls_over, 'included'::credit_category, expires_at, NULL,
+        credits_remaining + rolls_over, 'included', expires_at, NULL,
         'Rolled over from ' || period_before
     FROM granted
     WHERE rolls_over > 0
