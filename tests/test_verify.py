@@ -60,12 +60,18 @@ DAMAGE = {
         "entry_no does not follow",
         "credits_before does not follow",
         "completed job without its deduction",
+        "grants differ from the ledger",
     },
     "UPDATE credit_transactions SET credits_before = 0, credits_after = 7 WHERE team_id = 'hr' AND entry_no = 3": {
         "credits_before does not follow"
     },
     "UPDATE credit_transactions SET credits_amount = 70, credits_after = credits_before + 70"
-    " WHERE team_id = 'hr' AND entry_no = 3": {"credits_allocated differs", "credits_before does not follow"},
+    " WHERE team_id = 'hr' AND entry_no = 3": {
+        "credits_allocated differs",
+        "credits_before does not follow",
+        "grant is not as it was entered",
+        "grants differ from the ledger",
+    },
     "UPDATE jobs SET status = 'failed', credits_charged = NULL, release_no = 1 WHERE team_id = 'hr'"
     " AND status = 'completed'": {"entry of no completed job of the team"},
     "UPDATE jobs SET status = 'completed', credits_charged = 1, completed_at = now(), lease_expires_at = NULL"
@@ -86,10 +92,33 @@ DAMAGE = {
     "INSERT INTO audit_log (noun, action, organization_id, team_id, before, purged_by) VALUES ('team', 'purge', 'acme',"
     " 'hr', '{}', '1'); DELETE FROM credit_transactions WHERE team_id = 'hr' AND entry_no > 1; DELETE FROM jobs WHERE"
     " team_id = 'hr'; UPDATE team_credits SET credits_used = 0, credits_reserved = 0, credits_allocated = 10,"
-    " last_entry_no = 1, last_hold_no = 0 WHERE team_id = 'hr'": {"entry from before a purge of its team"},
+    " last_entry_no = 1, last_hold_no = 0 WHERE team_id = 'hr'; DELETE FROM credit_grants WHERE grant_id NOT IN"
+    " (SELECT transaction_id FROM credit_transactions); UPDATE credit_grants SET credits_used = 0 WHERE team_id = 'hr';"
+    " DELETE FROM credit_uses WHERE team_id = 'hr'": {"entry from before a purge of its team"},
     "UPDATE credit_transactions SET organization_id = 'other' WHERE team_id = 'hr' AND entry_no = 3": {
         "entry of another organization"
     },
+    "DELETE FROM credit_grants WHERE team_id = 'hr' AND credits_amount = 10": {
+        "grant is missing",
+        "grants differ from the ledger",
+    },
+    "UPDATE credit_grants SET credits_used = credits_used + 1 WHERE team_id = 'hr'": {"grants differ from the ledger"},
+    "UPDATE credit_grants SET priority = 1 WHERE team_id = 'hr'": {"grant is not as it was entered"},
+    "UPDATE credit_grants SET expires_at = now() + interval '1 day' WHERE team_id = 'hr'": {
+        "grant is not as it was entered",
+        "expiry of a grant is not noted",
+    },
+    "UPDATE credit_grants SET credits_expired = 1, credits_used = credits_used - 1 WHERE team_id = 'hr' AND credits_used"
+    " > 0": {"grant has expired by another number"},
+    "ALTER TABLE credit_grants DROP CONSTRAINT credit_grants_left; UPDATE credit_grants SET credits_used = credits_used"
+    " + 1000 WHERE team_id = 'hr' AND credits_amount = 10": {
+        "grant has less than nothing left",
+        "grants differ from the ledger",
+    },
+    "UPDATE team_credits SET credits_owed = 1 WHERE team_id = 'hr'": {"grants differ from the ledger"},
+    "UPDATE team_credits SET next_expiry_at = NULL, held_expired_at = NULL WHERE team_id = 'hr'; UPDATE credit_grants"
+    " SET expires_at = '2020-01-01' WHERE team_id = 'hr'; UPDATE credit_transactions SET expires_at = '2020-01-01'"
+    " WHERE team_id = 'hr' AND transaction_type = 'allocation'": {"expiry of a grant is not noted"},
 }
 
 
@@ -157,6 +186,30 @@ def test_a_repair(used: Run, sql: psycopg.Connection, damage: str, balance: tupl
     after = used("credits", "balance", "hr", "-o", "json").data
     assert (after["credits_remaining"], after["credits_reserved"]) == (remaining, 1)
     assert used("credits", "verify").status == 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM credit_grants",
+        "UPDATE credit_grants SET credits_used = credits_used - 1 WHERE credits_used > 0; DELETE FROM credit_uses",
+        "UPDATE credit_grants SET priority = 99, expires_at = NULL",
+        "UPDATE team_credits SET credits_owed = 3, next_expiry_at = NULL, held_expired_at = NULL",
+    ],
+)
+def test_grants_are_rebuilt_from_the_ledger(used: Run, sql: psycopg.Connection, damage: str) -> None:
+    for line in ("add hr 3 --category promotional --expires 1h", "add hr 4 --priority 10"):
+        used("credits", *line.split())
+    used("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x")
+    grant = used("credits", "grants", "hr", "-o", "json").data[0]
+    used("credits", "revoke", grant["grant_id"], "--reason", "x")
+    used("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "x")
+    before = used("credits", "grants", "hr", "--all", "-o", "json").data
+    assert [row["credits_left"] for row in before if row["credits_used"]] != []
+    sql.execute("SET session_replication_role = replica; " + damage)  # type: ignore[arg-type]
+    result = used("credits", "verify", "--repair", "--yes")
+    assert (result.status, result.err.splitlines()[-1]) == (0, "Repaired 2 teams.")
+    assert used("credits", "grants", "hr", "--all", "-o", "json").data == before
 
 
 @pytest.mark.parametrize(

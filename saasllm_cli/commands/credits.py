@@ -64,6 +64,14 @@ REPAIRABLE = (
     "credits_reserved differs",
     "last_hold_no differs",
 )
+OF_GRANTS = (
+    "grant is missing",
+    "grant is not as it was entered",
+    "grant has expired by another number",
+    "grant has less than nothing left",
+    "grants differ from the ledger",
+    "expiry of a grant is not noted",
+)
 
 NO_GRANT = {"category": None, "priority": None}
 
@@ -517,7 +525,7 @@ def verify(
     verbose: Verbose = False,
     output: Output = None,
 ) -> None:
-    """Check balances, reservations and jobs against the ledger.
+    """Check balances, grants, reservations and jobs against the ledger.
 
     Replays the whole ledger. Run it from cron: if all agree, it prints nothing. Exit 9 if anything differs. --repair
     changes no existing entry and leaves each team's balance as it is; if that is wrong, correct it with `saasllm
@@ -540,9 +548,9 @@ def verify(
             return
         found = list(problems)
         show(found, output)
-        if teams := sorted({row["team_id"] for row in found if row["problem"] in REPAIRABLE}):
+        if teams := sorted({row["team_id"] for row in found if row["problem"] in REPAIRABLE + OF_GRANTS}):
             confirm(f"Repair the credits of {counted(len(teams), 'team')}?", yes)
-            _repair(db, teams, output)
+            _repair(db, teams, {row["team_id"] for row in found if row["problem"] in OF_GRANTS}, output)
         if left := len(db.many("credits.verify", team_id=team_id)):
             raise CheckFailed(
                 "credits_differ",
@@ -551,7 +559,7 @@ def verify(
             )
 
 
-def _repair(db: database.Database, team_ids: list[str], output: Format | None) -> None:
+def _repair(db: database.Database, team_ids: list[str], with_grants: set[str], output: Format | None) -> None:
     def work() -> list[database.Row]:
         db.many("credits.lock_to_repair", team_ids=team_ids)
         repaired = db.many("credits.repair", team_ids=team_ids)
@@ -565,6 +573,7 @@ def _repair(db: database.Database, team_ids: list[str], output: Format | None) -
                 }
                 row |= db.found("credits.enter", "team", row["team_id"], **entry)
         db.many("credits.reserve_open_jobs", team_ids=[row["team_id"] for row in repaired])
+        db.many("credits.rebuild_grants", team_ids=sorted(with_grants))
         return repaired
 
     repaired = db.transaction(work)
@@ -572,7 +581,9 @@ def _repair(db: database.Database, team_ids: list[str], output: Format | None) -
         for row in repaired[:MOST_NAMED]:
             entry = f"transaction {row['transaction_id']}" if row["credits_amount"] else "recounted"
             note(f"{row['team_id']}: adjusted by {row['credits_amount']:+} ({entry})", **row)
-        note(f"Repaired {counted(len(repaired), 'team')}.")
+        for team_id in sorted(with_grants)[:MOST_NAMED]:
+            note(f"{team_id}: grants rebuilt from the ledger", team_id=team_id)
+        note(f"Repaired {counted(len({row['team_id'] for row in repaired} | with_grants), 'team')}.")
 
 
 def _enter(

@@ -449,9 +449,15 @@ BEGIN
     WHERE c.team_id = now.team_id AND c.credits_owed <> now.owed;
 
     PERFORM public.note_expiry(of_teams);
+END
+$$;
 
-    -- A job that may use what has expired, and was charged less than it held.
-    of_teams := ARRAY(
+
+-- After charges: of what jobs held of expired grants and were not charged.
+CREATE FUNCTION expire_uncharged(entries credit_transactions[]) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    of_teams text[] := ARRAY(
         SELECT DISTINCT e.team_id::text
         FROM unnest(entries) AS e
         JOIN ONLY public.jobs j ON j.job_id = e.job_id
@@ -460,9 +466,32 @@ BEGIN
           AND j.credits_held > - e.credits_amount
           AND j.created_at < c.held_expired_at
     );
+BEGIN
     IF of_teams <> '{}' THEN
         PERFORM public.expire_credits(of_teams);
     END IF;
+END
+$$;
+
+
+-- Builds the grants of a team anew from its ledger. The balance is locked.
+CREATE FUNCTION rebuild_grants(of_team text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    entry public.credit_transactions;
+BEGIN
+    DELETE FROM public.credit_uses WHERE team_id = of_team;
+    DELETE FROM public.credit_grants WHERE team_id = of_team;
+    UPDATE public.team_credits
+    SET credits_owed = 0, next_expiry_at = NULL, held_expired_at = NULL
+    WHERE team_id = of_team;
+    FOR entry IN SELECT * FROM public.credit_transactions WHERE team_id = of_team ORDER BY entry_no LOOP
+        IF entry.transaction_type <> 'deduction'
+            OR EXISTS (SELECT FROM public.team_credits WHERE team_id = of_team AND held_expired_at IS NOT NULL)
+        THEN
+            PERFORM public.attribute_entries(ARRAY[entry]);
+        END IF;
+    END LOOP;
 END
 $$;
 

@@ -55,6 +55,7 @@ DECLARE
     is_given     boolean; -- something other than what jobs cost, and what has expired
     is_misdated  boolean;
     is_of_grants boolean; -- to be attributed at once (credit_grants.sql)
+    entries      public.credit_transactions[];
 BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
@@ -140,7 +141,9 @@ BEGIN
             USING ERRCODE = 'SL005', HINT = 'Complete the job and charge its team in one statement.';
     END IF;
     IF is_of_grants THEN
-        PERFORM public.attribute_entries(ARRAY(SELECT entry::public.credit_transactions FROM new_entries AS entry));
+        entries := ARRAY(SELECT entry::public.credit_transactions FROM new_entries AS entry);
+        PERFORM public.attribute_entries(entries);
+        PERFORM public.expire_uncharged(entries);
     END IF;
     RETURN NULL;
 END

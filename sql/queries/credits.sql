@@ -332,7 +332,8 @@ LIMIT %(row_limit)s;
 WITH entry AS (
     SELECT
         transaction_id, team_id, organization_id, entry_no, job_id, transaction_type, credits_amount, credits_before,
-        credits_after, idempotency_key, period, created_at,
+        credits_after, idempotency_key, period, category, priority, expires_at, grant_id, created_at,
+        max(entry_no) FILTER (WHERE transaction_type <> 'deduction') OVER (PARTITION BY team_id) AS last_change_no,
         lag(entry_no, 1, 0::bigint) OVER chain AS previous_no,
         lag(credits_after, 1, 0::bigint) OVER chain AS previous_after
     FROM credit_transactions
@@ -344,9 +345,56 @@ ledger AS (
         team_id,
         max(entry_no) AS last_entry_no,
         sum(credits_amount) FILTER (WHERE transaction_type NOT IN ('deduction', 'refund')) AS credits_allocated,
-        -sum(credits_amount) FILTER (WHERE transaction_type IN ('deduction', 'refund')) AS credits_used
+        -sum(credits_amount) FILTER (WHERE transaction_type IN ('deduction', 'refund')) AS credits_used,
+        -- What need not be attributed to its grants yet.
+        coalesce(-sum(credits_amount) FILTER (WHERE entry_no > greatest(last_change_no, last_use_no)), 0)
+            AS credits_used_lately
     FROM entry
+    LEFT JOIN (SELECT team_id, max(last_no) AS last_use_no FROM credit_uses GROUP BY team_id) AS used USING (team_id)
     GROUP BY team_id
+),
+expiry AS (
+    SELECT grant_id, -sum(credits_amount) AS credits FROM entry WHERE grant_id IS NOT NULL GROUP BY grant_id
+),
+grant_ AS (
+    SELECT
+        g.*,
+        e.transaction_id,
+        e.team_id AS entry_team_id,
+        coalesce(x.credits, 0) AS credits_entered,
+        e.transaction_type = 'refund' AS is_refund,
+        CASE
+            WHEN e.transaction_type = 'refund'
+                THEN g.credits_amount <= e.credits_amount AND (g.category, g.priority) = ('paid', 50)
+            ELSE (g.credits_amount, g.category::text, g.priority)
+                = (e.credits_amount, coalesce(e.category::text, 'paid'), coalesce(e.priority, 50))
+                AND (g.expires_at IS NOT DISTINCT FROM e.expires_at OR x.grant_id IS NOT NULL) -- it was revoked
+        END AS is_as_entered
+    FROM (SELECT * FROM credit_grants WHERE %(team_id)s::text IS NULL OR team_id = %(team_id)s) AS g
+    FULL JOIN (
+        SELECT *
+        FROM entry
+        WHERE transaction_type = 'refund'
+           OR (transaction_type IN ('allocation', 'adjustment') AND credits_amount > 0)
+    ) AS e ON e.transaction_id = g.grant_id
+    LEFT JOIN expiry x ON x.grant_id = g.grant_id
+),
+holding AS (
+    SELECT
+        c.team_id,
+        c.next_expiry_at,
+        c.held_expired_at,
+        coalesce(l.credits_allocated, 0) - coalesce(l.credits_used, 0) + coalesce(l.credits_used_lately, 0)
+            AS credits_attributed,
+        coalesce(sum(g.credits_left), 0) - c.credits_owed AS credits_in_grants,
+        min(g.expires_at) FILTER (
+            WHERE g.credits_left > 0 AND (g.expires_at <= c.held_expired_at) IS NOT TRUE
+        ) AS first_expiry_at
+    FROM team_credits c
+    LEFT JOIN credit_grants g USING (team_id)
+    LEFT JOIN ledger l USING (team_id)
+    WHERE %(team_id)s::text IS NULL OR c.team_id = %(team_id)s
+    GROUP BY c.team_id, l.credits_allocated, l.credits_used, l.credits_used_lately
 ),
 job AS (
     SELECT
@@ -375,6 +423,30 @@ balance AS (
 )
 SELECT team_id, field || ' differs' AS problem, NULL::bigint AS transaction_id, NULL::uuid AS job_id, expected, found
 FROM balance
+UNION ALL
+SELECT coalesce(team_id, entry_team_id), 'grant is missing', transaction_id, NULL, NULL, NULL
+FROM grant_
+WHERE grant_id IS NULL AND NOT is_refund
+UNION ALL
+SELECT team_id, 'grant is not as it was entered', grant_id, NULL, NULL, credits_amount
+FROM grant_
+WHERE grant_id IS NOT NULL AND (is_as_entered IS NOT TRUE OR team_id <> entry_team_id)
+UNION ALL
+SELECT team_id, 'grant has expired by another number', grant_id, NULL, credits_entered, credits_expired
+FROM grant_
+WHERE credits_expired <> credits_entered
+UNION ALL
+SELECT team_id, 'grant has less than nothing left', grant_id, NULL, 0, least(credits_left, credits_used)
+FROM grant_
+WHERE least(credits_left, credits_used) < 0
+UNION ALL
+SELECT team_id, 'grants differ from the ledger', NULL, NULL, credits_attributed, credits_in_grants
+FROM holding
+WHERE credits_in_grants <> credits_attributed
+UNION ALL
+SELECT team_id, 'expiry of a grant is not noted', NULL, NULL, NULL, NULL
+FROM holding
+WHERE first_expiry_at < coalesce(next_expiry_at, 'infinity')
 UNION ALL
 SELECT team_id, 'entry_no does not follow', transaction_id, job_id, previous_no + 1, entry_no
 FROM entry
@@ -535,6 +607,9 @@ FROM (
 ) AS open_job
 WHERE c.team_id = open_job.team_id
 RETURNING c.team_id;
+
+-- name: rebuild_grants(team_ids) :many
+SELECT rebuild_grants(team_id) FROM unnest(%(team_ids)s::text[]) AS asked (team_id);
 
 -- name: schedule(team_id, credits_amount, every, mode, credits_max, rollover, starts_on) :maybe
 -- Sets the team's schedule. Its first period is the one of `starts_on`, else the next one after today, by the database;
