@@ -1,13 +1,13 @@
 """Random sequences of everything that moves credits, beside a model in plain Python.
 
-After each step the balances, the ledger, the jobs and the schedules are those of the model, and `credits verify` finds
-nothing. The model follows the README, not the SQL.
+After each step the balances, the ledger, the grants, the jobs and the schedules are those of the model, and `credits
+verify` finds nothing. The model follows the README, not the SQL: it uses, holds and gives back credits one by one.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -41,15 +41,45 @@ ROOM = st.none() | st.integers(0, 4)
 DAYS = st.just(0) | st.integers(-5, 35)
 STARTS = st.none() | st.just(0) | st.integers(-35, 10)
 KEYS = st.sampled_from([None, None, "k1", "k2"])
+ENDS = st.none() | st.sampled_from(["2100-01-01", "2100-01-02"])
+CATEGORIES = ["promotional", "included", "paid"]  # in the order of their use
 BALANCES = "SELECT c.*, t.schedule FROM credit_details c JOIN team_details t USING (team_id)"
 JOBS = "SELECT job_id, status, credits_held, credits_charged, credits_short FROM jobs"
 LIMITS = "SELECT coalesce(team_id, organization_id) AS place, measure, per, amount, counted FROM limit_details"
-LEDGER = (
-    "SELECT team_id, transaction_type, credits_amount, job_id, period FROM credit_transactions ORDER BY 1, entry_no"
-)
+LEDGER = """
+    SELECT team_id, transaction_type, credits_amount, job_id, period, (
+        SELECT entry_no FROM credit_transactions g WHERE g.transaction_id = c.grant_id
+    )
+    FROM credit_transactions c
+    ORDER BY team_id, c.entry_no
+"""
+NUMBERS = "SELECT transaction_id, entry_no FROM credit_transactions"
+COLUMNS = ("category", "priority", "credits_amount", "credits_used", "credits_expired")
+# The next end of a team's grants is now: none of the others changes its place in the order.
+PASS_TIME = """
+    SET session_replication_role = replica;
+    WITH next AS (
+        UPDATE credit_grants
+        SET expires_at = now()
+        WHERE (team_id, expires_at) = (
+            SELECT team_id, min(expires_at)
+            FROM credit_grants
+            WHERE team_id = '{0}' AND expires_at > now()
+            GROUP BY team_id
+        )
+        RETURNING grant_id
+    ),
+    entry AS (
+        UPDATE credit_transactions SET expires_at = now() WHERE transaction_id IN (SELECT grant_id FROM next)
+    )
+    UPDATE team_credits
+    SET next_expiry_at = now()
+    WHERE team_id = '{0}' AND next_expiry_at IS NOT NULL AND EXISTS (SELECT FROM next);
+    SET session_replication_role = origin;
+"""
 ATTACKS = [
     "UPDATE team_credits SET credits_overdraft = -1",
-    "UPDATE job_prices SET credits = 0",
+    "UPDATE job_prices SET credits = credits + 1",
     "UPDATE limit_counters SET used = used - 1",
     "UPDATE jobs SET credits_held = credits_held - 1",
     "UPDATE jobs SET credits_charged = credits_charged - 1 WHERE credits_charged > 0",
@@ -67,6 +97,32 @@ class Entry(NamedTuple):
     credits_amount: int
     job_id: UUID | None = None
     period: str | None = None
+    grant_no: int | None = None
+
+
+@dataclass
+class Grant:
+    """`expires` is a day, whose beginning the test brings about; `expired_at` is when that was, in steps."""
+
+    entry_no: int
+    amount: int
+    category: str = "paid"
+    priority: int = 50
+    expires: str | None = None
+    period: str | None = None
+    used: int = 0
+    expired: int = 0
+    used_at: int = 0
+    expired_at: float | None = None
+    is_revoked: bool = False
+
+    @property
+    def left(self) -> int:
+        return self.amount - self.used - self.expired
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        return (self.priority, self.expires or "9", CATEGORIES.index(self.category), self.entry_no)
 
 
 class Price(NamedTuple):
@@ -103,6 +159,7 @@ class Schedule:
     every: str
     mode: str
     credits_max: int | None
+    rollover: int | None
     next_on: date
 
 
@@ -113,14 +170,100 @@ class Team:
     schedule: Schedule | None = None
     is_suspended: bool = False
     overdraft: int | None = 0
+    grants: list[Grant] = field(default_factory=list)
+    owed: int = 0
+    step: int = 0
 
     @property
     def remaining(self) -> int:
         return sum(entry.credits_amount for entry in self.ledger)
 
     @property
+    def reserved(self) -> int:
+        return sum(job.held for job in self.jobs if job.is_open)
+
+    @property
     def unreserved(self) -> int:
-        return self.remaining - sum(job.held for job in self.jobs if job.is_open)
+        return self.remaining - self.reserved
+
+    @property
+    def living(self) -> list[Grant]:
+        """In the order of their use."""
+        return sorted((grant for grant in self.grants if grant.expired_at is None), key=lambda grant: grant.order)
+
+    @property
+    def expired(self) -> list[Grant]:
+        """Those that jobs still hold credits of, as they expired."""
+        held = [grant for grant in self.grants if grant.expired_at is not None and grant.left]
+        return sorted(held, key=lambda grant: (grant.expired_at, grant.order))
+
+    def add(self, entry: Entry, amount: int, **terms: Any) -> Grant:
+        """A grant, which pays first what is owed."""
+        self.ledger.append(entry)
+        grant = Grant(len(self.ledger), amount, **terms)
+        self.grants.append(grant)
+        while self.owed and grant.left:
+            self.owed -= 1
+            grant.used += 1
+            grant.used_at = self.step
+        return grant
+
+    def use(self, credits_: int, job: "Job | None" = None) -> None:
+        for _ in range(credits_):
+            old = [grant for grant in self.expired if job and job.begun_at < grant.expired_at]
+            grant = next((grant for grant in old + self.living if grant.left), None)
+            if grant:
+                grant.used += 1
+                grant.used_at = self.step
+            else:
+                self.owed += 1
+
+    def give_back(self, entry: Entry) -> None:
+        self.ledger.append(entry)
+        left = entry.credits_amount
+        while left and self.owed:
+            left, self.owed = left - 1, self.owed - 1
+        while left and (used := [grant for grant in self.living if grant.used]):
+            max(used, key=lambda grant: (grant.used_at, grant.order)).used -= 1
+            left -= 1
+        if left:
+            self.grants.append(Grant(len(self.ledger), left))
+
+    def expire(self, new: list[Grant], entry_of_revoked: Entry | None = None) -> int:
+        """What nobody holds of what expires now. All that is reserved is held of what would be used first."""
+        before = [grant for grant in sorted(self.grants, key=lambda grant: grant.order) if grant in self.expired]
+        claimed = [grant for grant in before + self.living for _ in range(grant.left)][: self.reserved]
+        bounds = {grant.entry_no: claimed.count(grant) for grant in new}
+        for grant in new:
+            grant.expired_at = self.step
+        total = 0
+        for grant in sorted(new, key=lambda grant: grant.order):
+            credits_ = min(grant.left - bounds[grant.entry_no], self.allowed)
+            if credits_ or entry_of_revoked:
+                grant.expired += credits_
+                self.ledger.append(Entry("expiry", -credits_, None, None, grant.entry_no))
+                total += credits_
+        return total
+
+    def release(self) -> int:
+        """What nobody holds any more of what has expired before."""
+        kept = total = 0
+        bounds = {}
+        for grant in self.expired:
+            held = sum(job.held for job in self.jobs if job.is_open and job.begun_at < grant.expired_at)
+            bounds[grant.entry_no] = min(grant.left, max(held - kept, 0))
+            kept += bounds[grant.entry_no]
+        for grant in sorted(self.expired, key=lambda grant: grant.order):
+            credits_ = min(grant.left - bounds[grant.entry_no], self.allowed)
+            if credits_:
+                grant.expired += credits_
+                self.ledger.append(Entry("expiry", -credits_, None, None, grant.entry_no))
+                total += credits_
+        return total
+
+    @property
+    def allowed(self) -> int:
+        return int(min(max(self.usable, 0), 10**9))
 
     @property
     def usable(self) -> float:
@@ -130,6 +273,7 @@ class Team:
         expired = [job for job in self.jobs if job.status == "expired"]
         for job in expired:
             job.status = "failed"
+        self.release()
         return len(expired)
 
     def due(self, today: date, catch_up: int) -> list[date]:
@@ -139,22 +283,34 @@ class Team:
             days.append(following(self.schedule.every, days[-1]))
         return days[:-1][-1 - catch_up :]
 
-    def grant(self, first_day: date) -> tuple[int, int]:
-        """Grants a period; how many credits that are, and how many expire before."""
+    def grant(self, first_day: date) -> tuple[int, int, int]:
+        """Grants a period: how many credits that are, how many roll over, and how many expire at once."""
         schedule, period = self.schedule, period_name(self.schedule.every, first_day)
-        schedule.next_on = following(schedule.every, first_day)
+        end = schedule.next_on = following(schedule.every, first_day)
         if any(entry.period == period for entry in self.ledger):
-            return 0, 0
-        granted, expired = schedule.credits_amount, 0
-        if schedule.mode == "reset":
-            expired = max(self.unreserved, 0)
-        elif schedule.mode == "top-up":
-            granted = max(granted - self.remaining, 0)
+            return 0, 0, 0
+        granted, rolled = schedule.credits_amount, 0
+        terms = {"category": "included", "expires": str(end) if schedule.mode == "reset" else None}
+        if schedule.mode == "top-up":
+            included = sum(grant.left for grant in self.living if grant.category == "included")
+            granted = max(granted - included + self.owed, 0)
         elif schedule.credits_max:
             granted = max(min(granted, schedule.credits_max - self.remaining), 0)
-        self.ledger += [Entry("expiry", -expired, None, period)] * (expired > 0)
-        self.ledger += [Entry("allocation", granted, None, period)] * (granted > 0)
-        return granted, expired
+        elif schedule.rollover:
+            before = period_name(schedule.every, period_start(schedule.every, first_day - timedelta(days=1)))
+            lapsed = sum(grant.expired for grant in self.grants if grant.period == before and not grant.is_revoked)
+            rolled = min(schedule.rollover, lapsed)
+        new = []
+        if rolled:
+            new.append(self.add(Entry("allocation", rolled), rolled, **terms))
+        if granted:
+            new.append(self.add(Entry("allocation", granted, None, period), granted, period=period, **terms))
+        if schedule.mode != "reset" or end > datetime.now(UTC).date():
+            return granted, rolled, 0
+        # The period is over: no job can have begun in it.
+        for grant in new:
+            grant.expired_at = -math.inf
+        return granted, rolled, self.release()
 
     def balance(self) -> dict[str, Any]:
         used = -sum(entry.credits_amount for entry in self.ledger if entry.job_id)
@@ -177,6 +333,7 @@ class Job:
     key: str | None
     prices: dict[str, Price]  # of the groups that it uses
     held: int
+    begun_at: int
     status: str = "in_progress"  # "expired": its lease has, and it was not swept yet
     charged: int | None = None
     short: int = 0
@@ -190,6 +347,9 @@ class Credits(RuleBasedStateMachine):
     """Two teams of an organization. Each rule takes a step, and works out by the model what is to come of it."""
 
     jobs = Bundle("jobs")
+
+    def all_of(self, team_id: str) -> dict[str, Any]:
+        return {"team_id": team_id, "is_all": True, "after": None, "row_limit": 10**6}
 
     def __init__(self, run: Run, sql: psycopg.Connection[Any]) -> None:
         super().__init__()
@@ -211,8 +371,24 @@ class Credits(RuleBasedStateMachine):
     def the_books_agree(self) -> None:
         balances = {row.pop("team_id"): row for row in self.sql.execute(BALANCES)}
         assert balances == {team_id: team.balance() for team_id, team in self.teams.items()}
-        ledger = [(team_id, *entry) for team_id, team in sorted(self.teams.items()) for entry in team.ledger]
-        assert [tuple(row.values()) for row in self.sql.execute(LEDGER)] == ledger
+        # What has expired must be entered before anything else is.
+        entered = [tuple(row.values()) for row in self.sql.execute(LEDGER)]
+        for team_id, team in self.teams.items():
+            ledger = [entry[1:] for entry in entered if entry[0] == team_id]
+            assert ledger == team.ledger[: len(ledger)]
+            assert {entry.transaction_type for entry in team.ledger[len(ledger) :]} <= {"expiry"}
+            named = self.sql.execute(query("credits.grants").sql, self.all_of(team_id)).fetchall()
+            numbers = {row["transaction_id"]: row["entry_no"] for row in self.sql.execute(NUMBERS)}
+            assert {
+                (numbers[row["grant_id"]], *(row[column] for column in COLUMNS), row["expires_at"] is None)
+                for row in named
+            } == {
+                (
+                    *(grant.entry_no, grant.category, grant.priority, grant.amount, grant.used, grant.expired),
+                    grant.expires is None and grant.expired_at is None,
+                )
+                for grant in team.grants
+            }
         found = [tuple(row.values()) for row in self.sql.execute(JOBS)]
         jobs = [job for team in self.teams.values() for job in team.jobs]
         status = {"expired": "in_progress"}
@@ -225,9 +401,17 @@ class Credits(RuleBasedStateMachine):
         }
         assert self.sql.execute(query("credits.verify").sql, {"team_id": None}).fetchall() == []
 
-    @initialize(target=jobs, opening=st.integers(3, 5), every=PERIODS, mode=MODES, room=ROOM)
-    def begin(self, opening: int, every: str, mode: str, room: int | None) -> Any:
-        """With something of everything: each sequence leaves out some of the rules."""
+    @initialize(
+        target=jobs,
+        opening=st.integers(3, 5),
+        every=PERIODS,
+        mode=MODES,
+        room=ROOM,
+        year=st.sampled_from([2024, 2099]),
+    )
+    def begin(self, opening: int, every: str, mode: str, room: int | None, year: int) -> Any:
+        """With something of everything: each sequence leaves out some of the rules. Periods are over, or to come."""
+        self.today = date(year, 12, 20)
         for team_id, credits_ in (("hr", opening), ("it", 6 - opening)):
             self.change_team(team_id, "create", credits_)
             self.schedule(team_id, 3, every, mode, room, None)
@@ -243,7 +427,9 @@ class Credits(RuleBasedStateMachine):
         """One that is not there is created."""
         if team_id not in self.teams:
             self.command(f"team create {team_id} --org acme --group Echo --group Deep --credits {opening}")
-            self.teams[team_id] = Team([Entry("allocation", opening)] * (opening > 0))
+            self.teams[team_id] = Team([])
+            if opening:
+                self.teams[team_id].add(Entry("allocation", opening), opening)
         elif verb == "purge":
             self.command(f"team delete {team_id} --purge --confirm {team_id}")
             for job in self.teams.pop(team_id).jobs:
@@ -260,11 +446,23 @@ class Credits(RuleBasedStateMachine):
         self.command(f"org {verb} acme")
         self.is_suspended = verb == "suspend"
 
-    @rule(team_id=TEAMS, verb=st.sampled_from(["add", "adjust"]), amount=st.integers(-4, 2), key=KEYS)
-    def add_or_adjust(self, team_id: str, verb: str, amount: int, key: str | None) -> None:
+    @rule(
+        team_id=TEAMS,
+        verb=st.sampled_from(["add", "add", "adjust"]),
+        amount=st.integers(-4, 2),
+        key=KEYS,
+        category=st.sampled_from(["paid", "promotional"]),
+        priority=st.sampled_from([10, 50]),
+        expires=ENDS,
+    )
+    def add_or_adjust(
+        self, team_id: str, verb: str, amount: int, key: str | None, category: str, priority: int, expires: str | None
+    ) -> None:
         team, refusal = self.teams.get(team_id), None
         entry = Entry("allocation", abs(amount)) if verb == "add" else Entry("adjustment", amount)
         line = f"{verb} {team_id} {entry.credits_amount} --reason x"
+        terms = {"category": category, "priority": priority, "expires": expires} if verb == "add" else {}
+        line += "".join(f" --{name} {value}" for name, value in terms.items() if value is not None)
         if not team:
             refusal = "team_not_found"
         elif entry.credits_amount < 0 and team.usable + entry.credits_amount < 0:
@@ -272,7 +470,34 @@ class Credits(RuleBasedStateMachine):
         if amount == 0:
             self.command(f"credits {line}", "usage")
         else:
-            self.enter(line, key, team, entry, refusal)
+            self.enter(line, key, team, entry, refusal, **terms)
+
+    @rule(team_id=TEAMS)
+    def pass_time(self, team_id: str) -> None:
+        """Until the next of its grants expires."""
+        if team := self.teams.get(team_id):
+            self.sql.execute(PASS_TIME.format(team_id))
+            next_ = min((grant.expires for grant in team.living if grant.expires), default=None)
+            team.step += 1
+            team.expire([grant for grant in team.living if next_ and grant.expires == next_])
+            team.step += 1
+
+    @rule(team_id=TEAMS, number=st.integers(0, 5))
+    def revoke(self, team_id: str, number: int) -> None:
+        if not (team := self.teams.get(team_id)) or number >= len(team.grants):
+            return
+        grant = team.grants[number]
+        row = self.sql.execute(
+            "SELECT transaction_id FROM credit_transactions WHERE team_id = %s AND entry_no = %s",
+            [team_id, grant.entry_no],
+        ).fetchone()
+        can_end = grant in team.living and grant.left > 0
+        self.command(f"credits revoke {row['transaction_id']} --reason x", None if can_end else "grant_has_ended")
+        if can_end:
+            grant.is_revoked = True
+            team.step += 1
+            team.expire([grant], Entry("expiry", 0))
+            team.step += 1
 
     @rule(job=jobs, key=KEYS)
     def refund(self, job: Job, key: str | None) -> None:
@@ -292,11 +517,14 @@ class Credits(RuleBasedStateMachine):
         old, new = team and team.schedule, None
         line = f"credits schedule {team_id} "
         if amount:
-            new = Schedule(amount, every, mode, None, following(every, period_start(every, self.today)))
+            new = Schedule(amount, every, mode, None, None, following(every, period_start(every, self.today)))
             line += f"--amount {amount} --every {every} --mode {mode}"
             if mode == "add" and room is not None:
                 new.credits_max = amount + room
                 line += f" --max {new.credits_max}"
+            if mode == "reset" and room:
+                new.rollover = min(room, amount)
+                line += f" --rollover {new.rollover}"
             if days is not None:
                 starts = self.today + timedelta(days=days)
                 new.next_on = period_start(every, starts)
@@ -320,9 +548,11 @@ class Credits(RuleBasedStateMachine):
         if team_id and team_id not in self.teams:
             self.command(line, "team_not_found")
             return
-        grants, skipped = [], []
+        grants, skipped, expired = [], [], 0
         for name in [team_id] if team_id else sorted(self.teams):
             team = self.teams[name]
+            row = self.sql.execute("SELECT credits_remaining FROM team_credits WHERE team_id = %s", [name]).fetchone()
+            expired += row["credits_remaining"] - team.remaining
             for day in team.due(today, catch_up):
                 if reason := self.suspension(team):
                     period = period_name(team.schedule.every, day)
@@ -331,10 +561,10 @@ class Credits(RuleBasedStateMachine):
                 grants.append(team.grant(day))
         told = {
             "as_of": str(today),
-            "granted": sum(granted > 0 for granted, _ in grants),
-            "full": sum(granted == 0 for granted, _ in grants),
-            "credits_granted": sum(granted for granted, _ in grants),
-            "credits_expired": sum(expired for _, expired in grants),
+            "granted": sum(granted > 0 for granted, _, _ in grants),
+            "full": sum(granted == 0 for granted, _, _ in grants),
+            "credits_granted": sum(granted + rolled for granted, rolled, _ in grants),
+            "credits_expired": expired + sum(expired for _, _, expired in grants),
             "skipped": skipped,
             "failed": [],
         }
@@ -424,7 +654,8 @@ class Credits(RuleBasedStateMachine):
         if begun != "begun":
             return multiple()
         price = self.price_of(team_id, group)
-        job = Job(job_id, team, key, {group: price}, price.hold)
+        team.step += 1
+        job = Job(job_id, team, key, {group: price}, price.hold, team.step)
         team.jobs.append(job)
         for _, limit in self.limits_of(team_id, "jobs"):
             limit.used += 1
@@ -464,10 +695,13 @@ class Credits(RuleBasedStateMachine):
             job.charged = min(due, job.held)
             job.short = due - job.charged
             job.team.ledger.append(Entry("deduction", -job.charged, job.job_id))
+            job.team.step += 1
+            job.team.use(job.charged, job)
             for _, limit in self.limits_of(team_id, "credits"):
                 limit.used += job.charged
         if is_running:
             job.status = end
+            job.team.release()
         if is_running and end == "expired":
             self.sql.execute("UPDATE jobs SET lease_expires_at = now() WHERE job_id = %s", [job.job_id])
         answer = Call("Echo", "offline/echo", 1, 0, cost_usd=cost)
@@ -497,7 +731,9 @@ class Credits(RuleBasedStateMachine):
         assert (result.error["code"] if result.status else None) == refusal
         return result.data if result.out else None
 
-    def enter(self, line: str, key: str | None, team: Team | None, entry: Entry, refusal: str | None) -> None:
+    def enter(
+        self, line: str, key: str | None, team: Team | None, entry: Entry, refusal: str | None, **terms: Any
+    ) -> None:
         """Writes an entry, where nothing refuses it and its key has not written one before."""
         before, answer = self.answers.get(key, (None, None))
         if before:
@@ -506,7 +742,14 @@ class Credits(RuleBasedStateMachine):
         if before:
             assert refusal or shown == answer
         elif not refusal:
-            team.ledger.append(entry)
+            team.step += 1
+            if entry.transaction_type == "refund":
+                team.give_back(entry)
+            elif entry.credits_amount > 0:
+                team.add(entry, entry.credits_amount, **terms)
+            else:
+                team.ledger.append(entry)
+                team.use(-entry.credits_amount)
             if key:
                 self.answers[key] = (line, shown)
 

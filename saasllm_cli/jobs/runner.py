@@ -132,7 +132,7 @@ def run(
         with signals({signal.SIGTERM: interrupt}):  # cron and supervisors send it: as clean as Ctrl-C
             begun = _begin(job_id, request)
             if begun["outcome"] == "key_in_use":
-                return _first_result(begun["existing_job_id"], begun["credits_remaining"])
+                return _first_result(begun["existing_job_id"])
             on_begun(job_id, begun["credits_held"])
             answer = ask(begun["model_names"], request.call, calls, on_progress, on_text, begun["model_prices"])
             with signals(UNINTERRUPTED):
@@ -321,6 +321,8 @@ def _begin(job_id: UUID, request: JobRequest) -> database.Row:
                 # Another process may have swept them first: so it is asked again, whoever did.
                 db.one("job.sweep", team_id=request.team_id, row_limit=SWEEP_CHUNK)
                 begun = until_no_other_overtakes(lambda: db.one("job.begin", **parameters))
+            if begun["outcome"] == "insufficient_credits":
+                begun |= db.found("credits.free", "team", request.team_id, team_id=request.team_id)
             keep_refusal(db, request.team_id, parameters["group_name"], begun["outcome"])
         return begun
 
@@ -373,14 +375,15 @@ def until_no_other_overtakes(ask: Callable[[], T]) -> T:
         return ask()
 
 
-def _first_result(job_id: UUID, credits_remaining: int) -> JobResult:
+def _first_result(job_id: UUID) -> JobResult:
     with database.connect() as db:
         job = db.get("job", job_id)
+        team = db.get("team", job["team_id"])
         rows = db.many("job.calls", job_id=job_id)
     fields = Call.__dataclass_fields__.keys() - {"began"}
     calls = [Call(began=0, **{name: row[name] for name in fields}) for row in rows]
     result = JobResult(job_id, job["team_id"], "completed", None, calls, is_repeated=True)
-    result.credits_remaining = credits_remaining
+    result.credits_remaining = team["credits_remaining"]
     for name in CHARGE:
         setattr(result, name, job[name])
     return result

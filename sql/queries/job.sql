@@ -12,9 +12,6 @@ WITH request AS (
     SELECT
         t.team_id,
         t.organization_id,
-        c.credits_remaining,
-        c.credits_reserved,
-        c.credits_overdraft,
         g.model_names,
         g.model_prices,
         terms.price_id,
@@ -80,10 +77,7 @@ SELECT
     request.existing_status,
     request.existing_request_hash,
     request.existing_is_expired,
-    request.organization_id,
-    request.credits_remaining,
-    request.credits_reserved,
-    request.credits_overdraft
+    request.organization_id
 FROM request;
 
 -- name: begin_many(team_id, group_name, jobs, lease_seconds) :many
