@@ -73,7 +73,7 @@ PASS_TIME = """
         UPDATE credit_transactions SET expires_at = now() WHERE transaction_id IN (SELECT grant_id FROM next)
     )
     UPDATE team_credits
-    SET next_expiry_at = now()
+    SET next_expiry_at = least(next_expiry_at, now())
     WHERE team_id = '{0}' AND next_expiry_at IS NOT NULL AND EXISTS (SELECT FROM next);
     SET session_replication_role = origin;
 """
@@ -415,6 +415,8 @@ class Credits(RuleBasedStateMachine):
         for team_id, credits_ in (("hr", opening), ("it", 6 - opening)):
             self.change_team(team_id, "create", credits_)
             self.schedule(team_id, 3, every, mode, room, None)
+            for category, priority, expires in (("promotional", 50, "2100-01-01"), ("paid", 10, "2100-01-02")):
+                self.add_or_adjust(team_id, "add", 1, None, category, priority, expires)
         return multiple(
             self.begin_job("hr", "Echo", None, None, Decimal(0)),
             self.begin_job("hr", "Deep", None, "expired", Decimal(0)),
@@ -471,6 +473,14 @@ class Credits(RuleBasedStateMachine):
             self.command(f"credits {line}", "usage")
         else:
             self.enter(line, key, team, entry, refusal, **terms)
+
+    @rule(target=jobs, team_id=TEAMS, group=GROUPS)
+    def pass_time_beside_jobs(self, team_id: str, group: str) -> Any:
+        """One that begins before, and one that begins after."""
+        before = self.begin_job(team_id, group, None, None, Decimal(0))
+        self.pass_time(team_id)
+        after = self.begin_job(team_id, group, None, None, Decimal(0))
+        return multiple(*(job for job in (before, after) if isinstance(job, Job)))
 
     @rule(team_id=TEAMS)
     def pass_time(self, team_id: str) -> None:

@@ -108,8 +108,8 @@ DAMAGE = {
         "grant is not as it was entered",
         "expiry of a grant is not noted",
     },
-    "UPDATE credit_grants SET credits_expired = 1, credits_used = credits_used - 1 WHERE team_id = 'hr' AND credits_used"
-    " > 0": {"grant has expired by another number"},
+    "UPDATE credit_grants SET credits_expired = 1, credits_used = credits_used - 1 WHERE team_id = 'hr'"
+    " AND credits_used > 0": {"grant has expired by another number"},
     "ALTER TABLE credit_grants DROP CONSTRAINT credit_grants_left; UPDATE credit_grants SET credits_used = credits_used"
     " + 1000 WHERE team_id = 'hr' AND credits_amount = 10": {
         "grant has less than nothing left",

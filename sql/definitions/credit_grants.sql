@@ -2,8 +2,8 @@
 --
 -- Credits are used in an order: by priority, then what expires first, then promotional before included before paid,
 -- then what was granted earlier. As long as no grant comes or goes, what each has left follows from how far the balance
--- has fallen. So what a job is charged writes nothing here: it is attributed to the grants when the ledger gets an entry
--- of another kind.
+-- has fallen. So what a job is charged writes nothing here: it is attributed to the grants with the next entry of
+-- another kind.
 --
 -- A grant may be used by jobs that begin before it expires. What it has left then expires at once, by the clock of the
 -- database, but for what open jobs hold: together they hold what would be used first. That is used before all else by
@@ -96,7 +96,9 @@ $$;
 
 -- What has expired and is still in the balances of teams: what no job holds. Of what jobs held as it expired, that is
 -- what those of them that are still open do not hold.
-CREATE FUNCTION due_expiries(of_teams text[]) RETURNS TABLE (team_id text, place bigint, grant_id bigint, credits bigint)
+CREATE FUNCTION due_expiries(of_teams text[]) RETURNS TABLE (
+    team_id text, place bigint, grant_id bigint, credits bigint
+)
 LANGUAGE sql STABLE AS $$
     WITH expired AS MATERIALIZED (
         SELECT
@@ -164,7 +166,8 @@ $$;
 
 -- When the next of their grants expires, and when the last did that jobs still hold credits of.
 CREATE FUNCTION note_expiry(of_teams text[]) RETURNS void
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off
+SET enable_mergejoin = off AS $$
 BEGIN
     UPDATE public.team_credits c
     SET next_expiry_at = open.next_at,
@@ -219,23 +222,27 @@ $$;
 -- Attributes entries to the grants of their teams, and before them what was used since the last ones. For the trigger
 -- of the ledger, whose settings hold for it, and which moves the balances.
 CREATE FUNCTION attribute_entries(entries credit_transactions[]) RETURNS void
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET enable_hashjoin = off AS $$
 DECLARE
-    of_teams text[] := ARRAY(SELECT DISTINCT e.team_id::text FROM unnest(entries) AS e);
     mixed    text;
-    expiries bigint;
+    kinds    text[];
     found_no bigint;
 BEGIN
-    SELECT min(e.team_id::text) INTO mixed
-    FROM unnest(entries) AS e
-    GROUP BY e.team_id
-    HAVING count(
-        DISTINCT CASE
-            WHEN e.transaction_type IN ('deduction', 'expiry', 'refund') THEN e.transaction_type
-            WHEN e.credits_amount > 0 THEN 'grant'
-            ELSE 'adjustment'
-        END
-    ) > 1;
+    SELECT min(team_id) FILTER (WHERE cardinality(of_team) > 1), array_agg(DISTINCT of_team[1])
+    INTO mixed, kinds
+    FROM (
+        SELECT
+            e.team_id::text,
+            array_agg(
+                DISTINCT CASE
+                    WHEN e.transaction_type IN ('deduction', 'expiry', 'refund') THEN e.transaction_type
+                    WHEN e.credits_amount > 0 THEN 'grant'
+                    ELSE 'adjustment'
+                END
+            ) AS of_team
+        FROM unnest(entries) AS e
+        GROUP BY e.team_id
+    ) AS team;
     IF mixed IS NOT NULL THEN
         RAISE EXCEPTION 'the new entries of team % grant, use, give back or expire credits in one statement', mixed
             USING ERRCODE = 'SL005', HINT = 'Enter them in separate statements.';
@@ -341,91 +348,98 @@ BEGIN
     WHERE credits > 0
     ORDER BY team_id, last_no, is_lasting, place;
 
-    -- What has expired. One that is revoked expires now.
-    UPDATE ONLY public.credit_grants g
-    SET credits_expired = g.credits_expired - e.credits_amount,
-        expires_at = least(g.expires_at, e.created_at)
-    FROM unnest(entries) AS e
-    WHERE e.transaction_type = 'expiry'
-      AND g.grant_id = e.grant_id
-      AND g.team_id = e.team_id
-      AND (g.expires_at <= e.created_at OR has_table_privilege('public.teams', 'UPDATE'));
-    GET DIAGNOSTICS found_no = ROW_COUNT;
-    SELECT count(*) INTO expiries FROM unnest(entries) AS e WHERE e.transaction_type = 'expiry';
-    IF found_no <> expiries THEN
-        RAISE EXCEPTION 'an expiry does not name a grant of its team that has expired'
-            USING ERRCODE = 'SL005', HINT = 'Give the grant_id of an allocation of the team, each in one entry.';
+    IF 'expiry' = ANY (kinds) THEN
+        -- One that is revoked expires now.
+        IF has_table_privilege('public.teams', 'UPDATE') THEN
+            UPDATE ONLY public.credit_grants g
+            SET expires_at = e.created_at
+            FROM unnest(entries) AS e
+            WHERE g.grant_id = e.grant_id AND g.team_id = e.team_id AND (g.expires_at <= e.created_at) IS NOT TRUE;
+        END IF;
+        UPDATE ONLY public.credit_grants g
+        SET credits_expired = g.credits_expired - e.credits_amount
+        FROM unnest(entries) AS e
+        WHERE g.grant_id = e.grant_id AND g.team_id = e.team_id AND g.expires_at <= e.created_at;
+        GET DIAGNOSTICS found_no = ROW_COUNT;
+        IF found_no <> (SELECT count(*) FROM unnest(entries) AS e WHERE e.transaction_type = 'expiry') THEN
+            RAISE EXCEPTION 'an expiry does not name a grant of its team that has expired'
+                USING ERRCODE = 'SL005', HINT = 'Give the grant_id of an allocation of the team, each in one entry.';
+        END IF;
     END IF;
 
-    -- What was granted pays first what is owed.
-    INSERT INTO public.credit_grants (
-        grant_id, team_id, category, priority, created_at, expires_at, credits_amount, credits_used, last_used_no
-    )
-    SELECT
-        e.transaction_id, e.team_id, coalesce(e.category, 'paid'), coalesce(e.priority, 50), e.created_at,
-        e.expires_at, e.credits_amount, paid.credits, CASE WHEN paid.credits > 0 THEN e.entry_no END
-    FROM unnest(entries) AS e
-    CROSS JOIN LATERAL (
-        SELECT coalesce(sum(g.credits_left), 0) - e.credits_before AS credits
-        FROM ONLY public.credit_grants g
-        WHERE g.team_id = e.team_id AND g.credits_left > 0
-    ) AS owed
-    CROSS JOIN LATERAL (SELECT greatest(least(e.credits_amount, owed.credits), 0) AS credits) AS paid
-    WHERE e.credits_amount > 0 AND e.transaction_type <> 'refund';
-
-    -- What was given back goes to what is owed, then to what was used last and has not expired; the rest lasts.
-    WITH refund AS (
+    IF 'grant' = ANY (kinds) THEN
+        -- What was granted pays first what is owed.
+        INSERT INTO public.credit_grants (
+            grant_id, team_id, category, priority, created_at, expires_at, credits_amount, credits_used, last_used_no
+        )
         SELECT
-            e.team_id,
-            min(e.transaction_id) AS transaction_id,
-            max(e.created_at) AS at,
-            sum(e.credits_amount) - greatest(
-                coalesce(
-                    (
-                        SELECT sum(g.credits_left)
-                        FROM ONLY public.credit_grants g
-                        WHERE g.team_id = e.team_id AND g.credits_left > 0
-                    ),
-                    0
-                ) - min(e.credits_before),
-                0
-            ) AS credits
+            e.transaction_id, e.team_id, coalesce(e.category, 'paid'), coalesce(e.priority, 50), e.created_at,
+            e.expires_at, e.credits_amount, paid.credits, CASE WHEN paid.credits > 0 THEN e.entry_no END
         FROM unnest(entries) AS e
-        WHERE e.transaction_type = 'refund'
-        GROUP BY e.team_id
-    ),
-    back AS (
-        UPDATE ONLY public.credit_grants g
-        SET credits_used = g.credits_used - given.credits
-        FROM (
+        CROSS JOIN LATERAL (
+            SELECT coalesce(sum(g.credits_left), 0) - e.credits_before AS credits
+            FROM ONLY public.credit_grants g
+            WHERE g.team_id = e.team_id AND g.credits_left > 0
+        ) AS owed
+        CROSS JOIN LATERAL (SELECT greatest(least(e.credits_amount, owed.credits), 0) AS credits) AS paid
+        WHERE e.credits_amount > 0 AND e.transaction_type <> 'refund';
+    END IF;
+
+    IF 'refund' = ANY (kinds) THEN
+        -- What was given back goes to what is owed, then to what was used last and has not expired; the rest lasts.
+        WITH refund AS (
             SELECT
-                used.grant_id,
-                least(
-                    used.credits_used,
-                    r.credits - sum(used.credits_used) OVER last_first + used.credits_used
+                e.team_id,
+                min(e.transaction_id) AS transaction_id,
+                max(e.created_at) AS at,
+                sum(e.credits_amount) - greatest(
+                    coalesce(
+                        (
+                            SELECT sum(g.credits_left)
+                            FROM ONLY public.credit_grants g
+                            WHERE g.team_id = e.team_id AND g.credits_left > 0
+                        ),
+                        0
+                    ) - min(e.credits_before),
+                    0
                 ) AS credits
-            FROM refund r
-            JOIN public.credit_grants used ON used.team_id = r.team_id
-            WHERE used.credits_used > 0 AND (used.expires_at IS NULL OR used.expires_at > r.at)
-            WINDOW last_first AS (
-                PARTITION BY r.team_id
-                ORDER BY
-                    used.last_used_no DESC,
-                    -- and the other way round than they are used
-                    used.priority DESC,
-                    used.expires_at DESC,
-                    array_position('{promotional,included,paid}', used.category::text) DESC,
-                    used.grant_id DESC
-            )
-        ) AS given
-        WHERE g.grant_id = given.grant_id AND given.credits > 0
-        RETURNING g.team_id, given.credits
-    )
-    INSERT INTO public.credit_grants (grant_id, team_id, created_at, credits_amount)
-    SELECT r.transaction_id, r.team_id, r.at, r.credits - coalesce(given.credits, 0)
-    FROM refund r
-    CROSS JOIN LATERAL (SELECT sum(back.credits) AS credits FROM back WHERE back.team_id = r.team_id) AS given
-    WHERE r.credits > coalesce(given.credits, 0);
+            FROM unnest(entries) AS e
+            WHERE e.transaction_type = 'refund'
+            GROUP BY e.team_id
+        ),
+        back AS (
+            UPDATE ONLY public.credit_grants g
+            SET credits_used = g.credits_used - given.credits
+            FROM (
+                SELECT
+                    used.grant_id,
+                    least(
+                        used.credits_used,
+                        r.credits - sum(used.credits_used) OVER last_first + used.credits_used
+                    ) AS credits
+                FROM refund r
+                JOIN public.credit_grants used ON used.team_id = r.team_id
+                WHERE used.credits_used > 0 AND (used.expires_at IS NULL OR used.expires_at > r.at)
+                WINDOW last_first AS (
+                    PARTITION BY r.team_id
+                    ORDER BY
+                        used.last_used_no DESC,
+                        -- and the other way round than they are used
+                        used.priority DESC,
+                        used.expires_at DESC,
+                        array_position('{promotional,included,paid}', used.category::text) DESC,
+                        used.grant_id DESC
+                )
+            ) AS given
+            WHERE g.grant_id = given.grant_id AND given.credits > 0
+            RETURNING g.team_id, given.credits
+        )
+        INSERT INTO public.credit_grants (grant_id, team_id, created_at, credits_amount)
+        SELECT r.transaction_id, r.team_id, r.at, r.credits - coalesce(given.credits, 0)
+        FROM refund r
+        CROSS JOIN LATERAL (SELECT sum(back.credits) AS credits FROM back WHERE back.team_id = r.team_id) AS given
+        WHERE r.credits > coalesce(given.credits, 0);
+    END IF;
 
     UPDATE ONLY public.team_credits c
     SET credits_owed = now.owed
@@ -448,7 +462,7 @@ BEGIN
     ) AS now
     WHERE c.team_id = now.team_id AND c.credits_owed <> now.owed;
 
-    PERFORM public.note_expiry(of_teams);
+    PERFORM public.note_expiry(ARRAY(SELECT DISTINCT e.team_id::text FROM unnest(entries) AS e));
 END
 $$;
 

@@ -8,11 +8,12 @@ GRANT USAGE ON SCHEMA public TO saasllm_admin, saasllm_runner, saasllm_readonly;
 -- All of them look at everything.
 GRANT SELECT ON
     saasllm_migrations, saasllm_definitions, organizations, model_groups, model_group_models, teams, team_model_groups,
-    team_credits, credit_transactions, credit_grants, credit_uses, credit_schedules, jobs, job_refusals, llm_calls, audit_log,
-    model_prices, job_prices, limits, limit_counters, organization_details, model_group_details, team_details,
+    team_credits, credit_transactions, credit_grants, credit_uses, credit_schedules, jobs, job_refusals, llm_calls,
+    audit_log, model_prices, job_prices, limits, limit_counters, organization_details, model_group_details, team_details,
     credit_details, job_details,
     job_refusal_details, llm_call_details, organization_records, model_group_records, team_records, price_records,
-    limit_records, purges_of_transaction, checked_balances, current_balances, callable_groups, limit_details, margin_parts
+    limit_records, purges_of_transaction, checked_balances, current_balances, callable_groups, limit_details,
+    margin_parts
 TO saasllm_admin, saasllm_runner, saasllm_readonly;
 
 -- saasllm_runner runs jobs: it reserves credits, enters what jobs cost, and counts them, also those that were refused.
@@ -39,7 +40,7 @@ GRANT UPDATE (
     credits_allocated, credits_used, credits_reserved, last_entry_no, last_hold_no, credits_owed, next_expiry_at,
     held_expired_at
 ) ON team_credits TO saasllm_runner;
-GRANT INSERT, UPDATE ON credit_grants TO saasllm_runner;
+GRANT UPDATE (credits_used, credits_expired, last_used_no) ON credit_grants TO saasllm_runner;
 GRANT INSERT (team_id, last_no, grant_id, credits) ON credit_uses TO saasllm_runner;
 GRANT INSERT, UPDATE, DELETE ON limit_counters TO saasllm_runner;
 
