@@ -183,10 +183,10 @@ def test_the_runner_conjures_no_credit(tenant: Run, as_role: As) -> None:
             credits_before, credits_after)
         VALUES ('hr', 'acme', 3, %s, %s, %s, 9, 9 + %s)
     """
-    for kind, amount in (("allocation", 5), ("adjustment", 5), ("expiry", -5)):
-        with refused("can enter only the charges of jobs"):
+    for kind, amount in (("allocation", 5), ("adjustment", 5), ("adjustment", -5)):
+        with refused("can enter only what jobs are charged, and what has expired"):
             runner.execute(entry, [None, kind, amount, amount])
-    with refused("can enter only the charges of jobs"):
+    with refused("can enter only what jobs are charged, and what has expired"):
         runner.execute(entry, [job, "refund", 1, 1])
     with pytest.raises(psycopg.errors.UniqueViolation):  # once a job
         runner.execute(entry, [job, "deduction", -1, -1])
@@ -246,13 +246,14 @@ def test_what_a_session_brings_along_stands_in_for_nothing(tenant: Run, as_role:
     runner.execute("""
         CREATE TEMP TABLE team_credits AS SELECT * FROM public.team_credits;
         CREATE TEMP TABLE credit_transactions AS SELECT * FROM public.credit_transactions;
+        CREATE TEMP TABLE credit_grants AS SELECT * FROM public.credit_grants;
         CREATE FUNCTION own.has_table_privilege(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT true';
         CREATE FUNCTION pg_temp.has_table_privilege(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT true';
         CREATE FUNCTION public.move_reservation(identifier, bigint, bigint, bigint) RETURNS void LANGUAGE sql AS '';
         CREATE FUNCTION public.lock_balance(identifier, OUT last_hold_no bigint) LANGUAGE sql AS 'SELECT 7';
         SET search_path = own, pg_temp, public, pg_catalog;
     """)
-    with refused("can enter only the charges of jobs"):
+    with refused("can enter only what jobs are charged, and what has expired"):
         runner.execute("""
             INSERT INTO public.credit_transactions (team_id, organization_id, entry_no, transaction_type,
                 credits_amount, credits_before, credits_after)
@@ -787,7 +788,7 @@ def test_rights_of_others_are_named_and_revoked_where_that_is_asked(
             _, rights = rows["rights"]["message"].split(": ")
             return {(role.split(" ", 1)[0], role.split(" on ")[1]) for role in rights.rstrip(".").split("; ")}
 
-        careless = {("careless_anon", "audit_log, audit_log_audit_id_seq, callable_groups and 38 more)")}
+        careless = {("careless_anon", "audit_log, audit_log_audit_id_seq, callable_groups and 42 more)")}
         public = {("PUBLIC", "organizations)")}
         assert others() == careless | public | {
             ("careless_user", "teams)"),
