@@ -684,7 +684,8 @@ def _show_allocation(result: "Allocation", dry_run: bool, verbose: bool, output:
     if result.grants:
         show(result.grants[:MOST_NAMED], output)
         _tell_more(len(result.grants))
-    if not (result.granted or result.full or result.failed or dry_run or verbose or sys.stderr.isatty()):
+    has_done = result.granted or result.full or result.credits_expired or result.failed
+    if not (has_done or dry_run or verbose or sys.stderr.isatty()):
         return  # also where a suspended team is skipped, which is so at each run
     told, expired = ("would grant", "expire") if dry_run else ("granted", "expired")
     note(
