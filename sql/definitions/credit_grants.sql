@@ -162,8 +162,9 @@ BEGIN
 END
 $$;
 
--- When the next of their grants expires, and when the last did that jobs still hold credits of.
-CREATE FUNCTION note_expiry(of_teams text[]) RETURNS void
+-- When the next of their grants expires, and when the last did that jobs still hold credits of. What has expired
+-- `until` then is entered, but for that: what has expired since the balance was locked is not, and still comes next.
+CREATE FUNCTION note_expiry(of_teams text[], until timestamptz DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
 BEGIN
     UPDATE public.team_credits c
@@ -171,9 +172,15 @@ BEGIN
         held_expired_at = open.held_at
     FROM unnest(of_teams) AS asked (team_id)
     CROSS JOIN LATERAL (
+        SELECT coalesce(note_expiry.until, least(clock_timestamp(), b.next_expiry_at - interval '1 microsecond')) AS until
+        FROM public.team_credits b
+        WHERE b.team_id = asked.team_id
+        OFFSET 0
+    ) AS entered
+    CROSS JOIN LATERAL (
         SELECT
-            min(g.expires_at) FILTER (WHERE g.expires_at > clock_timestamp()) AS next_at,
-            max(g.expires_at) FILTER (WHERE g.expires_at <= clock_timestamp()) AS held_at
+            min(g.expires_at) FILTER (WHERE g.expires_at > entered.until) AS next_at,
+            max(g.expires_at) FILTER (WHERE g.expires_at <= entered.until) AS held_at
         FROM public.credit_grants g
         WHERE g.team_id = asked.team_id AND g.credits_left > 0
     ) AS open
@@ -186,6 +193,8 @@ $$;
 CREATE FUNCTION expire_credits(of_teams text[]) RETURNS TABLE (team_id text, credits bigint)
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
 #variable_conflict use_column
+DECLARE
+    until timestamptz := clock_timestamp();
 BEGIN
     of_teams := ARRAY(
         SELECT c.team_id::text
@@ -211,7 +220,7 @@ BEGIN
     )
     SELECT entry.team_id::text, - sum(entry.credits_amount)::bigint FROM entry GROUP BY entry.team_id;
 
-    PERFORM public.note_expiry(of_teams);
+    PERFORM public.note_expiry(of_teams, until); -- what expires meanwhile, is due next
 END
 $$;
 
