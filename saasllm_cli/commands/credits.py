@@ -37,6 +37,7 @@ from saasllm_cli.commands.inputs import (
     label,
     moment,
     noun,
+    number,
     period,
 )
 from saasllm_cli.errors import (
@@ -151,7 +152,7 @@ def grants(
 @app.command(epilog='saasllm credits revoke 4711 --reason "Invoice 2026-118 was not paid"')
 def revoke(
     grant_id: Annotated[
-        int, typer.Argument(min=1, metavar="GRANT", show_default=False, help="Grant ID, as in credits grants.")
+        int, typer.Argument(parser=number, metavar="GRANT", show_default=False, help="Grant ID, as in credits grants.")
     ],
     reason: Annotated[
         str, typer.Option(parser=label, metavar="TEXT", show_default=False, help="Reason, kept in the ledger.")
