@@ -7,7 +7,7 @@ from datetime import UTC, date, datetime, timedelta
 
 import psycopg
 import pytest
-from conftest import UNUSED, Result, start_process
+from conftest import UNUSED, Result, end_grant, start_process
 
 from saasllm_cli import allocation, database
 from saasllm_cli.errors import Conflict
@@ -26,6 +26,10 @@ def allocate(run: Run, *options: object) -> dict[str, object]:
     result = run("credits", "allocate", *options, "-o", "json")
     assert result.status == 0, result.err
     return dict(result.data)
+
+
+def today() -> date:
+    return datetime.now(UTC).date()
 
 
 def scheduled(sql: psycopg.Connection, teams: int, schedules: str) -> None:
@@ -52,6 +56,7 @@ def test_a_schedule_begins_with_the_next_period_and_is_shown(tenant: Run) -> Non
         "every": "monthly",
         "mode": "reset",
         "credits_max": None,
+        "rollover": None,
         "next_on": str(next_month),
     }
     assert tenant("team", "get", "hr", "-o", "json").data["schedule"]["next_on"] == str(next_month)
@@ -84,6 +89,11 @@ def test_a_change_of_the_amount_keeps_the_date(tenant: Run) -> None:
         ("--amount", 5, "--every", "daily", "--mode", "add", "--starts", "2026-11"),
         ("--amount", 5, "--every", "daily", "--mode", "reset", "--max", 9),
         ("--amount", 5, "--every", "daily", "--mode", "add", "--max", 4),
+        ("--amount", 5, "--every", "daily", "--mode", "add", "--rollover", 3),
+        ("--amount", 5, "--every", "daily", "--mode", "top-up", "--rollover", 3),
+        ("--amount", 5, "--every", "daily", "--mode", "reset", "--rollover", 6),
+        ("--amount", 5, "--every", "daily", "--mode", "reset", "--rollover", 0),
+        ("--off", "--rollover", 3),
         ("--off", "--amount", 5),
     ],
 )
@@ -97,12 +107,13 @@ def test_bad_schedules(tenant: Run, options: tuple[object, ...]) -> None:
     [
         ("add", (), [15, 20, 25]),
         ("add", ("--max", 12), [12, 12, 12]),
-        ("reset", (), [5, 5, 5]),
-        ("top-up", (), [10, 10, 10]),
+        ("reset", (), [10, 10, 10]),
+        ("reset", ("--rollover", 3), [10, 10, 10]),
+        ("top-up", (), [15, 15, 15]),
     ],
 )
 def test_modes(tenant: Run, mode: str, options: tuple[object, ...], after: list[int]) -> None:
-    """From ten credits on, five every day, for three days without use."""
+    """From ten paid credits on, five every day, for three days without use, which are over."""
     schedule(tenant, "--amount", 5, "--every", "daily", "--mode", mode, "--starts", "2026-03-01", *options)
     for day, left in enumerate(after, start=1):
         allocate(tenant, "--as-of", f"2026-03-{day:02}")
@@ -115,7 +126,7 @@ def test_modes(tenant: Run, mode: str, options: tuple[object, ...], after: list[
     [
         ("add", (), [1, 6]),
         ("add", ("--max", 5), [1, 5]),
-        ("reset", (), [1, 5]),  # what a team owes does not expire
+        ("reset", (), [0, 0]),  # what a team owes does not expire, what is granted pays it first
         ("top-up", (), [5, 5]),
     ],
 )
@@ -130,16 +141,144 @@ def test_modes_below_zero(tenant: Run, mode: str, options: tuple[object, ...], a
     assert tenant("credits", "verify").status == 0
 
 
-def test_a_reset_leaves_what_is_reserved_and_says_what_expired(tenant: Run) -> None:
-    runner._begin(runner.new_job_id(), runner.JobRequest("hr", CallRequest("Echo", [], 60)))
-    schedule(tenant, "--amount", 5, "--every", "monthly", "--mode", "reset", "--starts", "2026-03-31")
+def this_period(run: Run, *options: object) -> int:
+    """The grant of this day, by five credits a day."""
+    schedule(run, "--amount", 5, "--every", "daily", "--starts", today(), *options)
+    assert allocate(run)["credits_granted"] == 5
+    return int(run("credits", "transactions", "hr", "-o", "json").data[0]["transaction_id"])
+
+
+def next_period(run: Run, days: int = 1) -> dict[str, object]:
+    return allocate(run, "--as-of", today() + timedelta(days=days), "--yes")
+
+
+def entries(run: Run) -> list[tuple[object, ...]]:
+    fields = ("transaction_type", "credits_amount", "category", "reason", "grant_id")
+    rows = run("credits", "transactions", "hr", "--sort", "oldest", "-o", "json").data
+    return [tuple(row[field] for field in fields) for row in rows[1:]]  # behind its opening credits
+
+
+def test_a_reset_expires_with_its_period_and_touches_nothing_else(tenant: Run, sql: psycopg.Connection) -> None:
+    """Not what was bought, and not what a job holds before that has ended."""
+    grant_id = this_period(tenant, "--mode", "reset")
+    (granted, _) = tenant("credits", "grants", "hr", "-o", "json").data
+    tomorrow = today() + timedelta(days=1)
+    assert (granted["category"], granted["expires_at"]) == ("included", f"{tomorrow}T00:00:00Z")
+    job_id = runner.new_job_id()
+    runner._begin(job_id, runner.JobRequest("hr", CallRequest("Echo", [], 60)))
+    end_grant(sql, grant_id)
+    result = next_period(tenant)
+    assert (result["credits_granted"], result["credits_expired"], remaining(tenant)) == (5, 4, 10 + 1 + 5)
+    runner._settle(job_id, "failed", None, [], 5)
+    assert remaining(tenant) == 10 + 5
+    assert entries(tenant) == [
+        ("allocation", 5, "included", f"Allocation for {today()}", None),
+        ("expiry", -4, None, "Expired", grant_id),
+        ("allocation", 5, "included", f"Allocation for {tomorrow}", None),
+        ("expiry", -1, None, "Expired", grant_id),
+    ]
+    assert tenant("credits", "verify").status == 0
+
+
+def test_a_period_that_is_over_is_entered_and_expires_in_the_same_run(tenant: Run) -> None:
+    schedule(tenant, "--amount", 5, "--every", "monthly", "--mode", "reset", "--starts", "2026-02-01")
     result = allocate(tenant, "--as-of", "2026-03-31")
-    assert (result["credits_granted"], result["credits_expired"]) == (5, 9)
-    granted, expired, _ = tenant("credits", "transactions", "hr", "-o", "json").data
-    assert (expired["transaction_type"], expired["credits_amount"]) == ("expiry", -9)
-    assert (granted["transaction_type"], granted["credits_amount"]) == ("allocation", 5)
-    assert granted["reason"] == "Allocation for 2026-03"
-    assert remaining(tenant) == 6
+    assert (result["granted"], result["credits_granted"], result["credits_expired"]) == (2, 10, 10)
+    (_, first, _, second, _) = tenant("credits", "transactions", "hr", "--sort", "oldest", "-o", "json").data
+    assert (first["expires_at"], second["expires_at"]) == ("2026-03-01T00:00:00Z", "2026-04-01T00:00:00Z")
+    assert entries(tenant) == [
+        ("allocation", 5, "included", "Allocation for 2026-02", None),
+        ("expiry", -5, None, "Expired", first["transaction_id"]),
+        ("allocation", 5, "included", "Allocation for 2026-03", None),
+        ("expiry", -5, None, "Expired", second["transaction_id"]),
+    ]
+    assert remaining(tenant) == 10
+
+
+def test_a_top_up_fills_up_what_is_included(tenant: Run) -> None:
+    """Whatever was bought beside it, or is owed: that is used last."""
+    tenant("credits", "add", "hr", 100)
+    this_period(tenant, "--mode", "top-up")
+    tenant("credits", "adjust", "hr", -3, "--reason", "used")
+    assert (next_period(tenant)["credits_granted"], remaining(tenant)) == (3, 115)
+    tenant("credits", "add", "hr", 2, "--category", "promotional")
+    result = next_period(tenant, 2)
+    assert (result["granted"], result["full"], remaining(tenant)) == (0, 1, 117)
+
+
+def test_what_is_left_rolls_over_for_one_period_and_never_twice(tenant: Run, sql: psycopg.Connection) -> None:
+    """Nor does what was revoked."""
+    schedule(tenant, "--amount", 5, "--every", "daily", "--mode", "reset", "--starts", today(), "--rollover", 4)
+    allocate(tenant)
+    (first, _) = tenant("credits", "grants", "hr", "-o", "json").data
+    tenant("credits", "adjust", "hr", -2, "--reason", "used")
+    end_grant(sql, first["grant_id"])
+    assert next_period(tenant)["credits_granted"] == 3 + 5
+    (rolled, second, _) = tenant("credits", "grants", "hr", "-o", "json").data
+    end = today() + timedelta(days=2)
+    assert (rolled["credits_left"], rolled["period"], rolled["reason"], rolled["expires_at"]) == (
+        *(3, None, f"Rolled over from {today()}"),
+        f"{end}T00:00:00Z",
+    )
+    assert (second["credits_left"], second["expires_at"]) == (5, rolled["expires_at"])
+
+    tenant("credits", "revoke", second["grant_id"], "--reason", "x")
+    end_grant(sql, rolled["grant_id"])
+    result = next_period(tenant, 2)
+    assert (result["credits_granted"], result["credits_expired"], remaining(tenant)) == (5, 3, 10 + 5)
+
+    (third, _) = tenant("credits", "grants", "hr", "-o", "json").data
+    end_grant(sql, third["grant_id"])
+    assert next_period(tenant, 3)["credits_granted"] == 4 + 5, "no more than --rollover says"
+    living = [row["grant_id"] for row in tenant("credits", "grants", "hr", "-o", "json").data[:2]]
+    end_grant(sql, *living)
+    assert allocate(tenant, "--as-of", today() + timedelta(days=5), "--catch-up", 0, "--yes")["credits_granted"] == 5
+    assert remaining(tenant) == 10 + 5, "of a period that was left out, nothing rolls over"
+    assert tenant("credits", "verify").status == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "days", "left"),
+    [
+        (("--amount", 7, "--every", "daily", "--mode", "reset"), 1, [5, 7, 10]),
+        (("--amount", 5, "--every", "daily", "--mode", "add"), 1, [5, 5, 10]),
+        (("--amount", 7, "--every", "daily", "--mode", "top-up"), 1, [5, 2, 10]),
+        (("--amount", 5, "--every", "monthly", "--mode", "reset"), 31, [5, 5, 10]),
+        (("--off",), 1, [5, 10]),
+    ],
+)
+def test_a_schedule_that_is_changed_within_a_period(
+    tenant: Run, sql: psycopg.Connection, change: tuple[object, ...], days: int, left: list[int]
+) -> None:
+    """What it has granted remains as it was, and ends when it was to end; what comes next is of the new one."""
+    grant_id = this_period(tenant, "--mode", "reset", "--rollover", 3)
+    assert schedule(tenant, *change).status == 0
+    assert allocate(tenant)["granted"] == 0
+    next_period(tenant, days)
+    grants = tenant("credits", "grants", "hr", "-o", "json").data
+    assert [row["credits_left"] for row in grants] == left
+    assert (grants[0]["grant_id"], grants[0]["expires_at"]) == (grant_id, f"{today() + timedelta(days=1)}T00:00:00Z")
+    end_grant(sql, grant_id)
+    assert allocate(tenant)["credits_expired"] == 5
+    assert remaining(tenant) == sum(left) - 5
+
+
+def test_credits_without_a_schedule_expire_too(tenant: Run, sql: psycopg.Connection) -> None:
+    tenant("org", "create", "other")
+    tenant("team", "create", "theirs", "--org", "other")
+    for team in ("hr", "theirs"):
+        entry = tenant("credits", "add", team, 5, "--expires", "1h", "-o", "json").data
+        end_grant(sql, entry["transaction_id"])
+    tenant("team", "suspend", "theirs")
+    expected = {"team_id": "hr", "period": None, "credits_granted": 0, "credits_expired": 5}
+    assert allocate(tenant, "--dry-run", "--org", "acme")["grants"] == [expected]
+    assert allocate(tenant, "--org", "acme")["credits_expired"] == 5
+    assert allocate(tenant, "--team", "hr")["credits_expired"] == 0
+    ledger = "SELECT team_id, credits_amount FROM credit_transactions WHERE transaction_type = 'expiry'"
+    assert sql.execute(ledger).fetchall() == [{"team_id": "hr", "credits_amount": -5}]
+    told = tenant("credits", "allocate")
+    assert told.err == f"{today()}: granted 0 credits for 0 periods, expired 5; 0 had enough, 0 skipped, 0 failed\n"
+    assert remaining(tenant, "theirs") == 0
 
 
 def test_a_second_run_grants_nothing_and_missed_periods_are_caught_up(tenant: Run) -> None:
@@ -233,17 +372,19 @@ def test_who_is_skipped_and_who_fails_stops_nobody(tenant: Run, sql: psycopg.Con
 def test_a_dry_run_tells_what_would_be_and_does_nothing(tenant: Run) -> None:
     schedule(tenant, "--amount", 5, "--every", "monthly", "--mode", "reset", "--starts", "2026-01-01")
     told = allocate(tenant, "--as-of", "2026-04-01", "--dry-run")
-    assert (told["granted"], told["credits_granted"], told["credits_expired"], remaining(tenant)) == (2, 10, 15, 10)
+    assert (told["granted"], told["credits_granted"], told["credits_expired"], remaining(tenant)) == (2, 10, 10, 10)
     assert told.pop("grants") == [
-        {"team_id": "hr", "period": "2026-03", "credits_granted": 5, "credits_expired": 10},
-        {"team_id": "hr", "period": "2026-04", "credits_granted": 5, "credits_expired": 5},
+        {"team_id": "hr", "period": "2026-03", "credits_granted": 5, "credits_expired": 0},
+        {"team_id": "hr", "period": None, "credits_granted": 0, "credits_expired": 5},
+        {"team_id": "hr", "period": "2026-04", "credits_granted": 5, "credits_expired": 0},
+        {"team_id": "hr", "period": None, "credits_granted": 0, "credits_expired": 5},
     ]
     shown = tenant("credits", "allocate", "--as-of", "2026-04-01", "--dry-run")
-    assert "hr    2026-03        5       10\n" in shown.out
+    assert "hr    2026-03        5        0\nhr    -              0        5\n" in shown.out
     assert "would grant" in shown.err
     assert "would grant 0" in tenant("credits", "allocate", "--as-of", "2025-12-31", "--dry-run").err
     assert allocate(tenant, "--as-of", "2026-04-01") == told
-    assert remaining(tenant) == 5
+    assert remaining(tenant) == 10
 
 
 def test_a_dry_run_for_many_teams(tenant: Run, sql: psycopg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,6 +445,30 @@ def test_twenty_at_once_over_thirty_six_months(tenant: Run, sql: psycopg.Connect
         )
     assert granted == 20 * 36
     assert sql.execute("SELECT sum(credits_allocated) AS n FROM team_credits").fetchone() == {"n": 10 + 20 * 36}
+    assert tenant("credits", "verify").status == 0
+
+
+def test_twenty_at_once_with_credits_that_expire(tenant: Run, sql: psycopg.Connection) -> None:
+    """Over 36 months that are over, while teams buy credits: those are all that is left."""
+    scheduled(sql, 20, "SELECT 't' || n, 10, 'monthly', 'reset', '2020-01-01' FROM generate_series(1, 20) n")
+    sql.execute("UPDATE credit_schedules SET rollover = 3")
+    months = [date(2020 + number // 12, number % 12 + 1, 28) for number in range(36)]
+
+    def work(number: int) -> allocation.Allocation:
+        entry = {"team_id": f"t{number % 20 + 1}", "transaction_type": "allocation", "credits_amount": 7}
+        with database.connect() as db:
+            db.maybe("credits.enter", **UNUSED | entry)
+        return allocation.allocate(months[number], 99)
+
+    with ThreadPoolExecutor(20) as threads:
+        results = list(threads.map(work, range(36)))
+    assert sum(result.granted for result in results) == 20 * 36
+    assert sum(result.credits_granted for result in results) == 20 * (36 * 10 + 35 * 3)
+    assert sum(result.credits_expired for result in results) == 20 * (36 * 10 + 35 * 3)
+    left = "SELECT sum(credits_remaining) AS n FROM team_credits WHERE team_id <> 'hr'"
+    assert sql.execute(left).fetchone() == {"n": 36 * 7}
+    left = "SELECT category, sum(credits_left) AS n FROM credit_grants WHERE team_id <> 'hr' GROUP BY 1 ORDER BY 1"
+    assert sql.execute(left).fetchall() == [{"category": "included", "n": 0}, {"category": "paid", "n": 36 * 7}]
     assert tenant("credits", "verify").status == 0
 
 
@@ -392,8 +557,9 @@ def test_what_the_database_refuses_of_one_team_hinders_no_other(
 
 
 def test_killed_it_leaves_whole_chunks_and_the_next_run_goes_on(tenant: Run, sql: psycopg.Connection) -> None:
+    """Of credits that expire in the run in which they are granted."""
     teams = 2 * allocation.CHUNK
-    scheduled(sql, teams, "SELECT team_id, 1, 'monthly', 'add', '2026-01-01' FROM teams WHERE team_id <> 'hr'")
+    scheduled(sql, teams, "SELECT team_id, 1, 'monthly', 'reset', '2026-01-01' FROM teams WHERE team_id <> 'hr'")
     process = start_process("credits", "allocate", "--as-of", "2026-01-31")
     while sql.execute("SELECT count(*) AS n FROM credit_transactions WHERE period IS NOT NULL").fetchone() == {"n": 0}:
         assert process.poll() is None, process.communicate()
@@ -402,8 +568,9 @@ def test_killed_it_leaves_whole_chunks_and_the_next_run_goes_on(tenant: Run, sql
     process.wait()
     assert tenant("credits", "verify").status == 0
     allocate(tenant, "--as-of", "2026-01-31")
-    row = sql.execute("SELECT count(*) AS n FROM credit_transactions WHERE period = '2026-01'").fetchone()
-    assert row == {"n": teams}
+    entered = "SELECT sum(credits_amount) AS n FROM credit_transactions WHERE team_id <> 'hr' AND transaction_type = "
+    assert sql.execute(entered + "'allocation'").fetchone() == {"n": teams}
+    assert sql.execute(entered + "'expiry'").fetchone() == {"n": -teams}
     assert tenant("credits", "verify").status == 0
 
 

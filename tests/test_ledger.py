@@ -245,8 +245,8 @@ def test_a_team_without_history_takes_its_empty_balance_with_it(
 def test_many_entries_of_many_teams_in_one_statement(tenant: Callable[..., Result], sql: psycopg.Connection) -> None:
     tenant("team", "create", "it", "--org", "acme")
     sql.execute(
-        ENTRY + "('it', 'acme', 1, 'allocation', 5, 0, 5, NULL), ('hr', 'acme', 3, 'expiry', -2, 15, 13, NULL),"
+        ENTRY + "('it', 'acme', 1, 'allocation', 5, 0, 5, NULL), ('hr', 'acme', 3, 'adjustment', 2, 15, 17, NULL),"
         " ('hr', 'acme', 2, 'allocation', 5, 10, 15, NULL)"
     )
-    assert tenant("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 13
+    assert tenant("credits", "balance", "hr", "-o", "json").data["credits_remaining"] == 17
     assert tenant("credits", "balance", "it", "-o", "json").data["credits_remaining"] == 5

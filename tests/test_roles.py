@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import psycopg
 import pytest
-from conftest import Result, charged_job, open_jobs
+from conftest import Result, charged_job, end_grant, open_jobs
 
 from saasllm_cli import database
 from saasllm_cli.errors import Conflict
@@ -95,6 +95,7 @@ def test_the_runner_runs_jobs(tenant: Run, as_role: As, sql: Sql, home: Path) ->
         "job run --team hr --group Echo --prompt hi --stream",
         "job list --team hr",
         "credits balance hr",
+        "credits grants hr --all",
         "credits check hr --need 1",
         "credits transactions hr",
         "credits verify",
@@ -144,6 +145,7 @@ def test_the_runner_administers_nothing(tenant: Run, as_role: As) -> None:
         "team unassign hr Echo",
         "group set-models Echo offline/fail",
         "credits add hr 5",
+        "credits revoke 1 --reason x",
         "credits adjust hr 5 --reason x",
         f"credits refund --job {job}",
         "credits schedule hr --amount 5 --every daily --mode add",
@@ -183,10 +185,10 @@ def test_the_runner_conjures_no_credit(tenant: Run, as_role: As) -> None:
             credits_before, credits_after)
         VALUES ('hr', 'acme', 3, %s, %s, %s, 9, 9 + %s)
     """
-    for kind, amount in (("allocation", 5), ("adjustment", 5), ("expiry", -5)):
-        with refused("can enter only the charges of jobs"):
+    for kind, amount in (("allocation", 5), ("adjustment", 5), ("adjustment", -5)):
+        with refused("can enter only what jobs are charged, and what has expired"):
             runner.execute(entry, [None, kind, amount, amount])
-    with refused("can enter only the charges of jobs"):
+    with refused("can enter only what jobs are charged, and what has expired"):
         runner.execute(entry, [job, "refund", 1, 1])
     with pytest.raises(psycopg.errors.UniqueViolation):  # once a job
         runner.execute(entry, [job, "deduction", -1, -1])
@@ -237,6 +239,49 @@ def test_the_runner_conjures_no_credit(tenant: Run, as_role: As) -> None:
         runner.execute("UPDATE team_credits SET credits_reserved = 10")
 
 
+def test_the_runner_runs_jobs_across_an_end(tenant: Run, as_role: As, sql: Sql) -> None:
+    """It enters what has expired: nobody else need come by."""
+    tenant("price", "set", "--credits", 3)
+    tenant("credits", "add", "hr", 5, "--expires", "1d")
+    as_role("saasllm_runner")
+    job, failing = (tenant("job", "create", "--team", "hr").out.strip() for _ in range(2))
+    end_grant(sql, 2)
+    all_pass(
+        tenant,
+        "job run --team hr --group Echo --prompt hi",
+        f"job call {job} --group Echo --prompt hi",
+        f"job complete {job}",
+        f"job fail {failing}",
+    )
+    rows = tenant("credits", "transactions", "hr", "-o", "json").data
+    assert [(row["transaction_type"], row["credits_after"]) for row in rows[:3]] == [
+        *(("expiry", 7), ("deduction", 9)),
+        ("deduction", 12),
+    ]
+    assert tenant("credits", "verify").status == 0
+
+
+def test_the_runner_lets_nothing_expire_before_its_end(tenant: Run, as_role: As, sql: Sql) -> None:
+    """Nor more than there is."""
+    tenant("credits", "add", "hr", 5, "--expires", "1d")
+    runner = as_role("saasllm_runner")
+    entry = """
+        INSERT INTO credit_transactions (team_id, organization_id, entry_no, transaction_type, credits_amount,
+            credits_before, credits_after, grant_id)
+        VALUES ('hr', 'acme', 3, 'expiry', %s, 15, 15 + %s, %s)
+    """
+    for grant_id in (1, 2, 4711):
+        with pytest.raises(psycopg.DatabaseError, match="does not name a grant of its team that has expired"):
+            runner.execute(entry, [-1, -1, grant_id])
+    end_grant(sql, 2)
+    with pytest.raises(psycopg.errors.CheckViolation, match="credit_grants_left"):
+        runner.execute(entry, [-6, -6, 2])
+    runner.execute(entry, [-5, -5, 2])
+    with refused():
+        runner.execute("DELETE FROM credit_grants")
+    assert tenant("credits", "verify").status == 0
+
+
 def test_what_a_session_brings_along_stands_in_for_nothing(tenant: Run, as_role: As, sql: Sql) -> None:
     runner = as_role("saasllm_runner")
     # As where it may create one, and there.
@@ -246,13 +291,14 @@ def test_what_a_session_brings_along_stands_in_for_nothing(tenant: Run, as_role:
     runner.execute("""
         CREATE TEMP TABLE team_credits AS SELECT * FROM public.team_credits;
         CREATE TEMP TABLE credit_transactions AS SELECT * FROM public.credit_transactions;
+        CREATE TEMP TABLE credit_grants AS SELECT * FROM public.credit_grants;
         CREATE FUNCTION own.has_table_privilege(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT true';
         CREATE FUNCTION pg_temp.has_table_privilege(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT true';
         CREATE FUNCTION public.move_reservation(identifier, bigint, bigint, bigint) RETURNS void LANGUAGE sql AS '';
         CREATE FUNCTION public.lock_balance(identifier, OUT last_hold_no bigint) LANGUAGE sql AS 'SELECT 7';
         SET search_path = own, pg_temp, public, pg_catalog;
     """)
-    with refused("can enter only the charges of jobs"):
+    with refused("can enter only what jobs are charged, and what has expired"):
         runner.execute("""
             INSERT INTO public.credit_transactions (team_id, organization_id, entry_no, transaction_type,
                 credits_amount, credits_before, credits_after)
@@ -599,6 +645,7 @@ def test_the_reader_only_looks(tenant: Run, as_role: As) -> None:
         "team get hr",
         "team list",
         "credits balance hr",
+        "credits grants hr --all",
         "credits verify",
         "credits forecast",
         "audit list",
@@ -611,6 +658,7 @@ def test_the_reader_only_looks(tenant: Run, as_role: As) -> None:
         "job run --team hr --group Echo --prompt hi",
         "job create --team hr",
         "credits add hr 5",
+        "credits revoke 1 --reason x",
         "team suspend hr",
     )
     with refused():
@@ -684,6 +732,9 @@ def test_the_admin_does_all_but_change_the_schema(tenant: Run, as_role: As, sql:
         "group delete New --yes",
         "credits add hr 5 --reason x --idempotency-key k",
         "credits adjust hr --reason x -- -2",
+        "credits add hr 5 --category promotional --priority 10 --expires 90d",
+        "credits revoke 1 --reason x",
+        "credits grants hr --all",
         f"credits refund --job {job}",
         "credits schedule hr --amount 50 --every daily --mode reset --starts 2026-01-01",
         "credits allocate --as-of 2026-01-01",
@@ -787,7 +838,7 @@ def test_rights_of_others_are_named_and_revoked_where_that_is_asked(
             _, rights = rows["rights"]["message"].split(": ")
             return {(role.split(" ", 1)[0], role.split(" on ")[1]) for role in rights.rstrip(".").split("; ")}
 
-        careless = {("careless_anon", "audit_log, audit_log_audit_id_seq, callable_groups and 38 more)")}
+        careless = {("careless_anon", "audit_log, audit_log_audit_id_seq, callable_groups and 42 more)")}
         public = {("PUBLIC", "organizations)")}
         assert others() == careless | public | {
             ("careless_user", "teams)"),

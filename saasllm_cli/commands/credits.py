@@ -37,6 +37,7 @@ from saasllm_cli.commands.inputs import (
     label,
     moment,
     noun,
+    number,
     period,
 )
 from saasllm_cli.errors import (
@@ -159,7 +160,7 @@ def grants(
 @app.command(epilog='saasllm credits revoke 4711 --reason "Invoice 2026-118 was not paid"')
 def revoke(
     grant_id: Annotated[
-        int, typer.Argument(min=1, metavar="GRANT", show_default=False, help="Grant ID, as in credits grants.")
+        int, typer.Argument(parser=number, metavar="GRANT", show_default=False, help="Grant ID, as in credits grants.")
     ],
     reason: Annotated[
         str, typer.Option(parser=label, metavar="TEXT", show_default=False, help="Reason, kept in the ledger.")
@@ -695,7 +696,8 @@ def _show_allocation(result: "Allocation", dry_run: bool, verbose: bool, output:
     if result.grants:
         show(result.grants[:MOST_NAMED], output)
         _tell_more(len(result.grants))
-    if not (result.granted or result.full or result.failed or dry_run or verbose or sys.stderr.isatty()):
+    has_done = result.granted or result.full or result.credits_expired or result.failed
+    if not (has_done or dry_run or verbose or sys.stderr.isatty()):
         return  # also where a suspended team is skipped, which is so at each run
     told, expired = ("would grant", "expire") if dry_run else ("granted", "expired")
     note(

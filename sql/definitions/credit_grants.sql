@@ -124,6 +124,7 @@ LANGUAGE sql STABLE AS $$
                 WHERE j.team_id = e.team_id
                   AND j.status IN ('pending', 'in_progress')
                   AND j.created_at < e.expires_at
+                  AND e.created_at < e.expires_at
             ) AS jobs
             WHERE e.was_held
             GROUP BY e.team_id
@@ -164,31 +165,13 @@ BEGIN
 END
 $$;
 
--- When the next of their grants expires, and when the last did that jobs still hold credits of.
-CREATE FUNCTION note_expiry(of_teams text[]) RETURNS void
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off
-SET enable_mergejoin = off AS $$
-BEGIN
-    UPDATE public.team_credits c
-    SET next_expiry_at = open.next_at,
-        held_expired_at = open.held_at
-    FROM unnest(of_teams) AS asked (team_id)
-    CROSS JOIN LATERAL (
-        SELECT
-            min(g.expires_at) FILTER (WHERE g.expires_at > clock_timestamp()) AS next_at,
-            max(g.expires_at) FILTER (WHERE g.expires_at <= clock_timestamp()) AS held_at
-        FROM public.credit_grants g
-        WHERE g.team_id = asked.team_id AND g.credits_left > 0
-    ) AS open
-    WHERE c.team_id = asked.team_id
-      AND (c.next_expiry_at, c.held_expired_at) IS DISTINCT FROM (open.next_at, open.held_at);
-END
-$$;
-
 -- Enters what has expired, and says how much that is of each team. The balances are locked.
 CREATE FUNCTION expire_credits(of_teams text[]) RETURNS TABLE (team_id text, credits bigint)
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off
+SET enable_mergejoin = off AS $$
 #variable_conflict use_column
+DECLARE
+    until timestamptz := clock_timestamp(); -- what expires meanwhile, comes next
 BEGIN
     of_teams := ARRAY(
         SELECT c.team_id::text
@@ -214,7 +197,19 @@ BEGIN
     )
     SELECT entry.team_id::text, - sum(entry.credits_amount)::bigint FROM entry GROUP BY entry.team_id;
 
-    PERFORM public.note_expiry(of_teams);
+    UPDATE public.team_credits c
+    SET next_expiry_at = open.next_at,
+        held_expired_at = open.held_at
+    FROM unnest(of_teams) AS asked (team_id)
+    CROSS JOIN LATERAL (
+        SELECT
+            min(g.expires_at) FILTER (WHERE g.expires_at > until) AS next_at,
+            max(g.expires_at) FILTER (WHERE g.expires_at <= until) AS held_at
+        FROM public.credit_grants g
+        WHERE g.team_id = asked.team_id AND g.credits_left > 0
+    ) AS open
+    WHERE c.team_id = asked.team_id
+      AND (c.next_expiry_at, c.held_expired_at) IS DISTINCT FROM (open.next_at, open.held_at);
 END
 $$;
 
@@ -442,27 +437,43 @@ BEGIN
     END IF;
 
     UPDATE ONLY public.team_credits c
-    SET credits_owed = now.owed
+    SET credits_owed = now.credits_owed,
+        next_expiry_at = now.next_expiry_at,
+        held_expired_at = now.held_expired_at
     FROM (
         SELECT
-            last.team_id,
-            coalesce(
-                (
-                    SELECT sum(g.credits_left)
-                    FROM ONLY public.credit_grants g
-                    WHERE g.team_id = last.team_id AND g.credits_left > 0
-                ),
-                0
-            ) - last.credits_after AS owed
+            entered.team_id,
+            open.credits - entered.credits AS credits_owed,
+            least(before.next_expiry_at, entered.next_expiry_at) AS next_expiry_at,
+            open.held_expired_at
         FROM (
-            SELECT DISTINCT ON (e.team_id) e.team_id, e.credits_after
+            SELECT
+                e.team_id,
+                (array_agg(e.credits_after ORDER BY e.entry_no DESC))[1] AS credits,
+                min(e.expires_at) AS next_expiry_at,
+                array_agg(e.grant_id) AS expired
             FROM unnest(entries) AS e
-            ORDER BY e.team_id, e.entry_no DESC
-        ) AS last
+            GROUP BY e.team_id
+        ) AS entered
+        CROSS JOIN LATERAL (
+            SELECT next_expiry_at, held_expired_at
+            FROM public.team_credits
+            WHERE team_id = entered.team_id
+            OFFSET 0
+        ) AS before
+        CROSS JOIN LATERAL (
+            SELECT
+                coalesce(sum(g.credits_left), 0) AS credits,
+                max(g.expires_at) FILTER (
+                    WHERE g.expires_at <= before.held_expired_at OR g.grant_id = ANY (entered.expired)
+                ) AS held_expired_at
+            FROM ONLY public.credit_grants g
+            WHERE g.team_id = entered.team_id AND g.credits_left > 0
+        ) AS open
     ) AS now
-    WHERE c.team_id = now.team_id AND c.credits_owed <> now.owed;
-
-    PERFORM public.note_expiry(ARRAY(SELECT DISTINCT e.team_id::text FROM unnest(entries) AS e));
+    WHERE c.team_id = now.team_id
+      AND (c.credits_owed, c.next_expiry_at, c.held_expired_at)
+          IS DISTINCT FROM (now.credits_owed, now.next_expiry_at, now.held_expired_at);
 END
 $$;
 
@@ -501,7 +512,11 @@ BEGIN
     WHERE team_id = of_team;
     FOR entry IN SELECT * FROM public.credit_transactions WHERE team_id = of_team ORDER BY entry_no LOOP
         IF entry.transaction_type <> 'deduction'
-            OR EXISTS (SELECT FROM public.team_credits WHERE team_id = of_team AND held_expired_at IS NOT NULL)
+            OR EXISTS (
+                SELECT
+                FROM public.team_credits
+                WHERE team_id = of_team AND (held_expired_at IS NOT NULL OR next_expiry_at <= entry.created_at)
+            )
         THEN
             PERFORM public.attribute_entries(ARRAY[entry]);
         END IF;

@@ -382,7 +382,7 @@ CREATE FUNCTION lock_balance(
 )
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET enable_seqscan = off AS $$
 DECLARE
-    is_due boolean;
+    next_expiry_at timestamptz;
 BEGIN
     LOOP
         SELECT
@@ -390,13 +390,14 @@ BEGIN
             c.credits_remaining,
             c.credits_remaining - c.credits_reserved + coalesce(c.credits_overdraft::numeric, 'Infinity'),
             c.last_hold_no,
-            c.next_expiry_at <= clock_timestamp()
-        INTO last_entry_no, credits_remaining, credits_usable, last_hold_no, is_due
+            c.next_expiry_at
+        INTO last_entry_no, credits_remaining, credits_usable, last_hold_no, next_expiry_at
         FROM public.team_credits c
         WHERE c.team_id = of_team
         FOR UPDATE;
 
-        EXIT WHEN is_due IS NOT TRUE;
+        -- By the time at which it has the lock: what is selected may be from before it waited.
+        EXIT WHEN (next_expiry_at <= clock_timestamp()) IS NOT TRUE;
         PERFORM public.expire_credits(ARRAY[of_team]);
     END LOOP;
 END

@@ -134,7 +134,7 @@ SELECT
     grant_id, team_id, category, priority, credits_amount, credits_used, credits_expired, credits_left, created_at,
     expires_at, period, reason, source
 FROM numbered
-WHERE number > coalesce((SELECT number FROM numbered WHERE grant_id = %(after)s::bigint), 0)
+WHERE %(after)s::bigint IS NULL OR number > (SELECT number FROM numbered WHERE grant_id = %(after)s)
 ORDER BY number
 LIMIT %(row_limit)s;
 
