@@ -709,6 +709,7 @@ class Credits(RuleBasedStateMachine):
             job.team.use(job.charged, job)
             for _, limit in self.limits_of(team_id, "credits"):
                 limit.used += job.charged
+        remaining = job.team.remaining  # it is told before what nobody holds any more expires
         if is_running:
             job.status = end
             job.team.release()
@@ -717,7 +718,7 @@ class Credits(RuleBasedStateMachine):
         answer = Call("Echo", "offline/echo", 1, 0, cost_usd=cost)
         settled = runner._settle(job.job_id, end.replace("expired", "completed"), None, [answer], 5)
         assert settled["settled"] == (is_running and end != "expired")
-        assert settled["credits_remaining"] == (None if job.status == "purged" else job.team.remaining)
+        assert settled["credits_remaining"] == (None if job.status == "purged" else remaining)
 
     @rule(team_id=TEAMS)
     def sweep(self, team_id: str) -> None:

@@ -417,7 +417,7 @@ SELECT
     CASE WHEN job.job_id IS NULL THEN (SELECT credits_due FROM charge) END AS credits_due,
     coalesce(
         (SELECT credits_after FROM deduction),
-        (SELECT credits_remaining FROM team_credits WHERE team_id = j.team_id)
+        (SELECT credits_remaining FROM current_balances WHERE team_id = j.team_id)
     ) AS credits_remaining
 FROM (VALUES (%(job_id)s::uuid)) AS asked (job_id)
 LEFT JOIN jobs j USING (job_id)
