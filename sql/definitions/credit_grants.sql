@@ -444,12 +444,14 @@ BEGIN
         SELECT
             entered.team_id,
             open.credits - entered.credits AS credits_owed,
-            least(before.next_expiry_at, entered.next_expiry_at) AS next_expiry_at,
+            -- Of those that were granted, or were given something back; and what has expired and is not entered yet.
+            least(before.next_expiry_at, entered.next_expiry_at, open.next_expiry_at) AS next_expiry_at,
             open.held_expired_at
         FROM (
             SELECT
                 e.team_id,
                 (array_agg(e.credits_after ORDER BY e.entry_no DESC))[1] AS credits,
+                max(e.created_at) AS at,
                 min(e.expires_at) AS next_expiry_at,
                 array_agg(e.grant_id) AS expired
             FROM unnest(entries) AS e
@@ -464,6 +466,7 @@ BEGIN
         CROSS JOIN LATERAL (
             SELECT
                 coalesce(sum(g.credits_left), 0) AS credits,
+                min(g.expires_at) FILTER (WHERE g.expires_at > entered.at) AS next_expiry_at,
                 max(g.expires_at) FILTER (
                     WHERE g.expires_at <= before.held_expired_at OR g.grant_id = ANY (entered.expired)
                 ) AS held_expired_at
