@@ -94,9 +94,9 @@ LANGUAGE sql STABLE AS $$
 $$;
 
 
--- What has expired and is still in the balances of teams: what no job holds. Of what jobs held as it expired, that is
--- what those of them that are still open do not hold.
-CREATE FUNCTION due_expiries(of_teams text[]) RETURNS TABLE (
+-- What has expired and is still in the balances of teams: what no job holds. What jobs held as it expired, and those of
+-- them that are open do not hold any more, is looked at only where jobs may have ended (`and_released`).
+CREATE FUNCTION due_expiries(of_teams text[], and_released boolean DEFAULT false) RETURNS TABLE (
     team_id text, place bigint, grant_id bigint, credits bigint
 )
 LANGUAGE sql STABLE AS $$
@@ -126,7 +126,7 @@ LANGUAGE sql STABLE AS $$
                   AND j.created_at < e.expires_at
                   AND e.created_at < e.expires_at
             ) AS jobs
-            WHERE e.was_held
+            WHERE e.was_held AND and_released
             GROUP BY e.team_id
         ) AS team
         CROSS JOIN LATERAL unnest(team.grant_ids, team.credits) AS grants (grant_id, credits)
@@ -166,7 +166,9 @@ END
 $$;
 
 -- Enters what has expired, and says how much that is of each team. The balances are locked.
-CREATE FUNCTION expire_credits(of_teams text[]) RETURNS TABLE (team_id text, credits bigint)
+CREATE FUNCTION expire_credits(of_teams text[], and_released boolean DEFAULT false) RETURNS TABLE (
+    team_id text, credits bigint
+)
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off
 SET enable_mergejoin = off AS $$
 #variable_conflict use_column
@@ -188,7 +190,7 @@ BEGIN
             t.team_id, t.organization_id, b.last_entry_no + row_number() OVER in_order, 'expiry', - due.credits,
             b.credits_remaining - sum(due.credits) OVER in_order + due.credits,
             b.credits_remaining - sum(due.credits) OVER in_order, 'Expired', due.grant_id
-        FROM public.due_expiries(of_teams) due
+        FROM public.due_expiries(of_teams, and_released) due
         CROSS JOIN LATERAL (SELECT * FROM public.teams WHERE team_id = due.team_id OFFSET 0) AS t
         CROSS JOIN LATERAL (SELECT * FROM public.checked_balances WHERE team_id = due.team_id OFFSET 0) AS b
         WHERE b.is_sound
@@ -481,7 +483,8 @@ END
 $$;
 
 
--- After charges: of what jobs held of expired grants and were not charged.
+-- After charges: what jobs held of expired grants and were not charged, also those that ended without a charge by the
+-- same statement.
 CREATE FUNCTION expire_uncharged(entries credit_transactions[]) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -491,12 +494,21 @@ DECLARE
         JOIN ONLY public.jobs j ON j.job_id = e.job_id
         JOIN ONLY public.team_credits c ON c.team_id = e.team_id
         WHERE e.transaction_type = 'deduction'
-          AND j.credits_held > - e.credits_amount
-          AND j.created_at < c.held_expired_at
+          AND c.held_expired_at IS NOT NULL
+          AND (
+              (j.credits_held > - e.credits_amount AND j.created_at < c.held_expired_at)
+              OR EXISTS (
+                  SELECT
+                  FROM ONLY public.jobs freed
+                  WHERE freed.team_id = c.team_id
+                    AND freed.release_no = c.last_hold_no
+                    AND freed.completed_at >= transaction_timestamp()
+              )
+          )
     );
 BEGIN
     IF of_teams <> '{}' THEN
-        PERFORM public.expire_credits(of_teams);
+        PERFORM public.expire_credits(of_teams, and_released => true);
     END IF;
 END
 $$;

@@ -697,7 +697,7 @@ SELECT
         ) FILTER (WHERE %(is_listing)s::boolean),
         '[]'
     ) AS grants
-FROM expire_credits(%(team_ids)s::text[]);
+FROM expire_credits(%(team_ids)s::text[], and_released => true);
 
 -- name: allocate(team_ids, as_of, catch_up, every, is_listing) :one
 -- Grants one period, the first that is due, to each of the teams that `due` has locked: those that are due still. Who
