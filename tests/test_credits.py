@@ -28,6 +28,8 @@ def test_add_shows_its_ledger_entry(tenant: Run) -> None:
         "credits_reserved": 0,
         "credits_remaining": 15,
         "credits_overdraft": 0,
+        "credits_expiring": 0,
+        "next_expiry_at": None,
     }
 
 
@@ -305,7 +307,10 @@ def test_the_balance_of_any_past_moment(tenant: Run, sql: psycopg.Connection) ->
 
     def as_of(moment: str) -> list[object]:
         balance = tenant("credits", "balance", "hr", "--as-of", moment, "-o", "json").data
-        assert balance.keys() == now.keys() - {"credits_overdraft"}  # absent, not null: that is without end
+        assert balance.keys() == now.keys() - {
+            "credits_overdraft",  # absent, not null: that is without end
+            *("credits_expiring", "next_expiry_at"),
+        }
         assert balance["credits_reserved"] is None
         return [balance[field] for field in ("credits_allocated", "credits_used", "credits_remaining")]
 

@@ -34,21 +34,16 @@ LIMIT = [
     *("limit_id", "organization_id", "team_id", "group_name", "measure", "per", "amount", "is_hard", "alerts"),
     *("used", "running", "counted", "used_percent", "alert_reached", "room_at", "created_at", "updated_at"),
 ]
-SCHEDULE = ["credits_amount", "every", "mode", "credits_max", "next_on"]
+SCHEDULE = ["credits_amount", "every", "mode", "credits_max", "rollover", "next_on"]
 REFUSED = ["team_id", "period", "reason"]
 ENTRY = [
     *("transaction_id", "team_id", "organization_id", "job_id", "transaction_type"),
-    *(
-        "credits_amount",
-        "credits_before",
-        "credits_after",
-        "reason",
-        "source",
-        "actor",
-        "role",
-        "command",
-        "created_at",
-    ),
+    *("credits_amount", "credits_before", "credits_after", "category", "priority", "expires_at", "grant_id"),
+    *("reason", "source", "actor", "role", "command", "created_at"),
+]
+GRANT = [
+    *("grant_id", "team_id", "category", "priority", "credits_amount", "credits_used", "credits_expired"),
+    *("credits_left", "created_at", "expires_at", "period", "reason", "source"),
 ]
 JOB = [
     *("job_id", "team_id", "organization_id", "job_type", "status", "model_groups_used", "external_task_id"),
@@ -121,9 +116,11 @@ COMMANDS: dict[str, list[Any]] = {
     "limit set --team t --measure jobs --per day --amount 5": LIMIT,
     "limit get --team t --measure jobs --per day": LIMIT,
     "limit list": [LIMIT],
-    "credits balance t": ["team_id", "organization_id", *CREDITS],
+    "credits balance t": ["team_id", "organization_id", *CREDITS, "credits_expiring", "next_expiry_at"],
     "credits add t 5": ENTRY,
     "credits adjust t -1 --reason x": ENTRY,
+    "credits grants t": [GRANT],
+    "credits revoke GRANT --reason x": ENTRY,
     "credits check t --need 1": ["team_id", "organization_id", *CREDITS, "credits_free"],
     "credits transactions t": [ENTRY],
     "credits schedule t --amount 5 --every monthly --mode add --starts 2026-01-01": [
@@ -239,6 +236,8 @@ def test_the_keys_of_every_command(tenant: Callable[..., Result], migrated_datab
         assert keys(result.data, expected) == expected, command
         if command.startswith(("job run", "job create")):
             names["JOB"] = result.data["job_id"]
+        if command.startswith("credits grants"):
+            names["GRANT"] = str(result.data[-1]["grant_id"])
 
 
 def test_no_command_is_forgotten() -> None:

@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import asdict
-from datetime import date, datetime, timedelta
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import UUID
 
@@ -15,7 +15,6 @@ from saasllm_cli.commands.inputs import (
     AfterNumber,
     Category,
     Expires,
-    Expiry,
     IdempotencyKey,
     JobName,
     Limit,
@@ -37,6 +36,7 @@ from saasllm_cli.commands.inputs import (
     label,
     moment,
     noun,
+    passed,
     period,
 )
 from saasllm_cli.errors import (
@@ -48,7 +48,7 @@ from saasllm_cli.errors import (
     not_found,
 )
 from saasllm_cli.output import note, progress, remark, show, waiting
-from saasllm_cli.rules import DEFAULT_PRIORITY, MOST_CREDITS
+from saasllm_cli.rules import DEFAULT_PRIORITY, MOST_CREDITS, Expiry
 from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
@@ -598,7 +598,7 @@ def _enter(
     try:
         with database.connect() as db:
             if at and at <= db.one("credits.today")["now"]:
-                raise InvalidInput("usage", f"--expires {at.isoformat()} is in the past.", "Give a time to come.")
+                raise passed(at)
             written = db.found(
                 *("credits.enter", "team", team_id),
                 **given,
@@ -607,7 +607,8 @@ def _enter(
                 idempotency_key=idempotency_key,
             )
             entry = _entry(db, written["transaction_id"], given)
-            _require_expiry(entry, at, after)
+            if not (expires or Expiry()).is_that_of(entry["created_at"], entry["expires_at"]):
+                raise _reused("expires_at")
     except InsufficientCredits as error:
         with database.connect() as db:
             free = db.found("credits.free", "team", team_id, team_id=team_id)["credits_free"]
@@ -622,13 +623,6 @@ def _entry(db: database.Database, transaction_id: int, given: dict[str, Any]) ->
     if different := [field for field, value in given.items() if entry[field] != value]:
         raise _reused(", ".join(different))
     return entry
-
-
-def _require_expiry(entry: database.Row, at: datetime | None, after: timedelta | None) -> None:
-    if after:  # since it was entered, which took a moment
-        at = entry["created_at"] + after
-    if (at is None) != (entry["expires_at"] is None) or (at and abs(at - entry["expires_at"]) > timedelta(minutes=1)):
-        raise _reused("expires_at")
 
 
 def _reused(fields: str) -> Conflict:
