@@ -308,9 +308,10 @@ def test_the_balance_of_any_past_moment(tenant: Run, sql: psycopg.Connection) ->
     def as_of(moment: str) -> list[object]:
         balance = tenant("credits", "balance", "hr", "--as-of", moment, "-o", "json").data
         assert balance.keys() == now.keys() - {
-            "credits_overdraft",  # absent, not null: that is without end
-            *("credits_expiring", "next_expiry_at"),
-        }
+            "credits_overdraft",
+            "credits_expiring",
+            "next_expiry_at",
+        }  # not null: that has a meaning
         assert balance["credits_reserved"] is None
         return [balance[field] for field in ("credits_allocated", "credits_used", "credits_remaining")]
 

@@ -236,8 +236,8 @@ def test_the_keys_of_every_command(tenant: Callable[..., Result], migrated_datab
         assert keys(result.data, expected) == expected, command
         if command.startswith(("job run", "job create")):
             names["JOB"] = result.data["job_id"]
-        if command.startswith("credits grants"):
-            names["GRANT"] = str(result.data[-1]["grant_id"])
+        if command.startswith("credits add"):
+            names["GRANT"] = str(result.data["transaction_id"])
 
 
 def test_no_command_is_forgotten() -> None:

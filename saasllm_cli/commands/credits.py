@@ -1,6 +1,7 @@
 """The prepaid credits of teams, and the ledger of all their movements."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -302,7 +303,16 @@ def transactions(
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
-    """List the entries of a team's ledger."""
+    """List the entries of a team's ledger.
+
+    Credits that have expired are shown with their grant: it has the ID of the entry that added them.
+    """
+
+    def with_grant(entry: Mapping[str, Any]) -> dict[str, Any]:
+        if entry["grant_id"] is None:
+            return {}
+        return {"reason": ": ".join(filter(None, (f"Grant {entry['grant_id']}", entry["reason"])))}
+
     columns = (
         "transaction_id",
         "created_at",
@@ -329,7 +339,7 @@ def transactions(
         )
         if entries.is_empty and after is not None:
             _require_entry_of(db, team_id, after)
-        show(entries, output, columns, essential)
+        show(entries, output, columns, essential, further=with_grant)
 
 
 @app.command(epilog="saasllm credits schedule team_engineering --amount 500 --every monthly --mode reset")
