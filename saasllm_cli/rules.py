@@ -4,8 +4,9 @@ import json
 import re
 import unicodedata
 from collections.abc import Sized
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 MODEL_NAME = re.compile(r"[^\s\x00-\x1f\x7f]{1,255}")
@@ -21,6 +22,46 @@ MOST_PERCENT = 1000
 METADATA_BYTES = 65536
 METADATA_DEPTH = 32
 LARGEST_EXPONENT = 1000
+UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+LONGEST_LIFE = timedelta(days=366_000)  # of credits
+
+
+def duration(text: str) -> timedelta | None:
+    """`90d` or `12h`; None of another text. OverflowError where there is none so long."""
+    match = re.fullmatch(r"(\d{1,9})([smhdw])", text, re.ASCII)
+    return timedelta(**{UNITS[match[2]]: int(match[1])}) if match else None
+
+
+def time_of(text: str) -> datetime:
+    """An RFC 3339 time, or the beginning of a day in UTC. ValueError of another text."""
+    parsed = datetime.fromisoformat(text)
+    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+
+
+class Expiry(NamedTuple):
+    """At a time, or so long after the credits are granted."""
+
+    at: datetime | None = None
+    after: timedelta | None = None
+
+    def is_that_of(self, granted_at: datetime, expires_at: datetime | None) -> bool:
+        """Whether credits that were granted then expire so; that they are granted may take a moment."""
+        at = granted_at + self.after if self.after else self.at
+        return at == expires_at or bool(at and expires_at and abs(at - expires_at) <= timedelta(minutes=1))
+
+
+def expiry(text: str) -> Expiry:
+    """When credits expire: after a time (`90d`), with the beginning of a day in UTC (`2027-01-01`) or at an RFC 3339
+    time. ValueError of another text."""
+    try:
+        after = duration(text)
+        if after is not None and timedelta(0) < after < LONGEST_LIFE:
+            return Expiry(after=after)
+        if after is None and 1971 <= (at := time_of(text)).year < 2200:
+            return Expiry(at)
+    except OverflowError:
+        pass
+    raise ValueError(f"{text!r} is not a time: use 90d, 12h, 2027-01-01 or 2027-01-01T08:00:00Z.")
 
 
 def exact(text: str) -> Decimal:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ teams:
   team_alias: Human Resources
   model_groups: [ResumeAgent, ParsingAgent]
   credits: 500
-  schedule: {credits_amount: 500, every: monthly, mode: reset}
+  schedule: {credits_amount: 500, every: monthly, mode: reset, rollover: 200}
 - team_id: acme_it
   organization_id: org_acme
   model_groups: [Code]
@@ -113,7 +114,7 @@ def test_a_file_is_applied_changed_pruned_and_exported(saasllm: Run) -> None:
     changed = (
         ACME.replace("Human Resources", "People")
         .replace("[ResumeAgent, ParsingAgent]", "[Chat, ResumeAgent]")
-        .replace("mode: reset", "mode: top-up")
+        .replace("mode: reset, rollover: 200", "mode: top-up")
         .replace("credits: 500\n", "credits: 600\n")
         .replace("every: daily, mode: add, credits_max: 100, next_on: 2030-01-01", "every: weekly, mode: add")
         .replace("openai/gpt-4o, openai/gpt-4o-mini", "openai/gpt-4o-mini, openai/gpt-4o")
@@ -126,6 +127,7 @@ def test_a_file_is_applied_changed_pruned_and_exported(saasllm: Run) -> None:
         )
     )
     schedule = {"credits_amount": 500, "every": "monthly", "credits_max": None}
+    resets, tops_up = {"mode": "reset", "rollover": 200}, {"mode": "top-up", "rollover": None}
     next_on = saasllm("team", "get", "acme_hr", "-o", "json").data["schedule"]["next_on"]
     expected = [
         (
@@ -146,12 +148,12 @@ def test_a_file_is_applied_changed_pruned_and_exported(saasllm: Run) -> None:
             {
                 "team_alias": "Human Resources",
                 "model_groups": ["ParsingAgent", "ResumeAgent"],
-                "schedule": {**schedule, "mode": "reset", "next_on": next_on},
+                "schedule": {**schedule, **resets, "next_on": next_on},
             },
             {
                 "team_alias": "People",
                 "model_groups": ["Chat", "ResumeAgent"],
-                "schedule": {**schedule, "mode": "top-up", "next_on": next_on},
+                "schedule": {**schedule, **tops_up, "next_on": next_on},
             },
         ),
         ("team", "acme_hr", "differ", {"credits": 500}, {"credits": 600}),
@@ -163,10 +165,19 @@ def test_a_file_is_applied_changed_pruned_and_exported(saasllm: Run) -> None:
                     "every": "daily",
                     "mode": "add",
                     "credits_max": 100,
+                    "rollover": None,
                     "next_on": "2030-01-01",
                 }
             },
-            {"schedule": {"credits_amount": 10, "every": "weekly", "mode": "add", "credits_max": None}},
+            {
+                "schedule": {
+                    "credits_amount": 10,
+                    "every": "weekly",
+                    "mode": "add",
+                    "credits_max": None,
+                    "rollover": None,
+                }
+            },
         ),
         (
             "team",
@@ -413,6 +424,103 @@ def test_opening_credits_are_granted_once_and_are_those_of_team_create(tenant: R
     assert tenant("credits", "balance", "it", "-o", "json").data["credits_remaining"] == 0
 
 
+ENDING = """\
+teams:
+- {team_id: hr, organization_id: acme, credits: {amount: 10, category: paid, priority: 50, expires: null}}
+- {team_id: day, organization_id: acme, credits: {amount: 7, expires: 2130-01-01}}
+- {team_id: "trial{n}", organization_id: acme, count: 2, credits: {
+    amount: 5, category: promotional, priority: 0, expires: "{n}0d"}}
+- {team_id: none, organization_id: acme, credits: {amount: 0, expires: 1d}}
+"""
+
+
+def test_opening_credits_that_end(tenant: Run) -> None:
+    diff = tenant("apply", "-f", "-", "--diff", stdin=ENDING).out.splitlines()
+    assert diff[:4] == [
+        "+ team day organization_id=acme credits=amount=7, expires=2130-01-01T00:00:00Z",
+        "+ team none organization_id=acme credits=0",
+        "+ team trial1 organization_id=acme credits=amount=5, category=promotional, priority=0, expires=10d",
+        "+ team trial2 organization_id=acme credits=amount=5, category=promotional, priority=0, expires=20d",
+    ]
+    assert totals(applied(tenant, ENDING))["team"] == {"created": 4, "unchanged": 1}
+    assert totals(applied(tenant, ENDING, "--diff"))["team"] == {"unchanged": 5}
+
+    (grant,) = tenant("credits", "grants", "trial2", "-o", "json").data
+    assert [grant[field] for field in ("credits_left", "category", "priority")] == [5, "promotional", 0]
+    created, expires = (datetime.fromisoformat(grant[field]) for field in ("created_at", "expires_at"))
+    assert abs(expires - created - timedelta(days=20)) < timedelta(seconds=1)
+    (grant,) = tenant("credits", "grants", "day", "-o", "json").data
+    assert [grant[field] for field in ("category", "priority", "expires_at")] == ["paid", 50, "2130-01-01T00:00:00Z"]
+    # They are those of `team create`.
+    same = ("team", "create", "trial1", "--org", "acme", "--if-not-exists", "--credits", 5, "--category")
+    assert tenant(*same, "promotional", "--priority", 0, "--expires", "10d").status == 0
+
+    exported = tenant("export").out
+    assert totals(applied(tenant, exported, "--diff"))["team"] == {"unchanged": 5}
+    records = {record["team_id"]: record["credits"] for record in yaml.safe_load(exported)["teams"]}
+    assert (records["hr"], records["none"]) == (10, 0)
+    assert records["day"] == {"amount": 7, "expires": "2130-01-01T00:00:00Z"}
+    assert list(records["trial2"]) == ["amount", "category", "priority", "expires"]
+    assert datetime.fromisoformat(records["trial2"]["expires"]) == expires
+    assert tenant("credits", "verify").status == 0
+
+
+def test_other_opening_credits_are_only_told(tenant: Run) -> None:
+    applied(tenant, ENDING)
+    for old, new in (
+        ("10, category", "11, category"),
+        ("paid", "promotional"),
+        ("priority: 50", "priority: 51"),
+        ("null", "1d"),
+        ("2130-01-01", "2130-01-02"),
+        (", expires: 2130-01-01", ""),
+        ("{amount: 7, expires: 2130-01-01}", "7"),
+        ("amount: 0", "amount: 1"),
+    ):
+        text = ENDING.replace(old, new)
+        told = applied(tenant, text, "--diff", status=9)
+        assert totals(told)["team"] == {"unchanged": 4, "differing": 1}, new
+        assert applied(tenant, text) == told
+    text = ENDING.replace("0d", "1d")
+    told = tenant("apply", "-f", "-", "--diff", stdin=text)
+    lines = told.out.splitlines()
+    assert (told.status, lines[0], lines[2]) == (9, "! team trial1", "! team trial2")
+    before, after = lines[1].split(" -> ")
+    terms = "amount=5, category=promotional, priority=0, expires="
+    assert before.startswith(f"    credits: {terms}20")
+    assert after == f"{terms}11d (not applied; see `saasllm credits add`)"
+    assert totals(applied(tenant, ENDING, "--diff"))["team"] == {"unchanged": 5}
+
+
+def test_opening_credits_that_have_expired_are_there_and_no_more(tenant: Run) -> None:
+    """A copy of a tenant may be made later than they did."""
+    text = "teams: [{team_id: old, organization_id: acme, credits: {amount: 7, expires: 2026-01-01T08:00:00+02:00}}]"
+    warning = "Warning: the opening credits of old have already expired.\n"
+    told = tenant("apply", "-f", "-", "--diff", stdin=text)
+    assert warning in told.err
+    assert tenant("apply", "-f", "-", stdin=text) == (0, told.out, warning)
+    expiry, opening = tenant("credits", "transactions", "old", "-o", "json").data
+    assert (opening["credits_after"], opening["expires_at"]) == (7, "2026-01-01T06:00:00Z")
+    assert (expiry["grant_id"], expiry["credits_after"]) == (opening["transaction_id"], 0)
+    assert tenant("apply", "-f", "-", "--diff", stdin=text).err == "No differences.\n"
+    assert tenant("credits", "verify").status == 0
+
+
+def test_what_rolls_over(tenant: Run) -> None:
+    text = (
+        "teams: [{team_id: hr, organization_id: acme, "
+        "schedule: {credits_amount: 5, every: daily, mode: reset, rollover: 5}}]"
+    )
+    applied(tenant, text)
+    assert tenant("team", "get", "hr", "-o", "json").data["schedule"]["rollover"] == 5
+    assert totals(applied(tenant, tenant("export").out, "--diff"))["team"] == {"unchanged": 1}
+    for less, change in (("rollover: 3", {"rollover": 3}), ("rollover: null", {"rollover": None})):
+        (told,) = applied(tenant, text.replace("rollover: 5", less), "--diff", status=9)["changes"]
+        assert told["after"] == {"schedule": told["before"]["schedule"] | change}
+    applied(tenant, text.replace(", rollover: 5", ""))
+    assert tenant("team", "get", "hr", "-o", "json").data["schedule"]["rollover"] is None
+
+
 def test_the_schedule_of_a_file_goes_on_by_itself(tenant: Run) -> None:
     text = (
         "teams: [{team_id: hr, organization_id: acme, "
@@ -571,10 +679,45 @@ BROKEN = {
         "- {team_id: c, organization_id: o, credits: 1e30}\n"
         "- {team_id: d, organization_id: o, credits: 2000000000000000}\n",
         [
-            "3:36: teams[0].credits: it must be at least 0",
-            "4:36: teams[1].credits: it must be a whole number",
-            "5:36: teams[2].credits: it must be a whole number",
-            "6:36: teams[3].credits: it must be at most 1000000000000000",
+            f"{line}:36: teams[{line - 3}].credits: it must be a whole number from 0 to 1000000000000000, or a mapping "
+            "with an amount"
+            for line in range(3, 7)
+        ],
+    ),
+    "credits with more to them": (
+        ORG + "teams:\n"
+        "- {team_id: a, organization_id: o, credits: {}}\n"
+        "- {team_id: b, organization_id: o, credits: {amount: -1, category: included, priority: 101, expires: 0d}}\n"
+        "- {team_id: c, organization_id: o, credits: {amount: 1.5, category: no, priority: a, expires: 90}}\n"
+        "- {team_id: d, organization_id: o, credits: {amount: 5, expires: tomorrow, expire: 1d}}\n"
+        "- {team_id: e, organization_id: o, credits: [5]}\n",
+        [
+            "3:36: teams[0].credits.amount: it is required",
+            "4:46: teams[1].credits.amount: it must be at least 0",
+            "4:58: teams[1].credits.category: it must be 'paid' or 'promotional'",
+            "4:78: teams[1].credits.priority: it must be at most 100",
+            "4:93: teams[1].credits.expires: it must be a time such as 90d, 2027-01-01 or 2027-01-01T08:00:00Z",
+            "5:46: teams[2].credits.amount: it must be a whole number",
+            "5:59: teams[2].credits.category: it must be 'paid' or 'promotional'",
+            "5:73: teams[2].credits.priority: it must be a whole number",
+            "5:86: teams[2].credits.expires: it must be text: put it in quotes",
+            "6:57: teams[3].credits.expires: it must be a time such as 90d, 2027-01-01 or 2027-01-01T08:00:00Z",
+            "6:76: teams[3].credits.expire: unknown field: did you mean expires?",
+            "7:36: teams[4].credits: it must be a whole number from 0 to 1000000000000000, or a mapping with an amount",
+        ],
+    ),
+    "a rollover": (
+        ORG + "teams:\n"
+        "- {team_id: a, organization_id: o, schedule: {credits_amount: 9, every: daily, mode: add, rollover: 5}}\n"
+        "- {team_id: b, organization_id: o, schedule: {credits_amount: 9, every: daily, mode: reset, rollover: 10}}\n"
+        "- {team_id: c, organization_id: o, schedule: {credits_amount: 9, every: daily, mode: reset, rollover: 0}}\n",
+        [
+            *(
+                f"{line}:36: teams[{line - 3}].schedule: rollover requires mode reset, and must not be more than "
+                "credits_amount"
+                for line in (3, 4)
+            ),
+            "5:93: teams[2].schedule.rollover: it must be at least 1",
         ],
     ),
     "a schedule": (
@@ -1014,9 +1157,14 @@ def test_the_schema_is_that_of_the_files(saasllm: Run) -> None:
     validator.check_schema(printed)
     validator.validate(yaml.safe_load(ACME.replace("2030-01-01", "'2030-01-01'")))
     validator.validate(yaml.safe_load(PRICED.replace("1e6", "1000000")))
+    validator.validate(yaml.safe_load(ENDING.replace("2130-01-01", "'2130-01-01'")))
     for wrong in (
         {"prices": [{"credits": -1}]},
         {"teams": [{"team_id": "a", "organization_id": "b", "overdraft": "none"}]},
+        *(
+            {"teams": [{"team_id": "a", "organization_id": "b", "credits": credits_}]}
+            for credits_ in (-1, "5", {}, {"amount": 5, "expire": "1d"}, {"amount": 5, "category": "included"})
+        ),
         {"tems": []},
         {"teams": [{"team_id": "a"}]},
         {"organizations": [{"organization_id": "a b"}]},

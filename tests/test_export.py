@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -94,11 +95,20 @@ schedules = st.tuples(
     st.sampled_from([("daily", "2026-02-03"), ("weekly", "2026-02-02"), ("monthly", "2026-02-01")]),
     st.sampled_from(["add", "reset", "top-up"]),
 )
+terms = st.fixed_dictionaries(
+    {},
+    optional={
+        "category": st.sampled_from(["paid", "promotional"]),
+        "priority": st.sampled_from([0, 50, 100]),
+        "expires_at": st.datetimes(datetime(1980, 1, 1), datetime(2190, 1, 1), timezones=st.just(UTC)),
+    },
+)
 teams = st.fixed_dictionaries(
     {
         "team_alias": labels,
         "status": st.sampled_from(["active", "suspended"]),
         "credits": st.just(0) | st.integers(1, 10**15),
+        "terms": terms,
         "schedule": st.none() | schedules,
         "metadata": metadata,
         "overdraft": st.none() | amounts,
@@ -162,7 +172,7 @@ def build(sql: psycopg.Connection[Any], state: dict[str, dict[str, Any]]) -> Non
             insert("model_group_models", group_name=id_, model_name=name, priority=2 * place, is_active=is_active)
     for id_, item in state["teams"].items():
         groups, credits_, schedule = item.pop("model_groups", ()), item.pop("credits"), item.pop("schedule")
-        prices, limits, overdraft = (item.pop(name) for name in ("prices", "limits", "overdraft"))
+        prices, limits, overdraft, terms = (item.pop(name) for name in ("prices", "limits", "overdraft", "terms"))
         group_prices, group_limits = (item.pop(name, {}) for name in ("group_prices", "group_limits"))
         insert("teams", team_id=id_, **item | {"metadata": exact_json(item["metadata"])})
         insert_prices(prices, team_id=id_)
@@ -184,12 +194,13 @@ def build(sql: psycopg.Connection[Any], state: dict[str, dict[str, Any]]) -> Non
                 credits_before=number * credits_,
                 credits_after=(number + 1) * credits_,
                 idempotency_key=key,
+                **terms,
             )
         if schedule:
             amount, (every, next_on), mode = schedule
-            most = amount if mode == "add" else None
-            fields = {"credits_amount": amount, "every": every, "mode": mode, "credits_max": most, "next_on": next_on}
-            insert("credit_schedules", team_id=id_, **fields)
+            bounds = {"credits_max": amount if mode == "add" else None, "rollover": amount if mode == "reset" else None}
+            fields = {"credits_amount": amount, "every": every, "mode": mode, "next_on": next_on}
+            insert("credit_schedules", team_id=id_, **fields, **bounds)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

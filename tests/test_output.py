@@ -245,6 +245,7 @@ VIEWS = {
     f"team get {TEAM}": "",
     f"team usage {TEAM} --by model": "model calls failed tokens cost_usd",
     f"credits transactions {TEAM}": "id created type amount after reason",
+    f"credits grants {TEAM}": "grant category left expires_at",
     "credits check --below 2000000": "team free",
     "credits forecast": "team remaining runs_out",
     "credits allocate --dry-run": "",
@@ -272,7 +273,8 @@ def filled(saasllm: Run, home: Path) -> dict[str, str]:
         "apply -f tenants.yaml",
         f"job run --team {TEAM} --group {GROUPS[0]} --prompt x --job-type summary_of_a_cv",
         f"job run --team hr --group {GROUPS[0]} --prompt x",
-        f"credits add {TEAM} 500 --reason 'Invoice 2026-4711: additional package for the migration project'",
+        f"credits add {TEAM} 500 --reason 'Invoice 2026-4711: additional package for the migration project' "
+        "--expires 2130-01-01",
         f"credits schedule {TEAM} --amount 100000 --every monthly --mode reset --starts 2026-01-01",
         f"team unassign {TEAM} {GROUPS[0]}",
         "profile add production --protected --password-file /etc/saasllm/secrets/password "
@@ -307,6 +309,20 @@ def test_no_table_is_wider_than_its_terminal(
         if shown and not status:
             (piped, *_), at_all_width = run(*shlex.split(command)).out.splitlines(), at_terminal(1000, command)
             assert piped.split() == at_all_width[0].split(), view
+
+
+def test_what_has_expired_is_shown_with_its_grant(
+    filled: dict[str, str], at_terminal: Callable[..., list[str]], run: Run
+) -> None:
+    grant, *_ = run("credits", "grants", TEAM, "-o", "json").data
+    reason = "The invoice of October was never paid, and will not be"
+    assert run("credits", "revoke", grant["grant_id"], "--reason", reason).status == 0
+    for width in (80, 120):
+        assert f"  Grant {grant['grant_id']}: The " in at_terminal(width, f"credits transactions {TEAM}")[1]
+    header, expiry, *_ = run("credits", "transactions", TEAM).out.splitlines()
+    assert (f"  Grant {grant['grant_id']}: {reason}  " in expiry, "Grant" in header) == (True, False)
+    entry, *_ = run("credits", "transactions", TEAM, "-o", "json").data
+    assert (entry["grant_id"], entry["reason"]) == (grant["grant_id"], reason)
 
 
 def test_an_id_is_whole_at_a_terminal(filled: dict[str, str], at_terminal: Callable[..., list[str]], run: Run) -> None:
@@ -356,5 +372,7 @@ def test_each_command_keeps_within_a_narrow_terminal(
         else:
             lines = at_terminal(40, words, status=9 if command == "credits verify" else 0)
             assert lines or command.split()[1] in ("allocate", "sweep"), command  # what they did is said on stderr
+        if command.startswith("credits add"):
+            names["GRANT"] = str(sql.execute("SELECT max(grant_id) AS id FROM credit_grants").fetchone()["id"])
         if command.startswith(("job run", "job create")):
             names["JOB"] = str(sql.execute("SELECT job_id FROM jobs ORDER BY job_id DESC").fetchone()["job_id"])

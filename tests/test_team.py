@@ -1,5 +1,7 @@
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from conftest import Result
@@ -49,6 +51,58 @@ def test_if_not_exists_compares_groups_and_opening_credits(tenant: Run) -> None:
     assert tenant(*same, "--group", "Echo").error["code"] == "team_differs"
     assert tenant("team", "create", "hr", "--org", "acme").status == 4
     assert len(tenant("credits", "transactions", "hr", "-o", "json").data) == 2
+
+
+def test_opening_credits_that_end(tenant: Run) -> None:
+    create = ("team", "create", "it", "--org", "acme", "-o", "json")
+    terms = ("--category", "promotional", "--priority", 0)
+    refused = [
+        tenant(*create, *options)
+        for options in (terms[:2], terms[2:], ("--expires", "90d"), (*terms, "--credits", 0))  # of which credits?
+    ]
+    assert {result.status for result in refused} == {2}
+    assert "require --credits" in refused[0].err
+    past = tenant(*create, "--credits", 5, "--expires", "2026-01-01")
+    assert (past.status, past.error["message"]) == (2, "--expires 2026-01-01T00:00:00Z is in the past.")
+    for number in (-1, 101, "x"):
+        assert tenant(*create, "--credits", 5, "--priority", number).status == 2
+    assert tenant(*create, "--credits", 5, "--category", "included").status == 2  # that is what a schedule grants
+    assert tenant("team", "get", "it").status == 3
+    assert tenant("team", "create", "it", "--org", "no", "--credits", 5, "--expires", "2026-01-01").status == 3
+
+    assert tenant(*create, "--credits", 5, *terms, "--expires", "90d").data["credits_remaining"] == 5
+    (grant,) = tenant("credits", "grants", "it", "-o", "json").data
+    assert [grant[field] for field in ("category", "priority", "credits_left")] == ["promotional", 0, 5]
+    created, expires = (datetime.fromisoformat(grant[field]) for field in ("created_at", "expires_at"))
+    assert abs(expires - created - timedelta(days=90)) < timedelta(seconds=1)
+
+    same = (*create, "--if-not-exists", "--credits", 5)
+    at = (expires + timedelta(seconds=30)).isoformat()
+    for options in ((), terms, ("--expires", "90d"), ("--expires", at), (*terms, "--expires", grant["expires_at"])):
+        assert tenant(*same, *options).status == 0, options
+    for options, field in (
+        (("--category", "paid"), "category"),
+        (("--priority", 50), "priority"),
+        (("--expires", "91d"), "expires_at"),
+        (("--expires", "2026-01-01"), "expires_at"),
+    ):
+        differs = tenant(*same, *options)
+        assert (differs.status, differs.error["code"]) == (4, "team_differs")
+        assert differs.error["message"].endswith(f"values for: {field}.")
+    opened = (*create[:2], "hr", *create[3:], "--if-not-exists", "--credits", 10)  # with what does not expire
+    assert [tenant(*opened, *terms[:1], "paid").status, tenant(*opened, "--expires", "90d").status] == [0, 4]
+    tenant("team", "create", "empty", "--org", "acme")
+    assert "credits, expires_at" in tenant(*create[:2], "empty", *same[3:], "--expires", "90d").error["message"]
+
+
+def test_a_team_that_is_there_may_have_had_credits_that_have_expired(tenant: Run) -> None:
+    """A script that is run again does not fail because a time has passed."""
+    soon = (datetime.now(UTC) + timedelta(seconds=1)).isoformat()
+    create = ("team", "create", "it", "--org", "acme", "--credits", 5, "--expires", soon, "-o", "json")
+    assert tenant(*create).status == 0
+    time.sleep(1.1)
+    assert tenant(*create, "--if-not-exists").data["credits_remaining"] == 0
+    assert tenant(*create).error["code"] == "team_exists"
 
 
 def test_overdraft(tenant: Run) -> None:

@@ -1,8 +1,9 @@
 """The prepaid credits of teams, and the ledger of all their movements."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import date, datetime, timedelta
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import UUID
 
@@ -15,7 +16,6 @@ from saasllm_cli.commands.inputs import (
     AfterNumber,
     Category,
     Expires,
-    Expiry,
     IdempotencyKey,
     JobName,
     Limit,
@@ -38,6 +38,7 @@ from saasllm_cli.commands.inputs import (
     moment,
     noun,
     number,
+    passed,
     period,
 )
 from saasllm_cli.errors import (
@@ -49,7 +50,7 @@ from saasllm_cli.errors import (
     not_found,
 )
 from saasllm_cli.output import note, progress, remark, show, waiting
-from saasllm_cli.rules import DEFAULT_PRIORITY, MOST_CREDITS
+from saasllm_cli.rules import DEFAULT_PRIORITY, MOST_CREDITS, Expiry
 from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
@@ -311,7 +312,16 @@ def transactions(
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
-    """List the entries of a team's ledger."""
+    """List the entries of a team's ledger.
+
+    Credits that have expired are shown with their grant: it has the ID of the entry that added them.
+    """
+
+    def with_grant(entry: Mapping[str, Any]) -> dict[str, Any]:
+        if entry["grant_id"] is None:
+            return {}
+        return {"reason": ": ".join(filter(None, (f"Grant {entry['grant_id']}", entry["reason"])))}
+
     columns = (
         "transaction_id",
         "created_at",
@@ -338,7 +348,7 @@ def transactions(
         )
         if entries.is_empty and after is not None:
             _require_entry_of(db, team_id, after)
-        show(entries, output, columns, essential)
+        show(entries, output, columns, essential, further=with_grant)
 
 
 @app.command(epilog="saasllm credits schedule team_engineering --amount 500 --every monthly --mode reset")
@@ -609,17 +619,16 @@ def _enter(
     at, after = expires or (None, None)
     try:
         with database.connect() as db:
-            if at and at <= db.one("credits.today")["now"]:
-                raise InvalidInput("usage", f"--expires {at.isoformat()} is in the past.", "Give a time to come.")
-            written = db.found(
-                *("credits.enter", "team", team_id),
-                **given,
-                expires_at=at,
-                expires_in=after,
-                idempotency_key=idempotency_key,
+            written = db.maybe(
+                "credits.enter", **given, expires_at=at, expires_in=after, idempotency_key=idempotency_key
             )
+            if written is None:
+                db.get("team", team_id)  # or it is not there
+                assert at
+                raise passed(at)
             entry = _entry(db, written["transaction_id"], given)
-            _require_expiry(entry, at, after)
+            if not (expires or Expiry()).is_that_of(entry["created_at"], entry["expires_at"]):
+                raise _reused("expires_at")
     except InsufficientCredits as error:
         with database.connect() as db:
             free = db.found("credits.free", "team", team_id, team_id=team_id)["credits_free"]
@@ -634,13 +643,6 @@ def _entry(db: database.Database, transaction_id: int, given: dict[str, Any]) ->
     if different := [field for field, value in given.items() if entry[field] != value]:
         raise _reused(", ".join(different))
     return entry
-
-
-def _require_expiry(entry: database.Row, at: datetime | None, after: timedelta | None) -> None:
-    if after:  # since it was entered, which took a moment
-        at = entry["created_at"] + after
-    if (at is None) != (entry["expires_at"] is None) or (at and abs(at - entry["expires_at"]) > timedelta(minutes=1)):
-        raise _reused("expires_at")
 
 
 def _reused(fields: str) -> Conflict:

@@ -14,7 +14,7 @@ from uuid import UUID
 import typer
 from typer.core import TyperCommand
 
-from saasllm_cli import database
+from saasllm_cli import database, rules
 from saasllm_cli.context import confirm_flag
 from saasllm_cli.errors import Conflict, DatabaseUnavailable, Interrupted, InvalidInput, NotFound, not_found
 from saasllm_cli.output import note, timestamp, warn
@@ -25,10 +25,13 @@ from saasllm_cli.rules import (
     METADATA_DEPTH,
     MODEL_NAME,
     MOST_CREDITS,
+    Expiry,
     depth,
+    duration,
     exact,
     is_label,
     json_bytes,
+    time_of,
 )
 from saasllm_cli.settings import EMBEDDED, Format, settings
 
@@ -36,7 +39,6 @@ EVERY_ROW = 10**18
 MOST_CANDIDATES = 5
 MOST_COMPLETED = 50  # jobs
 RESERVED_KEYS = "opening:"
-AGES = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
 class Verb(TyperCommand):
@@ -103,34 +105,18 @@ def label(value: str) -> str:
 def moment(value: str) -> datetime:
     """A time in the past (`7d`, `12h`), a day in UTC (`2026-11-01`) or an RFC 3339 time."""
     try:
-        if match := re.fullmatch(r"(\d{1,9})([smhdw])", value):
-            return datetime.now(UTC) - timedelta(**{AGES[match[2]]: int(match[1])})
-        parsed = datetime.fromisoformat(value)
+        age = duration(value)
+        return time_of(value) if age is None else datetime.now(UTC) - age
     except (ValueError, OverflowError):
         raise typer.BadParameter(f"{value!r} is not a time: use 7d, 12h, 2026-11-01 or 2026-11-01T08:00:00Z.") from None
-    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
-
-
-class Expiry(NamedTuple):
-    """At a time, or so long after the credits are granted."""
-
-    at: datetime | None = None
-    after: timedelta | None = None
 
 
 def expiry(value: str) -> Expiry:
-    """When credits expire: after a time (`90d`), with the beginning of a day in UTC (`2027-01-01`) or at an RFC 3339
-    time."""
+    """As `rules.expiry`."""
     try:
-        if match := re.fullmatch(r"(\d{1,9})([smhdw])", value):
-            after = timedelta(**{AGES[match[2]]: int(match[1])})
-            if timedelta(0) < after < timedelta(days=366_000):
-                return Expiry(after=after)
-        elif value[:2] in ("19", "20", "21"):
-            return Expiry(moment(value))
-    except (typer.BadParameter, OverflowError):
-        pass
-    raise typer.BadParameter(f"{value!r} is not a time: use 90d, 12h, 2027-01-01 or 2027-01-01T08:00:00Z.")
+        return rules.expiry(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 class Period(NamedTuple):
@@ -381,6 +367,11 @@ def tell_inactive(group_names: list[str]) -> None:
         )
 
 
+def passed(expires_at: datetime) -> InvalidInput:
+    """The error where credits would have expired as they come."""
+    return InvalidInput("usage", f"--expires {timestamp(expires_at)} is in the past.", "Give a time to come.")
+
+
 def require_some(given: dict[str, Any]) -> None:
     """Refuses a change of nothing."""
     if not any(value is not None and value != [] for value in given.values()):
@@ -523,17 +514,17 @@ Search = Annotated[
     ),
 ]
 Category = Annotated[
-    Literal["paid", "promotional"],
+    Literal["paid", "promotional"] | None,
     typer.Option(help="Whether the credits were paid for or given away."),
 ]
 Priority = Annotated[
-    int,
+    int | None,
     typer.Option(min=0, max=100, metavar="N", help="Use these credits before those of a higher priority (0 to 100)."),
 ]
 Expires = Annotated[
     Expiry | None,
     typer.Option(
-        "--expires", parser=expiry, metavar="WHEN", help="When they expire: 90d, 2027-01-01 or an RFC 3339 time."
+        "--expires", parser=expiry, metavar="WHEN", help="When the credits expire: 90d, 2027-01-01 or an RFC 3339 time."
     ),
 ]
 IdempotencyKey = Annotated[

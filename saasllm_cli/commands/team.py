@@ -9,6 +9,8 @@ from saasllm_cli.commands.inputs import (
     A_GROUP,
     AN_ORGANIZATION,
     After,
+    Category,
+    Expires,
     GroupFilter,
     GroupNames,
     IfExists,
@@ -19,6 +21,7 @@ from saasllm_cli.commands.inputs import (
     Order,
     OrgFilter,
     Output,
+    Priority,
     Search,
     StatusFilter,
     TeamId,
@@ -32,6 +35,7 @@ from saasllm_cli.commands.inputs import (
     missing_allowed,
     noun,
     overdraft,
+    passed,
     require,
     require_some,
     same_or_conflict,
@@ -39,8 +43,9 @@ from saasllm_cli.commands.inputs import (
 )
 from saasllm_cli.commands.purge import Confirm, Purge, Redact, purged
 from saasllm_cli.commands.usage import By, From, InPeriod, To, show_usage, span
-from saasllm_cli.errors import Conflict, not_found
+from saasllm_cli.errors import Conflict, InvalidInput, not_found
 from saasllm_cli.output import note, show
+from saasllm_cli.rules import DEFAULT_PRIORITY, Expiry
 from saasllm_cli.settings import Format
 
 app = noun()
@@ -58,7 +63,8 @@ Overdraft = Annotated[
 
 @app.command(
     epilog='saasllm team create team_engineering --org org_acme_corp --alias "Engineering Team" '
-    "--group ResumeAgent --group ParsingAgent --credits 500"
+    "--group ResumeAgent --group ParsingAgent --credits 500\n"
+    "saasllm team create team_trial --org org_acme_corp --credits 50 --category promotional --expires 30d"
 )
 def create(
     team_id: TeamId,
@@ -77,17 +83,31 @@ def create(
         int | None,
         typer.Option("--credits", parser=credits_from(0), metavar="N", help="Credits to start with (default: 0)."),
     ] = None,
+    category: Category = None,
+    priority: Priority = None,
+    expires: Expires = None,
     overdraft: Overdraft = None,
     metadata: Metadata = [],
     if_not_exists: IfNotExists = False,
     output: Output = None,
 ) -> None:
-    """Create a team."""
+    """Create a team.
+
+    --category, --priority and --expires are those of the credits to start with, as in `saasllm credits add`.
+    """
+    if not credits_ and (category, priority, expires) != (None, None, None):
+        raise InvalidInput(
+            "usage", "--category, --priority and --expires require --credits.", "Add --credits N, or omit them."
+        )
+    at, after = expires or Expiry()
     given = {
         "organization_id": org,
         "team_alias": alias,
         "model_groups": sorted(unique(group, "--group")) or None,
         "credits": credits_,
+        "category": category,
+        "priority": priority,
+        "expires_at": expires,
         "credits_overdraft": overdraft,
         "metadata": merged(metadata) if metadata else None,
     }
@@ -100,6 +120,10 @@ def create(
             team_alias=alias or team_id,
             group_names=given["model_groups"] or [],
             credits=credits_ or 0,
+            category=category or "paid",
+            priority=DEFAULT_PRIORITY if priority is None else priority,
+            expires_at=at,
+            expires_in=after,
             metadata=given["metadata"] or {},
         )
         if result["created"] and overdraft is not None:
@@ -112,9 +136,14 @@ def create(
             raise not_found("organization", org)
         if missing := result["missing_groups"]:
             raise not_found("group", ", ".join(missing))
+        if at and result["is_too_late"]:
+            raise passed(at)
         team = db.get("team", team_id)
         if not result["created"]:
-            existing = team | db.one("team.opening_credits", team_id=team_id)
+            opening = db.one("team.opening_credits", team_id=team_id)
+            existing = team | opening
+            if expires and expires.is_that_of(opening["granted_at"], opening["expires_at"]):
+                existing["expires_at"] = expires
             existing["credits_overdraft"] = (
                 "unlimited" if team["credits_overdraft"] is None else str(team["credits_overdraft"])
             )

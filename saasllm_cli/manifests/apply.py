@@ -123,6 +123,8 @@ def write(
         on_progress("Writing …")
         for name in WRITES:
             db.none(name)
+        if expired := expired_credits(db):
+            db.one("credits.expire", team_ids=expired, is_listing=False)
         if db.one("apply.limits")["are_changed"]:
             db.none("apply.lock_jobs")
         for name in WRITES_BESIDE_JOBS:
@@ -134,6 +136,11 @@ def write(
     busy = Conflict("apply_running", "Another `saasllm apply` has been running for an hour.", "Try again later.")
     db.hold("apply", busy, WAIT_SECONDS, on_wait)
     return db.transaction(work)
+
+
+def expired_credits(db: Database) -> list[str]:
+    """The new teams whose opening credits have expired already: what was exported may be older than they."""
+    return [row["team_id"] for row in db.many("apply.expired_credits")]
 
 
 def _changed_meanwhile() -> Conflict:

@@ -5,7 +5,7 @@ What a record does not name is left as it is, or has its default where the recor
 
 import re
 from collections.abc import Callable, Iterator
-from datetime import date
+from datetime import UTC, date
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
@@ -25,6 +25,7 @@ from pydantic_core import PydanticCustomError
 from saasllm_cli.rules import (
     DAY,
     DECIMALS,
+    DEFAULT_PRIORITY,
     IDENTIFIER,
     LONGEST_NAME,
     METADATA_BYTES,
@@ -33,6 +34,7 @@ from saasllm_cli.rules import (
     MOST_ALERTS,
     MOST_CREDITS,
     MOST_RATE,
+    expiry,
     is_label,
     is_storable,
     plain,
@@ -332,6 +334,46 @@ class ModelGroup(_Object):
     )
 
 
+def _expiry(value: str) -> str:
+    try:
+        at, _ = expiry(value)
+    except ValueError:
+        raise _refused("it must be a time such as 90d, 2027-01-01 or 2027-01-01T08:00:00Z") from None
+    return value if at is None else at.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+class OpeningCredits(_Whole):
+    """Credits that a team is created with."""
+
+    amount: Credits
+    category: Literal["paid", "promotional"] = Field(
+        "paid", description="Whether the credits were paid for or given away."
+    )
+    priority: int = Field(
+        DEFAULT_PRIORITY, ge=0, le=100, description="Use these credits before those of a higher priority."
+    )
+    expires: Annotated[str, AfterValidator(_expiry)] | None = Field(
+        None, description="When they expire: so long after the team is created (90d), 2027-01-01 or an RFC 3339 time."
+    )
+
+    @model_serializer
+    def _without_defaults(self) -> Any:
+        """Of credits as they usually are, their number."""
+        fields = super()._without_defaults()
+        return fields if self.amount and fields.keys() != {"amount"} else self.amount
+
+
+def _amount(value: Any) -> Any:
+    if isinstance(value, dict):
+        return value
+    if type(value) is not int or not 0 <= value <= MOST_CREDITS:
+        raise _refused(f"it must be a whole number from 0 to {MOST_CREDITS}, or a mapping with an amount")
+    return {"amount": value}
+
+
+NumberOfCredits = Annotated[OpeningCredits, BeforeValidator(_amount, json_schema_input_type=Credits | OpeningCredits)]
+
+
 def _day(value: str) -> str:
     try:
         if not DAY.fullmatch(value):
@@ -378,8 +420,9 @@ class Team(_Object):
     model_groups: Annotated[list[Identifier], AfterValidator(_once)] = Field(
         [], description="Groups that the team may use."
     )
-    credits: int = Field(
-        0, ge=0, le=MOST_CREDITS, description="Credits to start with. To add more later, use `saasllm credits add`."
+    credits: NumberOfCredits = Field(
+        0,  # type: ignore[assignment]
+        description="Credits to start with. To add more later, use `saasllm credits add`.",
     )
     overdraft: Overdraft = Field(0, description="How far below zero the team may go: credits, or unlimited.")
     schedule: Annotated[Schedule, _with(credits_max=None, rollover=None)] | None = Field(
@@ -418,7 +461,13 @@ SECTIONS: dict[str, tuple[str, type[_Object], Callable[[dict[str, Any]], str | N
     "prices": ("price", ScopedPrice, _scope),
 }
 # By the field of a record.
-PARTS: dict[str | int, type[_Object]] = {"models": Model, "schedule": Schedule, "price": Price, "limits": Limit}
+PARTS: dict[str | int, type[_Object]] = {
+    "models": Model,
+    "credits": OpeningCredits,
+    "schedule": Schedule,
+    "price": Price,
+    "limits": Limit,
+}
 
 
 def in_order(fields: dict[str, Any], definition: type[_Object]) -> dict[str, Any]:

@@ -89,6 +89,22 @@ CROSS JOIN LATERAL (
     WHERE group_name = g.group_name
 ) m;
 
+-- A time, in the form in which files and answers have it.
+CREATE FUNCTION rfc_3339(moment timestamptz) RETURNS text
+LANGUAGE sql STABLE PARALLEL SAFE
+RETURN to_char(moment AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS') || CASE
+    WHEN date_trunc('second', moment) <> moment THEN to_char(moment, '.US')
+    ELSE ''
+END || 'Z';
+
+-- When credits expire that a file lets expire so, 90d after they are granted or at a time.
+CREATE FUNCTION time_of_expiry(expires text, granted_at timestamptz) RETURNS timestamptz
+LANGUAGE sql STABLE PARALLEL SAFE
+RETURN CASE
+    WHEN expires ~ '^[0-9]+[smhdw]$' THEN granted_at + expires::interval
+    ELSE expires::timestamptz
+END;
+
 -- With the credits that the team was opened with, which are not what it has.
 CREATE VIEW team_records AS
 SELECT
@@ -99,7 +115,7 @@ SELECT
         'model_groups', ARRAY(
             SELECT group_name FROM team_model_groups WHERE team_id = t.team_id ORDER BY group_name
         ),
-        'credits', opened.credits,
+        'credits', opening.record,
         'overdraft', (
             SELECT coalesce(to_jsonb(credits_overdraft), '"unlimited"') FROM team_credits WHERE team_id = t.team_id
         ),
@@ -127,18 +143,26 @@ SELECT
         ),
         'metadata', t.metadata
     ) AS record,
-    opened.credits
+    opening.record AS credits,
+    opening.granted_at
 FROM teams t
 CROSS JOIN LATERAL (
-    SELECT coalesce(
-        (
-            SELECT credits_amount
-            FROM credit_transactions
-            WHERE idempotency_key = 'opening:' || t.team_id AND team_id = t.team_id
-        ),
-        0
-    ) AS credits
-) AS opened;
+    SELECT
+        CASE
+            WHEN c.category <> 'paid' OR c.priority <> 50 OR c.expires_at IS NOT NULL THEN jsonb_strip_nulls(
+                jsonb_build_object(
+                    'amount', c.credits_amount,
+                    'category', nullif(c.category::text, 'paid'),
+                    'priority', nullif(c.priority, 50),
+                    'expires', rfc_3339(c.expires_at)
+                )
+            )
+            ELSE to_jsonb(coalesce(c.credits_amount, 0))
+        END AS record,
+        c.created_at AS granted_at
+    FROM (SELECT) AS team
+    LEFT JOIN credit_transactions c ON c.idempotency_key = 'opening:' || t.team_id AND c.team_id = t.team_id
+) AS opening;
 
 -- Those of whole organizations, groups and teams stand in their records: they are short. One of a group that is not
 -- there holds for no job, and could not be applied.

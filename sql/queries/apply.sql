@@ -186,13 +186,24 @@ LEFT JOIN LATERAL (
 WHERE existing.record IS NULL OR difference.after IS NOT NULL;
 
 -- name: compare_credits() :none
--- A team is given its opening credits once; that they are others now is only told.
+-- A team is given its opening credits once; that they are others now is only told. They expire as the file says where
+-- that is at the same minute.
 INSERT INTO pg_temp.change (noun, id, action, before, after)
-SELECT
-    noun, id, 'differ', jsonb_build_object('credits', t.credits), jsonb_build_object('credits', s.fields -> 'credits')
+SELECT noun, id, 'differ', jsonb_build_object('credits', t.credits), jsonb_build_object('credits', given.credits)
 FROM staged s
 JOIN team_records t ON t.team_id = s.id
-WHERE s.noun = 'team' AND (s.fields ->> 'credits')::bigint <> t.credits;
+CROSS JOIN LATERAL (SELECT s.fields -> 'credits' AS credits) AS given
+WHERE s.noun = 'team'
+  AND CASE
+      WHEN abs(
+          EXTRACT(
+              epoch FROM time_of_expiry(given.credits ->> 'expires', t.granted_at)
+              - (t.credits ->> 'expires')::timestamptz
+          )
+      ) <= 60
+          THEN jsonb_set(given.credits, '{expires}', t.credits -> 'expires')
+      ELSE given.credits
+  END <> t.credits;
 
 -- name: compare_pruned() :none
 -- The teams of the organizations that are named, which are not named themselves: deleted, or with history suspended.
@@ -250,6 +261,15 @@ FROM staged s
 WHERE s.noun = 'group'
   AND NOT EXISTS (SELECT FROM model_group_models m WHERE m.group_name = s.id AND m.is_active)
 ORDER BY s.id;
+
+-- name: expired_credits() :many
+-- The new teams whose opening credits have expired already.
+SELECT id AS team_id
+FROM change
+WHERE noun = 'team'
+  AND action = 'create'
+  AND time_of_expiry(after -> 'credits' ->> 'expires', clock_timestamp()) <= clock_timestamp()
+ORDER BY id;
 
 -- name: create_organizations() :none
 INSERT INTO organizations (organization_id, name, status, metadata)
@@ -337,14 +357,17 @@ ON CONFLICT (team_id, group_name) DO NOTHING;
 
 -- name: open_credits() :none
 INSERT INTO credit_transactions (
-    team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after, reason,
-    idempotency_key
+    team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after, category,
+    priority, expires_at, reason, idempotency_key
 )
 SELECT
-    id, after ->> 'organization_id', 1, 'allocation', (after ->> 'credits')::bigint, 0, (after ->> 'credits')::bigint,
+    id, after ->> 'organization_id', 1, 'allocation', amount, 0, amount, coalesce(given ->> 'category', 'paid'),
+    coalesce((given ->> 'priority')::integer, 50), time_of_expiry(given ->> 'expires', clock_timestamp()),
     'Opening credits', 'opening:' || id
 FROM change
-WHERE noun = 'team' AND action = 'create' AND (after ->> 'credits')::bigint > 0
+CROSS JOIN LATERAL (SELECT after -> 'credits' AS given) AS credits
+CROSS JOIN LATERAL (SELECT coalesce(given -> 'amount', given)::bigint AS amount) AS number
+WHERE noun = 'team' AND action = 'create' AND amount > 0
 ORDER BY id;
 
 -- name: set_schedules() :none

@@ -38,7 +38,8 @@ WHERE t.team_id = %(team_id)s
 GROUP BY t.team_id;
 
 -- name: enter(team_id, transaction_type, credits_amount, category, priority, expires_at, expires_in, reason, source, idempotency_key) :maybe
--- The new entry, or the one that the key has made already. Nothing where there is no such team.
+-- The new entry, or the one that the key has made already. Nothing where there is no such team, or it would have
+-- expired already.
 WITH existing AS (
     SELECT transaction_id FROM credit_transactions WHERE idempotency_key = %(idempotency_key)s
 ),
@@ -46,7 +47,10 @@ balance AS (
     SELECT t.team_id, t.organization_id, c.last_entry_no, c.credits_remaining
     FROM teams t
     CROSS JOIN LATERAL lock_balance(t.team_id::text) AS c
-    WHERE t.team_id = %(team_id)s AND NOT EXISTS (SELECT FROM existing) AND c.last_entry_no IS NOT NULL
+    WHERE t.team_id = %(team_id)s
+      AND NOT EXISTS (SELECT FROM existing)
+      AND c.last_entry_no IS NOT NULL
+      AND coalesce(%(expires_at)s::timestamptz > statement_timestamp(), true)
 ),
 entry AS (
     INSERT INTO credit_transactions (
@@ -641,7 +645,7 @@ DELETE FROM credit_schedules WHERE team_id = %(team_id)s RETURNING team_id;
 
 -- name: today() :one
 -- By the clock of the database, which all machines share.
-SELECT (now() AT TIME ZONE 'UTC')::date AS today, now() AS now;
+SELECT (now() AT TIME ZONE 'UTC')::date AS today;
 
 -- name: due(as_of, every, organization_id, team_id, after, row_limit) :many
 -- The next teams to be allocated to, or whose credits have expired, by their ids (behind `after`), with all of their

@@ -1,8 +1,8 @@
 -- Teams, with what they may use and what they have left.
 
--- name: create(team_id, organization_id, team_alias, group_names, credits, metadata) :one
+-- name: create(team_id, organization_id, team_alias, group_names, credits, category, priority, expires_at, expires_in, metadata) :one
 -- The team, its groups and its opening credits with their ledger row, or none of it. Says whether the team was
--- created (not where the id is taken) and what of the request is missing.
+-- created (not where the id is taken), what of the request is missing, and whether its credits would have expired.
 WITH request AS (
     SELECT
         EXISTS (SELECT FROM organizations WHERE organization_id = %(organization_id)s) AS organization_exists,
@@ -10,13 +10,15 @@ WITH request AS (
             SELECT asked.group_name
             FROM unnest(%(group_names)s::text[]) AS asked (group_name)
             WHERE NOT EXISTS (SELECT FROM model_groups g WHERE g.group_name = asked.group_name)
-        ) AS missing_groups
+        ) AS missing_groups,
+        coalesce(%(expires_at)s::timestamptz <= clock_timestamp(), false)
+            AND NOT EXISTS (SELECT FROM teams WHERE team_id = %(team_id)s) AS is_too_late
 ),
 created AS (
     INSERT INTO teams (team_id, organization_id, team_alias, metadata)
     SELECT %(team_id)s, %(organization_id)s, %(team_alias)s, %(metadata)s
     FROM request
-    WHERE organization_exists AND missing_groups = '{}'
+    WHERE organization_exists AND missing_groups = '{}' AND NOT is_too_late
     ON CONFLICT (team_id) DO NOTHING
     RETURNING team_id, organization_id
 ),
@@ -28,10 +30,11 @@ assigned AS (
 opening AS (
     INSERT INTO credit_transactions (
         team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after, category,
-        priority, reason, idempotency_key
+        priority, expires_at, reason, idempotency_key
     )
     SELECT
-        team_id, organization_id, 1, 'allocation', %(credits)s::bigint, 0, %(credits)s::bigint, 'paid', 50,
+        team_id, organization_id, 1, 'allocation', %(credits)s::bigint, 0, %(credits)s::bigint, %(category)s,
+        %(priority)s, coalesce(%(expires_at)s::timestamptz, clock_timestamp() + %(expires_in)s::interval),
         'Opening credits', 'opening:' || team_id
     FROM created
     WHERE %(credits)s::bigint > 0
@@ -39,7 +42,8 @@ opening AS (
 SELECT
     EXISTS (SELECT FROM created) AS created,
     organization_exists,
-    missing_groups
+    missing_groups,
+    is_too_late
 FROM request;
 
 -- name: get(team_id) :maybe
@@ -106,9 +110,15 @@ LIMIT %(row_limit)s;
 
 -- name: opening_credits(team_id) :one
 -- What the team was created with; 0 where nothing.
-SELECT coalesce(sum(credits_amount), 0)::bigint AS credits
-FROM credit_transactions
-WHERE idempotency_key = 'opening:' || %(team_id)s::text;
+SELECT
+    coalesce(c.credits_amount, 0) AS credits,
+    coalesce(c.category, 'paid') AS category,
+    coalesce(c.priority, 50) AS priority,
+    c.expires_at,
+    coalesce(c.created_at, t.created_at) AS granted_at
+FROM teams t
+LEFT JOIN credit_transactions c ON c.idempotency_key = 'opening:' || t.team_id
+WHERE t.team_id = %(team_id)s;
 
 -- name: update(team_id, team_alias, metadata, unset_metadata) :maybe
 -- What is not given stays; metadata is merged, key by key.
