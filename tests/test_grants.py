@@ -23,6 +23,7 @@ from saasllm_cli.jobs.calls import Call, CallRequest
 
 Run = Callable[..., Result]
 Sql = psycopg.Connection[dict[str, Any]]
+CALL = {"model_group_used": "Echo", "resolved_model": "offline/echo", "attempt": 1, "began": 0, "latency_ms": 1}
 Shares = dict[str, tuple[int, int, int]]
 
 
@@ -331,6 +332,63 @@ def test_one_that_ends_after_the_other_while_jobs_hold_both(team: Team) -> None:
     assert team.shares() == {"a": (0, 0, 5), "b": (5, 0, 0), "opening": (0, 0, 10)}
     settle(first, None)
     assert team.shares() == {"opening": (0, 0, 10), "b": (5, 0, 0), "a": (0, 5, 0)}
+
+
+def test_an_end_at_a_charge_leaves_what_that_charge_is_for(team: Team) -> None:
+    """The charge is the first to see that another grant has expired."""
+    team.grant("a", 5, days=1)
+    job = team.begin(3)
+    team.end("a")
+    team.use(1)
+    team.grant("b", 5, days=1)
+    team.end("b")
+    settle(job, 3)
+    assert team.shares() == {"a": (3, 2, 0), "b": (0, 5, 0), "opening": (1, 0, 9)}
+
+
+@pytest.mark.parametrize(
+    ("charges", "soon"),
+    [
+        ([3, None], (3, 2, 0)),
+        ([None, 3], (3, 2, 0)),
+        ([None, None], (0, 5, 0)),
+        ([1, None], (1, 4, 0)),
+        ([2, 3], (5, 0, 0)),
+    ],
+)
+def test_jobs_that_end_in_one_statement(team: Team, charges: list[int | None], soon: tuple[int, ...]) -> None:
+    team.grant("soon", 5, days=1)
+    jobs = [team.begin(3) for _ in charges]
+    team.end("soon")
+    team.use(0)
+    results = [
+        {
+            "job_id": str(job),
+            "status": "failed" if charge is None else "completed",
+            "calls": [] if charge is None else [CALL | {"cost_usd": charge}],
+        }
+        for job, charge in zip(jobs, charges, strict=True)
+    ]
+    with database.connect() as db:
+        settled = db.many("job.settle_many", results=database.exact_json(results), is_final=True)
+    assert all(row["settled"] for row in settled)
+    assert team.shares()["soon"] == soon
+    stored = team.sql.execute("SELECT credits_remaining FROM team_credits").fetchone()
+    assert stored == {"credits_remaining": team.remaining()}
+
+
+def test_what_is_given_back_to_a_used_up_grant_expires_with_it(team: Team) -> None:
+    team.grant("soon", 1, days=2)
+    team.grant("sooner", 1, days=1)
+    team.use(1)
+    job = team.use(1)
+    team.end("sooner")
+    team.use(1)  # nothing of either is left to expire
+    team.refund(job)
+    team.refund(team.use(1))
+    assert team.left()["opening"] == 10
+    team.end("soon")
+    assert team.remaining() == 10
 
 
 def test_a_grant_that_is_used_first_takes_the_place_of_what_a_job_holds(team: Team) -> None:
