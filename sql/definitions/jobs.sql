@@ -225,18 +225,12 @@ BEGIN
             GROUP BY team_id
             ORDER BY team_id
         ) AS ended;
-        -- What they held and nobody else may use any more; not before the charges of the same statement are counted.
+        -- What they held and nobody else may use any more.
         expired := ARRAY(
             SELECT DISTINCT job.team_id::text
             FROM new_rows job
             JOIN ONLY public.team_credits c ON c.team_id = job.team_id
-            WHERE job.job_id = ANY (released)
-              AND job.created_at < c.held_expired_at
-              AND NOT EXISTS (
-                  SELECT
-                  FROM ONLY public.credit_transactions entry
-                  WHERE entry.team_id = c.team_id AND entry.entry_no > c.last_entry_no
-              )
+            WHERE job.job_id = ANY (released) AND job.created_at < c.held_expired_at
         );
         IF expired <> '{}' THEN
             PERFORM public.expire_credits(expired, and_released => true);
