@@ -75,6 +75,7 @@ HEADINGS = {
     "database_url": "database",
     "display_name": "name",
     "error_message": "error",
+    "expires_at": "expires",
     "failed_calls": "failed",
     "first_at": "first",
     "grant_id": "grant",

@@ -18,8 +18,9 @@ batch: `job batch` in one process and in two, 64 calls at once in each, against 
 with as many, both at a server on loopback that answers at once. What counts is their pace between a tenth and nine
 tenths of their way: how long they take to load litellm is not in it.
 
-allocation: `allocate` for teams that are all due, and where none is, against an INSERT and an UPDATE that write the
-same rows in one transaction, under the same triggers, and check nothing themselves. And what a loop would take.
+allocation: `allocate` for teams that are all due, and where none is, with credits that all expire at once, as their
+period is over, against INSERTs and an UPDATE that write the same rows in one transaction, under the same triggers, and
+check nothing themselves. And what a loop would take, of credits that last.
 
 apply: organizations and a hundred times as many teams from a file of JSON lines, against a COPY of the same rows into
 the same tables, with their indexes, constraints and triggers; and from the same file in YAML, and its parser alone.
@@ -133,20 +134,32 @@ KINDS = {
 }
 SCHEDULES = """
     INSERT INTO credit_schedules (team_id, credits_amount, every, mode, next_on)
-    SELECT team_id, 500, 'monthly', 'add', '2001-01-01' FROM teams;
+    SELECT team_id, 500, 'monthly', 'reset', '2001-01-01' FROM teams;
 """
 BARE_ALLOCATION = """
     INSERT INTO credit_transactions (
-        team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after, reason,
-        period
+        team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after, category,
+        expires_at, reason, period
     )
     SELECT
         team_id, t.organization_id, c.last_entry_no + 1, 'allocation', s.credits_amount, c.credits_remaining,
-        c.credits_remaining + s.credits_amount, 'Allocation for {day:%Y-%m}', '{day:%Y-%m}'
+        c.credits_remaining + s.credits_amount, 'included', '{day}'::timestamptz + interval '1 month',
+        'Allocation for {day:%Y-%m}', '{day:%Y-%m}'
     FROM credit_schedules s
     JOIN teams t USING (team_id)
     JOIN team_credits c USING (team_id)
     WHERE s.next_on <= '{day}';
+    INSERT INTO credit_transactions (
+        team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after, reason,
+        grant_id
+    )
+    SELECT
+        team_id, t.organization_id, c.last_entry_no + 1, 'expiry', -g.credits_left, c.credits_remaining,
+        c.credits_remaining - g.credits_left, 'Expired', g.grant_id
+    FROM credit_grants g
+    JOIN teams t USING (team_id)
+    JOIN team_credits c USING (team_id)
+    WHERE g.credits_left > 0 AND g.expires_at <= now();
     UPDATE credit_schedules SET next_on = (next_on + interval '1 month')::date WHERE next_on <= '{day}';
 """
 

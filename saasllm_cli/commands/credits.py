@@ -100,7 +100,8 @@ def balance(
 ) -> None:
     """Show a team's credit balance.
 
-    Shows what the team was granted, has used, has reserved for running jobs and has left, and its overdraft.
+    Shows what the team was granted, has used, has reserved for running jobs and has left, its overdraft, and which of
+    its credits expire next.
     """
     with database.connect() as db:
         if as_of is None:
@@ -110,7 +111,10 @@ def balance(
     show(credits_, output)
 
 
-@app.command(epilog='saasllm credits add team_engineering 100 --reason "Monthly allocation"')
+@app.command(
+    epilog='saasllm credits add team_engineering 100 --reason "Invoice 2026-118"\n'
+    "saasllm credits add team_engineering 1000 --category promotional --expires 90d"
+)
 def add(
     team_id: TeamId,
     amount: Annotated[
@@ -126,8 +130,8 @@ def add(
 ) -> None:
     """Add credits to a team.
 
-    A team's credits are used in this order: the lowest priority first, then those that expire first, then promotional
-    before included before paid, then the oldest. Included are those of its schedule.
+    A team uses its credits in this order: those with the lowest priority number first, then those that expire first,
+    then promotional before included before paid, then the oldest. Included credits are those that its schedule grants.
     """
     grant = {"category": category, "priority": priority}
     _enter(team_id, "allocation", amount, reason, source, idempotency_key, output, expires, grant)
@@ -136,15 +140,15 @@ def add(
 @app.command(epilog="saasllm credits grants team_engineering --all -o csv")
 def grants(
     team_id: TeamId,
-    all_: Annotated[bool, typer.Option("--all", help="Show also grants that are used up or have expired.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="Also show grants that are used up or have expired.")] = False,
     after: AfterNumber = None,
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
     """List a team's grants of credits, and what is left of each.
 
-    In the order in which they are used; those that have nothing left follow, newest first. What has expired and running
-    jobs still hold counts as left.
+    They are listed in the order in which they are used. With --all, those with nothing left follow, newest first.
+    Expired credits that running jobs still hold count as left.
     """
     columns = (
         *("grant_id", "category", "priority", "credits_amount", "credits_used", "credits_expired", "credits_left"),
@@ -171,7 +175,7 @@ def revoke(
 ) -> None:
     """Let what is left of a grant expire now.
 
-    What running jobs hold of it is left to them.
+    Running jobs keep the credits that they hold; what they do not use expires when they end.
     """
     given = {"transaction_type": "expiry", "grant_id": grant_id, "reason": reason}
     with database.connect() as db:
@@ -200,7 +204,8 @@ def refund(
 ) -> None:
     """Refund the credits that a job was charged.
 
-    All of its credits are given back, once. The job stays completed.
+    All of its credits are given back, once, to the grants that were used last; in place of expired ones, as credits
+    that do not expire. The job stays completed.
     """
     job_id = job_id_of(job)
     given = {"transaction_type": "refund", "job_id": job_id, "reason": reason, "source": source}
@@ -331,6 +336,7 @@ def transactions(
         "reason",
         "actor",
         "job_id",
+        "grant_id",
         "command",
     )
     essential = ("created_at", "transaction_type", "credits_amount", "credits_after")
@@ -364,8 +370,8 @@ def schedule(
     mode: Annotated[
         Literal["add", "reset", "top-up"] | None,
         typer.Option(
-            help="Credits that last (add), that expire with their period (reset), or only as many as fill up what is "
-            "left of earlier periods to --amount (top-up)."
+            help="Grant credits that do not expire (add), credits that expire with their period (reset), or only as "
+            "many as bring the included credits back up to --amount (top-up)."
         ),
     ] = None,
     max_: Annotated[
@@ -451,7 +457,9 @@ def allocate(
 ) -> None:
     """Grant scheduled credits to all teams that are due.
 
-    Run it from cron, as often as you like: each period is granted once, and if none is due, nothing is printed.
+    Run it from cron, as often as you like: each period is granted once, and if none is due, nothing is printed. It also
+    enters expired credits in the ledger; nobody can use them, whether it has run or not.
+
     Suspended teams are skipped; once resumed, they get the periods they missed, as far as --catch-up goes. Exit 9 if
     the credits of a team could not be granted.
 

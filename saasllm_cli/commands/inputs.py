@@ -519,12 +519,15 @@ Category = Annotated[
 ]
 Priority = Annotated[
     int | None,
-    typer.Option(min=0, max=100, metavar="N", help="Use these credits before those of a higher priority (0 to 100)."),
+    typer.Option(min=0, max=100, metavar="N", help="From 0 to 100; credits with a lower number are used first."),
 ]
 Expires = Annotated[
     Expiry | None,
     typer.Option(
-        "--expires", parser=expiry, metavar="WHEN", help="When the credits expire: 90d, 2027-01-01 or an RFC 3339 time."
+        "--expires",
+        parser=expiry,
+        metavar="WHEN",
+        help="When the credits expire: 90d (in 90 days), 2027-01-01 or an RFC 3339 time.",
     ),
 ]
 IdempotencyKey = Annotated[
