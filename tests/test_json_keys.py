@@ -137,8 +137,8 @@ COMMANDS: dict[str, list[Any]] = {
     ],
     "credits forecast": [
         [
-            *("team_id", "organization_id", "credits_remaining", "credits_overdraft", "credits_per_day", "days_left"),
-            *("runs_out_on", "next_on", "next_amount"),
+            *("team_id", "organization_id", "credits_remaining", "credits_overdraft", "credits_expiring"),
+            *("next_expiry_at", "credits_per_day", "days_left", "runs_out_on", "next_on", "next_amount"),
         ]
     ],
     "job create --team hr": CHARGED_JOB,

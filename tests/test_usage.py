@@ -341,7 +341,7 @@ def test_credits_by_category_are_those_of_each_credit(tenant: Run, sql: psycopg.
 
     began = datetime(2026, 1, 1, tzinfo=UTC)
     sql.execute("SET session_replication_role = replica")
-    sql.execute("UPDATE credit_transactions SET created_at = %s + entry_no / 2 * interval '90 hours 1 second'", [began])
+    sql.execute("UPDATE credit_transactions SET created_at = %s + entry_no / 3 * interval '90 hours 1 second'", [began])
     entries = sql.execute("SELECT * FROM credit_transactions ORDER BY team_id, entry_no").fetchall()
     assert {entry["transaction_type"] for entry in entries} == set(get_args(TransactionType))
     by_team = {
