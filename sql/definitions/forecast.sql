@@ -178,7 +178,13 @@ BEGIN
                 AND granted = schedule.credits_amount AND first = place AND owed = 0
             THEN
                 shortage := credits_per_day * longest - granted;
-                periods := floor(least((total - granted) / shortage, (least(next_end, last_day) - day) / longest - 1));
+                periods := floor(
+                    least(
+                        (total - granted) / shortage,
+                        -- Its own end must not reach that of another, which would then be used before.
+                        (least(next_end, last_day) - day) / longest - 1 - tolerance
+                    )
+                );
                 IF periods > 0 THEN
                     schedule.next_on := schedule.next_on + periods * longest;
                     next_day := next_day + periods * longest;
