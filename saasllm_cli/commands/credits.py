@@ -487,8 +487,8 @@ def forecast(
     without a date does not run out within a year.
     """
     columns = (
-        *("team_id", "credits_remaining", "credits_overdraft", "credits_expiring", "next_expiry_at"),
-        *("credits_per_day", "runs_out_on", "next_on", "next_amount", "days_left"),
+        *("team_id", "credits_remaining", "credits_overdraft", "credits_per_day", "runs_out_on", "next_on"),
+        *("next_amount", "credits_expiring", "next_expiry_at", "days_left"),
     )
     essential = ("team_id", "runs_out_on", "credits_remaining", "days_left")
     with database.connect() as db:
