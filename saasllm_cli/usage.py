@@ -16,10 +16,12 @@ PARTS = {
     "models": ("resolved_model", "calls"),
     "teams": ("team_id", "jobs"),
 }
+CATEGORIES = ("paid", "included", "promotional", "overdraft")
 
 
 def report(db: Database, organization_id: str, team_id: str | None, since: datetime, until: datetime) -> Row:
-    """The counts of the whole period, and for each of `PARTS` a list of rows with its counts.
+    """The counts of the whole period, what was deducted by category, and for each of `PARTS` a list of rows with its
+    counts.
 
     Months and days are in order and without gaps, as far as they have come; the others begin with the most used. The
     report of a team has no teams, that of an organization those that have used something.
@@ -34,7 +36,8 @@ def report(db: Database, organization_id: str, team_id: str | None, since: datet
             counts[row.pop("part")].setdefault(row.pop("key"), {}).update(row)
 
     (whole,) = counts.pop("all").values()
-    result: Row = period | whole
+    used = {row["category"]: row["credits_deducted"] for row in db.many("usage.categories", **period)}
+    result: Row = period | whole | {"credits_by_category": dict.fromkeys(CATEGORIES, 0) | used}
     for part, (field, measure) in PARTS.items():
         # Job types and models are counted by one query each, the others by all.
         nothing = {} if part in ("job_types", "models") else dict.fromkeys(whole, 0)

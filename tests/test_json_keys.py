@@ -73,6 +73,7 @@ CALLS_USED = [
 USED = [*JOBS_USED, *CREDITS_USED, *CALLS_USED, "margin_usd"]
 USAGE = [
     *("organization_id", "since", "until", *USED),
+    {"credits_by_category": ["paid", "included", "promotional", "overdraft"]},
     {"months": [["month", *USED]]},
     {"days": [["day", *USED]]},
     {"job_types": [["job_type", *JOBS_USED, "margin_usd"]]},
@@ -133,8 +134,8 @@ COMMANDS: dict[str, list[Any]] = {
     ],
     "credits forecast": [
         [
-            *("team_id", "organization_id", "credits_remaining", "credits_overdraft", "credits_per_day", "days_left"),
-            *("runs_out_on", "next_on", "next_amount"),
+            *("team_id", "organization_id", "credits_remaining", "credits_overdraft", "credits_expiring"),
+            *("next_expiry_at", "credits_per_day", "days_left", "runs_out_on", "next_on", "next_amount"),
         ]
     ],
     "job create --team hr": CHARGED_JOB,
@@ -171,6 +172,7 @@ COMMANDS: dict[str, list[Any]] = {
     "team usage hr --by day": [["team_id", "organization_id", "day", *USED]],
     "team usage hr --by job_type": [["team_id", "organization_id", "job_type", *JOBS_USED, "margin_usd"]],
     "team usage hr --by model": [["team_id", "organization_id", "resolved_model", *CALLS_USED]],
+    "org usage acme --by category": [["organization_id", "category", "credits_deducted"]],
     "org usage acme --by team": [["organization_id", "team_id", *USED]],
     "audit list": [
         [

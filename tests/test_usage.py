@@ -1,18 +1,25 @@
 import csv
 import io
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from itertools import combinations
+from operator import itemgetter
+from typing import Any, get_args
+from uuid import UUID
 
 import psycopg
 import pytest
 import simplejson
 import typer
-from conftest import Result, charged_job
+from conftest import UNUSED, Result, charged_job
 from test_output import Terminal
 from test_price import charged, costing, price
 
+from saasllm_cli import database
+from saasllm_cli.commands.credits import TransactionType
 from saasllm_cli.commands.inputs import period
 from saasllm_cli.database import Database
 from saasllm_cli.jobs import runner
@@ -58,9 +65,13 @@ def used(tenant: Run, sql: psycopg.Connection) -> Run:
 
         INSERT INTO credit_transactions (team_id, organization_id, entry_no, transaction_type, credits_amount,
             credits_before, credits_after)
-        VALUES
-            ('hr', 'acme', 2, 'allocation', 5, 10, 15), ('hr', 'acme', 3, 'adjustment', -2, 15, 13),
-            ('hr', 'acme', 4, 'expiry', -3, 13, 10);
+        VALUES ('hr', 'acme', 2, 'allocation', 5, 10, 15);
+        INSERT INTO credit_transactions (team_id, organization_id, entry_no, transaction_type, credits_amount,
+            credits_before, credits_after)
+        VALUES ('hr', 'acme', 3, 'adjustment', -2, 15, 13);
+        INSERT INTO credit_transactions (team_id, organization_id, entry_no, transaction_type, credits_amount,
+            credits_before, credits_after, grant_id)
+        SELECT 'hr', 'acme', 4, 'expiry', -3, 13, 10, max(grant_id) FROM credit_grants WHERE team_id = 'hr';
         SET session_replication_role = replica; -- for the ledger is dated by the clock
         UPDATE credit_transactions SET created_at = t
         FROM (VALUES (2, '2026-03-01T00:00:00Z'::timestamptz), (3, '2026-03-31T23:59:59Z'), (4, '2026-04-01T00:00:00Z'))
@@ -80,7 +91,7 @@ def test_a_month_of_a_team(used: Run) -> None:
     result = used("team", "usage", "hr", "--period", "2026-03", "-o", "json")
     report = simplejson.loads(result.out, use_decimal=True)
     assert list(report) == [
-        *("team_id", "organization_id", "since", "until", *TOTALS),
+        *("team_id", "organization_id", "since", "until", *TOTALS, "credits_by_category"),
         *("months", "days", "job_types", "models"),
     ]
     assert (report["since"], report["until"]) == ("2026-03-01T00:00:00Z", "2026-04-01T00:00:00Z")
@@ -239,6 +250,122 @@ def test_an_organization_is_the_sum_of_its_teams(used: Run) -> None:
     teams = [used("team", "usage", team, "--period", "2026", "-o", "json").data for team in ("hr", "it", "idle")]
     for field in TOTALS:
         assert (report[field] or 0) == pytest.approx(sum(team[field] or 0 for team in teams)), field
+
+
+def used_credit_by_credit(entries: list[dict[str, Any]]) -> list[tuple[datetime, str]]:
+    """When each credit was deducted, and its category: each from the first grant in the order of use."""
+    grants: list[dict[str, Any]] = []
+    deducted: list[tuple[datetime, str]] = []
+    taken: list[dict[str, Any]] = []  # the grants of the credits that jobs and adjustments took, one by one
+    owed = 0
+
+    def take() -> str:
+        nonlocal owed
+        for grant in sorted(grants, key=itemgetter("place")):
+            if grant["left"]:
+                grant["left"] -= 1
+                taken.append(grant)
+                return str(grant["category"])
+        owed += 1
+        return "overdraft"
+
+    for entry in entries:
+        amount, type_ = entry["credits_amount"], entry["transaction_type"]
+        if type_ == "deduction":
+            deducted += [(entry["created_at"], take()) for _ in range(-amount)]
+        elif type_ == "expiry":
+            (grant,) = (grant for grant in grants if grant["grant_id"] == entry["grant_id"])
+            assert grant["left"] == -amount
+            grant |= {"left": 0, "is_over": True}
+        elif amount < 0:
+            [take() for _ in range(-amount)]
+        else:
+            paid = min(owed, amount)
+            owed, amount = owed - paid, amount - paid
+            while type_ == "refund" and amount and (back := [grant for grant in taken if not grant["is_over"]]):
+                last = len(taken) - 1 - taken[::-1].index(back[-1])
+                taken.pop(last)["left"] += 1
+                amount -= 1
+            category, priority = entry["category"] or "paid", 50 if entry["priority"] is None else entry["priority"]
+            expires_at = entry["expires_at"] or datetime.max.replace(tzinfo=UTC)
+            order = ("promotional", "included", "paid").index(category)
+            grant = {"grant_id": entry["transaction_id"], "category": category, "left": amount, "is_over": False}
+            grants.append(grant | {"place": (priority, expires_at, order, entry["transaction_id"])})
+    return deducted
+
+
+def test_credits_by_category_are_those_of_each_credit(tenant: Run, sql: psycopg.Connection) -> None:
+    """Of two teams over half a year, for all periods between many moments."""
+    tenant("team", "update", "hr", "--overdraft", 5)
+    tenant("team", "create", "it", "--org", "acme", "--group", "Echo", "--overdraft", 9)
+    jobs: list[UUID] = []
+
+    def grant(team: str, credits_: int, category: str = "paid", priority: int = 50, days: int | None = None) -> None:
+        expires_in = None if days is None else timedelta(days=days)
+        terms = {"category": category, "priority": priority, "expires_in": expires_in, "credits_amount": credits_}
+        with database.connect() as db:
+            db.found("credits.enter", "team", team, **UNUSED | terms, team_id=team, transaction_type="allocation")
+
+    def use(team: str, number: int) -> None:
+        for _ in range(number):
+            jobs.append(runner.new_job_id())
+            runner._begin(jobs[-1], runner.JobRequest(team, CallRequest("Echo", [], 60)))
+            assert runner._settle(jobs[-1], "completed", None, [], 5)["settled"]
+
+    use("hr", 4)
+    grant("hr", 6, "promotional", days=30)
+    use("hr", 3)
+    grant("hr", 5, "included", 10)
+    use("hr", 6)  # 5 included, 1 promotional
+    tenant("credits", "refund", "--job", jobs[-1])
+    use("it", 3)  # it has only its overdraft
+    tenant("credits", "adjust", "hr", -1, "--reason", "x")
+    use("hr", 3)
+    grant("it", 5, "included", days=1)
+    use("it", 1)
+    sql.execute("SET session_replication_role = replica")
+    sql.execute("UPDATE credit_grants SET expires_at = clock_timestamp() WHERE team_id = 'it' AND credits_left > 0")
+    sql.execute("UPDATE team_credits SET next_expiry_at = clock_timestamp() WHERE team_id = 'it'")
+    sql.execute("RESET session_replication_role")
+    use("it", 2)  # what was left of it has expired
+    grant("hr", 3, "promotional", days=9)
+    use("hr", 2)
+    ends = sql.execute("SELECT max(grant_id) AS id FROM credit_grants").fetchone()
+    tenant("credits", "revoke", ends and ends["id"], "--reason", "x")
+    use("hr", 8)
+    grant("hr", 2)
+    use("hr", 1)
+    grant("it", 9, "promotional", days=1)
+    grant("it", 1, "paid", 0)
+    use("it", 3)
+
+    began = datetime(2026, 1, 1, tzinfo=UTC)
+    sql.execute("SET session_replication_role = replica")
+    sql.execute("UPDATE credit_transactions SET created_at = %s + entry_no / 3 * interval '90 hours 1 second'", [began])
+    entries = sql.execute("SELECT * FROM credit_transactions ORDER BY team_id, entry_no").fetchall()
+    assert {entry["transaction_type"] for entry in entries} == set(get_args(TransactionType))
+    by_team = {
+        team: used_credit_by_credit([entry for entry in entries if entry["team_id"] == team]) for team in ("hr", "it")
+    }
+    by_team[None] = by_team["hr"] + by_team["it"]
+    assert {category for _, category in by_team[None]} == {"paid", "included", "promotional", "overdraft"}
+
+    moments = sorted({entry["created_at"] for entry in entries} | {began, datetime.max.replace(tzinfo=UTC)})
+    with database.connect() as db:
+        for team, deducted in by_team.items():
+            for since, until in combinations(moments, 2):
+                period = {"organization_id": "acme", "team_id": team, "since": since, "until": until}
+                found = {row["category"]: row["credits_deducted"] for row in db.many("usage.categories", **period)}
+                assert found == Counter(category for at, category in deducted if since <= at < until), period
+
+    month = tenant("org", "usage", "acme", "--period", "2026-02", "-o", "json").data
+    assert list(month["credits_by_category"]) == ["paid", "included", "promotional", "overdraft"]
+    assert sum(month["credits_by_category"].values()) == month["credits_deducted"] > 0
+    categories = tenant("team", "usage", "hr", "--from", "2026-01", "--by", "category", "-o", "csv")
+    assert Counter({row["category"]: int(row["credits_deducted"]) for row in rows(categories)}) == Counter(
+        category for _, category in by_team["hr"]
+    )
+    assert "\ncategories\ncategory     deducted\npaid " in tenant("team", "usage", "hr", "--from", "2026-01").out
 
 
 def test_what_was_just_done_is_in_this_month(tenant: Run) -> None:

@@ -509,13 +509,13 @@ def forecast(
 ) -> None:
     """Forecast when teams run out of credits.
 
-    Lists active teams, soonest first. Assumes that each team keeps using credits as in the past days, less refunds, and
-    gets its scheduled credits. They run out when its overdraft is used up, too. A team without a date does not run out
-    within a year.
+    Lists active teams, soonest first. Assumes that each team keeps using credits as in the past days, less refunds,
+    loses those that expire, and gets its scheduled ones. They run out when its overdraft is used up, too. A team
+    without a date does not run out within a year.
     """
     columns = (
         *("team_id", "credits_remaining", "credits_overdraft", "credits_per_day", "runs_out_on", "next_on"),
-        *("next_amount", "days_left"),
+        *("next_amount", "credits_expiring", "next_expiry_at", "days_left"),
     )
     essential = ("team_id", "runs_out_on", "credits_remaining", "days_left")
     with database.connect() as db:

@@ -30,11 +30,14 @@ To = Annotated[
     typer.Option("--to", parser=period, metavar="PERIOD", help="Last period of the range (default: today)."),
 ]
 BY_HELP = "Only show this breakdown (default with -o csv: month)."
-By = Annotated[Literal["month", "day", "job_type", "model"] | None, typer.Option("--by", help=BY_HELP)]
-ByTeam = Annotated[Literal["month", "day", "job_type", "model", "team"] | None, typer.Option("--by", help=BY_HELP)]
+By = Annotated[Literal["month", "day", "job_type", "model", "category"] | None, typer.Option("--by", help=BY_HELP)]
+ByTeam = Annotated[
+    Literal["month", "day", "job_type", "model", "category", "team"] | None, typer.Option("--by", help=BY_HELP)
+]
 
 # What a table shows of each part, and what it draws as bars.
 COLUMNS = {
+    "categories": ("category", "credits_deducted"),
     "months": ("month", "jobs", "total_tokens", "cost_usd", "credits_deducted", "credits_net", "margin_usd"),
     "days": ("day", "jobs", "total_tokens", "cost_usd", "credits_deducted", "credits_net", "margin_usd"),
     "job_types": (
@@ -50,6 +53,7 @@ COLUMNS = {
     "teams": ("team_id", "jobs", "total_tokens", "cost_usd", "credits_deducted", "credits_net", "margin_usd"),
 }
 BARS = {
+    "categories": "credits_deducted",
     "months": "credits_deducted",
     "days": "credits_deducted",
     "job_types": "jobs",
@@ -65,17 +69,24 @@ def show_usage(
     """The report of a period, or its rows by one thing."""
     db.read_one_state()
     report = usage.report(db, organization_id, team_id, *asked)
-    if by is None and (output or settings().output) is Format.CSV:
+    form = output or settings().output
+    if by is None and form is Format.CSV:
         by = "month"
     # Where no job was priced by money, a column of margins would be empty.
     empty = "margin_usd" if report["margin_usd"] is None else ""
     tables = {part: [name for name in columns if name != empty] for part, columns in COLUMNS.items()}
+    if by == "category" or (by is None and form is Format.TABLE):
+        counts = report.pop("credits_by_category").items()
+        report["categories"] = [
+            {"category": name, "credits_deducted": credits_} for name, credits_ in counts if credits_
+        ]
     if by is None:
         del tables["months" if len(report["days"]) <= MOST_DAYS else "days"]
         show_report(report, tables, BARS, output)
     else:
         ids = {name: report[name] for name in ("team_id", "organization_id") if name in report}
-        show([ids | row for row in report[f"{by}s"]], output, columns=tables[f"{by}s"])
+        part = "categories" if by == "category" else f"{by}s"
+        show([ids | row for row in report[part]], output, columns=tables[part])
 
 
 def span(within: Period | None, first: Period | None, last: Period | None) -> Period:

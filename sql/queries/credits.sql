@@ -236,9 +236,9 @@ ORDER BY d.credits_free + d.credits_overdraft, d.team_id;
 
 -- name: forecast(team_id, organization_id, days, row_limit) :many
 -- The active teams of active organizations by the day on which their credits and their overdraft run out: if they go on
--- as in the last `days` (or since they were created, a day at least), and are granted what is scheduled. No day means
--- not within a year. Of one team, one organization or all.
-WITH RECURSIVE burn AS (
+-- as in the last `days` (or since they were created, a day at least), lose what expires, and are granted what is
+-- scheduled. No day means not within a year. Of one team, one organization or all.
+WITH burn AS (
     SELECT team_id, -sum(credits_amount) AS credits
     FROM credit_transactions
     WHERE transaction_type IN ('deduction', 'refund')
@@ -247,87 +247,40 @@ WITH RECURSIVE burn AS (
       AND (%(organization_id)s::text IS NULL OR organization_id = %(organization_id)s)
     GROUP BY team_id
 ),
-team AS (
+team AS MATERIALIZED (
     SELECT
-        t.team_id, t.organization_id, c.credits_remaining, c.credits_overdraft, s.every, s.mode, s.credits_amount,
-        s.credits_max,
+        t.team_id, t.organization_id, b.credits_remaining, b.credits_overdraft, s.credits_amount AS next_amount,
         -- What is overdue is granted today.
         CASE
-            WHEN s.next_on IS NOT NULL
-                THEN least(greatest(s.next_on, period_start(s.every, current_date)), current_date + 3660)
+            WHEN s.next_on IS NOT NULL THEN greatest(s.next_on, period_start(s.every, current_date))
         END AS next_on,
         greatest(burn.credits, 0)
         / least(%(days)s, greatest(1, EXTRACT(epoch FROM now() - t.created_at) / 86400)) AS credits_per_day
     FROM teams t
     JOIN organizations o USING (organization_id)
-    JOIN team_credits c USING (team_id)
+    JOIN current_balances b USING (team_id)
     LEFT JOIN burn USING (team_id)
     LEFT JOIN credit_schedules s USING (team_id)
     WHERE t.status = 'active'
       AND o.status = 'active'
       AND (%(team_id)s::text IS NULL OR t.team_id = %(team_id)s)
       AND (%(organization_id)s::text IS NULL OR t.organization_id = %(organization_id)s)
-),
--- From grant to grant: what a team has on that day (below zero where it uses its overdraft), and for how many days it
--- lasts. One whose overdraft has no end never runs out.
-span AS (
-    SELECT
-        team_id, credits_overdraft, credits_per_day, every, mode, credits_amount, credits_max, next_on,
-        current_date AS day,
-        credits_remaining::numeric AS credits,
-        -- The rate is rounded, and so is what it divides.
-        round((credits_remaining + credits_overdraft) / credits_per_day, 6) AS lasts,
-        -- A grant that is enough for the longest period is enough for all that follow.
-        credits_amount >= credits_per_day * CASE every WHEN 'daily' THEN 1 WHEN 'weekly' THEN 7 ELSE 31 END AS is_enough
-    FROM team
-    WHERE credits_per_day > 0 AND credits_overdraft IS NOT NULL
-    UNION ALL
-    SELECT
-        team_id, credits_overdraft, credits_per_day, every, mode, credits_amount, credits_max,
-        period_after(every, next_on, 1),
-        greatest(next_on, day),
-        granted.credits,
-        round((granted.credits + credits_overdraft) / credits_per_day, 6),
-        is_enough
-    FROM span
-    CROSS JOIN LATERAL (
-        SELECT greatest(credits - credits_per_day * greatest(next_on - day, 0), - credits_overdraft) AS credits
-    ) AS left_over
-    CROSS JOIN LATERAL (
-        SELECT
-            CASE mode
-                WHEN 'reset' THEN least(left_over.credits, 0) + credits_amount -- what is owed does not expire
-                WHEN 'top-up' THEN greatest(left_over.credits, credits_amount)
-                ELSE greatest(left_over.credits, least(left_over.credits + credits_amount, credits_max))
-            END AS credits
-    ) AS granted
-    WHERE next_on - day <= lasts
-      AND NOT is_enough
-      AND next_on <= current_date + 365
-      AND (mode = 'reset' OR lasts <= 365 - (day - current_date)) -- only a reset takes credits away
-),
-ending AS (
-    SELECT team_id, day + floor(lasts)::integer AS runs_out_on
-    FROM span
-    WHERE lasts <= 365 - (day - current_date) AND (next_on IS NULL OR next_on - day > lasts)
-    UNION ALL
-    SELECT team_id, current_date
-    FROM team
-    WHERE credits_remaining + credits_overdraft <= 0 AND credits_per_day = 0 AND (next_on IS NULL OR next_on > current_date)
 )
 SELECT
     team_id,
     team.organization_id,
     team.credits_remaining,
     team.credits_overdraft,
+    coalesce(forecast.credits_expiring, 0) AS credits_expiring,
+    forecast.next_expiry_at,
     round(team.credits_per_day, 2) AS credits_per_day,
-    ending.runs_out_on - current_date AS days_left,
-    ending.runs_out_on,
+    forecast.days_left,
+    current_date + forecast.days_left AS runs_out_on,
     team.next_on,
-    team.credits_amount AS next_amount
+    team.next_amount
 FROM team
-LEFT JOIN ending USING (team_id)
-ORDER BY ending.runs_out_on, team_id
+CROSS JOIN LATERAL forecast_team(team_id::text, team.credits_per_day::double precision) AS forecast
+ORDER BY forecast.days_left, team_id
 LIMIT %(row_limit)s;
 
 -- name: verify(team_id) :many

@@ -76,6 +76,98 @@ WHERE team_id IN (
   AND created_at < %(until)s
 GROUP BY GROUPING SETS ((), (month), (day), (team_id));
 
+-- name: categories(organization_id, team_id, since, until) :many
+-- The credits deducted in the whole period by the category of the grants that they were used of, or as overdraft.
+--
+-- Entries are dated in the order of their numbers. What is logged in credit_uses counts by itself: only of the spans in
+-- which the period begins and ends (what is not logged yet is one, too) the ledger says how much was deducted before
+-- and behind it.
+WITH period AS (
+    SELECT
+        t.team_id, c.last_entry_no, c.credits_remaining, c.credits_owed,
+        first.entry_no AS first_no,
+        last.entry_no AS last_no,
+        -- The spans that it touches are those behind this entry, up to that.
+        (
+            SELECT coalesce(max(u.last_no), 0) FROM credit_uses u WHERE u.team_id = t.team_id AND u.last_no < first.entry_no
+        ) AS opening_no,
+        (
+            SELECT coalesce(min(u.last_no), c.last_entry_no)
+            FROM credit_uses u
+            WHERE u.team_id = t.team_id AND u.last_no >= last.entry_no
+        ) AS closing_no
+    FROM teams t
+    JOIN team_credits c USING (team_id)
+    CROSS JOIN LATERAL (
+        SELECT entry_no
+        FROM credit_transactions
+        WHERE team_id = t.team_id AND created_at >= %(since)s AND created_at < %(until)s
+        ORDER BY created_at, entry_no
+        LIMIT 1
+    ) AS first
+    CROSS JOIN LATERAL (
+        SELECT entry_no
+        FROM credit_transactions
+        WHERE team_id = t.team_id AND created_at >= %(since)s AND created_at < %(until)s
+        ORDER BY created_at DESC, entry_no DESC
+        LIMIT 1
+    ) AS last
+    WHERE t.organization_id = %(organization_id)s AND (%(team_id)s::text IS NULL OR t.team_id = %(team_id)s)
+),
+use AS (
+    SELECT p.team_id, u.last_no, u.use_id AS place, u.grant_id, u.credits
+    FROM period p
+    JOIN credit_uses u ON u.team_id = p.team_id AND u.last_no > p.opening_no AND u.last_no <= p.closing_no
+    UNION ALL
+    SELECT p.team_id, NULL, tail.place, tail.grant_id, tail.credits
+    FROM period p
+    CROSS JOIN LATERAL (
+        SELECT g.place, g.grant_id, g.credits_taken AS credits
+        FROM grants_at(p.team_id::text, p.credits_remaining, p.credits_owed) g
+        UNION ALL
+        SELECT NULL, NULL, coalesce(sum(g.credits_left), 0)::bigint - p.credits_owed - p.credits_remaining
+        FROM grants_at(p.team_id::text, p.credits_remaining, p.credits_owed) g
+    ) AS tail
+    WHERE p.closing_no = p.last_entry_no
+)
+SELECT
+    coalesce(g.category, 'overdraft') AS category,
+    sum(least(use.credits_to, use.credits_in_all - outside.after) - greatest(use.credits_to - use.credits, outside.before))
+        AS credits_deducted
+FROM (
+    SELECT
+        use.*,
+        sum(credits) OVER (PARTITION BY team_id ORDER BY last_no, place) AS credits_to,
+        sum(credits) OVER (PARTITION BY team_id) AS credits_in_all
+    FROM use
+    WHERE credits > 0
+) AS use
+JOIN (
+    SELECT
+        p.team_id,
+        (
+            SELECT coalesce(-sum(c.credits_amount), 0)
+            FROM credit_transactions c
+            WHERE c.team_id = p.team_id
+              AND c.transaction_type = 'deduction'
+              AND c.entry_no > p.opening_no
+              AND c.entry_no < p.first_no
+        ) AS before,
+        (
+            SELECT coalesce(-sum(c.credits_amount), 0)
+            FROM credit_transactions c
+            WHERE c.team_id = p.team_id
+              AND c.transaction_type = 'deduction'
+              AND c.entry_no > p.last_no
+              AND c.entry_no <= p.closing_no
+        ) AS after
+    FROM period p
+    OFFSET 0
+) AS outside USING (team_id)
+LEFT JOIN credit_grants g USING (grant_id)
+WHERE use.credits_to > outside.before AND use.credits_to - use.credits < use.credits_in_all - outside.after
+GROUP BY coalesce(g.category, 'overdraft');
+
 -- name: calls(organization_id, team_id, since, until) :many
 -- cost_usd is the sum of what is known, of failed calls too, and NULL where there were answers and none is known.
 SELECT
