@@ -73,26 +73,31 @@ def allocate(
 
 def _chunk(db: Database, limits: Row, terms: Row) -> tuple[list[str], list[Row]]:
     """The next teams, each with one period and then, where it is due for more, the further ones."""
-    team_ids = [row["team_id"] for row in db.many("credits.due", **limits)]
-    rounds, todo = [], team_ids
+    due = db.many("credits.due", **limits)
+    todo = team_ids = [row["team_id"] for row in due]
+    expiring = {row["team_id"] for row in due if row["is_expiring"]}
+    rounds = []
     while todo:
-        granted = _grant(db, todo, terms)
+        granted = _grant(db, todo, expiring, terms)
         rounds += granted
         todo = [team_id for row in granted for team_id in row["still_due"]]
+        expiring = set()
     return team_ids, rounds
 
 
-def _grant(db: Database, team_ids: list[str], terms: Row) -> list[Row]:
-    """One period to each of the teams, between what expires before and, where it is over already, of itself. One that
-    the database refuses hinders no other, and is told."""
+def _grant(db: Database, team_ids: list[str], expiring: set[str], terms: Row) -> list[Row]:
+    """One period to each of the teams, after what expires before, and with what expires at once as it is over already.
+
+    One that the database refuses hinders no other, and is told.
+    """
+
+    def expire(team_ids: list[str]) -> list[Row]:
+        return [db.one("credits.expire", team_ids=team_ids, is_listing=terms["is_listing"])] if team_ids else []
 
     def work() -> list[Row]:
-        expiring = {"team_ids": team_ids, "is_listing": terms["is_listing"]}
-        return [
-            db.one("credits.expire", **expiring),
-            db.one("credits.allocate", team_ids=team_ids, **terms),
-            db.one("credits.expire", **expiring),
-        ]
+        before = expire([team_id for team_id in team_ids if team_id in expiring])
+        granted = db.one("credits.allocate", team_ids=team_ids, **terms)
+        return [*before, granted, *expire(granted["expiring"])]
 
     try:
         rounds = db.part(work)
@@ -100,7 +105,7 @@ def _grant(db: Database, team_ids: list[str], terms: Row) -> list[Row]:
         raise
     except SaasllmError as refusal:
         if half := len(team_ids) // 2:
-            return _grant(db, team_ids[:half], terms) + _grant(db, team_ids[half:], terms)
+            return _grant(db, team_ids[:half], expiring, terms) + _grant(db, team_ids[half:], expiring, terms)
         rounds = [{"refused": [{"team_id": team_ids[0], "period": None, "reason": refusal.in_one_line}]}]
     return [dict.fromkeys(COUNTS, 0) | {"grants": [], "still_due": [], "refused": []} | row for row in rounds]
 

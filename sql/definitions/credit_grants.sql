@@ -101,14 +101,17 @@ CREATE FUNCTION due_expiries(of_teams text[], and_released boolean DEFAULT false
 )
 LANGUAGE sql STABLE AS $$
     WITH expired AS MATERIALIZED (
-        SELECT
-            g.*,
-            c.credits_remaining - c.credits_reserved + coalesce(c.credits_overdraft::numeric, 'Infinity') AS usable
+        SELECT g.*, c.usable
         FROM public.grants_now(of_teams) g
-        JOIN public.team_credits c ON c.team_id = g.team_id
-        WHERE g.expires_at <= clock_timestamp()
+        CROSS JOIN LATERAL (
+            SELECT credits_remaining - credits_reserved + coalesce(credits_overdraft::numeric, 'Infinity') AS usable
+            FROM public.team_credits
+            WHERE team_id = g.team_id
+            OFFSET 0
+        ) AS c
+        WHERE g.expires_at <= clock_timestamp() AND (and_released OR NOT g.was_held)
     ),
-    held AS (
+    held AS MATERIALIZED (
         SELECT grants.grant_id, grants.credits
         FROM (
             SELECT
@@ -126,31 +129,31 @@ LANGUAGE sql STABLE AS $$
                   AND j.created_at < e.expires_at
                   AND e.created_at < e.expires_at
             ) AS jobs
-            WHERE e.was_held AND and_released
+            WHERE e.was_held
             GROUP BY e.team_id
         ) AS team
         CROSS JOIN LATERAL unnest(team.grant_ids, team.credits) AS grants (grant_id, credits)
-        UNION ALL
-        SELECT grant_id, credits_held FROM expired WHERE NOT was_held
+    ),
+    unheld AS (
+        SELECT
+            e.team_id, e.place, e.grant_id, e.usable,
+            e.credits_left - CASE
+                WHEN e.was_held THEN (SELECT held.credits FROM held WHERE held.grant_id = e.grant_id)
+                ELSE e.credits_held
+            END AS credits
+        FROM expired e
     )
     SELECT due.team_id, due.place, due.grant_id, due.credits::bigint
     FROM (
         SELECT
-            e.team_id,
-            e.place,
-            e.grant_id,
+            team_id,
+            place,
+            grant_id,
             -- Never what jobs have reserved, whatever they may have been given to hold.
             least(
-                e.credits_left - held.credits,
-                greatest(
-                    e.usable
-                    - sum(e.credits_left - held.credits) OVER (PARTITION BY e.team_id ORDER BY e.place)
-                    + e.credits_left - held.credits,
-                    0
-                )
+                credits, greatest(usable - sum(credits) OVER (PARTITION BY team_id ORDER BY place) + credits, 0)
             ) AS credits
-        FROM expired e
-        JOIN held USING (grant_id)
+        FROM unheld
     ) AS due
     WHERE due.credits > 0
 $$;

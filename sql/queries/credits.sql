@@ -602,8 +602,8 @@ SELECT (now() AT TIME ZONE 'UTC')::date AS today;
 
 -- name: due(as_of, every, organization_id, team_id, after, row_limit) :many
 -- The next teams to be allocated to, or whose credits have expired, by their ids (behind `after`), with all of their
--- rows locked in this order. A statement of its own, so that `expire` and `allocate` see what was committed before it
--- had the locks.
+-- rows locked in this order, and whether they have credits that have expired. A statement of its own, so that `expire`
+-- and `allocate` see what was committed before it had the locks.
 WITH due AS (
     (
         SELECT s.team_id
@@ -637,10 +637,15 @@ WITH due AS (
     LIMIT %(row_limit)s
 )
 -- Team by team, in the order of `due`: joined as a whole, each chunk would read the balances of all.
-SELECT due.team_id
+SELECT due.team_id, balance.is_expiring
 FROM due
 LEFT JOIN LATERAL (SELECT FROM credit_schedules WHERE team_id = due.team_id FOR UPDATE) AS schedule ON true
-LEFT JOIN LATERAL (SELECT FROM team_credits WHERE team_id = due.team_id FOR UPDATE) AS balance ON true
+LEFT JOIN LATERAL (
+    SELECT next_expiry_at <= clock_timestamp() OR held_expired_at IS NOT NULL AS is_expiring
+    FROM team_credits
+    WHERE team_id = due.team_id
+    FOR UPDATE
+) AS balance ON true
 ORDER BY due.team_id;
 
 -- name: expire(team_ids, is_listing) :one
@@ -753,6 +758,9 @@ SELECT
     coalesce(
         array_agg(team_id::text ORDER BY team_id) FILTER (WHERE refusal IS NULL AND following <= %(as_of)s), '{}'
     ) AS still_due,
+    coalesce(
+        array_agg(team_id::text) FILTER (WHERE refusal IS NULL AND expires_at <= clock_timestamp()), '{}'
+    ) AS expiring,
     coalesce(
         json_agg(
             json_build_object('team_id', team_id, 'period', period, 'reason', refusal) ORDER BY team_id
