@@ -543,6 +543,14 @@ END
 $$;
 
 
+-- What of a balance has expired. In plpgsql, as what is hardly ever needed is then not planned each time.
+CREATE FUNCTION expired_credits(of_team text) RETURNS bigint
+LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN (SELECT coalesce(sum(due.credits), 0) FROM public.due_expiries(ARRAY[of_team]) due);
+END
+$$;
+
 -- Balances without what has expired, also where that is not entered yet.
 CREATE VIEW current_balances AS
 SELECT
@@ -554,9 +562,5 @@ SELECT
     c.credits_overdraft
 FROM team_credits c
 CROSS JOIN LATERAL (
-    SELECT CASE
-        WHEN c.next_expiry_at <= clock_timestamp()
-            THEN (SELECT coalesce(sum(due.credits), 0)::bigint FROM due_expiries(ARRAY[c.team_id::text]) due)
-        ELSE 0
-    END AS credits
+    SELECT CASE WHEN c.next_expiry_at <= clock_timestamp() THEN expired_credits(c.team_id::text) ELSE 0 END AS credits
 ) AS expired;
