@@ -544,7 +544,7 @@ def verify(
     verbose: Verbose = False,
     output: Output = None,
 ) -> None:
-    """Check balances, grants, reservations and jobs against the ledger.
+    """Check balances, grants and jobs against the ledger.
 
     Replays the whole ledger. Run it from cron: if all agree, it prints nothing. Exit 9 if anything differs. --repair
     changes no existing entry and leaves each team's balance as it is; if that is wrong, correct it with `saasllm
