@@ -336,7 +336,6 @@ def transactions(
         "reason",
         "actor",
         "job_id",
-        "grant_id",
         "command",
     )
     essential = ("created_at", "transaction_type", "credits_amount", "credits_after")
