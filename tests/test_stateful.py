@@ -415,6 +415,7 @@ class Credits(RuleBasedStateMachine):
         for team_id, credits_ in (("hr", opening), ("it", 6 - opening)):
             self.change_team(team_id, "create", credits_)
             self.schedule(team_id, 3, every, mode, room, None)
+            self.overdraft(team_id, 3)
             for category, priority, expires in (("promotional", 50, "2100-01-01"), ("paid", 10, "2100-01-02")):
                 self.add_or_adjust(team_id, "add", 1, None, category, priority, expires)
         return multiple(

@@ -84,11 +84,13 @@ LANGUAGE sql STABLE AS $$
             c.team_id,
             c.credits_reserved,
             now.*,
-            coalesce(now.expires_at <= c.held_expired_at, false) AS was_held,
-            coalesce(now.expires_at > now.created_at, true) AS is_usable -- not one that had expired as it came
+            coalesce(now.expires_at <= c.held_expired_at, false) AND is_usable AS was_held,
+            is_usable
         FROM unnest(of_teams) AS asked (team_id)
         JOIN public.team_credits c ON c.team_id = asked.team_id
         CROSS JOIN LATERAL public.grants_at(c.team_id::text, c.credits_remaining, c.credits_owed) AS now
+        -- One that had expired as it came is not.
+        CROSS JOIN LATERAL (SELECT coalesce(now.expires_at > now.created_at, true) AS is_usable) AS one
     ) AS g
     WINDOW use AS (PARTITION BY g.team_id ORDER BY NOT g.was_held, g.place)
 $$;
@@ -127,7 +129,6 @@ LANGUAGE sql STABLE AS $$
                 WHERE j.team_id = e.team_id
                   AND j.status IN ('pending', 'in_progress')
                   AND j.created_at < e.expires_at
-                  AND e.created_at < e.expires_at
             ) AS jobs
             WHERE e.was_held
             GROUP BY e.team_id
@@ -349,11 +350,12 @@ BEGIN
     ORDER BY team_id, last_no, is_lasting, place;
 
     IF 'expiry' = ANY (kinds) THEN
-        -- One that is revoked expires now.
+        -- One that is revoked expires now, before what has expired and is not entered yet.
         IF has_table_privilege('public.teams', 'UPDATE') THEN
             UPDATE ONLY public.credit_grants g
-            SET expires_at = e.created_at
+            SET expires_at = least(e.created_at, c.next_expiry_at - interval '1 microsecond')
             FROM unnest(entries) AS e
+            CROSS JOIN LATERAL (SELECT next_expiry_at FROM public.team_credits WHERE team_id = e.team_id OFFSET 0) AS c
             WHERE g.grant_id = e.grant_id AND g.team_id = e.team_id AND (g.expires_at <= e.created_at) IS NOT TRUE;
         END IF;
         UPDATE ONLY public.credit_grants g
