@@ -253,7 +253,7 @@ class Team:
             held = sum(job.held for job in self.jobs if job.is_open and job.begun_at < grant.expired_at)
             bounds[grant.entry_no] = min(grant.left, max(held - kept, 0))
             kept += bounds[grant.entry_no]
-        for grant in sorted(self.expired, key=lambda grant: grant.order):
+        for grant in self.expired:
             credits_ = min(grant.left - bounds[grant.entry_no], self.allowed)
             if credits_:
                 grant.expired += credits_

@@ -137,7 +137,8 @@ LANGUAGE sql STABLE AS $$
     ),
     unheld AS (
         SELECT
-            e.team_id, e.place, e.grant_id, e.usable,
+            e.team_id, e.grant_id, e.usable,
+            row_number() OVER (PARTITION BY e.team_id ORDER BY e.expires_at, e.place) AS place,
             e.credits_left - CASE
                 WHEN e.was_held THEN (SELECT held.credits FROM held WHERE held.grant_id = e.grant_id)
                 ELSE e.credits_held
