@@ -245,7 +245,7 @@ VIEWS = {
     f"team get {TEAM}": "",
     f"team usage {TEAM} --by model": "model calls failed tokens cost_usd",
     f"credits transactions {TEAM}": "id created type amount after reason",
-    f"credits grants {TEAM}": "grant category left expires_at",
+    f"credits grants {TEAM}": "grant category left expires",
     "credits check --below 2000000": "team free",
     "credits forecast": "team remaining runs_out",
     "credits allocate --dry-run": "",
