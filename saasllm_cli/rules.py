@@ -23,7 +23,6 @@ METADATA_BYTES = 65536
 METADATA_DEPTH = 32
 LARGEST_EXPONENT = 1000
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-LONGEST_LIFE = timedelta(days=366_000)  # of credits
 
 
 def duration(text: str) -> timedelta | None:
@@ -53,15 +52,17 @@ class Expiry(NamedTuple):
 def expiry(text: str) -> Expiry:
     """When credits expire: after a time (`90d`), with the beginning of a day in UTC (`2027-01-01`) or at an RFC 3339
     time. ValueError of another text."""
+    out_of_range = f"{text!r} is out of range: it must be later than now, and before the year 9999."
     try:
         after = duration(text)
-        if after is not None and timedelta(0) < after < LONGEST_LIFE:
-            return Expiry(after=after)
-        if after is None and 1971 <= (at := time_of(text)).year < 2200:
-            return Expiry(at)
+        at = time_of(text).astimezone(UTC) if after is None else datetime.now(UTC) + after
     except OverflowError:
-        pass
-    raise ValueError(f"{text!r} is not a time: use 90d, 12h, 2027-01-01 or 2027-01-01T08:00:00Z.")
+        raise ValueError(out_of_range) from None
+    except ValueError:
+        raise ValueError(f"{text!r} is not a time: use 90d, 12h, 2027-01-01 or 2027-01-01T08:00:00Z.") from None
+    if after == timedelta(0) or not 1971 <= at.year < 9999:
+        raise ValueError(out_of_range)
+    return Expiry(at) if after is None else Expiry(after=after)
 
 
 def exact(text: str) -> Decimal:

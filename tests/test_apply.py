@@ -689,20 +689,20 @@ BROKEN = {
         "- {team_id: a, organization_id: o, credits: {}}\n"
         "- {team_id: b, organization_id: o, credits: {amount: -1, category: included, priority: 101, expires: 0d}}\n"
         "- {team_id: c, organization_id: o, credits: {amount: 1.5, category: no, priority: a, expires: 90}}\n"
-        "- {team_id: d, organization_id: o, credits: {amount: 5, expires: tomorrow, expire: 1d}}\n"
+        "- {team_id: d, organization_id: o, credits: {amount: 5, expires: someday, expire: 1d}}\n"
         "- {team_id: e, organization_id: o, credits: [5]}\n",
         [
             "3:36: teams[0].credits.amount: it is required",
             "4:46: teams[1].credits.amount: it must be at least 0",
             "4:58: teams[1].credits.category: it must be 'paid' or 'promotional'",
             "4:78: teams[1].credits.priority: it must be at most 100",
-            "4:93: teams[1].credits.expires: it must be a time such as 90d, 2027-01-01 or 2027-01-01T08:00:00Z",
+            "4:93: teams[1].credits.expires: '0d' is out of range: it must be later than now, and before the year 9999",
             "5:46: teams[2].credits.amount: it must be a whole number",
             "5:59: teams[2].credits.category: it must be 'paid' or 'promotional'",
             "5:73: teams[2].credits.priority: it must be a whole number",
             "5:86: teams[2].credits.expires: it must be text: put it in quotes",
-            "6:57: teams[3].credits.expires: it must be a time such as 90d, 2027-01-01 or 2027-01-01T08:00:00Z",
-            "6:76: teams[3].credits.expire: unknown field: did you mean expires?",
+            "6:57: teams[3].credits.expires: 'someday' is not a time: use 90d, 12h, 2027-01-01 or 2027-01-01T08:00:00Z",
+            "6:75: teams[3].credits.expire: unknown field: did you mean expires?",
             "7:36: teams[4].credits: it must be a whole number from 0 to 1000000000000000, or a mapping with an amount",
         ],
     ),

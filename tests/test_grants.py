@@ -462,7 +462,7 @@ def test_what_cannot_be_revoked(team: Team) -> None:
     for name in ("used", "ended"):
         refused = revoke(team, name)
         assert (refused.status, refused.error["code"]) == (4, "grant_has_ended")
-        assert refused.error["hint"] == "See: saasllm credits grants TEAM --all"
+        assert refused.error["hint"] == "See: saasllm credits grants hr --all"
     assert team.shares() == {"opening": (0, 0, 10), "used": (5, 0, 0), "ended": (1, 4, 0)}
     expiry = team.run("credits", "transactions", "hr", "-o", "json").data[0]
     assert expiry["transaction_type"] == "expiry"
@@ -651,7 +651,10 @@ RESET = ("schedule", "hr", "--amount", 5, "--every", "daily", "--mode", "reset")
         (("add", "hr", 5, "--expires", "-5d"), "--expires"),
         (("add", "hr", 5, "--expires", "2026-13-01"), "--expires"),
         (("add", "hr", 5, "--expires", "2020-01-01"), "--expires"),
-        (("add", "hr", 5, "--expires", "9999-12-31"), "--expires"),
+        (("add", "hr", 5, "--expires", "tomorrow"), "'tomorrow' is not a time: use 90d"),
+        (("add", "hr", 5, "--expires", "2027-02-30"), "is not a time"),
+        (("add", "hr", 5, "--expires", "9999-01-01"), "before the year 9999"),
+        (("add", "hr", 5, "--expires", "9998-12-31T23:59:59-01:00"), "before the year 9999"),
         (("add", "hr", 5, "--expires", "999999999w"), "--expires"),
         (("add", "hr", 5, "--expires", ""), "--expires"),
         (("add", "hr", 5, "--category", "included"), "--category"),
@@ -693,8 +696,9 @@ def test_grants_page_by_page(team: Team) -> None:
         after = ["--after", page[-1]["grant_id"]]
     assert paged == expected
     assert len(team.grants()) == 4
-    missing = team.run("credits", "grants", "hr", "--after", 4711, "-o", "json")
-    assert missing.status == 3
+    for after_no, options in ((4711, ("--all",)), (after[1], ())):  # the latter is used up
+        missing = team.run("credits", "grants", "hr", "--after", after_no, *options, "-o", "json")
+        assert (missing.status, missing.error["code"]) == (3, "grant_not_found")
     assert team.run("credits", "grants", "no").status == 3
 
 

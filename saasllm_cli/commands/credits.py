@@ -155,17 +155,25 @@ def grants(
         *("expires_at", "reason"),
     )
     essential = ("grant_id", "category", "credits_left", "expires_at")
+    of_team = {"team_id": team_id, "is_all": all_}
     with database.connect() as db:
-        rows = db.stream("credits.grants", {"team": team_id}, team_id=team_id, is_all=all_, after=after, limit=limit)
+        rows = db.stream("credits.grants", {"team": team_id}, **of_team, after=after, limit=limit)
         if rows.is_empty and after is not None:
-            _require_entry_of(db, team_id, after)
+            listed = db.many("credits.grants", **of_team, after=None, row_limit=None)
+            if after not in [row["grant_id"] for row in listed]:  # it may have been used up since the last page
+                error = not_found("grant", f"{after} of team {team_id}")
+                error.hint = f"See: saasllm credits grants {team_id}{' --all' if all_ else ''}"
+                raise error
         show(rows, output, columns, essential)
 
 
 @app.command(epilog='saasllm credits revoke 4711 --reason "Invoice 2026-118 was not paid"')
 def revoke(
     grant_id: Annotated[
-        int, typer.Argument(parser=number, metavar="GRANT", show_default=False, help="Grant ID, as in credits grants.")
+        int,
+        typer.Argument(
+            parser=number, metavar="GRANT", show_default=False, help="Grant ID, as in `saasllm credits grants`."
+        ),
     ],
     reason: Annotated[
         str, typer.Option(parser=label, metavar="TEXT", show_default=False, help="Reason, kept in the ledger.")
@@ -173,7 +181,7 @@ def revoke(
     idempotency_key: IdempotencyKey = None,
     output: Output = None,
 ) -> None:
-    """Let what is left of a grant expire now.
+    """Revoke what is left of a grant: it expires now.
 
     Running jobs keep the credits that they hold; what they do not use expires when they end.
     """
@@ -181,14 +189,12 @@ def revoke(
     with database.connect() as db:
         result = db.one("credits.revoke", grant_id=grant_id, reason=reason, idempotency_key=idempotency_key)
         if result["transaction_id"] is None:
-            if not result["is_known"]:
-                error = not_found("grant", str(grant_id))
-                error.hint = "See: saasllm credits grants TEAM"
-                raise error
+            if result["team_id"] is None:
+                raise not_found("grant", str(grant_id))
             raise Conflict(
                 "grant_has_ended",
                 f"Grant {grant_id} is used up or has expired.",
-                "See: saasllm credits grants TEAM --all",
+                f"See: saasllm credits grants {result['team_id']} --all",
             )
         entry = _entry(db, result["transaction_id"], given)
     show(entry, output)
@@ -319,7 +325,7 @@ def transactions(
 ) -> None:
     """List the entries of a team's ledger.
 
-    Credits that have expired are shown with their grant: it has the ID of the entry that added them.
+    An expiry names its grant, which has the ID of the entry that added the credits.
     """
 
     def with_grant(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -352,7 +358,11 @@ def transactions(
             limit=limit,
         )
         if entries.is_empty and after is not None:
-            _require_entry_of(db, team_id, after)
+            entry = db.maybe("credits.transaction", transaction_id=after)
+            if entry is None or entry["team_id"] != team_id:
+                error = not_found("transaction", f"{after} of team {team_id}")
+                error.hint = f"See: saasllm credits transactions {team_id}"
+                raise error
         show(entries, output, columns, essential, further=with_grant)
 
 
@@ -658,14 +668,6 @@ def _reused(fields: str) -> Conflict:
         f"This idempotency key was already used with different values for: {fields}.",
         "Use a new key for a new entry.",
     )
-
-
-def _require_entry_of(db: database.Database, team_id: str, transaction_id: int) -> None:
-    entry = db.maybe("credits.transaction", transaction_id=transaction_id)
-    if entry is None or entry["team_id"] != team_id:
-        error = not_found("transaction", f"{transaction_id} of team {team_id}")
-        error.hint = f"See: saasllm credits transactions {team_id}"
-        raise error
 
 
 def _not_refunded(refusal: str, job_id: UUID) -> SaasllmError:

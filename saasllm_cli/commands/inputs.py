@@ -369,7 +369,7 @@ def tell_inactive(group_names: list[str]) -> None:
 
 def passed(expires_at: datetime) -> InvalidInput:
     """The error where credits would have expired as they come."""
-    return InvalidInput("usage", f"--expires {timestamp(expires_at)} is in the past.", "Give a time to come.")
+    return InvalidInput("usage", f"--expires {timestamp(expires_at)} is in the past.", "Give a later time.")
 
 
 def require_some(given: dict[str, Any]) -> None:

@@ -191,8 +191,8 @@ def usage(
 
     Shows jobs, credits, calls, tokens and cost by day, job type, model and team. Each counts at its own time in UTC: a
     job (with credits_charged, credits_short and margin_usd) when it was created, a call when it was made, and the other
-    credits when they moved. cost_usd is of all calls, failed ones too. credits_by_category divides credits_deducted by
-    the credits that were used: paid, included or promotional ones, or overdraft.
+    credits when they moved. cost_usd is of all calls, failed ones too. credits_by_category splits credits_deducted by
+    the category of the credits used: paid, included, promotional or overdraft.
 
     For an invoice, use credits_net: the credits deducted for jobs less those refunded. A refund counts in the period in
     which it was made.

@@ -337,8 +337,8 @@ class ModelGroup(_Object):
 def _expiry(value: str) -> str:
     try:
         at, _ = expiry(value)
-    except ValueError:
-        raise _refused("it must be a time such as 90d, 2027-01-01 or 2027-01-01T08:00:00Z") from None
+    except ValueError as error:
+        raise _refused(str(error).rstrip(".")) from None
     return value if at is None else at.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 

@@ -198,7 +198,7 @@ BEGIN
         FROM public.due_expiries(of_teams, and_released) due
         CROSS JOIN LATERAL (SELECT * FROM public.teams WHERE team_id = due.team_id OFFSET 0) AS t
         CROSS JOIN LATERAL (SELECT * FROM public.checked_balances WHERE team_id = due.team_id OFFSET 0) AS b
-        WHERE b.is_sound -- not where entries of the same statement are still to be counted: expire_uncharged follows them
+        WHERE b.is_sound -- else entries of the same statement are still to be counted: expire_uncharged follows them
         WINDOW in_order AS (PARTITION BY t.team_id ORDER BY due.place)
         RETURNING e.team_id, e.credits_amount
     )

@@ -9,11 +9,10 @@ GRANT USAGE ON SCHEMA public TO saasllm_admin, saasllm_runner, saasllm_readonly;
 GRANT SELECT ON
     saasllm_migrations, saasllm_definitions, organizations, model_groups, model_group_models, teams, team_model_groups,
     team_credits, credit_transactions, credit_grants, credit_uses, credit_schedules, jobs, job_refusals, llm_calls,
-    audit_log, model_prices, job_prices, limits, limit_counters, organization_details, model_group_details, team_details,
-    credit_details, job_details,
-    job_refusal_details, llm_call_details, organization_records, model_group_records, team_records, price_records,
-    limit_records, purges_of_transaction, checked_balances, current_balances, callable_groups, limit_details,
-    margin_parts
+    audit_log, model_prices, job_prices, limits, limit_counters, organization_details, model_group_details,
+    team_details, credit_details, job_details, job_refusal_details, llm_call_details, organization_records,
+    model_group_records, team_records, price_records, limit_records, purges_of_transaction, checked_balances,
+    current_balances, callable_groups, limit_details, margin_parts
 TO saasllm_admin, saasllm_runner, saasllm_readonly;
 
 -- saasllm_runner runs jobs: it reserves credits, enters what jobs cost, and counts them, also those that were refused.

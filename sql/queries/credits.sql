@@ -96,7 +96,7 @@ entry AS (
 )
 SELECT
     coalesce((SELECT transaction_id FROM entry), (SELECT transaction_id FROM existing)) AS transaction_id,
-    EXISTS (SELECT FROM credit_grants WHERE grant_id = %(grant_id)s) AS is_known;
+    (SELECT team_id FROM credit_grants WHERE grant_id = %(grant_id)s) AS team_id;
 
 -- name: grants(team_id, is_all, after, row_limit) :many
 -- What a team has left in the order in which it is used; with `is_all` then what it has nothing left of, the newest
@@ -669,7 +669,9 @@ FROM expire_credits(%(team_ids)s::text[], and_released => true);
 WITH due AS (
     SELECT
         s.team_id, s.credits_amount, s.every, s.mode, s.credits_max, s.rollover,
-        greatest(s.next_on, period_after(s.every, period_start(s.every, %(as_of)s), - %(catch_up)s::integer)) AS first_day
+        greatest(
+            s.next_on, period_after(s.every, period_start(s.every, %(as_of)s), - %(catch_up)s::integer)
+        ) AS first_day
     FROM unnest(%(team_ids)s::text[]) AS asked (team_id)
     CROSS JOIN LATERAL (SELECT * FROM credit_schedules WHERE team_id = asked.team_id OFFSET 0) AS s
     WHERE s.next_on <= %(as_of)s AND (%(every)s::text IS NULL OR s.every = %(every)s)

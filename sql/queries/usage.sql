@@ -89,7 +89,9 @@ WITH period AS (
         last.entry_no AS last_no,
         -- The spans that it touches are those behind this entry, up to that.
         (
-            SELECT coalesce(max(u.last_no), 0) FROM credit_uses u WHERE u.team_id = t.team_id AND u.last_no < first.entry_no
+            SELECT coalesce(max(u.last_no), 0)
+            FROM credit_uses u
+            WHERE u.team_id = t.team_id AND u.last_no < first.entry_no
         ) AS opening_no,
         (
             SELECT coalesce(min(u.last_no), c.last_entry_no)
@@ -132,8 +134,10 @@ use AS (
 )
 SELECT
     coalesce(g.category, 'overdraft') AS category,
-    sum(least(use.credits_to, use.credits_in_all - outside.after) - greatest(use.credits_to - use.credits, outside.before))
-        AS credits_deducted
+    sum(
+        least(use.credits_to, use.credits_in_all - outside.after)
+        - greatest(use.credits_to - use.credits, outside.before)
+    ) AS credits_deducted
 FROM (
     SELECT
         use.*,
