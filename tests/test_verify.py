@@ -119,6 +119,9 @@ DAMAGE = {
     "UPDATE team_credits SET next_expiry_at = NULL, held_expired_at = NULL WHERE team_id = 'hr'; UPDATE credit_grants"
     " SET expires_at = '2020-01-01' WHERE team_id = 'hr'; UPDATE credit_transactions SET expires_at = '2020-01-01'"
     " WHERE team_id = 'hr' AND transaction_type = 'allocation'": {"expiry of a grant is not noted"},
+    "UPDATE team_credits SET held_expired_at = '2020-01-01' WHERE team_id = 'hr'; UPDATE credit_grants SET expires_at ="
+    " '2020-01-01' WHERE team_id = 'hr'; UPDATE credit_transactions SET expires_at = '2020-01-01' WHERE team_id = 'hr'"
+    " AND transaction_type = 'allocation'": {"expired credits are held by no job"},
 }
 
 
@@ -195,6 +198,7 @@ def test_a_repair(used: Run, sql: psycopg.Connection, damage: str, balance: tupl
         "UPDATE credit_grants SET credits_used = credits_used - 1 WHERE credits_used > 0; DELETE FROM credit_uses",
         "UPDATE credit_grants SET priority = 99, expires_at = NULL",
         "UPDATE team_credits SET credits_owed = 3, next_expiry_at = NULL, held_expired_at = NULL",
+        "UPDATE team_credits SET credits_owed = 3, next_expiry_at = NULL, held_expired_at = 'infinity'",
     ],
 )
 def test_grants_are_rebuilt_from_the_ledger(used: Run, sql: psycopg.Connection, damage: str) -> None:

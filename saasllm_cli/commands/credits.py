@@ -73,6 +73,7 @@ OF_GRANTS = (
     "grant has less than nothing left",
     "grants differ from the ledger",
     "expiry of a grant is not noted",
+    "expired credits are held by no job",
 )
 
 NO_GRANT = {"category": None, "priority": None}
