@@ -305,9 +305,20 @@ ledger AS (
         -sum(credits_amount) FILTER (WHERE transaction_type IN ('deduction', 'refund')) AS credits_used,
         -- What need not be attributed to its grants yet.
         coalesce(-sum(credits_amount) FILTER (WHERE entry_no > greatest(last_change_no, last_use_no)), 0)
-            AS credits_used_lately
+            AS credits_used_lately,
+        coalesce(
+            -sum(credits_amount) FILTER (
+                WHERE transaction_type = 'deduction' AND entry_no <= greatest(last_change_no, last_use_no)
+            ),
+            0
+        ) AS credits_attributed,
+        max(credits_in_uses) AS credits_in_uses
     FROM entry
-    LEFT JOIN (SELECT team_id, max(last_no) AS last_use_no FROM credit_uses GROUP BY team_id) AS used USING (team_id)
+    LEFT JOIN (
+        SELECT team_id, max(last_no) AS last_use_no, sum(credits) AS credits_in_uses
+        FROM credit_uses
+        GROUP BY team_id
+    ) AS used USING (team_id)
     GROUP BY team_id
 ),
 expiry AS (
@@ -403,6 +414,10 @@ UNION ALL
 SELECT team_id, 'grants differ from the ledger', NULL, NULL, credits_attributed, credits_in_grants
 FROM holding
 WHERE credits_in_grants <> credits_attributed
+UNION ALL
+SELECT team_id, 'use of grants differs from the ledger', NULL, NULL, credits_attributed, coalesce(credits_in_uses, 0)
+FROM ledger
+WHERE credits_attributed <> coalesce(credits_in_uses, 0)
 UNION ALL
 SELECT team_id, 'expiry of a grant is not noted', NULL, NULL, NULL, NULL
 FROM holding
