@@ -607,6 +607,62 @@ def test_an_end_while_an_entry_is_written(team: Team, first: str | None) -> None
     assert team.expiries() == [("a", -2), ("b", -5)] if first else [("b", -5)]
 
 
+def test_an_end_while_the_balance_differs(team: Team) -> None:
+    """Nothing can be entered then, also where a job ends. It expires once that is repaired."""
+    team.grant("a", 5, priority=10, days=1)
+    job = team.begin(2)
+    team.sql.execute("""
+        SET session_replication_role = replica;
+        UPDATE team_credits SET credits_used = credits_used + 1;
+        SET session_replication_role = origin;
+    """)
+    team.end("a")
+    settle(job, None)
+    assert team.run("credits", "verify", "--repair", "--yes").status == 0
+    assert (team.left(), team.remaining()) == ({"a": 0, "opening": 9}, 9)
+    assert team.expiries() == [("a", -5)]
+
+
+def test_a_repair_leaves_to_jobs_what_they_hold(team: Team) -> None:
+    team.grant("a", 5, days=1)
+    job = team.begin(5)
+    team.end("a")
+    team.grant("b", 5, priority=0)
+    team.sql.execute("UPDATE credit_grants SET credits_used = 1 WHERE grant_id = 1")
+    assert team.run("credits", "verify", "--repair", "--yes").status == 0
+    settle(job, 4)
+    assert team.shares() == {"a": (4, 1, 0), "b": (0, 0, 5), "opening": (0, 0, 10)}
+
+
+def test_a_job_that_begins_with_the_charge_of_another(team: Team) -> None:
+    """In one statement: what has expired is entered with the next, and the new job holds nothing of it."""
+    team.grant("a", 5, priority=10, days=1)
+    job = team.begin(1)
+    team.end("a")
+    team.sql.execute(
+        """
+        WITH job AS (
+            UPDATE jobs
+            SET status = 'completed', completed_at = clock_timestamp(), credits_charged = 1, lease_expires_at = NULL
+            WHERE job_id = %s
+            RETURNING job_id, team_id, organization_id
+        ),
+        charge AS (
+            INSERT INTO credit_transactions (team_id, organization_id, entry_no, job_id, transaction_type,
+                credits_amount, credits_before, credits_after)
+            SELECT team_id, organization_id, 3, job_id, 'deduction', -1, 15, 14 FROM job
+            RETURNING team_id, organization_id
+        )
+        INSERT INTO jobs (team_id, organization_id, status, started_at, lease_expires_at, credits_held)
+        SELECT team_id, organization_id, 'in_progress', now(), now() + interval '1 hour', 2 FROM charge
+        """,
+        [job],
+    )
+    assert (team.shares(), team.remaining()) == ({"a": (1, 4, 0), "opening": (0, 0, 10)}, 10)
+    team.run("credits", "allocate")
+    assert team.expiries() == [("a", -4)]
+
+
 def test_clients_at_the_moment_of_an_end(team: Team) -> None:
     """Some begin and end jobs, one grants what ends soon, one allocates."""
     until = time.monotonic() + 1.5

@@ -61,6 +61,7 @@ DAMAGE = {
         "credits_before does not follow",
         "completed job without its deduction",
         "grants differ from the ledger",
+        "use of grants differs from the ledger",
     },
     "UPDATE credit_transactions SET credits_before = 0, credits_after = 7 WHERE team_id = 'hr' AND entry_no = 3": {
         "credits_before does not follow"
@@ -116,9 +117,16 @@ DAMAGE = {
         "grants differ from the ledger",
     },
     "UPDATE team_credits SET credits_owed = 1 WHERE team_id = 'hr'": {"grants differ from the ledger"},
+    "INSERT INTO credit_uses (team_id, last_no, credits) VALUES ('hr', 2, 9)": {
+        "use of grants differs from the ledger"
+    },
+    "DELETE FROM credit_uses WHERE team_id = 'hr'": {"use of grants differs from the ledger"},
     "UPDATE team_credits SET next_expiry_at = NULL, held_expired_at = NULL WHERE team_id = 'hr'; UPDATE credit_grants"
     " SET expires_at = '2020-01-01' WHERE team_id = 'hr'; UPDATE credit_transactions SET expires_at = '2020-01-01'"
     " WHERE team_id = 'hr' AND transaction_type = 'allocation'": {"expiry of a grant is not noted"},
+    "UPDATE team_credits SET held_expired_at = '2020-01-01' WHERE team_id = 'hr'; UPDATE credit_grants SET expires_at ="
+    " '2020-01-01' WHERE team_id = 'hr'; UPDATE credit_transactions SET expires_at = '2020-01-01' WHERE team_id = 'hr'"
+    " AND transaction_type = 'allocation'": {"expired credits are held by no job"},
 }
 
 
@@ -194,7 +202,9 @@ def test_a_repair(used: Run, sql: psycopg.Connection, damage: str, balance: tupl
         "DELETE FROM credit_grants",
         "UPDATE credit_grants SET credits_used = credits_used - 1 WHERE credits_used > 0; DELETE FROM credit_uses",
         "UPDATE credit_grants SET priority = 99, expires_at = NULL",
+        "DELETE FROM credit_uses",
         "UPDATE team_credits SET credits_owed = 3, next_expiry_at = NULL, held_expired_at = NULL",
+        "UPDATE team_credits SET credits_owed = 3, next_expiry_at = NULL, held_expired_at = 'infinity'",
     ],
 )
 def test_grants_are_rebuilt_from_the_ledger(used: Run, sql: psycopg.Connection, damage: str) -> None:

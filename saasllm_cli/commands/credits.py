@@ -72,7 +72,9 @@ OF_GRANTS = (
     "grant has expired by another number",
     "grant has less than nothing left",
     "grants differ from the ledger",
+    "use of grants differs from the ledger",
     "expiry of a grant is not noted",
+    "expired credits are held by no job",
 )
 
 NO_GRANT = {"category": None, "priority": None}

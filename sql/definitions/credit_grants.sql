@@ -97,13 +97,29 @@ $$;
 
 
 -- What has expired and is still in the balances of teams: what no job holds. What jobs held as it expired, and those of
--- them that are open do not hold any more, is looked at only where jobs may have ended (`and_released`).
+-- them that are open do not hold any more, is looked at only where jobs may have ended (`and_released`). An end that
+-- could not be entered before other jobs began is none of theirs.
 CREATE FUNCTION due_expiries(of_teams text[], and_released boolean DEFAULT false) RETURNS TABLE (
     team_id text, place bigint, grant_id bigint, credits bigint
 )
 LANGUAGE sql STABLE AS $$
     WITH expired AS MATERIALIZED (
-        SELECT g.*, c.usable
+        SELECT
+            g.*,
+            c.usable,
+            g.was_held
+            OR (
+                g.created_at < g.expires_at
+                AND (
+                    SELECT j.created_at
+                    FROM public.jobs j
+                    WHERE j.team_id = g.team_id
+                      AND j.created_at >= g.expires_at
+                      AND j.status IN ('pending', 'in_progress')
+                    ORDER BY j.created_at DESC
+                    LIMIT 1
+                ) IS NOT NULL
+            ) AS is_of_former
         FROM public.grants_now(of_teams) g
         CROSS JOIN LATERAL (
             SELECT credits_remaining - credits_reserved + coalesce(credits_overdraft::numeric, 'Infinity') AS usable
@@ -130,7 +146,7 @@ LANGUAGE sql STABLE AS $$
                   AND j.status IN ('pending', 'in_progress')
                   AND j.created_at < e.expires_at
             ) AS jobs
-            WHERE e.was_held
+            WHERE e.is_of_former
             GROUP BY e.team_id
         ) AS team
         CROSS JOIN LATERAL unnest(team.grant_ids, team.credits) AS grants (grant_id, credits)
@@ -140,7 +156,7 @@ LANGUAGE sql STABLE AS $$
             e.team_id, e.grant_id, e.usable,
             row_number() OVER (PARTITION BY e.team_id ORDER BY e.expires_at, e.place) AS place,
             e.credits_left - CASE
-                WHEN e.was_held THEN (SELECT held.credits FROM held WHERE held.grant_id = e.grant_id)
+                WHEN e.is_of_former THEN (SELECT held.credits FROM held WHERE held.grant_id = e.grant_id)
                 ELSE e.credits_held
             END AS credits
         FROM expired e
@@ -170,7 +186,9 @@ BEGIN
 END
 $$;
 
--- Enters what has expired, and says how much that is of each team. The balances are locked.
+-- Enters what has expired, and says how much that is of each team. The balances are locked. One that is not that of its
+-- last entry keeps what has expired for later: until it is repaired, or until the entries of the same statement are
+-- counted.
 CREATE FUNCTION expire_credits(of_teams text[], and_released boolean DEFAULT false) RETURNS TABLE (
     team_id text, credits bigint
 )
@@ -183,8 +201,10 @@ BEGIN
     of_teams := ARRAY(
         SELECT c.team_id::text
         FROM public.team_credits c
+        CROSS JOIN LATERAL (SELECT is_sound FROM public.checked_balances WHERE team_id = c.team_id OFFSET 0) AS b
         WHERE c.team_id = ANY (of_teams)
           AND (c.next_expiry_at <= clock_timestamp() OR c.held_expired_at IS NOT NULL)
+          AND b.is_sound
     );
     RETURN QUERY WITH entry AS (
         INSERT INTO public.credit_transactions AS e (
@@ -198,7 +218,6 @@ BEGIN
         FROM public.due_expiries(of_teams, and_released) due
         CROSS JOIN LATERAL (SELECT * FROM public.teams WHERE team_id = due.team_id OFFSET 0) AS t
         CROSS JOIN LATERAL (SELECT * FROM public.checked_balances WHERE team_id = due.team_id OFFSET 0) AS b
-        WHERE b.is_sound -- else entries of the same statement are still to be counted: expire_uncharged follows them
         WINDOW in_order AS (PARTITION BY t.team_id ORDER BY due.place)
         RETURNING e.team_id, e.credits_amount
     )
@@ -520,12 +539,16 @@ END
 $$;
 
 
--- Builds the grants of a team anew from its ledger. The balance is locked.
+-- Builds the grants of a team anew from its ledger, and enters what of them has expired. The balance is locked.
 CREATE FUNCTION rebuild_grants(of_team text) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
-    entry public.credit_transactions;
+    entry   public.credit_transactions;
+    held_at timestamptz; -- what expired until then is entered, but for what jobs hold
 BEGIN
+    SELECT least(held_expired_at, clock_timestamp()) INTO held_at
+    FROM public.team_credits
+    WHERE team_id = of_team AND held_expired_at IS NOT NULL;
     DELETE FROM public.credit_uses WHERE team_id = of_team;
     DELETE FROM public.credit_grants WHERE team_id = of_team;
     UPDATE public.team_credits
@@ -535,13 +558,25 @@ BEGIN
         IF entry.transaction_type <> 'deduction'
             OR EXISTS (
                 SELECT
-                FROM public.team_credits
-                WHERE team_id = of_team AND (held_expired_at IS NOT NULL OR next_expiry_at <= entry.created_at)
+                FROM public.credit_grants
+                WHERE team_id = of_team AND credits_left > 0 AND expires_at <= entry.created_at
             )
         THEN
             PERFORM public.attribute_entries(ARRAY[entry]);
         END IF;
     END LOOP;
+    UPDATE public.team_credits
+    SET next_expiry_at = open.next_at,
+        held_expired_at = open.held_at
+    FROM (
+        SELECT
+            min(expires_at) FILTER (WHERE (expires_at <= held_at) IS NOT TRUE) AS next_at,
+            max(expires_at) FILTER (WHERE expires_at <= held_at) AS held_at
+        FROM public.credit_grants
+        WHERE team_id = of_team AND credits_left > 0
+    ) AS open
+    WHERE team_id = of_team;
+    PERFORM public.expire_credits(ARRAY[of_team], and_released => true);
 END
 $$;
 

@@ -383,6 +383,7 @@ CREATE FUNCTION lock_balance(
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET enable_seqscan = off AS $$
 DECLARE
     next_expiry_at timestamptz;
+    tried_at       timestamptz;
 BEGIN
     LOOP
         SELECT
@@ -397,7 +398,8 @@ BEGIN
         FOR UPDATE;
 
         -- By the time at which it has the lock: what is selected may be from before it waited.
-        EXIT WHEN (next_expiry_at <= clock_timestamp()) IS NOT TRUE;
+        EXIT WHEN (next_expiry_at <= clock_timestamp()) IS NOT TRUE OR next_expiry_at = tried_at;
+        tried_at := next_expiry_at; -- which it remains where nothing may be entered
         PERFORM public.expire_credits(ARRAY[of_team]);
     END LOOP;
 END

@@ -305,9 +305,20 @@ ledger AS (
         -sum(credits_amount) FILTER (WHERE transaction_type IN ('deduction', 'refund')) AS credits_used,
         -- What need not be attributed to its grants yet.
         coalesce(-sum(credits_amount) FILTER (WHERE entry_no > greatest(last_change_no, last_use_no)), 0)
-            AS credits_used_lately
+            AS credits_used_lately,
+        coalesce(
+            -sum(credits_amount) FILTER (
+                WHERE transaction_type = 'deduction' AND entry_no <= greatest(last_change_no, last_use_no)
+            ),
+            0
+        ) AS credits_attributed,
+        max(credits_in_uses) AS credits_in_uses
     FROM entry
-    LEFT JOIN (SELECT team_id, max(last_no) AS last_use_no FROM credit_uses GROUP BY team_id) AS used USING (team_id)
+    LEFT JOIN (
+        SELECT team_id, max(last_no) AS last_use_no, sum(credits) AS credits_in_uses
+        FROM credit_uses
+        GROUP BY team_id
+    ) AS used USING (team_id)
     GROUP BY team_id
 ),
 expiry AS (
@@ -345,8 +356,10 @@ holding AS (
             AS credits_attributed,
         coalesce(sum(g.credits_left), 0) - c.credits_owed AS credits_in_grants,
         min(g.expires_at) FILTER (
-            WHERE g.credits_left > 0 AND (g.expires_at <= c.held_expired_at) IS NOT TRUE
-        ) AS first_expiry_at
+            WHERE g.credits_left > 0
+              AND (g.expires_at <= c.held_expired_at AND g.expires_at <= clock_timestamp()) IS NOT TRUE
+        ) AS first_expiry_at,
+        min(g.expires_at) FILTER (WHERE g.credits_left > 0 AND g.expires_at <= c.held_expired_at) AS first_held_at
     FROM team_credits c
     LEFT JOIN credit_grants g USING (team_id)
     LEFT JOIN ledger l USING (team_id)
@@ -357,6 +370,7 @@ job AS (
     SELECT
         team_id,
         sum(credits_held) FILTER (WHERE status IN ('pending', 'in_progress')) AS credits_held,
+        min(created_at) FILTER (WHERE status IN ('pending', 'in_progress')) AS first_open_at,
         greatest(max(hold_no), max(raise_no), max(release_no)) AS last_hold_no
     FROM jobs
     WHERE %(team_id)s::text IS NULL OR team_id = %(team_id)s
@@ -401,9 +415,18 @@ SELECT team_id, 'grants differ from the ledger', NULL, NULL, credits_attributed,
 FROM holding
 WHERE credits_in_grants <> credits_attributed
 UNION ALL
+SELECT team_id, 'use of grants differs from the ledger', NULL, NULL, credits_attributed, coalesce(credits_in_uses, 0)
+FROM ledger
+WHERE credits_attributed <> coalesce(credits_in_uses, 0)
+UNION ALL
 SELECT team_id, 'expiry of a grant is not noted', NULL, NULL, NULL, NULL
 FROM holding
 WHERE first_expiry_at < coalesce(next_expiry_at, 'infinity')
+UNION ALL
+SELECT team_id, 'expired credits are held by no job', NULL, NULL, NULL, NULL
+FROM holding
+LEFT JOIN job USING (team_id)
+WHERE first_held_at <= coalesce(first_open_at, 'infinity')
 UNION ALL
 SELECT team_id, 'entry_no does not follow', transaction_id, job_id, previous_no + 1, entry_no
 FROM entry
