@@ -70,7 +70,7 @@ DAMAGE = {
     " WHERE team_id = 'hr' AND entry_no = 3": {
         "credits_allocated differs",
         "credits_before does not follow",
-        "grant is not as it was entered",
+        "grant differs from its entry",
         "grants differ from the ledger",
     },
     "UPDATE jobs SET status = 'failed', credits_charged = NULL, release_no = 1 WHERE team_id = 'hr'"
@@ -104,16 +104,16 @@ DAMAGE = {
         "grants differ from the ledger",
     },
     "UPDATE credit_grants SET credits_used = credits_used + 1 WHERE team_id = 'hr'": {"grants differ from the ledger"},
-    "UPDATE credit_grants SET priority = 1 WHERE team_id = 'hr'": {"grant is not as it was entered"},
+    "UPDATE credit_grants SET priority = 1 WHERE team_id = 'hr'": {"grant differs from its entry"},
     "UPDATE credit_grants SET expires_at = now() + interval '1 day' WHERE team_id = 'hr'": {
-        "grant is not as it was entered",
-        "expiry of a grant is not noted",
+        "grant differs from its entry",
+        "next_expiry_at differs",
     },
     "UPDATE credit_grants SET credits_expired = 1, credits_used = credits_used - 1 WHERE team_id = 'hr'"
-    " AND credits_used > 0": {"grant has expired by another number"},
+    " AND credits_used > 0": {"expired credits of a grant differ"},
     "ALTER TABLE credit_grants DROP CONSTRAINT credit_grants_left; UPDATE credit_grants SET credits_used = credits_used"
     " + 1000 WHERE team_id = 'hr' AND credits_amount = 10": {
-        "grant has less than nothing left",
+        "grant has negative credits",
         "grants differ from the ledger",
     },
     "UPDATE team_credits SET credits_owed = 1 WHERE team_id = 'hr'": {"grants differ from the ledger"},
@@ -123,7 +123,7 @@ DAMAGE = {
     "DELETE FROM credit_uses WHERE team_id = 'hr'": {"use of grants differs from the ledger"},
     "UPDATE team_credits SET next_expiry_at = NULL, held_expired_at = NULL WHERE team_id = 'hr'; UPDATE credit_grants"
     " SET expires_at = '2020-01-01' WHERE team_id = 'hr'; UPDATE credit_transactions SET expires_at = '2020-01-01'"
-    " WHERE team_id = 'hr' AND transaction_type = 'allocation'": {"expiry of a grant is not noted"},
+    " WHERE team_id = 'hr' AND transaction_type = 'allocation'": {"next_expiry_at differs"},
     "UPDATE team_credits SET held_expired_at = '2020-01-01' WHERE team_id = 'hr'; UPDATE credit_grants SET expires_at ="
     " '2020-01-01' WHERE team_id = 'hr'; UPDATE credit_transactions SET expires_at = '2020-01-01' WHERE team_id = 'hr'"
     " AND transaction_type = 'allocation'": {"expired credits are held by no job"},

@@ -68,16 +68,14 @@ REPAIRABLE = (
 )
 OF_GRANTS = (
     "grant is missing",
-    "grant is not as it was entered",
-    "grant has expired by another number",
-    "grant has less than nothing left",
+    "grant differs from its entry",
+    "expired credits of a grant differ",
+    "grant has negative credits",
     "grants differ from the ledger",
     "use of grants differs from the ledger",
-    "expiry of a grant is not noted",
+    "next_expiry_at differs",
     "expired credits are held by no job",
 )
-
-NO_GRANT = {"category": None, "priority": None}
 
 Reason = Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="Reason, kept in the ledger.")]
 Source = Annotated[
@@ -135,8 +133,7 @@ def add(
     A team uses its credits in this order: those with the lowest priority number first, then those that expire first,
     then promotional before included before paid, then the oldest. Included credits are those that its schedule grants.
     """
-    grant = {"category": category, "priority": priority}
-    _enter(team_id, "allocation", amount, reason, source, idempotency_key, output, expires, grant)
+    _enter(team_id, "allocation", amount, reason, source, idempotency_key, output, category, priority, expires)
 
 
 @app.command(epilog="saasllm credits grants team_engineering --all -o csv")
@@ -212,8 +209,8 @@ def refund(
 ) -> None:
     """Refund the credits that a job was charged.
 
-    All of its credits are given back, once, to the grants that were used last; in place of expired ones, as credits
-    that do not expire. The job stays completed.
+    All of its credits are given back, once: to the grants used last or, where those have expired, as credits that do
+    not expire. The job stays completed.
     """
     job_id = job_id_of(job)
     given = {"transaction_type": "refund", "job_id": job_id, "reason": reason, "source": source}
@@ -249,7 +246,8 @@ def adjust(
 ) -> None:
     """Correct a team's credits, up or down.
 
-    Credits that are reserved for running jobs cannot be taken away.
+    Credits that are added are paid ones that do not expire. Those that are taken away are the ones that jobs would use
+    next; what is reserved for running jobs cannot be taken away.
     """
     if amount == 0:
         raise InvalidInput(
@@ -520,8 +518,8 @@ def forecast(
 ) -> None:
     """Forecast when teams run out of credits.
 
-    Lists active teams, soonest first. Assumes that each team keeps using credits as in the past days, less refunds,
-    loses those that expire, and gets its scheduled ones. They run out when its overdraft is used up, too. A team
+    Lists active teams, soonest first. Assumes that each team goes on using credits as in the past days (less refunds),
+    loses those that expire, and is granted what is scheduled. It runs out once its overdraft is used up, too. A team
     without a date does not run out within a year.
     """
     columns = (
@@ -549,7 +547,7 @@ def verify(
     ] = None,
     repair: Annotated[
         bool,
-        typer.Option("--repair", help="Enter the differences of balances in the ledger, as adjustments."),
+        typer.Option("--repair", help="Enter differences of balances as adjustments, and rebuild grants."),
     ] = False,
     yes: Yes = False,
     verbose: Verbose = False,
@@ -573,7 +571,7 @@ def verify(
                 raise CheckFailed(
                     "credits_differ",
                     "Ledger, balances and jobs do not agree; see the rows above.",
-                    "To repair balances and reservations, run: saasllm credits verify --repair",
+                    "To repair balances, grants and reservations, run: saasllm credits verify --repair",
                 )
             return
         found = list(problems)
@@ -584,7 +582,7 @@ def verify(
         if left := len(db.many("credits.verify", team_id=team_id)):
             raise CheckFailed(
                 "credits_differ",
-                f"{counted(left, 'difference')} cannot be repaired by an adjustment.",
+                f"{counted(left, 'difference')} cannot be repaired.",
                 "See: saasllm credits verify",
             )
 
@@ -596,8 +594,7 @@ def _repair(db: database.Database, team_ids: list[str], with_grants: set[str], o
         for row in repaired:
             if row["credits_amount"]:
                 entry = {
-                    **NO_GRANT,
-                    **dict.fromkeys(("expires_at", "expires_in", "source", "idempotency_key")),
+                    **dict.fromkeys(("category", "priority", "expires_at", "expires_in", "source", "idempotency_key")),
                     "transaction_type": "adjustment",
                     **row,
                 }
@@ -624,8 +621,9 @@ def _enter(
     source: str | None,
     idempotency_key: str | None,
     output: Format | None,
+    category: str | None = None,
+    priority: int | None = None,
     expires: Expiry | None = None,
-    grant: dict[str, Any] = NO_GRANT,
 ) -> None:
     given = {
         "team_id": team_id,
@@ -633,20 +631,21 @@ def _enter(
         "credits_amount": amount,
         "reason": reason,
         "source": source,
-        **grant,
+        "category": category,
+        "priority": priority,
     }
-    at, after = expires or (None, None)
+    expiry = expires or Expiry()
     try:
         with database.connect() as db:
             written = db.maybe(
-                "credits.enter", **given, expires_at=at, expires_in=after, idempotency_key=idempotency_key
+                "credits.enter", **given, expires_at=expiry.at, expires_in=expiry.after, idempotency_key=idempotency_key
             )
             if written is None:
                 db.get("team", team_id)  # or it is not there
-                assert at
-                raise passed(at)
+                assert expiry.at
+                raise passed(expiry.at)
             entry = _entry(db, written["transaction_id"], given)
-            if not (expires or Expiry()).is_that_of(entry["created_at"], entry["expires_at"]):
+            if not expiry.is_that_of(entry["created_at"], entry["expires_at"]):
                 raise _reused("expires_at")
     except InsufficientCredits as error:
         with database.connect() as db:

@@ -399,15 +399,15 @@ SELECT coalesce(team_id, entry_team_id), 'grant is missing', transaction_id, NUL
 FROM grant_
 WHERE grant_id IS NULL AND NOT is_refund
 UNION ALL
-SELECT team_id, 'grant is not as it was entered', grant_id, NULL, NULL, credits_amount
+SELECT team_id, 'grant differs from its entry', grant_id, NULL, NULL, credits_amount
 FROM grant_
 WHERE grant_id IS NOT NULL AND (is_as_entered IS NOT TRUE OR team_id <> entry_team_id)
 UNION ALL
-SELECT team_id, 'grant has expired by another number', grant_id, NULL, credits_entered, credits_expired
+SELECT team_id, 'expired credits of a grant differ', grant_id, NULL, credits_entered, credits_expired
 FROM grant_
 WHERE credits_expired <> credits_entered
 UNION ALL
-SELECT team_id, 'grant has less than nothing left', grant_id, NULL, 0, least(credits_left, credits_used)
+SELECT team_id, 'grant has negative credits', grant_id, NULL, 0, least(credits_left, credits_used)
 FROM grant_
 WHERE least(credits_left, credits_used) < 0
 UNION ALL
@@ -419,7 +419,7 @@ SELECT team_id, 'use of grants differs from the ledger', NULL, NULL, credits_att
 FROM ledger
 WHERE credits_attributed <> coalesce(credits_in_uses, 0)
 UNION ALL
-SELECT team_id, 'expiry of a grant is not noted', NULL, NULL, NULL, NULL
+SELECT team_id, 'next_expiry_at differs', NULL, NULL, NULL, NULL
 FROM holding
 WHERE first_expiry_at < coalesce(next_expiry_at, 'infinity')
 UNION ALL
