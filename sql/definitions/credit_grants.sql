@@ -541,9 +541,15 @@ $$;
 
 -- Builds the grants of a team anew from its ledger, and enters what of them has expired. The balance is locked.
 CREATE FUNCTION rebuild_grants(of_team text) RETURNS void
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_mergejoin = off AS $$
 DECLARE
-    entry   public.credit_transactions;
+    entries public.credit_transactions[];
+    ends    timestamptz[] := ARRAY(
+        SELECT DISTINCT expires_at
+        FROM public.credit_transactions
+        WHERE team_id = of_team AND expires_at IS NOT NULL
+        ORDER BY expires_at
+    );
     held_at timestamptz; -- what expired until then is entered, but for what jobs hold
 BEGIN
     SELECT least(held_expired_at, clock_timestamp()) INTO held_at
@@ -554,15 +560,31 @@ BEGIN
     UPDATE public.team_credits
     SET credits_owed = 0, next_expiry_at = NULL, held_expired_at = NULL
     WHERE team_id = of_team;
-    FOR entry IN SELECT * FROM public.credit_transactions WHERE team_id = of_team ORDER BY entry_no LOOP
-        IF entry.transaction_type <> 'deduction'
+    -- Charges between which nothing else was entered and nothing ended go at once: each update of a grant leaves a
+    -- version of it behind, which the next one would have to pass.
+    FOR entries IN
+        SELECT array_agg(entry ORDER BY entry_no)
+        FROM (
+            SELECT
+                e AS entry,
+                e.entry_no,
+                e.transaction_type = 'deduction' AS is_charge,
+                count(*) FILTER (WHERE e.transaction_type <> 'deduction') OVER (ORDER BY e.entry_no) AS changes,
+                width_bucket(e.created_at, ends) AS ended
+            FROM public.credit_transactions e
+            WHERE e.team_id = of_team
+        ) AS numbered
+        GROUP BY changes, is_charge, ended
+        ORDER BY min(entry_no)
+    LOOP
+        IF entries[1].transaction_type <> 'deduction'
             OR EXISTS (
                 SELECT
                 FROM public.credit_grants
-                WHERE team_id = of_team AND credits_left > 0 AND expires_at <= entry.created_at
+                WHERE team_id = of_team AND credits_left > 0 AND expires_at <= entries[1].created_at
             )
         THEN
-            PERFORM public.attribute_entries(ARRAY[entry]);
+            PERFORM public.attribute_entries(entries);
         END IF;
     END LOOP;
     UPDATE public.team_credits
