@@ -85,7 +85,9 @@ BEGIN
     END IF;
     -- All are looked at each time when one ends: of very many, at the end of each day.
     IF cardinality(ends) > 500 THEN
-        ends := ARRAY(SELECT ceil(ends_in) FROM unnest(ends) WITH ORDINALITY AS grants (ends_in, number) ORDER BY number);
+        ends := ARRAY(
+            SELECT ceil(ends_in) FROM unnest(ends) WITH ORDINALITY AS grants (ends_in, number) ORDER BY number
+        );
     END IF;
 
     SELECT * INTO schedule FROM public.credit_schedules WHERE team_id = of_team;
