@@ -217,7 +217,7 @@ BEGIN
             b.credits_remaining - sum(due.credits) OVER in_order, 'Expired', due.grant_id
         FROM public.due_expiries(of_teams, and_released) due
         CROSS JOIN LATERAL (SELECT * FROM public.teams WHERE team_id = due.team_id OFFSET 0) AS t
-        CROSS JOIN LATERAL (SELECT * FROM public.checked_balances WHERE team_id = due.team_id OFFSET 0) AS b
+        CROSS JOIN LATERAL (SELECT * FROM public.team_credits WHERE team_id = due.team_id OFFSET 0) AS b
         WINDOW in_order AS (PARTITION BY t.team_id ORDER BY due.place)
         RETURNING e.team_id, e.credits_amount
     )
