@@ -75,6 +75,7 @@ GET = {
 }
 NEAR = {"organization": "org.near", "team": "team.near", "group": "group.near"}
 TRIES = 5
+DEADLOCK_SECONDS = 30.0  # in which a transaction that meets the jobs of a busy team finds a gap
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 # The names of the unique indexes of what is done once.
 ONCE = ("_idempotency_key", "_once_a_job", "jobs_pkey")
@@ -253,13 +254,15 @@ class Database:
     def transaction(self, work: Callable[[], T], is_rehearsal: bool = False) -> T:
         """Several queries as one, all or nothing; from the beginning again where a deadlock has undone them, or another
         has just made or removed what they refer to. What a rehearsal has done is undone at its end."""
-        for is_last in (*[False] * TRIES, True):
+        until = time.monotonic() + DEADLOCK_SECONDS
+        for number in count(1):
             try:
                 with self.whole(is_rehearsal):
                     return work()
-            except (*DEADLOCKS, *OVERTAKEN):
-                if is_last:
+            except (*DEADLOCKS, *OVERTAKEN) as error:
+                if number > TRIES and (isinstance(error, OVERTAKEN) or time.monotonic() > until):
                     raise
+            _pause(number)
         raise AssertionError
 
     @contextmanager
@@ -351,6 +354,13 @@ class Database:
             cursor = self._connection.execute(statement.sql, parameters)
         self._check, self._is_told = None, True
         return cursor
+
+
+def _pause(number: int) -> None:
+    """Before another try: of those that met, each another time, so that they do not meet again."""
+    from random import random
+
+    time.sleep(random() * min(0.5, 0.01 * 2**number))  # noqa: S311
 
 
 def _passes(error: psycopg.Error) -> bool:
