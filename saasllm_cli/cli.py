@@ -32,6 +32,7 @@ NOUNS = {
     "limit": "Limit what organizations and teams may use.",
     "credits": "Manage teams' credits and the ledger behind them.",
     "job": "Run jobs: call a model for a team, charge credits on success.",
+    "worker": "Run submitted jobs, on as many machines as you like.",
     "apply": "Create and update organizations, groups, teams, prices from files.",
     "export": "Print organizations, groups, teams, prices as a file for `apply`.",
     "audit": "Show who changed what.",
@@ -78,7 +79,8 @@ class Root(TyperGroup):
         command = typer.main.get_command(importlib.import_module(f"saasllm_cli.commands.{cmd_name}").app)
         gc.enable()
         command.name = cmd_name
-        if isinstance(command, TyperGroup):  # a noun that is its own verb has a help of its own
+        # A noun that is its own verb has a help of its own.
+        if isinstance(command, TyperGroup) and not command.invoke_without_command:
             command.help = NOUNS[cmd_name]
         for behind in (command, *getattr(command, "commands", {}).values()):
             self._share_flags(behind)

@@ -287,6 +287,17 @@ class Database:
         """As `lock`, for the rest of the transaction, and held by it: so it lasts until its commit."""
         _wait_until(lambda: _hold(self._connection, work), busy, seconds, on_wait)
 
+    def listen(self, channel: str) -> bool:
+        """Lets notices of the channel come; not through a pooler, where they would come to anybody, and it says so."""
+        if self._connection.info.backend_pid != self.one("db.backend")["pid"]:
+            return False
+        self._connection.execute(f"LISTEN {channel}")
+        return True
+
+    def has_notice(self, seconds: float) -> bool:
+        """Whether a notice has come, or comes within so many seconds."""
+        return any(True for _ in self._connection.notifies(timeout=seconds, stop_after=1))
+
     def read_one_state(self) -> None:
         """From now on all queries read the same state of the database, and nothing can be changed."""
         self._connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ

@@ -8,6 +8,7 @@ stronger one of these places gives comes before it.
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from enum import StrEnum
 from functools import cache
 from getpass import getuser
@@ -22,7 +23,9 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 from saasllm_cli.context import log_format_flag, profile_flag
 from saasllm_cli.errors import InvalidInput, NotFound, SaasllmError
+from saasllm_cli.rules import duration
 
+LONGEST_KEPT = timedelta(days=3650)
 CONFIG_FILE = Path("~/.config/saasllm/config.toml")
 # Names the embedded server, in the place of a URL or of a profile.
 EMBEDDED = "embedded"
@@ -66,12 +69,24 @@ class Settings(BaseSettings):
     actor: str = Field(default_factory=_user)
     output: Format = Format.TABLE
     log_format: Literal["text", "json"] = "text"
+    keep_answers: timedelta = timedelta(days=7)  # of jobs that workers ran
     keep_content: int = Field(default=0, ge=0, le=1_000_000)  # how many characters of each prompt and each answer
 
     @field_validator("database_url", mode="before")
     @classmethod
     def _without_newline(cls, value: Any) -> Any:  # as it comes where it was read from a file
         return value.strip() or None if isinstance(value, str) else value
+
+    @field_validator("keep_answers", mode="before")
+    @classmethod
+    def _duration(cls, value: Any) -> Any:
+        try:
+            found = value if isinstance(value, timedelta) else duration(str(value).strip())
+        except OverflowError:
+            found = None
+        if found is None or found > LONGEST_KEPT:
+            raise ValueError("must be a time such as 7d, 12h or 0d, of at most ten years")
+        return found
 
     @property
     def server_url(self) -> str | None:

@@ -18,7 +18,9 @@ def commands() -> list[tuple[str, Any]]:
     for noun in cli.NOUNS:
         command = root.get_command(None, noun)
         verbs = getattr(command, "commands", None)
-        found += [(noun, command)] if verbs is None else [(f"{noun} {name}", verb) for name, verb in verbs.items()]
+        if verbs is None or command.invoke_without_command:
+            found.append((noun, command))
+        found += [(f"{noun} {name}", verb) for name, verb in (verbs or {}).items()]
     return found
 
 

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from saasllm_cli.commands.inputs import A_GROUP, label
+from saasllm_cli.commands.inputs import A_GROUP, A_TEAM, counted, label
 from saasllm_cli.errors import InvalidInput, NoAnswer
 from saasllm_cli.jobs import chat
-from saasllm_cli.output import note, printer, progress
+from saasllm_cli.output import end_pieces, note, print_answer, printer, progress, show, warn
 from saasllm_cli.settings import Format
 
 if TYPE_CHECKING:
     from saasllm_cli.jobs.calls import CallRequest
+    from saasllm_cli.jobs.runner import JobResult
 
 STDIN = Path("-")
 SILENT_STDIN_SECONDS = 3
@@ -38,6 +39,22 @@ def parameter(value: str) -> dict[str, Any]:
         return chat.parameters({key: text})
 
 
+# Why an answer may not be whole, in words.
+INCOMPLETE = {
+    "length": "it was cut off at the maximum length",
+    "content_filter": "the provider's content filter cut it",
+}
+# What is told of a call that answered.
+MEASURES = (
+    *("finish_reason", "resolved_model", "prompt_tokens", "completion_tokens", "total_tokens", "cost_usd"),
+    "latency_ms",
+)
+
+Team = Annotated[str, typer.Option(**A_TEAM, show_default=False, help="Team to charge.")]
+JobType = Annotated[str, typer.Option(parser=label, metavar="TYPE", help="Type of the job, for lists and usage.")]
+ExternalTaskId = Annotated[
+    str | None, typer.Option(parser=label, metavar="ID", help="Your own ID for the job, to find it in lists.")
+]
 Group = Annotated[str, typer.Option(**A_GROUP, show_default=False, help="Model group to ask.")]
 Prompt = Annotated[
     str | None, typer.Option(metavar="TEXT", help="Prompt; the text of --prompt-file, if given, is appended to it.")
@@ -247,3 +264,71 @@ def _decoded(content: bytes, source: str) -> str:
             f"The prompt in {source} is not UTF-8 text (byte {error.start + 1}).",
             "Convert it first; for a PDF, run: pdftotext FILE -",
         ) from error
+
+
+def answer_fields(result: "JobResult") -> dict[str, Any]:
+    """What JSON has of an answer."""
+    last = result.calls[-1] if result.calls else None
+    return {
+        "job_id": result.job_id,
+        "status": result.status if result.unsettled is None else "in_progress",
+        "content": getattr(result.answer, "content", None),
+        "tool_calls": getattr(result.answer, "tool_calls", None),
+        **{name: getattr(last, name, None) for name in MEASURES},
+        "attempts": len(result.calls),
+    }
+
+
+def some_credits(number: int) -> str:
+    return counted(number, "credit") if number else "No credits"
+
+
+def show_result(result: "JobResult", group: str, further: dict[str, Any], output: Format, is_shown: bool) -> None:
+    """The answer, of which a stream has shown the text already, and on stderr how it came; else raises why not."""
+    last = result.calls[-1] if result.calls else None
+    ids = {"job_id": result.job_id, "team_id": result.team_id, "group_name": group}
+    if result.answer is None and not result.is_repeated:
+        if is_shown:
+            end_pieces()
+        attempts = "".join(f"\n  {call.resolved_model}: {call.error}" for call in result.calls)
+        raise NoAnswer(
+            "no_answer",
+            f"No model of group {group} answered; nothing was charged (job {result.job_id}).{attempts}",
+            f"See: saasllm job get {result.job_id}",
+            **ids,
+            **{name: getattr(last, name, None) for name in MEASURES},
+            attempts=len(result.calls),
+            credits_charged=0,
+            error="; ".join(f"{call.resolved_model}: {call.error}" for call in result.calls),
+        )
+    if last is not None and result.answer is not None and result.answer.not_sent:
+        told = f"litellm did not pass on to {last.resolved_model}: {', '.join(result.answer.not_sent)}"
+        warn(told, **ids, resolved_model=last.resolved_model, not_sent=result.answer.not_sent)
+    if output is not Format.TABLE:
+        show(answer_fields(result) | further, output)
+    else:
+        assert result.answer is not None
+        assert last is not None
+        if result.answer.content:
+            print_answer("" if is_shown else result.answer.content)
+        if result.answer.tool_calls:
+            show(result.answer.tool_calls, Format.JSON)
+        for call in result.calls[:-1]:
+            attempt = {"resolved_model": call.resolved_model, "latency_ms": call.latency_ms, "error": call.error}
+            note(f"{call.resolved_model} failed: {call.error}", **ids, **attempt)
+        cost = "cost unknown" if last.cost_usd is None else f"${last.cost_usd:f}"
+        parts = (last.prompt_tokens, last.completion_tokens)
+        tokens = "tokens unknown" if parts == (None, None) else " + ".join(str(part or 0) for part in parts) + " tokens"
+        note(
+            f"{last.resolved_model} · {tokens} · {cost} · {last.latency_ms / 1000:.2f} s · job {result.job_id}",
+            **ids,
+            **{name: getattr(last, name) for name in MEASURES},
+        )
+    if last is not None and last.finish_reason in INCOMPLETE:
+        warn(f"The answer is incomplete: {INCOMPLETE[last.finish_reason]}.", **ids, finish_reason=last.finish_reason)
+    if result.unsettled is not None:
+        result.unsettled.fields |= ids
+        lacking = "this call was not recorded" if result.status == "in_progress" else "it could not be settled"
+        told = result.unsettled.message.rstrip(".")  # libpq's words have none
+        result.unsettled.message = f"{told}. The answer is above, but job {result.job_id} is still open: {lacking}."
+        raise result.unsettled

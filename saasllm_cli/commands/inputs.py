@@ -38,6 +38,7 @@ from saasllm_cli.settings import EMBEDDED, Format, settings
 EVERY_ROW = 10**18
 MOST_CANDIDATES = 5
 MOST_COMPLETED = 50  # jobs
+LONGEST_WAIT = timedelta(days=366)
 RESERVED_KEYS = "opening:"
 
 
@@ -117,6 +118,15 @@ def expiry(value: str) -> Expiry:
         return rules.expiry(value)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def lasting(value: str | timedelta) -> timedelta:
+    """How long: `24h`, `7d`; the default comes as it is."""
+    with suppress(OverflowError):
+        found = duration(str(value))
+        if found and found <= LONGEST_WAIT:
+            return found
+    raise typer.BadParameter(f"{value!r} is not a time such as 30m, 24h or 7d, of at most a year.")
 
 
 class Period(NamedTuple):

@@ -11,8 +11,11 @@ from uuid import UUID
 import typer
 
 from saasllm_cli import database
+from saasllm_cli.commands import job_queue
 from saasllm_cli.commands.calls import (
+    ExternalTaskId,
     Group,
+    JobType,
     JsonSchema,
     MaxTokens,
     Messages,
@@ -24,6 +27,7 @@ from saasllm_cli.commands.calls import (
     Stop,
     Stream,
     System,
+    Team,
     Temperature,
     Timeout,
     TopP,
@@ -31,11 +35,12 @@ from saasllm_cli.commands.calls import (
     given,
     opened,
     schema_of,
+    show_result,
     shown_as_it_comes,
+    some_credits,
 )
 from saasllm_cli.commands.inputs import (
     A_JOB,
-    A_TEAM,
     GroupFilter,
     IdempotencyKey,
     JobName,
@@ -60,11 +65,9 @@ from saasllm_cli.commands.inputs import (
     number,
     require_some,
 )
-from saasllm_cli.errors import CheckFailed, InsufficientCredits, InvalidInput, NoAnswer, limit_reached, limit_words
+from saasllm_cli.errors import CheckFailed, InsufficientCredits, InvalidInput, limit_reached, limit_words
 from saasllm_cli.output import (
-    end_pieces,
     note,
-    print_answer,
     print_line,
     print_sentence,
     progress,
@@ -79,29 +82,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from saasllm_cli.jobs.batch import Summary
-    from saasllm_cli.jobs.runner import JobResult
 
 app = noun()
 
-# Why an answer may not be whole, in words.
-INCOMPLETE = {
-    "length": "it was cut off at the maximum length",
-    "content_filter": "the provider's content filter cut it",
-}
-# What is told of a call that answered.
-MEASURES = (
-    *("finish_reason", "resolved_model", "prompt_tokens", "completion_tokens", "total_tokens", "cost_usd"),
-    "latency_ms",
-)
 Status = Literal["pending", "in_progress", "completed", "failed", "cancelled"]
 
 Job = Annotated[
     JobName, typer.Argument(**A_JOB, show_default=False, help="Job ID, or the beginning of one (at least 4 digits).")
-]
-Team = Annotated[str, typer.Option(**A_TEAM, show_default=False, help="Team to charge.")]
-JobType = Annotated[str, typer.Option(parser=label, metavar="TYPE", help="Type of the job, for lists and usage.")]
-ExternalTaskId = Annotated[
-    str | None, typer.Option(parser=label, metavar="ID", help="Your own ID for the job, to find it in lists.")
 ]
 Reason = Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="Reason, kept with the job.")]
 Lease = Annotated[
@@ -165,7 +152,7 @@ def run(
 
     def tell(job_id: UUID, held: int) -> None:
         if output is Format.TABLE:
-            note(f"{_credits(held)} reserved.", job_id=job_id, team_id=team, credits_held=held)
+            note(f"{some_credits(held)} reserved.", job_id=job_id, team_id=team, credits_held=held)
 
     with waiting(""):
         result = runner.run(request, on_progress=progress, on_text=on_text, on_begun=tell)
@@ -177,10 +164,10 @@ def run(
         )
         return
     charged = {name: getattr(result, name) for name in (*runner.CHARGE, "credits_remaining")}
-    _show_result(result, group, charged, output, is_shown=on_text is not None)
+    show_result(result, group, charged, output, is_shown=on_text is not None)
     ids = {"job_id": result.job_id, "team_id": team}
     if output is Format.TABLE:
-        told = f"{_credits(result.credits_charged or 0)} charged, {result.credits_remaining} left."
+        told = f"{some_credits(result.credits_charged or 0)} charged, {result.credits_remaining} left."
         note(told, **ids, **charged)
     if result.credits_short:
         warn(
@@ -189,6 +176,14 @@ def run(
     if result.is_unpriced:
         told = f"No cost is known for {result.calls[-1].resolved_model}, so the price's minimum was charged."
         warn(told + " To set one, see: saasllm model set --help", **ids, **charged)
+
+
+app.command(
+    epilog="JOB=$(saasllm job submit --team team_engineering --group ResumeAgent --prompt-file cv.txt)\n"
+    "saasllm job submit --team team_engineering --group ResumeAgent --file cvs.jsonl --idempotency-key cvs-2026-11"
+)(job_queue.submit)
+app.command(epilog="saasllm job wait $JOB -o json | jq -r .content")(job_queue.wait)
+app.command(epilog="saasllm job result $JOB")(job_queue.result)
 
 
 @app.command(epilog="JOB=$(saasllm job create --team team_engineering)")
@@ -257,7 +252,7 @@ def call(
     job_id = job_id_of(job)
     with waiting(""):
         result = runner.call(job_id, request, lease, on_progress=progress, on_text=on_text)
-    _show_result(result, group, {"lease_expires_at": result.lease_expires_at}, output, is_shown=on_text is not None)
+    show_result(result, group, {"lease_expires_at": result.lease_expires_at}, output, is_shown=on_text is not None)
 
 
 @app.command(epilog="saasllm job complete $JOB")
@@ -421,11 +416,12 @@ def sweep(team: TeamFilter = None, verbose: Verbose = False, output: Output = No
     from saasllm_cli.jobs import runner
 
     with waiting("Sweeping …"):
-        swept, refusals = runner.sweep(team)
+        swept, requeued, refusals = runner.sweep(team)
     if (output or settings().output) is not Format.TABLE:
-        show({"swept": swept}, output)
-    elif swept:
-        note(f"Swept {counted(swept, 'job')}.")
+        show({"swept": swept, "requeued": requeued}, output)
+    elif swept or requeued:
+        told = f" {counted(requeued, 'job')} of lost workers will be run again." if requeued else ""
+        note(f"Swept {counted(swept, 'job')}.{told}")
     elif not refusals:
         remark("No job has expired.", verbose)
     if refusals:
@@ -584,70 +580,7 @@ def _finish(job: JobName, status: str, reason: str | None, output: Format | None
     _show_job(job_id, output)
 
 
-def _credits(number: int) -> str:
-    return counted(number, "credit") if number else "No credits"
-
-
 def _show_job(job_id: UUID, output: Format | None) -> None:
     with database.connect() as db:
         job = db.get("job", job_id)
     show(job, output)
-
-
-def _show_result(result: "JobResult", group: str, further: dict[str, Any], output: Format, is_shown: bool) -> None:
-    """The answer, of which a stream has shown the text already, and on stderr how it came; else raises why not."""
-    last = result.calls[-1] if result.calls else None
-    ids = {"job_id": result.job_id, "team_id": result.team_id, "group_name": group}
-    if result.answer is None and not result.is_repeated:
-        if is_shown:
-            end_pieces()
-        attempts = "".join(f"\n  {call.resolved_model}: {call.error}" for call in result.calls)
-        raise NoAnswer(
-            "no_answer",
-            f"No model of group {group} answered; nothing was charged (job {result.job_id}).{attempts}",
-            f"See: saasllm job get {result.job_id}",
-            **ids,
-            **{name: getattr(last, name, None) for name in MEASURES},
-            attempts=len(result.calls),
-            credits_charged=0,
-            error="; ".join(f"{call.resolved_model}: {call.error}" for call in result.calls),
-        )
-    if last is not None and result.answer is not None and result.answer.not_sent:
-        told = f"litellm did not pass on to {last.resolved_model}: {', '.join(result.answer.not_sent)}"
-        warn(told, **ids, resolved_model=last.resolved_model, not_sent=result.answer.not_sent)
-    if output is not Format.TABLE:
-        fields: dict[str, Any] = {
-            "job_id": result.job_id,
-            "status": result.status if result.unsettled is None else "in_progress",
-            "content": getattr(result.answer, "content", None),
-            "tool_calls": getattr(result.answer, "tool_calls", None),
-            **{name: getattr(last, name, None) for name in MEASURES},
-            "attempts": len(result.calls),
-        }
-        show(fields | further, output)
-    else:
-        assert result.answer is not None
-        assert last is not None
-        if result.answer.content:
-            print_answer("" if is_shown else result.answer.content)
-        if result.answer.tool_calls:
-            show(result.answer.tool_calls, Format.JSON)
-        for call in result.calls[:-1]:
-            attempt = {"resolved_model": call.resolved_model, "latency_ms": call.latency_ms, "error": call.error}
-            note(f"{call.resolved_model} failed: {call.error}", **ids, **attempt)
-        cost = "cost unknown" if last.cost_usd is None else f"${last.cost_usd:f}"
-        parts = (last.prompt_tokens, last.completion_tokens)
-        tokens = "tokens unknown" if parts == (None, None) else " + ".join(str(part or 0) for part in parts) + " tokens"
-        note(
-            f"{last.resolved_model} · {tokens} · {cost} · {last.latency_ms / 1000:.2f} s · job {result.job_id}",
-            **ids,
-            **{name: getattr(last, name) for name in MEASURES},
-        )
-    if last is not None and last.finish_reason in INCOMPLETE:
-        warn(f"The answer is incomplete: {INCOMPLETE[last.finish_reason]}.", **ids, finish_reason=last.finish_reason)
-    if result.unsettled is not None:
-        result.unsettled.fields |= ids
-        lacking = "this call was not recorded" if result.status == "in_progress" else "it could not be settled"
-        told = result.unsettled.message.rstrip(".")  # libpq's words have none
-        result.unsettled.message = f"{told}. The answer is above, but job {result.job_id} is still open: {lacking}."
-        raise result.unsettled

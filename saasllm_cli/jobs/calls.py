@@ -269,6 +269,7 @@ class Traffic:
         self._lanes: dict[str, _Lane] = {}
         self._changed = asyncio.Condition()
         self._waiting = 0
+        self._just_closed: dict[str, float] = {}
 
     def open(self, models: Sequence[str]) -> list[str]:
         """The models that are not passed over now; if all are, the one whose time comes first."""
@@ -320,11 +321,26 @@ class Traffic:
             lane.limit, lane.halved_at = max(lane.limit / 2, 1), now
         if is_rate_limit and retry_after:
             lane.closed_until = now + min(retry_after, CLOSED_SECONDS)
+            self._just_closed[model] = lane.closed_until
             return
         # One that is busy without saying for how long may be so for ever.
         lane.failures += 1
         if lane.failures >= FAILURES:
             lane.closed_until = now + CLOSED_SECONDS
+
+    def just_closed(self) -> dict[str, float]:
+        """The models that, since it was asked last, a provider has said to leave alone; each with the seconds until
+        when."""
+        now = time.monotonic()
+        closed = {model: until - now for model, until in self._just_closed.items() if until > now}
+        self._just_closed.clear()
+        return closed
+
+    def close(self, models: dict[str, float]) -> None:
+        """What a provider has said to another process."""
+        for model, seconds in models.items():
+            lane = self._lane(model)
+            lane.closed_until = max(lane.closed_until, time.monotonic() + seconds)
 
     def _lane(self, model: str) -> _Lane:
         return self._lanes.setdefault(model, _Lane(self._concurrency))

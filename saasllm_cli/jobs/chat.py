@@ -131,8 +131,9 @@ def _mistake(schema_text: str) -> str | None:
     return None
 
 
-def messages(chat: Any, source: str, folder: Path) -> list[dict[str, Any]]:
-    """The messages of a chat. Images that are named by their path from the folder become a part of them.
+def messages(chat: Any, source: str, folder: Path | None) -> list[dict[str, Any]]:
+    """The messages of a chat. Images that are named by their path from the folder become a part of them; without one,
+    no file is read.
 
     Raises `InvalidInput` that names the source and the place in it.
     """
@@ -157,7 +158,7 @@ def messages(chat: Any, source: str, folder: Path) -> list[dict[str, Any]]:
     return chat
 
 
-def _check_part(part: Any, source: str, where: str, folder: Path) -> None:
+def _check_part(part: Any, source: str, where: str, folder: Path | None) -> None:
     match part:
         case {"type": "text", "text": str(content)}:
             text(content, f"{source}, {where}.text")
@@ -173,10 +174,12 @@ def _check_part(part: Any, source: str, where: str, folder: Path) -> None:
             raise _invalid(source, where, "must be an object with a type")
 
 
-def _image(url: str, source: str, where: str, folder: Path) -> str:
+def _image(url: str, source: str, where: str, folder: Path | None) -> str:
     """The URL of an image; what is no URL is a file."""
     if re.match(r"(https?|data|gs|s3):", url):
         return url
+    if folder is None:
+        raise _invalid(source, where, f"names {url!r}, which is no URL")
     kind, _ = mimetypes.guess_type(url)
     if kind is None or not kind.startswith("image/"):
         raise _invalid(source, where, f"names {url!r}, which is neither a URL nor an image file")

@@ -63,7 +63,7 @@ REFUSALS = (
 @dataclass(frozen=True, slots=True)
 class JobRequest:
     """What is asked for: a job of the one call, or where there is none, a job of calls that follow, which holds its
-    credit for `lease` seconds from each of them."""
+    credit for `lease` seconds from each of them. One that is queued is left to workers."""
 
     team_id: str
     call: CallRequest | None
@@ -72,13 +72,18 @@ class JobRequest:
     metadata: dict[str, Any] = field(default_factory=dict)
     idempotency_key: str | None = None
     lease: float = 0
+    is_queued: bool = False
+
+    @property
+    def group_name(self) -> str | None:
+        return self.call.group_name if self.call else None
 
     def hash(self) -> str:
         """The same for the same request, to tell a repetition from another request under the same key."""
         import simplejson  # metadata have decimals
 
         asked = asdict(self)
-        del asked["lease"], asked["idempotency_key"]
+        del asked["lease"], asked["idempotency_key"], asked["is_queued"]
         if self.call is not None:
             asked |= asked.pop("call")
             del asked["timeout"]
@@ -255,10 +260,11 @@ def finish(job_id: UUID, status: str, error_message: str | None = None) -> None:
         raise _no_call(job_id, "lease_lost" if is_open else "job_finished", None, None)
 
 
-def sweep(team_id: str | None) -> tuple[int, dict[str, str]]:
-    """Fails the jobs whose lease ran out, of the team or of all, and frees their credits; says how many there were, and
-    of which teams the database refuses it, and why: they hinder no other."""
-    count = 0
+def sweep(team_id: str | None) -> tuple[int, int, dict[str, str]]:
+    """Ends the leases that ran out, of the team or of all: fails the jobs, and frees their credits, or lets another
+    worker run them. Says how many there were of both kinds, and of which teams the database refuses it, and why: they
+    hinder no other."""
+    failed = requeued = 0
     refusals: dict[str, str] = {}
     with database.connect() as db:
         if team_id is not None:
@@ -268,8 +274,9 @@ def sweep(team_id: str | None) -> tuple[int, dict[str, str]]:
             team = todo.pop()
             try:
                 with database.translated_errors():
-                    while swept := db.one("job.sweep", team_id=team, row_limit=SWEEP_CHUNK)["swept"]:
-                        count += swept
+                    while (row := db.one("job.sweep", team_id=team, row_limit=SWEEP_CHUNK))["swept"]:
+                        failed += row["swept"] - row["requeued"]
+                        requeued += row["requeued"]
             except DatabaseUnavailable:
                 raise
             except SaasllmError as refusal:
@@ -277,7 +284,7 @@ def sweep(team_id: str | None) -> tuple[int, dict[str, str]]:
                     todo = [row["team_id"] for row in db.many("job.expired_teams")]
                 else:
                     refusals[team] = refusal.in_one_line
-    return count, refusals
+    return failed, requeued, refusals
 
 
 def keep_refusal(db: database.Database, team_id: str, group_name: str | None, outcome: str, refusals: int = 1) -> None:
@@ -295,14 +302,11 @@ def new_job_id() -> UUID:
 
 
 def _begin(job_id: UUID, request: JobRequest) -> database.Row:
-    """Opens the job, sweeping the team's expired leases first where they are in the way; else raises why not.
-
-    Where the answer is lost on the way, it asks again: under the same id the job is begun once.
-    """
+    """Opens the job; raises why not."""
     parameters: dict[str, Any] = {
         "job_id": job_id,
         "team_id": request.team_id,
-        "group_name": request.call.group_name if request.call else None,
+        "group_name": request.group_name,
         "job_type": request.job_type,
         "external_task_id": request.external_task_id,
         "metadata": request.metadata,
@@ -310,20 +314,28 @@ def _begin(job_id: UUID, request: JobRequest) -> database.Row:
         "request_hash": request.hash() if request.idempotency_key else None,
         "lease_seconds": request.call.timeout + LEASE_MARGIN_SECONDS if request.call else request.lease,
     }
+    return begin_by(lambda db: db.one("job.begin", **parameters), request)
+
+
+def begin_by(begin: Callable[[database.Database], database.Row], request: JobRequest) -> database.Row:
+    """Begins a job by a query, sweeping the team's expired leases first where they are in the way; raises why not.
+
+    Where the answer is lost on the way, it asks again: under the same id the job is begun once.
+    """
     is_asked = False
 
     def ask(seconds: float) -> database.Row:
         nonlocal is_asked
         with database.patience(seconds), database.connect() as db:
             is_asked = True
-            begun = until_no_other_overtakes(lambda: db.one("job.begin", **parameters))
-            if begun["outcome"] in ("insufficient_credits", "limit_reached") or begun["existing_is_expired"]:
+            begun = until_no_other_overtakes(lambda: begin(db))
+            if begun["outcome"] in ("insufficient_credits", "limit_reached") or begun.get("existing_is_expired"):
                 # Another process may have swept them first: so it is asked again, whoever did.
                 db.one("job.sweep", team_id=request.team_id, row_limit=SWEEP_CHUNK)
-                begun = until_no_other_overtakes(lambda: db.one("job.begin", **parameters))
+                begun = until_no_other_overtakes(lambda: begin(db))
             if begun["outcome"] == "insufficient_credits":
                 begun |= db.found("credits.free", "team", request.team_id, team_id=request.team_id)
-            keep_refusal(db, request.team_id, parameters["group_name"], begun["outcome"])
+            keep_refusal(db, request.team_id, request.group_name, begun["outcome"])
         return begun
 
     try:
@@ -332,20 +344,22 @@ def _begin(job_id: UUID, request: JobRequest) -> database.Row:
         if not is_asked or error.code != "database_unreachable":
             raise
         begun = database.until_it_answers(BEGIN_SECONDS, ask)
-    _raise_refusal(begun, request)
+    raise_refusal(begun, request)
     return begun
 
 
-def _raise_refusal(begun: database.Row, request: JobRequest) -> None:
+def raise_refusal(begun: database.Row, request: JobRequest) -> None:
     match begun["outcome"]:
         case "begun":
             return
         case "insufficient_credits":
             has = (begun[f"credits_{name}"] for name in ("held", "remaining", "reserved", "overdraft"))
-            raise insufficient_credits(request.team_id, request.call.group_name if request.call else None, *has)
+            raise insufficient_credits(request.team_id, request.group_name, *has)
         case "limit_reached":
             raise limit_reached(begun["limit_reached"], begun["credits_held"])
-        case "key_in_use" if begun["existing_request_hash"] != request.hash():
+        case "key_in_use" if request.is_queued:
+            return
+        case "key_in_use" | "key_reused" if request.is_queued or begun["existing_request_hash"] != request.hash():
             raise Conflict(
                 "idempotency_key_reused",
                 f"This idempotency key was already used for another request (job {begun['existing_job_id']}).",
@@ -362,8 +376,7 @@ def _raise_refusal(begun: database.Row, request: JobRequest) -> None:
         case "key_in_use":
             return
         case outcome:
-            group_name = request.call.group_name if request.call else None
-            raise refused(outcome, request.team_id, group_name, begun["organization_id"])
+            raise refused(outcome, request.team_id, request.group_name, begun["organization_id"])
 
 
 def until_no_other_overtakes(ask: Callable[[], T]) -> T:
@@ -380,13 +393,17 @@ def _first_result(job_id: UUID) -> JobResult:
         job = db.get("job", job_id)
         team = db.get("team", job["team_id"])
         rows = db.many("job.calls", job_id=job_id)
-    fields = Call.__dataclass_fields__.keys() - {"began"}
-    calls = [Call(began=0, **{name: row[name] for name in fields}) for row in rows]
-    result = JobResult(job_id, job["team_id"], "completed", None, calls, is_repeated=True)
+    result = JobResult(job_id, job["team_id"], "completed", None, calls_of(rows), is_repeated=True)
     result.credits_remaining = team["credits_remaining"]
     for name in CHARGE:
         setattr(result, name, job[name])
     return result
+
+
+def calls_of(rows: list[database.Row]) -> list[Call]:
+    """Calls as they were kept; when each began is not told any more."""
+    fields = Call.__dataclass_fields__.keys() - {"began"}
+    return [Call(began=0, **{name: row[name] for name in fields}) for row in rows]
 
 
 def _no_call(job_id: UUID, outcome: str, team_id: str | None, group_name: str | None) -> SaasllmError:
@@ -397,6 +414,13 @@ def _no_call(job_id: UUID, outcome: str, team_id: str | None, group_name: str | 
         case "job_finished":
             return Conflict(
                 outcome, f"Job {job_id} is already finished.", f"See: saasllm job get {job_id}", job_id=job_id
+            )
+        case "job_queued":
+            return Conflict(
+                outcome,
+                f"Job {job_id} was submitted for workers, and takes no other calls.",
+                f"See: saasllm job wait {job_id}",
+                job_id=job_id,
             )
         case "lease_lost":
             return Conflict(
@@ -575,6 +599,46 @@ def raise_holds(db: database.Database, due: dict[str, int]) -> None:
         if len(rows) > 1:  # each on its own, as far as there is room; what a single one does not come to hold is short
             for job_id, credits_ in due.items():
                 raise_holds(db, {job_id: credits_})
+
+
+def settle_many(
+    ask: Callable[[Callable[[database.Database], Any]], Any],
+    settlements: list[dict[str, Any]],
+    on_refusal: Callable[[dict[str, Any], SaasllmError], None] | None = None,
+) -> dict[str, database.Row]:
+    """Settles jobs as a group, by what `ask` does at the database, and says of each, by its id, how it ended. One that
+    the database refuses hinders no other, and is told, where it is asked to be."""
+    try:
+        return _settle_group(ask, settlements)
+    except DatabaseUnavailable:
+        raise
+    except SaasllmError:
+        if on_refusal is None:
+            raise
+        if half := len(settlements) // 2:
+            return settle_many(ask, settlements[:half], on_refusal) | settle_many(ask, settlements[half:], on_refusal)
+    try:
+        return as_far_as_stored(settlements[0], lambda told: _settle_group(ask, [told]))
+    except DatabaseUnavailable:
+        raise
+    except SaasllmError as refusal:
+        on_refusal(settlements[0], refusal)
+        return {}
+
+
+def _settle_group(
+    ask: Callable[[Callable[[database.Database], Any]], Any], settlements: list[dict[str, Any]]
+) -> dict[str, database.Row]:
+    def settle(some: list[dict[str, Any]], is_final: bool) -> dict[str, database.Row]:
+        parameters = {"results": as_json(some), "is_final": is_final}
+        rows = ask(lambda db: db.many("job.settle_many", **parameters))
+        return {str(row["job_id"]): row for row in rows}
+
+    settled = settle(settlements, is_final=False)
+    if due := {job_id: row["credits_due"] for job_id, row in settled.items() if row["credits_due"]}:
+        ask(lambda db: raise_holds(db, due))
+        settled |= settle([told for told in settlements if str(told["job_id"]) in due], is_final=True)
+    return settled
 
 
 def _until_it_answers(seconds: float, work: Callable[[database.Database], T]) -> T:

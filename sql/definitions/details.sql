@@ -64,7 +64,8 @@ CROSS JOIN LATERAL (
     OFFSET 0
 ) c;
 
--- Free to start jobs are also the credits of expired leases, which the next job that needs them takes back.
+-- Free to start jobs are also the credits of expired leases, which the next job that needs them takes back; but of one
+-- that a worker ran, another may.
 CREATE VIEW credit_details AS
 SELECT
     t.team_id,
@@ -83,6 +84,7 @@ CROSS JOIN LATERAL (
     WHERE j.team_id = t.team_id
       AND j.status IN ('pending', 'in_progress')
       AND j.lease_expires_at <= clock_timestamp()
+      AND NOT (j.is_queued AND j.status = 'in_progress')
 ) expired;
 
 CREATE VIEW job_details AS
@@ -102,6 +104,7 @@ SELECT
     is_unpriced,
     error_message,
     metadata,
+    is_queued,
     created_at,
     started_at,
     completed_at,

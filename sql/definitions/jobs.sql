@@ -161,6 +161,7 @@ BEGIN
                 sum(job.credits_held)::bigint AS credits
             FROM new_rows job
             CROSS JOIN LATERAL public.limits_of(job.team_id::text, job.organization_id::text, job.model_groups_used) l
+            WHERE NOT (job.is_queued AND l.per = 'concurrent') -- it does not run yet
             GROUP BY l, period_start
             ORDER BY l, period_start
         ) AS begun;
@@ -182,11 +183,12 @@ CREATE FUNCTION settle_jobs() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off
 SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
 DECLARE
-    uncharged text;
-    released  uuid[];
-    expired   text[];
-    is_open   boolean;
-    has_ended boolean;
+    uncharged  text;
+    released   uuid[];
+    expired    text[];
+    is_open    boolean;
+    has_queued boolean;
+    has_ended  boolean;
 BEGIN
     SELECT
         min(job.job_id::text) FILTER (
@@ -199,8 +201,9 @@ BEGIN
         ),
         array_agg(job.job_id) FILTER (WHERE job.release_no IS NOT NULL),
         bool_or(job.lease_expires_at IS NOT NULL),
+        bool_or(job.is_queued),
         bool_or(job.lease_expires_at IS NULL)
-    INTO uncharged, released, is_open, has_ended
+    INTO uncharged, released, is_open, has_queued, has_ended
     FROM new_rows job;
 
     IF uncharged IS NOT NULL THEN
@@ -247,7 +250,8 @@ BEGIN
                 FROM new_rows job
                 JOIN old_rows USING (job_id)
                 WHERE job.completed_at IS NOT NULL AND old_rows.completed_at IS NULL
-            )
+            ),
+            ARRAY(SELECT job_id FROM old_rows WHERE is_queued AND status = 'pending')
         );
     END IF;
     IF is_open THEN
@@ -264,26 +268,49 @@ BEGIN
             GROUP BY job.team_id
             ORDER BY job.team_id
         ) AS raised;
-        -- What a job uses of another group is counted from then on, and what it holds more.
+        -- What a job uses of another group is counted from then on, and what it holds more; and that a worker runs it.
         PERFORM public.count_use(of_limit, period_start, jobs, credits)
         FROM (
             SELECT
                 l AS of_limit,
                 public.limit_period(l.per, job.created_at) AS period_start,
-                count(*) FILTER (WHERE is_new) AS jobs,
+                count(*) FILTER (WHERE is_new OR is_taken) AS jobs,
                 sum(job.credits_held - CASE WHEN is_new THEN 0 ELSE before.credits_held END)::bigint AS credits
             FROM new_rows job
             JOIN old_rows before USING (job_id)
             CROSS JOIN LATERAL public.limits_of(job.team_id::text, job.organization_id::text, job.model_groups_used) l
             -- Of no group it is none that is new, also where there were none: NULL is not among nothing.
             CROSS JOIN LATERAL (
-                SELECT l.group_name IS NOT NULL AND l.group_name <> ALL (before.model_groups_used) AS is_new
+                SELECT
+                    l.group_name IS NOT NULL AND l.group_name <> ALL (before.model_groups_used) AS is_new,
+                    l.per = 'concurrent' AND job.is_queued AND job.status <> before.status
+                        AND job.status = 'in_progress' AS is_taken
             ) AS was
             WHERE job.completed_at IS NULL
-              AND (is_new OR (l.measure = 'credits' AND job.credits_held <> before.credits_held))
+              AND (is_new OR is_taken OR (l.measure = 'credits' AND job.credits_held <> before.credits_held))
             GROUP BY l, period_start
             ORDER BY l, period_start
         ) AS larger;
+    END IF;
+    IF has_queued THEN
+        -- What was put back waits again.
+        UPDATE ONLY public.limit_counters c
+        SET running = greatest(c.running - back.jobs, 0)
+        FROM (
+            SELECT l.limit_id, count(*) AS jobs
+            FROM new_rows job
+            JOIN old_rows before USING (job_id)
+            CROSS JOIN LATERAL public.limits_of(job.team_id::text, job.organization_id::text, job.model_groups_used) l
+            WHERE job.is_queued
+              AND job.status = 'pending'
+              AND before.status = 'in_progress'
+              AND l.per = 'concurrent'
+            GROUP BY l.limit_id
+        ) AS back
+        WHERE c.limit_id = back.limit_id;
+        -- What is finished leaves the queue, with its request.
+        DELETE FROM ONLY public.job_queue
+        WHERE job_id = ANY (ARRAY(SELECT job_id FROM new_rows WHERE is_queued AND completed_at IS NOT NULL));
     END IF;
     RETURN NULL;
 END

@@ -144,11 +144,13 @@ CROSS JOIN LATERAL limit_state(l.limit_id, l.measure, l.per, l.amount, now()) AS
 
 -- The room that the hard limits of a job of a team and a group leave; without a group those of team and organization.
 CREATE FUNCTION hard_limits(of_team text, of_organization text, of_group text)
-RETURNS TABLE (limit_id bigint, is_of_group boolean, room_jobs numeric, room_credits numeric, room_at timestamptz)
+RETURNS TABLE (
+    limit_id bigint, per text, is_of_group boolean, room_jobs numeric, room_credits numeric, room_at timestamptz
+)
 LANGUAGE plpgsql STABLE ROWS 1 SET plan_cache_mode = force_generic_plan AS $$
 BEGIN
     RETURN QUERY
-    SELECT l.limit_id, l.group_name IS NOT NULL, s.room_jobs, s.room_credits, s.room_at
+    SELECT l.limit_id, l.per, l.group_name IS NOT NULL, s.room_jobs, s.room_credits, s.room_at
     FROM limits_of(of_team, of_organization, ARRAY[of_group]) l
     CROSS JOIN LATERAL limit_state(l.limit_id, l.measure, l.per, l.amount, now()) AS s
     WHERE l.is_hard;
@@ -189,7 +191,8 @@ $$;
 
 
 -- Counts jobs that begin, and what credits are held for them: for the triggers of jobs, for every client. A hard limit
--- that is passed by it refuses them. Jobs that are running count only where that is limited by them.
+-- that is passed by it refuses them. Jobs that are running count only where that is limited by them; those that wait
+-- for a worker do not run at once with others.
 CREATE FUNCTION count_use(of_limit limits, of_period timestamptz, jobs bigint, credits bigint) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -251,7 +254,7 @@ $$;
 
 -- Counts jobs that have ended: they are not running any more, and what they have used is known. What the limits say now
 -- does not matter: a job that has ended is never kept from it.
-CREATE FUNCTION count_ended(ended uuid[]) RETURNS void
+CREATE FUNCTION count_ended(ended uuid[], ended_waiting uuid[]) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     job record;
@@ -260,7 +263,7 @@ BEGIN
         SELECT
             l.limit_id,
             public.limit_period(l.per, j.created_at) AS period_start,
-            count(*) AS jobs,
+            count(*) FILTER (WHERE l.per <> 'concurrent' OR j.job_id <> ALL (ended_waiting)) AS jobs,
             count(*) FILTER (WHERE j.status = 'completed') AS completed,
             CASE WHEN l.measure = 'credits' THEN sum(j.credits_held) ELSE 0 END AS released,
             coalesce(
@@ -313,7 +316,7 @@ BEGIN
         SELECT
             l.limit_id,
             public.limit_period(l.per, job.created_at) AS period_start,
-            count(*) AS jobs,
+            count(*) FILTER (WHERE l.per <> 'concurrent' OR NOT (job.is_queued AND job.status = 'pending')) AS jobs,
             sum(job.credits_held) AS credits
         FROM old_rows job
         JOIN public.limits l ON l.organization_id = job.organization_id
@@ -356,7 +359,11 @@ BEGIN
             ),
             0
         ),
-        count(*) FILTER (WHERE j.completed_at IS NULL AND public.counts_running(NEW.measure, NEW.per)),
+        count(*) FILTER (
+            WHERE j.completed_at IS NULL
+              AND public.counts_running(NEW.measure, NEW.per)
+              AND NOT (NEW.per = 'concurrent' AND j.is_queued AND j.status = 'pending')
+        ),
         coalesce(sum(j.credits_held) FILTER (WHERE j.completed_at IS NULL AND NEW.measure = 'credits'), 0),
         CASE NEW.measure
             WHEN 'tokens' THEN round(avg(c.tokens) FILTER (WHERE j.status = 'completed'), 12)

@@ -12,14 +12,15 @@ GRANT SELECT ON
     audit_log, model_prices, job_prices, limits, limit_counters, organization_details, model_group_details,
     team_details, credit_details, job_details, job_refusal_details, llm_call_details, organization_records,
     model_group_records, team_records, price_records, limit_records, purges_of_transaction, checked_balances,
-    current_balances, callable_groups, limit_details, margin_parts
+    current_balances, callable_groups, limit_details, margin_parts, job_queue, job_answers, workers, duties,
+    worker_details
 TO saasllm_admin, saasllm_runner, saasllm_readonly;
 
 -- saasllm_runner runs jobs: it reserves credits, enters what jobs cost, and counts them, also those that were refused.
 -- It moves balances only as the ledger says, and the ledger takes nothing else from whoever may not change teams.
 GRANT INSERT (
     job_id, team_id, organization_id, job_type, status, external_task_id, model_groups_used, metadata, started_at,
-    lease_expires_at, idempotency_key, request_hash, hold_no, price_ids, credits_held
+    lease_expires_at, idempotency_key, request_hash, hold_no, price_ids, credits_held, is_queued
 ) ON jobs TO saasllm_runner;
 GRANT UPDATE (
     status, started_at, completed_at, error_message, lease_expires_at, model_groups_used, metadata, price_ids,
@@ -41,13 +42,15 @@ GRANT UPDATE (
 ) ON team_credits TO saasllm_runner;
 GRANT UPDATE (credits_used, credits_expired, last_used_no) ON credit_grants TO saasllm_runner;
 GRANT INSERT (team_id, last_no, grant_id, credits) ON credit_uses TO saasllm_runner;
-GRANT INSERT, UPDATE, DELETE ON limit_counters TO saasllm_runner;
+GRANT INSERT, UPDATE, DELETE ON limit_counters, job_queue, job_answers, workers TO saasllm_runner;
+GRANT UPDATE ON duties TO saasllm_runner;
 
 -- saasllm_admin does all but change the schema. The ledger and the audit log only grow: what leaves them, leaves with
 -- its whole team.
 GRANT INSERT, UPDATE, DELETE ON
     organizations, model_groups, model_group_models, model_prices, job_prices, limits, limit_counters, teams,
-    team_model_groups, team_credits, credit_grants, credit_uses, credit_schedules, jobs, job_refusals, llm_calls
+    team_model_groups, team_credits, credit_grants, credit_uses, credit_schedules, jobs, job_refusals, llm_calls,
+    job_queue, job_answers, workers, duties
 TO saasllm_admin;
 -- Not the number, the time and the role of an entry, which the database gives it.
 GRANT INSERT (

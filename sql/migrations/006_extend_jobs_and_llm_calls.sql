@@ -21,6 +21,7 @@ ALTER TABLE jobs
     ADD COLUMN is_unpriced       boolean    NOT NULL DEFAULT false,
     ADD COLUMN idempotency_key   text,
     ADD COLUMN request_hash      text,
+    ADD COLUMN is_queued         boolean    NOT NULL DEFAULT false, -- workers run it: see 013_create_job_queue.sql
     ADD CONSTRAINT jobs_team FOREIGN KEY (organization_id, team_id) REFERENCES teams (organization_id, team_id),
     -- Without a lease an open job would hold its credit for ever.
     ADD CONSTRAINT jobs_lease CHECK ((lease_expires_at IS NOT NULL) = (status IN ('pending', 'in_progress'))),

@@ -27,3 +27,7 @@ ALTER DATABASE saasllm RENAME TO saasllm_replaced;
 
 -- name: move_in() :none
 ALTER DATABASE saasllm_restored RENAME TO saasllm;
+
+-- name: backend() :one
+-- The process that serves this connection: behind a pooler another one than was told when it was opened.
+SELECT pg_backend_pid() AS pid;

@@ -81,132 +81,12 @@ SELECT
 FROM request;
 
 -- name: begin_many(team_id, group_name, jobs, lease_seconds) :many
--- As `begin`, for many jobs of one team and group: of those that are new, in the order of the JSON array `jobs`, as
--- many are begun as there is room for within the limits and as there are credits for.
-WITH asked AS (
-    SELECT *
-    FROM ROWS FROM (
-        jsonb_to_recordset(%(jobs)s::jsonb) AS (
-            job_id uuid, job_type text, external_task_id text, metadata jsonb, idempotency_key text, request_hash text
-        )
-    ) WITH ORDINALITY AS job (
-        job_id, job_type, external_task_id, metadata, idempotency_key, request_hash, place
-    )
-),
-scope AS (
-    SELECT
-        t.team_id,
-        t.organization_id,
-        g.model_names,
-        g.model_prices,
-        CASE
-            WHEN t.team_id IS NULL THEN 'team_not_found'
-            WHEN g.group_name IS NULL THEN 'group_not_found'
-            WHEN o.status <> 'active' THEN 'organization_suspended'
-            WHEN t.status <> 'active' THEN 'team_suspended'
-            WHEN c.is_sound IS NOT TRUE THEN 'balance_differs'
-            WHEN a.group_name IS NULL THEN 'group_not_assigned'
-            WHEN g.status <> 'active' THEN 'group_inactive'
-            WHEN g.model_names IS NULL THEN 'no_active_model'
-        END AS refusal
-    FROM (VALUES (%(team_id)s::text, %(group_name)s::text)) AS named (team_id, group_name)
-    LEFT JOIN teams t ON t.team_id = named.team_id
-    LEFT JOIN organizations o ON o.organization_id = t.organization_id
-    LEFT JOIN callable_groups g ON g.group_name = named.group_name
-    LEFT JOIN team_model_groups a ON a.team_id = t.team_id AND a.group_name = g.group_name
-    LEFT JOIN checked_balances c ON c.team_id = t.team_id
-),
-known AS (
-    SELECT asked.place, j.job_id, j.status, j.request_hash
-    FROM asked
-    JOIN jobs j ON j.idempotency_key = asked.idempotency_key AND j.status NOT IN ('failed', 'cancelled')
-),
-price AS (
-    SELECT kind.job_type, p.price_id, coalesce(p.hold, 1) AS hold
-    FROM (SELECT DISTINCT job_type FROM asked) AS kind
-    CROSS JOIN scope
-    LEFT JOIN LATERAL price_of(
-        scope.team_id::text, scope.organization_id::text, %(group_name)s, kind.job_type
-    ) p ON true
-),
-new AS (
-    SELECT
-        asked.*,
-        price.price_id,
-        price.hold,
-        row_number() OVER (ORDER BY place) AS jobs_so_far,
-        sum(price.hold) OVER (ORDER BY place) AS credits_so_far
-    FROM asked
-    JOIN price USING (job_type)
-    WHERE place NOT IN (SELECT place FROM known)
-),
-hard_limit AS (
-    SELECT l.*
-    FROM scope
-    CROSS JOIN LATERAL hard_limits(scope.team_id::text, scope.organization_id::text, %(group_name)s) l
-    WHERE scope.refusal IS NULL
-),
-room AS (
-    SELECT
-        coalesce(min(room_jobs), 'Infinity') AS jobs,
-        coalesce(min(room_credits), 'Infinity') AS credits
-    FROM hard_limit
-),
-allowed AS (
-    SELECT new.*
-    FROM new, room
-    WHERE new.jobs_so_far <= room.jobs AND new.credits_so_far <= room.credits
-),
-balance AS (
-    SELECT scope.team_id, scope.organization_id, locked.credits_usable, locked.last_hold_no
-    FROM scope
-    CROSS JOIN LATERAL lock_balance(scope.team_id::text) AS locked
-    WHERE refusal IS NULL AND EXISTS (SELECT FROM allowed)
-),
-begun AS (
-    INSERT INTO jobs (
-        job_id, team_id, organization_id, job_type, status, external_task_id, model_groups_used, price_ids, metadata,
-        started_at, lease_expires_at, idempotency_key, request_hash, credits_held, hold_no
-    )
-    SELECT
-        job.job_id, balance.team_id, balance.organization_id, job.job_type, 'in_progress', job.external_task_id,
-        ARRAY[%(group_name)s::text], ARRAY[job.price_id], job.metadata, now(),
-        now() + %(lease_seconds)s * interval '1 second', job.idempotency_key, job.request_hash, job.hold,
-        balance.last_hold_no + 1
-    FROM balance
-    JOIN allowed job ON job.credits_so_far <= balance.credits_usable
-    RETURNING job_id
-)
-SELECT
-    asked.job_id,
-    CASE
-        WHEN scope.refusal IS NOT NULL THEN scope.refusal
-        WHEN known.job_id IS NOT NULL THEN 'key_in_use'
-        WHEN begun.job_id IS NOT NULL THEN 'begun'
-        WHEN asked.place NOT IN (SELECT place FROM allowed) THEN 'limit_reached'
-        ELSE 'insufficient_credits'
-    END AS outcome,
-    (
-        SELECT limit_record(l.limit_id)
-        FROM hard_limit l
-        WHERE l.room_jobs < new.jobs_so_far OR l.room_credits < new.credits_so_far
-        ORDER BY l.room_at DESC
-        LIMIT 1
-    ) AS limit_reached,
-    price.hold AS credits_held,
-    scope.organization_id,
-    scope.model_names,
-    scope.model_prices,
-    known.job_id AS existing_job_id,
-    known.status AS existing_status,
-    known.request_hash AS existing_request_hash
-FROM asked
-CROSS JOIN scope
-JOIN price USING (job_type)
-LEFT JOIN known USING (place)
-LEFT JOIN new USING (place)
-LEFT JOIN begun ON begun.job_id = asked.job_id
-ORDER BY place;
+-- As `begin`, for many jobs of one team and group.
+SELECT * FROM begin_jobs(%(team_id)s, %(group_name)s, %(jobs)s, %(lease_seconds)s);
+
+-- name: submit(team_id, group_name, jobs) :many
+-- Queues jobs of one team and group for workers.
+SELECT * FROM begin_jobs(%(team_id)s, %(group_name)s, %(jobs)s);
 
 -- name: keep_refusal(team_id, group_name, reason, refusals) :none
 -- Counts jobs that were refused in this hour. Another that counts, or deletes the team, is waited for only so long: the
@@ -223,7 +103,8 @@ SET refusals = kept.refusals + excluded.refusals,
 -- condition that failed. A team that was suspended meanwhile may finish its job. A group that is new to the job brings
 -- its price: where that holds more than the job does, the job comes to hold as much.
 WITH job AS (
-    SELECT job_id, team_id, organization_id, job_type, status, lease_expires_at, model_groups_used, credits_held
+    SELECT
+        job_id, team_id, organization_id, job_type, status, lease_expires_at, model_groups_used, credits_held, is_queued
     FROM jobs
     WHERE job_id = %(job_id)s
     FOR UPDATE
@@ -242,6 +123,7 @@ request AS (
             WHEN j.job_id IS NULL THEN 'job_not_found'
             WHEN g.group_name IS NULL THEN 'group_not_found'
             WHEN j.status NOT IN ('pending', 'in_progress') THEN 'job_finished'
+            WHEN j.is_queued THEN 'job_queued'
             WHEN a.group_name IS NULL THEN 'group_not_assigned'
             WHEN g.status <> 'active' THEN 'group_inactive'
             WHEN g.model_names IS NULL THEN 'no_active_model'
@@ -424,12 +306,17 @@ LEFT JOIN jobs j USING (job_id)
 LEFT JOIN job USING (job_id);
 
 -- name: settle_many(results, is_final) :many
--- As `settle`, for many jobs: `results` is a JSON array of their job_id, status, error_message and calls. The jobs, and
--- then the balances of their teams, are locked in their order; each is looked up by its id, however many jobs are open.
--- The calls are written before the balances are locked, which others wait for, unless a job frees its credits.
+-- As `settle`, for many jobs: `results` is a JSON array of their job_id, status, error_message and calls; of one that a
+-- worker ran also its worker_id, for only who took it last may settle it, and its answer, to be kept for keep_seconds.
+-- The jobs, and then the balances of their teams, are locked in their order; each is looked up by its id, however many
+-- jobs are open. The calls are written before the balances are locked, which others wait for, unless a job frees its
+-- credits.
 WITH result AS (
     SELECT *
-    FROM jsonb_to_recordset(%(results)s::jsonb) AS result (job_id uuid, status text, error_message text, calls jsonb)
+    FROM jsonb_to_recordset(%(results)s::jsonb) AS result (
+        job_id uuid, status text, error_message text, calls jsonb, worker_id bigint, answer jsonb,
+        keep_seconds double precision
+    )
     ORDER BY job_id
 ),
 held AS (
@@ -441,6 +328,8 @@ held AS (
         WHERE job_id = result.job_id AND lease_expires_at > clock_timestamp()
         FOR UPDATE
     ) AS open
+    WHERE result.worker_id IS NULL
+       OR result.worker_id = (SELECT worker_id FROM job_queue q WHERE q.job_id = result.job_id)
 ),
 charge AS (
     SELECT
@@ -482,7 +371,15 @@ job AS (
       AND (SELECT teams FROM freed) >= 0
     RETURNING
         j.job_id, j.team_id, j.organization_id, j.status, j.started_at, j.credits_charged, j.credits_short,
-        j.is_unpriced, charge.calls
+        j.is_unpriced, charge.calls, charge.answer, charge.keep_seconds
+),
+answer AS (
+    INSERT INTO job_answers (job_id, content, tool_calls, not_sent, expires_at)
+    SELECT
+        job.job_id, told.content, told.tool_calls, told.not_sent, now() + job.keep_seconds * interval '1 second'
+    FROM job
+    CROSS JOIN LATERAL jsonb_to_record(job.answer) AS told (content text, tool_calls jsonb, not_sent text[])
+    WHERE job.status = 'completed' AND job.keep_seconds > 0
 ),
 calls AS (
     INSERT INTO llm_calls (
@@ -623,35 +520,61 @@ WHERE job_id IN (
 RETURNING job_id;
 
 -- name: sweep(team_id, row_limit) :one
--- Fails jobs whose lease ran out, of the team or of all, and frees their credits; says how many. It waits for what is
--- just being settled or swept by another, so that afterwards the credits are free.
+-- Ends the leases that ran out, of the team or of all: fails the jobs, and frees their credits; but what a worker ran
+-- waits for another, up to three times. Says how many leases were `swept`, and how many of those jobs wait again. It
+-- waits for what is just being settled or swept by another, so that afterwards the credits are free.
 WITH expired AS (
-    SELECT job_id, team_id
-    FROM jobs
-    WHERE (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
-      AND status IN ('pending', 'in_progress')
-      AND lease_expires_at <= clock_timestamp()
-    ORDER BY job_id
+    SELECT
+        j.job_id,
+        j.team_id,
+        q.expires_at,
+        CASE
+            WHEN q.job_id IS NULL THEN 'left'
+            WHEN q.state <> 'running' OR q.expires_at <= clock_timestamp() THEN 'too_late'
+            WHEN q.losses >= 2 THEN 'poison'
+            ELSE 'again'
+        END AS fate
+    FROM jobs j
+    LEFT JOIN job_queue q USING (job_id)
+    WHERE (%(team_id)s::text IS NULL OR j.team_id = %(team_id)s)
+      AND j.status IN ('pending', 'in_progress')
+      AND j.lease_expires_at <= clock_timestamp()
+    ORDER BY j.job_id
     LIMIT %(row_limit)s
-    FOR UPDATE
+    FOR UPDATE OF j
 ),
 balance AS (
     SELECT count(*) AS teams
-    FROM (SELECT DISTINCT team_id FROM expired ORDER BY team_id) AS team
+    FROM (SELECT DISTINCT team_id FROM expired WHERE fate <> 'again' ORDER BY team_id) AS team
     CROSS JOIN LATERAL lock_balance(team.team_id::text)
 ),
 swept AS (
     UPDATE jobs
-    SET status = 'failed',
-        completed_at = clock_timestamp(),
-        error_message = 'The job expired at ' || to_char(lease_expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
-            || ': its process was killed, or it was left alone.',
-        lease_expires_at = NULL
+    SET status = CASE fate WHEN 'again' THEN 'pending' ELSE 'failed' END,
+        completed_at = CASE WHEN fate <> 'again' THEN clock_timestamp() END,
+        error_message = 'The job expired at '
+            || to_char(lease_expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
+            || CASE fate
+                WHEN 'left' THEN ': its process was killed, or it was left alone.'
+                WHEN 'too_late' THEN ': no worker has run it in time.'
+                WHEN 'poison' THEN ': three workers have died while they ran it.'
+            END,
+        lease_expires_at = CASE fate WHEN 'again' THEN expired.expires_at END
     FROM expired
     WHERE jobs.job_id = expired.job_id AND (SELECT teams FROM balance) >= 0
-    RETURNING jobs.job_id
+    RETURNING jobs.job_id, expired.fate
+),
+again AS (
+    UPDATE job_queue q
+    SET state = 'waiting',
+        losses = losses + 1
+    FROM swept
+    WHERE q.job_id = swept.job_id AND swept.fate = 'again'
 )
-SELECT count(*) AS swept FROM swept;
+SELECT
+    count(*) AS swept,
+    count(*) FILTER (WHERE fate = 'again') AS requeued
+FROM swept;
 
 -- name: expired_teams() :many
 -- The teams with jobs whose lease ran out.
@@ -659,6 +582,29 @@ SELECT DISTINCT team_id
 FROM jobs
 WHERE status IN ('pending', 'in_progress') AND lease_expires_at <= clock_timestamp()
 ORDER BY team_id;
+
+-- name: results(job_ids) :many
+-- How jobs stand, in the order of their ids, and what was answered, as far as it is kept.
+SELECT
+    j.job_id,
+    j.team_id,
+    j.status,
+    j.is_queued,
+    j.model_groups_used,
+    j.error_message,
+    j.credits_charged,
+    j.credits_short,
+    j.is_unpriced,
+    b.credits_remaining,
+    a.job_id IS NOT NULL AS is_kept,
+    a.content,
+    a.tool_calls,
+    a.not_sent
+FROM unnest(%(job_ids)s::uuid[]) WITH ORDINALITY AS asked (job_id, place)
+JOIN jobs j USING (job_id)
+LEFT JOIN job_answers a USING (job_id)
+LEFT JOIN current_balances b ON b.team_id = j.team_id
+ORDER BY asked.place;
 
 -- name: get(job_id) :maybe
 -- `charged_by` is the price by which it was charged; none where it was not, or was charged one credit for want of a
@@ -679,6 +625,10 @@ LIMIT %(row_limit)s;
 -- name: calls(job_id) :many
 -- The attempts of a job, in the order in which they were made.
 SELECT * FROM llm_call_details WHERE job_id = %(job_id)s ORDER BY call_id;
+
+-- name: calls_of(job_ids) :many
+-- As `calls`, of many jobs.
+SELECT * FROM llm_call_details WHERE job_id = ANY (%(job_ids)s::uuid[]) ORDER BY job_id, call_id;
 
 -- name: list(team_id, organization_id, status, group_name, job_type, external_task_id, metadata, since, until, sort, after, row_limit) :many
 -- The newest first, or the oldest; behind the job `after`. (`metadata <> '{}'` is the condition of the index.)

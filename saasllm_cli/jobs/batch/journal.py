@@ -17,8 +17,7 @@ from typing import IO, Any, NamedTuple
 
 from saasllm_cli import database
 from saasllm_cli.errors import Conflict, InvalidInput, SaasllmError
-from saasllm_cli.jobs.batch.session import running_elsewhere
-from saasllm_cli.jobs.batch.tasks import CONFLICT, BatchRequest, Task
+from saasllm_cli.jobs.batch.tasks import CONFLICT, BatchRequest, Task, running_elsewhere
 
 # What is committed is in this one file: of a write-ahead log nobody knows who moves the output and its journal. EXTRA
 # syncs the folder, too, so that a commit stays one when the power fails.

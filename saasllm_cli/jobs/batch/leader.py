@@ -14,22 +14,20 @@ from typing import Any
 from uuid import UUID
 
 from saasllm_cli import database
-from saasllm_cli.errors import DatabaseUnavailable, Interrupted, InvalidInput, LimitReached, SaasllmError, refused
+from saasllm_cli.errors import Interrupted, InvalidInput, LimitReached, SaasllmError, refused
 from saasllm_cli.jobs.batch.journal import MAKE_ROOM, Journal, is_locked
 from saasllm_cli.jobs.batch.lines import Lines
-from saasllm_cli.jobs.batch.session import Session, running_elsewhere
-from saasllm_cli.jobs.batch.tasks import CONFLICT, ELSEWHERE, BatchRequest, Task
-from saasllm_cli.jobs.batch.workers import GATHER_SECONDS, Workers
+from saasllm_cli.jobs.batch.tasks import CONFLICT, ELSEWHERE, BatchRequest, Task, running_elsewhere
+from saasllm_cli.jobs.pool import GATHER_SECONDS, Pool
 from saasllm_cli.jobs.runner import (
     SWEEP_CHUNK,
-    as_far_as_stored,
-    as_json,
     keep_refusal,
     new_job_id,
-    raise_holds,
+    settle_many,
     settlement,
     until_no_other_overtakes,
 )
+from saasllm_cli.jobs.session import Session
 from saasllm_cli.jobs.signals import signals
 
 LEASE_SECONDS = 120.0
@@ -108,9 +106,9 @@ class _Batch:
         self._journal = stack.enter_context(Journal(request))
         # No id of a team holds a slash, and no name a colon.
         self._name = f"{request.team_id}/{self._journal.name}"
-        self._session = stack.enter_context(Session(self._name))
+        self._session = stack.enter_context(Session(f"batch {self._name}", running_elsewhere()))
         self._journal.take_up()  # not before the lock is held
-        self._workers = stack.enter_context(Workers(request.processes, request.concurrency))
+        self._pool = stack.enter_context(Pool(request.processes, request.concurrency))
         self._lines = Lines(request)
         self._running: dict[str, Task] = {}  # by the job's id
         self._answered: list[Task] = []
@@ -142,11 +140,11 @@ class _Batch:
             if self._is_ending and not (self._running or self._answered or self._again):
                 break
             # As many results as are there, or soon more lines.
-            is_hungry = not self._is_ending and not self._is_paused and len(self._running) < self._workers.capacity
+            is_hungry = not self._is_ending and not self._is_paused and len(self._running) < self._pool.capacity
             self._receive(0.02 if is_hungry else 0.2)
             self._settle()
             self._extend_leases()
-            self.summary.passed_over = self._workers.passed_over
+            self.summary.passed_over = self._pool.passed_over
             self._on_progress(self.summary, self._pace())
             if self._is_interrupted:
                 raise Interrupted("interrupted", "Interrupted. Run the same command again to continue.")
@@ -159,17 +157,17 @@ class _Batch:
             self._receive(GATHER_SECONDS)
         with suppress(SaasllmError, OSError, sqlite3.Error):
             self._settle()
-        self._workers.stop()
+        self._pool.stop()
         job_ids = [*self._running, *(task.job["job_id"] for task in self._answered)]
         cancelled = [settlement(job_id, "cancelled", "Interrupted.", []) for job_id in job_ids]
         with suppress(SaasllmError):
-            self._settle_many(cancelled)
+            settle_many(self._session.ask, cancelled)
 
     def _key(self, id_: str) -> str:
         return f"batch:{self._name}:{id_}"
 
     def _receive(self, seconds: float) -> None:
-        for job_id, result, calls in self._workers.results(seconds):
+        for job_id, result, calls in self._pool.results(seconds):
             task = self._running.pop(job_id)
             task.calls = calls
             self._count(calls)
@@ -199,7 +197,7 @@ class _Batch:
         if self._is_paused:
             return []
         tasks, self._again = self._again, []
-        room = min(self._workers.capacity - len(self._running), MOST_BEGUN)
+        room = min(self._pool.capacity - len(self._running), MOST_BEGUN)
         while not self._is_ending and not self._is_interrupted and len(tasks) < room:
             try:
                 task = self._lines.next()
@@ -254,7 +252,7 @@ class _Batch:
                     refused_outcomes.append(outcome)
                     ids = self._request.team_id, self._request.group_name, row["organization_id"]
                     self._refusal, self._is_ending = refused(outcome, *ids), True
-        self._workers.send(begun)
+        self._pool.send(begun)
         self._finish(finished)
         if not limited:
             self.summary.limit_reached = None
@@ -331,7 +329,7 @@ class _Batch:
             for task in tasks
             if (result := task.result)
         ]
-        statuses = self._settled(results)
+        statuses = settle_many(self._session.ask, results, lambda _, refusal: self._leave(refusal))
         self._answered = self._answered[MOST_SETTLED:]
         done = []
         for task in tasks:
@@ -353,35 +351,6 @@ class _Batch:
             self._paused_until = 0.0  # there may be room by now
         if self._again and not self._is_paused:
             self._sweep()
-
-    def _settled(self, results: list[dict[str, Any]]) -> dict[str, database.Row]:
-        """Settles jobs, and says how each ended. One that the database refuses hinders no other, and is left out."""
-        try:
-            return self._settle_many(results)
-        except DatabaseUnavailable:
-            raise
-        except SaasllmError:
-            if half := len(results) // 2:
-                return self._settled(results[:half]) | self._settled(results[half:])
-        try:
-            return as_far_as_stored(results[0], lambda told: self._settle_many([told]))
-        except DatabaseUnavailable:
-            raise
-        except SaasllmError as refusal:
-            self._leave(refusal)
-            return {}
-
-    def _settle_many(self, results: list[dict[str, Any]]) -> dict[str, database.Row]:
-        def settle(some: list[dict[str, Any]], is_final: bool) -> dict[str, database.Row]:
-            parameters = {"results": as_json(some), "is_final": is_final}
-            rows = self._session.ask(lambda db: db.many("job.settle_many", **parameters))
-            return {str(row["job_id"]): row for row in rows}
-
-        settled = settle(results, is_final=False)
-        if due := {job_id: row["credits_due"] for job_id, row in settled.items() if row["credits_due"]}:
-            self._session.ask(lambda db: raise_holds(db, due))
-            settled |= settle([result for result in results if str(result["job_id"]) in due], is_final=True)
-        return settled
 
     def _leave(self, refusal: SaasllmError) -> None:
         """Counts a line whose answer is in the journal and cannot be settled in this run."""

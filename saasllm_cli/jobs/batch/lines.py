@@ -1,13 +1,14 @@
 """The lines of the source, read and checked; what is wrong with one is its result."""
 
 import json
+from collections.abc import Iterator
 from queue import Queue
 from threading import Thread
 from typing import Any
 
 from saasllm_cli.errors import InvalidInput
 from saasllm_cli.jobs import chat
-from saasllm_cli.jobs.batch.tasks import BatchRequest, Task
+from saasllm_cli.jobs.batch.tasks import BatchRequest, Source, Task
 from saasllm_cli.jobs.calls import CallRequest
 from saasllm_cli.jobs.runner import JobRequest
 from saasllm_cli.rules import METADATA_BYTES, METADATA_DEPTH, depth, json_bytes
@@ -45,15 +46,31 @@ class Lines:
 
     def _read(self) -> None:
         try:
-            for number, line in enumerate(self._request.source, start=1):
-                if line.strip():
-                    self._queue.put(_task(line, number, self._request))
+            for task in tasks(self._request):
+                _hash(task)
+                self._queue.put(task)
             self._queue.put(None)
         except BaseException as error:
             self._queue.put(error)
 
 
-def _task(line: bytes, number: int, batch: BatchRequest) -> Task:
+def tasks(source: Source) -> Iterator[Task]:
+    """The lines, but for blank ones."""
+    for number, line in enumerate(source.source, start=1):
+        if line.strip():
+            yield _task(line, number, source)
+
+
+def _hash(task: Task) -> None:
+    try:
+        if task.request:
+            task.job["request_hash"] = task.request_hash = task.request.hash()
+    except (ValueError, RecursionError) as error:
+        task.job = {}
+        task.end("failed", error=f"The line is not valid JSON: {error}.")
+
+
+def _task(line: bytes, number: int, source: Source) -> Task:
     """The line as a job; or what is wrong with it, under its number where it has no id."""
     task = Task(f"line {number}", str(number))
     try:
@@ -64,24 +81,22 @@ def _task(line: bytes, number: int, batch: BatchRequest) -> Task:
         if not isinstance(id_, str) or not 1 <= len(id_) <= LONGEST_ID:
             raise InvalidInput("invalid_line", f"The id (or custom_id) must be text of 1 to {LONGEST_ID} characters.")
         task.id = chat.text(id_, "the id")
-        request = _job_request(content, batch)
-        request_hash = request.hash()
+        request = _job_request(content, source)
     except (ValueError, RecursionError) as error:
         task.end("failed", error=f"The line is not valid JSON: {error}.")
     except InvalidInput as error:
         task.end("failed", error=error.message)
     else:
-        task.request, task.request_hash = request, request_hash
+        task.request = request
         task.job = {
             "job_type": request.job_type,
             "external_task_id": request.external_task_id,
             "metadata": request.metadata,
-            "request_hash": request_hash,
         }
     return task
 
 
-def _job_request(content: dict[str, Any], batch: BatchRequest) -> JobRequest:
+def _job_request(content: dict[str, Any], source: Source) -> JobRequest:
     """The request of a line: `prompt` or `messages`, or a `body` as in OpenAI's batches; the model is the group's."""
     if "body" in content:
         body = content.pop("body")
@@ -103,8 +118,8 @@ def _job_request(content: dict[str, Any], batch: BatchRequest) -> JobRequest:
         if "system" in content:
             messages = [{"role": "system", "content": content.pop("system")}, *messages]
     parameters = chat.parameters(parameters)
-    if batch.json_schema is not None:
-        parameters["response_format"] = chat.response_format(batch.json_schema)
+    if source.json_schema is not None:
+        parameters["response_format"] = chat.response_format(source.json_schema)
     elif (schema := chat.json_schema(parameters)) is not None:
         chat.check_schema(schema, "response_format")
     if unknown := [name for name in content if name not in FIELDS]:
@@ -121,12 +136,12 @@ def _job_request(content: dict[str, Any], batch: BatchRequest) -> JobRequest:
             raise InvalidInput("invalid_line", f"{name} must be text of 1 to {LONGEST_ID} characters.")
         chat.text(value, name)
     call = CallRequest(
-        batch.group_name,
-        chat.messages(messages, "the line", batch.folder),
-        batch.timeout,
+        source.group_name,
+        chat.messages(messages, "the line", source.folder),
+        source.timeout,
         parameters,
         purpose=content.get("purpose"),
     )
     return JobRequest(
-        batch.team_id, call, content.get("job_type", "completion"), content.get("external_task_id"), metadata
+        source.team_id, call, content.get("job_type", "completion"), content.get("external_task_id"), metadata
     )

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from saasllm_cli.errors import Conflict
 from saasllm_cli.jobs.runner import JobRequest
 
 CONFLICT = "conflict: another request in this batch has the same id"
@@ -11,23 +12,27 @@ ELSEWHERE = "completed and charged before; its answer is not in this output"
 
 
 @dataclass(frozen=True, slots=True)
-class BatchRequest:
-    """The lines of `source` are asked of a group for a team, each within `timeout` seconds, and come out in `out`.
-
-    `name` is that of the batch; without one it is what the journal beside `out` has kept, or a new one. Where
-    `json_schema` is given all lines ask for JSON of it, else each for what it says itself.
-    """
+class Source:
+    """Lines that are asked of a group for a team, each within `timeout` seconds; files are named by their path from
+    `folder`. Where `json_schema` is given all lines ask for JSON of it, else each for what it says itself."""
 
     source: IO[bytes]
     folder: Path
-    out: Path
     team_id: str
     group_name: str
-    name: str | None
     timeout: float
+    json_schema: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRequest(Source):
+    """The lines come out in `out`. `name` is that of the batch; without one it is what the journal beside `out` has
+    kept, or a new one."""
+
+    out: Path
+    name: str | None
     concurrency: int
     processes: int
-    json_schema: dict[str, Any] | None
     is_retrying: bool
 
 
@@ -49,3 +54,11 @@ class Task:
         job_id = fields.get("job_id") or self.job.get("job_id")
         told = {"id": self.id, "job_id": job_id, "status": status}
         self.result = told | {name: fields.get(name) for name in names}
+
+
+def running_elsewhere() -> Conflict:
+    return Conflict(
+        "batch_running",
+        "Another process is running this batch.",
+        "Wait for it to finish, or choose another --out (and another --name, if you give one).",
+    )

@@ -1,4 +1,4 @@
-"""The connection of a batch to the database, and the lock that leaves the batch to one process."""
+"""The connection of a process that runs many jobs, and the lock that leaves a batch to one process."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from contextlib import ExitStack, suppress
 from typing import TypeVar
 
 from saasllm_cli import database
-from saasllm_cli.errors import Conflict, DatabaseUnavailable, SaasllmError
+from saasllm_cli.errors import DatabaseUnavailable, SaasllmError
 from saasllm_cli.jobs import runner
 
 T = TypeVar("T")
@@ -18,13 +18,14 @@ BUSY = DatabaseUnavailable(
 
 
 class Session:
-    """The batch's connection, opened again where it is lost, and the lock that keeps other processes from the batch."""
+    """A connection that is opened again where it is lost. Where a `work` is named, its lock keeps other processes from
+    it: `busy` is raised where one has it."""
 
-    def __init__(self, name: str) -> None:
-        self._lock_name = f"batch {name}"
+    def __init__(self, work: str | None = None, busy: SaasllmError = BUSY) -> None:
+        self._work = work
+        self._busy = busy
         self._stack = ExitStack()
         self._db: database.Database | None = None
-        self._was_held = False
         self._checked_at = 0.0
 
     def __enter__(self) -> "Session":
@@ -34,7 +35,7 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self._close()
 
-    def ask(self, work: Callable[[database.Database], T]) -> T:
+    def ask(self, work: Callable[[database.Database], T], seconds: float = runner.SETTLE_SECONDS) -> T:
         """Does what may be done twice, tried again for a while when the database is away."""
 
         def attempt(_: float) -> T:
@@ -44,30 +45,25 @@ class Session:
                 self._close()
                 raise
 
-        return database.until_it_answers(runner.SETTLE_SECONDS, attempt)
+        return database.until_it_answers(seconds, attempt)
 
     def _try(self, work: Callable[[database.Database], T]) -> T:
         with database.patience(runner.ANSWER_SECONDS), database.translated_errors():
             if self._db is None:
-                # Once it was held, it may be so still by the connection that was lost.
-                busy = BUSY if self._was_held else running_elsewhere()
-                self._check_lock = self._stack.enter_context(database.lock(self._lock_name, busy))
-                self._db = self._stack.enter_context(database.connect(self._lock_name))
-                self._was_held = True
-            elif time.monotonic() > self._checked_at + CHECK_SECONDS:
+                self._open()
+            elif self._work is not None and time.monotonic() > self._checked_at + CHECK_SECONDS:
                 self._check_lock()
                 self._checked_at = time.monotonic()
+            assert self._db is not None
             return work(self._db)
+
+    def _open(self) -> None:
+        if self._work is not None:
+            self._check_lock = self._stack.enter_context(database.lock(self._work, self._busy))
+            self._busy = BUSY  # once it was held, it may be so still by the connection that was lost
+        self._db = self._stack.enter_context(database.connect(self._work))
 
     def _close(self) -> None:
         self._db = None
         with suppress(SaasllmError), database.patience(CLOSE_SECONDS):
             self._stack.close()
-
-
-def running_elsewhere() -> Conflict:
-    return Conflict(
-        "batch_running",
-        "Another process is running this batch.",
-        "Wait for it to finish, or choose another --out (and another --name, if you give one).",
-    )

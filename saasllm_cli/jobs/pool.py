@@ -5,8 +5,8 @@ the pipes: a process that is stopped, perhaps within a message, stops no other.
 
 import asyncio
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -26,101 +26,128 @@ GATHER_SECONDS = 0.05  # in which a worker's results become one message
 LINGER_SECONDS = 0.1  # in which the results of all become one group
 BEAT_SECONDS = 5.0  # after which a worker tells something in any case
 SILENT_SECONDS = 60.0  # after which one is given up: it was stopped, and may never go on
+WAKE = object()
 
 
-class Workers:
-    """The processes, as the leading one sees them; they run while it is entered."""
+class Pool:
+    """The processes, as the leading one sees them; they run while it is entered.
 
-    def __init__(self, processes: int, concurrency: int) -> None:
-        # Some more are begun than are called, so that no worker waits for the database.
+    Where one dies, or tells nothing any more, `on_death` is told the jobs that it had, and another takes its place;
+    without it, that is raised.
+    """
+
+    def __init__(self, processes: int, concurrency: int, on_death: Callable[[list[str]], None] | None = None) -> None:
+        # Some more are begun than are called, so that no process waits for the database.
         self.capacity = processes * (concurrency + max(concurrency // 2, 1))
         self.passed_over: dict[str, int] = {}
         self._count = processes
         self._concurrency = concurrency
+        self._on_death = on_death
         self._processes: dict[Connection, BaseProcess] = {}
-        self._load: Counter[Connection] = Counter()
+        self._jobs: dict[Connection, set[str]] = {}
         self._outboxes: dict[Connection, SimpleQueue[Any]] = {}
-        self._inbox: SimpleQueue[tuple[Connection, Any]] = SimpleQueue()
+        self._inbox: SimpleQueue[tuple[Connection | None, Any]] = SimpleQueue()
         self._readers: dict[Connection, Thread] = {}
         self._silent: dict[Connection, float] = {}
         self._looked_at = time.monotonic()
 
-    def __enter__(self) -> "Workers":
-        context = get_context("spawn")
-        with signals(UNINTERRUPTED):  # they inherit it: what becomes of an interrupted batch is for this process to say
-            for _ in range(self._count):
-                ours, theirs = context.Pipe()
-                process = context.Process(
-                    target=_work, args=(theirs, self._concurrency, profile_flag.get()), daemon=True
-                )
-                process.start()
-                theirs.close()
-                self._processes[ours] = process
-        for pipe in self._processes:
-            self._silent[pipe] = 0
-            self._outboxes[pipe] = SimpleQueue()
-            self._readers[pipe] = Thread(target=_read, args=(pipe, self._inbox), daemon=True)
-            self._readers[pipe].start()
-            Thread(target=_write, args=(pipe, self._outboxes[pipe]), daemon=True).start()
+    def __enter__(self) -> "Pool":
+        for _ in range(self._count):
+            self._start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def _start(self) -> None:
+        context = get_context("spawn")
+        ours, theirs = context.Pipe()
+        # It inherits them: what becomes of what is interrupted is for this process to say.
+        with signals(UNINTERRUPTED):
+            process = context.Process(target=_work, args=(theirs, self._concurrency, profile_flag.get()), daemon=True)
+            process.start()
+        theirs.close()
+        self._processes[ours] = process
+        self._jobs[ours] = set()
+        self._silent[ours] = 0
+        self._outboxes[ours] = SimpleQueue()
+        self._readers[ours] = Thread(target=_read, args=(ours, self._inbox), daemon=True)
+        self._readers[ours].start()
+        Thread(target=_write, args=(ours, self._outboxes[ours]), daemon=True).start()
+
     def send(self, tasks: list[Any]) -> None:
         """Shares the tasks among the processes: jobs' ids, models, requests and prices."""
         shares = defaultdict(list)
         for task in tasks:
-            pipe = min(self._processes, key=self._load.__getitem__)
-            self._load[pipe] += 1
+            pipe = min(self._processes, key=lambda pipe: len(self._jobs[pipe]))
+            self._jobs[pipe].add(task[0])
             shares[pipe].append(task)
         for pipe, share in shares.items():
             self._outboxes[pipe].put(share)
+
+    def wake(self) -> None:
+        """Ends a wait for results, from another thread."""
+        self._inbox.put((None, WAKE))
 
     def results(self, seconds: float) -> Iterator[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
         """The results that are there, each with its job's id and its calls; waits so long for the first."""
         told = []
         with suppress(Empty):
             told.append(self._inbox.get(timeout=seconds))
-            time.sleep(LINGER_SECONDS)  # some more may be settled with it
+            if told[0][1] is not WAKE:
+                time.sleep(LINGER_SECONDS)  # some more may be settled with it
             while True:
                 told.append(self._inbox.get_nowait())
-        has_died = False
+        dead = []
         for pipe, message in told:
+            if pipe not in self._processes:  # it is to wake this one, or was given up
+                continue
             self._silent[pipe] = 0
             if message is None:
-                has_died = True
+                dead.append(pipe)
                 continue
-            results, passed_over = message
-            self._load[pipe] -= len(results)
+            results, passed_over, closed = message
+            self._jobs[pipe].difference_update(job_id for job_id, *_ in results)
             self.passed_over |= passed_over
+            if closed:  # what a provider has said to one is said to all
+                for other in self._processes.keys() - {pipe}:
+                    self._outboxes[other].put(closed)
             yield from results
-        if has_died:
-            raise SaasllmError("worker_died", "A worker process died.", "Run the same command again.")
         self._look_for_silent()
+        for pipe in dead:
+            self._replace(pipe, SaasllmError("worker_died", "A worker process died.", "Run the same command again."))
 
     def _look_for_silent(self) -> None:
-        """Raises where a worker has told nothing for long. The time in which this process was stopped itself does not
+        """Gives up a process that has told nothing for long. The time in which this one was stopped itself does not
         count."""
         now = time.monotonic()
         passed, self._looked_at = min(now - self._looked_at, 1.0), now
-        for pipe in self._processes:
+        for pipe in list(self._processes):
             self._silent[pipe] += passed
             if self._silent[pipe] > SILENT_SECONDS:
-                raise SaasllmError(
-                    "worker_silent",
-                    f"A worker process has not responded for {SILENT_SECONDS:.0f} s; it may have been stopped.",
-                    "Run the same command again.",
-                )
+                silent = f"A worker process has not responded for {SILENT_SECONDS:.0f} s; it may have been stopped."
+                self._replace(pipe, SaasllmError("worker_silent", silent, "Run the same command again."))
+
+    def _replace(self, pipe: Connection, death: SaasllmError) -> None:
+        if self._on_death is None:
+            raise death
+        if pipe in self._processes:
+            jobs = sorted(self._jobs[pipe])
+            self._end(pipe)
+            self._start()
+            self._on_death(jobs)
+
+    def _end(self, pipe: Connection) -> None:
+        process = self._processes.pop(pipe)
+        process.kill()
+        process.join()
+        self._readers.pop(pipe).join()
+        self._outboxes[pipe].put(None)
+        pipe.close()
 
     def stop(self) -> None:
-        for pipe, process in self._processes.items():
-            process.kill()
-            process.join()
-            self._readers[pipe].join()
-            self._outboxes[pipe].put(None)
-            pipe.close()
-        self._processes = {}
+        for pipe in list(self._processes):
+            self._end(pipe)
 
 
 def _write(pipe: Connection, messages: "SimpleQueue[Any]") -> None:
@@ -129,7 +156,7 @@ def _write(pipe: Connection, messages: "SimpleQueue[Any]") -> None:
             pipe.send(message)
 
 
-def _read(pipe: Connection, inbox: "SimpleQueue[tuple[Connection, Any]]") -> None:
+def _read(pipe: Connection, inbox: "SimpleQueue[tuple[Connection | None, Any]]") -> None:
     with suppress(EOFError, OSError):
         while True:
             inbox.put((pipe, pipe.recv()))
@@ -147,7 +174,7 @@ def _work(pipe: Connection, concurrency: int, profile: str | None) -> None:
         results: list[Any] = []
 
         def tell() -> None:
-            messages.put((results.copy(), dict(traffic.passed_over)))
+            messages.put((results.copy(), dict(traffic.passed_over), traffic.just_closed()))
             results.clear()
 
         async def answer(job_id: str, models: list[str], request: CallRequest, prices: Prices) -> None:
@@ -169,7 +196,11 @@ def _work(pipe: Connection, concurrency: int, profile: str | None) -> None:
         def receive() -> None:
             try:
                 while pipe.poll():
-                    for arguments in pipe.recv():
+                    message = pipe.recv()
+                    if isinstance(message, dict):
+                        traffic.close(message)
+                        continue
+                    for arguments in message:
                         task = asyncio.ensure_future(answer(*arguments))
                         tasks.add(task)
                         task.add_done_callback(tasks.discard)

@@ -1,0 +1,318 @@
+"""The verbs of `job` for jobs that are left to workers: submit, wait, result."""
+
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from saasllm_cli import database
+from saasllm_cli.commands.calls import (
+    ExternalTaskId,
+    Group,
+    JobType,
+    JsonSchema,
+    MaxTokens,
+    Messages,
+    Parameters,
+    Prompt,
+    PromptFile,
+    Purpose,
+    Seed,
+    Stop,
+    System,
+    Team,
+    Temperature,
+    Timeout,
+    TopP,
+    answer_fields,
+    call_request,
+    given,
+    opened,
+    schema_of,
+    show_result,
+)
+from saasllm_cli.commands.inputs import (
+    A_JOB,
+    IdempotencyKey,
+    JobName,
+    Metadata,
+    Output,
+    counted,
+    expiry,
+    job_id_of,
+    lasting,
+    merged,
+)
+from saasllm_cli.errors import (
+    CheckFailed,
+    Conflict,
+    InsufficientCredits,
+    InvalidInput,
+    NoAnswer,
+    NotFound,
+    SaasllmError,
+    limit_reached,
+)
+from saasllm_cli.output import note, print_line, progress, show, waiting, warn
+from saasllm_cli.rules import Expiry
+from saasllm_cli.settings import Format, settings
+
+if TYPE_CHECKING:
+    from saasllm_cli.jobs.queue import Line
+    from saasllm_cli.jobs.runner import JobResult
+
+OPEN = ("pending", "in_progress")
+MOST_TOLD = 5
+CHARGE = ("credits_charged", "credits_short", "is_unpriced")
+_ENDED = {"failed": "failed", "cancelled": "was cancelled"}
+
+Job = Annotated[JobName, typer.Argument(**A_JOB, show_default=False, help="Job ID, or the beginning of one.")]
+Jobs = Annotated[
+    list[JobName],
+    typer.Argument(**A_JOB | {"metavar": "JOB..."}, show_default=False, help="Job IDs, or the beginnings of them."),
+]
+File = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Submit a job for each line of this file, as in `saasllm job batch`."),
+]
+Priority = Annotated[
+    int, typer.Option(min=0, max=100, metavar="N", help="From 0 to 100; of a team's jobs, a lower number runs first.")
+]
+At = Annotated[
+    Expiry | None,
+    typer.Option(
+        "--at",
+        parser=expiry,
+        metavar="WHEN",
+        help="Do not run it before this time: 2h (in 2 hours), 2027-01-01 or an RFC 3339 time.",
+    ),
+]
+ExpiresAfter = Annotated[
+    timedelta,
+    typer.Option("--expires", parser=lasting, metavar="TIME", help="Fail it if no worker runs it in time: 24h, 7d."),
+]
+
+
+def submit(
+    team: Team,
+    group: Group,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    system: System = None,
+    messages: Messages = None,
+    json_schema: JsonSchema = None,
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    stop: Stop = [],
+    param: Parameters = [],
+    purpose: Purpose = None,
+    job_type: JobType = "completion",
+    external_task_id: ExternalTaskId = None,
+    metadata: Metadata = [],
+    timeout: Timeout = 300,
+    file: File = None,
+    priority: Priority = 50,
+    at: At = None,
+    expires: ExpiresAfter = "7d",  # type: ignore[assignment] # it is parsed, too
+    idempotency_key: IdempotencyKey = None,
+    output: Output = None,
+) -> None:
+    """Submit a job for a worker to run, and print its ID.
+
+    The job's credits are reserved now; it is charged when it succeeds. See `saasllm worker`, and `saasllm job wait` for
+    the answer. Prompt and options are as in `saasllm job run`.
+
+    With --file, each line is a job as in `saasllm job batch`; its `id` becomes the external task ID. With
+    --idempotency-key as well, you can run the same command again: each line is submitted once. Exit 9 if lines were
+    invalid.
+    """
+    from saasllm_cli.jobs import queue
+    from saasllm_cli.jobs.batch.tasks import Source
+
+    due_at = None if at is None else at.at or datetime.now(UTC) + (at.after or timedelta())
+    terms = queue.Terms(priority, due_at, expires.total_seconds())
+    if file is not None:
+        own = {
+            "--prompt": prompt, "--prompt-file": prompt_file, "--system": system, "--messages": messages,
+            "--temperature": temperature, "--max-tokens": max_tokens, "--top-p": top_p, "--seed": seed,
+            "--stop": stop or None, "--param": param or None, "--purpose": purpose,
+            "--external-task-id": external_task_id, "--metadata": metadata or None,
+        }  # fmt: skip
+        if wrong := [option for option, value in own.items() if value is not None]:
+            raise InvalidInput(
+                "usage", f"--file cannot be combined with {wrong[0]}.", "Give it in the lines of the file."
+            )
+        source = Source(
+            opened(file, "--file"),
+            file.parent,
+            team,
+            group,
+            timeout,
+            None if json_schema is None else schema_of(json_schema),
+        )
+        with waiting("Submitting …"):
+            _submit_lines(queue.submit_lines(source, terms, idempotency_key), team, output)
+        return
+    parameters = given(param, temperature=temperature, max_tokens=max_tokens, top_p=top_p, seed=seed, stop=stop or None)
+    call = call_request(group, prompt, prompt_file, system, messages, json_schema, parameters, purpose, timeout)
+
+    from saasllm_cli.jobs.runner import JobRequest
+
+    request = JobRequest(
+        team_id=team,
+        call=call,
+        job_type=job_type,
+        external_task_id=external_task_id,
+        metadata=merged(metadata),
+        idempotency_key=idempotency_key,
+        is_queued=True,
+    )
+    job_id = queue.submit(request, terms)
+    if (output or settings().output) is Format.TABLE:
+        print_line(str(job_id))
+        return
+    with database.connect() as db:
+        job = db.get("job", job_id)
+    show(job, output)
+
+
+def _submit_lines(lines: "Iterable[Line]", team: str, output: Format | None) -> None:
+    """Shows the id of each job as it is submitted, and tells of the lines that were not."""
+    is_plain = (output or settings().output) is Format.TABLE
+    rows: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    refused: list[Line] = []
+    for line in lines:
+        if line.outcome in ("begun", "key_in_use"):
+            rows.append({"id": line.id, "job_id": line.job_id})
+            progress(f"{len(rows)} submitted …")
+            if is_plain:
+                print_line(str(line.job_id))
+        elif line.outcome in ("insufficient_credits", "limit_reached"):
+            refused.append(line)
+        else:
+            wrong.append(f"{line.id}: {line.error or 'this ID was already used for another request'}")
+    if not is_plain:
+        show(rows, output)
+    note(f"Submitted {counted(len(rows), 'job')}.", team_id=team, submitted=len(rows))
+    told = f"{counted(len(wrong), 'line')} could not be submitted:" + "".join(
+        f"\n  {text}"
+        for text in [*wrong[:MOST_TOLD], *[f"and {len(wrong) - MOST_TOLD} more"] * (len(wrong) > MOST_TOLD)]
+    )
+    if refused:
+        if wrong:
+            warn(told)
+        again = "then submit the remaining lines"
+        if limit := refused[0].limit_reached:
+            reached = limit_reached(limit)
+            reached.hint = f"{reached.hint}\nThen submit the remaining lines."
+            raise reached
+        raise InsufficientCredits(
+            "insufficient_credits",
+            f"Team {team} does not have the credits for the remaining lines, from {refused[0].id} on.",
+            f"Run: saasllm credits add {team} AMOUNT; {again}.",
+            team_id=team,
+        )
+    if wrong:
+        raise CheckFailed("some_failed", told, "Correct them, and submit them alone or all under an idempotency key.")
+
+
+def wait(
+    job: Jobs,
+    timeout: Annotated[
+        int, typer.Option(min=0, max=604_800, metavar="SECONDS", help="Give up after this time; the jobs go on.")
+    ] = 300,
+    output: Output = None,
+) -> None:
+    """Wait until submitted jobs have finished, and print their answers.
+
+    Output and exit status are as in `saasllm job run`: 8 if a job failed, was cancelled or has not finished in time.
+    """
+    from saasllm_cli.jobs import queue
+
+    job_ids = [job_id_of(each) for each in job]
+    with waiting("Waiting …"):
+        rows = queue.wait(job_ids, timeout, lambda left: progress(f"Waiting for {counted(left, 'job')} …"))
+    _show(rows, output)
+
+
+def result(job: Job, output: Output = None) -> None:
+    """Print the answer of a submitted job.
+
+    Output and exit status are as in `saasllm job run`; 4 if the job has not finished. Answers are kept for 7 days, or
+    for $SAASLLM_KEEP_ANSWERS.
+    """
+    from saasllm_cli.jobs import queue
+
+    job_id = job_id_of(job)
+    with database.connect() as db:
+        row = queue.results(db, [job_id])[0]
+    if row["status"] in OPEN:
+        raise Conflict(
+            "job_not_finished",
+            f"Job {job_id} is still {row['status']}.",
+            f"To wait for it, run: saasllm job wait {job_id}",
+            job_id=job_id,
+        )
+    _show([row], output)
+
+
+def _show(rows: list[dict[str, Any]], output: Format | None) -> None:
+    """The answers; raises where there is one that is missing."""
+    output = output or settings().output
+    errors: list[SaasllmError] = []
+    shown: list[dict[str, Any]] = []
+    for row in rows:
+        ended, error = _result(row), _error(row)
+        charged = {name: row[name] for name in (*CHARGE, "credits_remaining")}
+        if error is not None:
+            errors.append(error)
+        if len(rows) > 1 and output is not Format.TABLE:
+            shown.append(answer_fields(ended) | charged | {"error": None if error is None else error.message})
+        elif error is None:
+            show_result(ended, row["model_groups_used"][0], charged, output, is_shown=False)
+    if shown:
+        show(shown, output)
+    if len(rows) == 1 or len(errors) == 1:
+        for error in errors:
+            raise error
+    if errors:
+        told = "".join(f"\n  {error.message}" for error in errors)
+        raise NoAnswer("no_answer", f"{len(errors)} of {counted(len(rows), 'job')} gave no answer:{told}")
+
+
+def _result(row: dict[str, Any]) -> "JobResult":
+    from saasllm_cli.jobs.answers import Answer
+    from saasllm_cli.jobs.runner import JobResult, calls_of
+
+    calls = calls_of(row["calls"])
+    answer = None
+    if row["is_kept"] and calls:
+        last = calls[-1]
+        tokens = (last.prompt_tokens, last.completion_tokens, last.total_tokens, last.cost_usd, last.finish_reason)
+        answer = Answer(row["content"], row["tool_calls"], *tokens, not_sent=tuple(row["not_sent"]))
+    return JobResult(row["job_id"], row["team_id"], row["status"], answer, calls, error_message=row["error_message"])
+
+
+def _error(row: dict[str, Any]) -> SaasllmError | None:
+    job_id, status = row["job_id"], row["status"]
+    ids = {"job_id": job_id, "team_id": row["team_id"]}
+    see = f"See: saasllm job get {job_id}"
+    match status:
+        case "completed" if row["is_kept"]:
+            return None
+        case "completed" if row["is_queued"]:
+            return NotFound("answer_not_kept", f"The answer of job {job_id} is no longer kept.", see, **ids)
+        case "completed":
+            told = f"The answer of job {job_id} was not kept: no worker ran it."
+            return NotFound("answer_not_kept", told, see, **ids)
+        case "pending" | "in_progress":
+            told = f"Job {job_id} has not finished: it is {status}."
+            return NoAnswer("not_finished", told, "Wait longer with --timeout, and check: saasllm worker list", **ids)
+        case _:
+            told = f": {row['error_message']}" if row["error_message"] else "."
+            return NoAnswer("no_answer", f"Job {job_id} {_ENDED[status]}; nothing was charged{told}", see, **ids)

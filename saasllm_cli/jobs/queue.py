@@ -1,0 +1,174 @@
+"""Jobs that are submitted for workers, and what has become of them."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from saasllm_cli import database
+from saasllm_cli.errors import InvalidInput, not_found
+from saasllm_cli.jobs import chat, runner
+from saasllm_cli.jobs.batch.lines import tasks
+from saasllm_cli.jobs.batch.tasks import Source, Task
+from saasllm_cli.jobs.calls import CallRequest
+from saasllm_cli.jobs.runner import JobRequest, new_job_id
+
+CHUNK = 1000  # jobs in one statement
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
+OPEN = ("pending", "in_progress")
+
+
+class Terms(NamedTuple):
+    """When a worker runs a job: of a team's, those with the lower priority first, and none before it is due; one that
+    is not taken so many seconds after that fails."""
+
+    priority: int = 50
+    due_at: datetime | None = None
+    expires: float = 604_800.0
+
+
+def submit(request: JobRequest, terms: Terms) -> UUID:
+    """Queues a job, and gives its id; under an idempotency key in use, that of the job that has it.
+
+    Raises what refuses a job at its beginning, as `runner.run`.
+    """
+    job_id = new_job_id()
+    parameters = {
+        "team_id": request.team_id,
+        "group_name": request.group_name,
+        "jobs": database.exact_json([_job(job_id, request, terms)]),
+    }
+    begun = runner.begin_by(lambda db: db.many("job.submit", **parameters)[0], request)
+    return UUID(str(begun["existing_job_id"] or job_id))
+
+
+class Line(NamedTuple):
+    """What has become of a line: its job; or why there is none. `limit_reached` is a row of limit_details."""
+
+    id: str
+    job_id: UUID | None
+    outcome: str
+    error: str | None = None
+    limit_reached: dict[str, Any] | None = None
+
+
+def submit_lines(source: Source, terms: Terms, key: str | None) -> Iterator[Line]:
+    """Queues a job for each line, a thousand in a transaction, and says of each what has become of it. Under a key, a
+    line is queued once by its id. After the first that is refused for want of credits, or by a limit, no more are read.
+
+    Raises what refuses all of them.
+    """
+    lines = tasks(source)
+    while chunk := list(islice(lines, CHUNK)):
+        results = _submitted(chunk, source, terms, key)
+        yield from results
+        if any(line.outcome in runner.REFUSALS for line in results):
+            return
+
+
+def _submitted(chunk: list[Task], source: Source, terms: Terms, key: str | None) -> list[Line]:
+    jobs = []
+    for task in chunk:
+        if task.request is not None:
+            job = _job(new_job_id(), task.request, terms)
+            job["external_task_id"] = job["external_task_id"] or task.id
+            job["idempotency_key"] = None if key is None else f"{key}:{task.id}"
+            jobs.append(job)
+    rows = iter(_begun(jobs, source))
+    return [
+        next(rows)._replace(id=task.id)
+        if task.request is not None
+        else Line(task.id, None, "invalid", str((task.result or {})["error"]))
+        for task in chunk
+    ]
+
+
+def _begun(jobs: list[dict[str, Any]], source: Source) -> list[Line]:
+    """One that the database cannot store hinders no other."""
+    if not jobs:
+        return []
+    parameters = {"team_id": source.team_id, "group_name": source.group_name, "jobs": database.exact_json(jobs)}
+
+    def ask(_: float) -> list[database.Row]:
+        with database.patience(runner.ANSWER_SECONDS), database.connect() as db:
+            return runner.until_no_other_overtakes(lambda: db.many("job.submit", **parameters))
+
+    try:
+        rows = database.until_it_answers(runner.BEGIN_SECONDS, ask)
+    except InvalidInput as refusal:
+        if half := len(jobs) // 2:
+            return _begun(jobs[:half], source) + _begun(jobs[half:], source)
+        return [Line("", None, "invalid", refusal.message)]
+    lines = []
+    for row in rows:
+        outcome = row["outcome"]
+        if outcome not in ("begun", "key_in_use", "key_reused", "limit_reached", "insufficient_credits"):
+            runner.raise_refusal(row, JobRequest(source.team_id, None))
+        job_id = row["job_id"] if outcome == "begun" else row["existing_job_id"]
+        lines.append(Line("", job_id, outcome, limit_reached=row["limit_reached"]))
+    return lines
+
+
+def _job(job_id: UUID, request: JobRequest, terms: Terms) -> dict[str, Any]:
+    """As begin_jobs (sql/definitions/queue.sql) takes it."""
+    assert request.call is not None
+    return {
+        "job_id": str(job_id),
+        "job_type": request.job_type,
+        "external_task_id": request.external_task_id,
+        "metadata": request.metadata,
+        "idempotency_key": request.idempotency_key,
+        "request": {"messages": request.call.messages, **request.call.parameters},
+        "purpose": request.call.purpose,
+        "timeout_seconds": request.call.timeout,
+        "priority": terms.priority,
+        "due_at": terms.due_at and terms.due_at.isoformat(),
+        "expires_seconds": terms.expires,
+    }
+
+
+def call_request(row: database.Row) -> CallRequest:
+    """What a job that was taken asks; `InvalidInput` where that is nothing that a model could be asked. Whoever may
+    submit jobs by SQL says no more by it than by the command: no file of the worker is read, nothing steers litellm."""
+    request = json.loads(row["request"])
+    request.pop("model", None)  # the group says which
+    messages = chat.messages(request.pop("messages", None), "the request", None)
+    parameters = chat.parameters(request)
+    if (schema := chat.json_schema(parameters)) is not None:
+        chat.check_schema(schema, "response_format")
+    return CallRequest(row["group_name"], messages, row["timeout_seconds"], parameters, row["purpose"])
+
+
+def results(db: database.Database, job_ids: list[UUID]) -> list[database.Row]:
+    """How jobs stand, with the answer of each that is completed, as far as it is kept, and its calls; `NotFound` where
+    there is none of an id."""
+    rows = db.many("job.results", job_ids=job_ids)
+    calls = db.many("job.calls_of", job_ids=[row["job_id"] for row in rows if row["status"] not in OPEN])
+    for row in rows:
+        row["calls"] = [call for call in calls if call["job_id"] == row["job_id"]]
+    if missing := set(job_ids) - {row["job_id"] for row in rows}:
+        raise not_found("job", str(min(missing)))
+    return rows
+
+
+def wait(job_ids: list[UUID], seconds: float, on_progress: Callable[[int], None]) -> list[database.Row]:
+    """The results of jobs when all are finished, or when the time is over; `on_progress` is told how many are not."""
+    until = time.monotonic() + seconds
+    pause = SHORTEST_PAUSE
+    while True:
+        rows = database.until_it_answers(max(until - time.monotonic(), 0), partial(_results, job_ids))
+        left = sum(row["status"] in OPEN for row in rows)
+        if not left or time.monotonic() >= until:
+            return rows
+        on_progress(left)
+        time.sleep(min(pause, max(until - time.monotonic(), 0)))
+        pause = min(pause * 1.5, LONGEST_PAUSE)
+
+
+def _results(job_ids: list[UUID], _: float) -> list[database.Row]:
+    with database.connect() as db:
+        return results(db, job_ids)

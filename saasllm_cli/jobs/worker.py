@@ -1,0 +1,304 @@
+"""A worker: takes jobs that were submitted, calls the models, settles them, and sees to what is due besides.
+
+As in a batch, one process leads: it takes and settles jobs in groups, while those of the pool call the models. A job is
+the worker's by a lease, which it extends; where that runs out, another takes the job. Only who took it last may settle
+it, so that each is charged once. A second thread does the duties, and waits to be told of new jobs.
+"""
+
+import math
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from contextvars import copy_context
+from dataclasses import asdict, dataclass
+from threading import Event, Thread
+from typing import Any, TypeVar
+from uuid import UUID
+
+from saasllm_cli import database
+from saasllm_cli.errors import DatabaseUnavailable, InvalidInput, LimitReached, SaasllmError
+from saasllm_cli.jobs.duties import Duties
+from saasllm_cli.jobs.pool import Pool
+from saasllm_cli.jobs.queue import call_request
+from saasllm_cli.jobs.runner import settle_many, settlement, until_no_other_overtakes
+from saasllm_cli.jobs.session import Session
+from saasllm_cli.jobs.signals import signals
+from saasllm_cli.settings import settings
+
+T = TypeVar("T")
+
+LEASE_SECONDS = 40.0  # after which another takes what a worker that is lost has run
+BEAT_SECONDS = 10.0
+POLL_SECONDS = 1.0  # after which it looks for jobs, though it was not told of any
+AWAY_SECONDS = 5.0  # in which the database is asked again before it is said that it is away
+STOP_SECONDS = 5.0  # in which what is left is put back at the end
+MOST_TAKEN = 500  # in one statement
+MOST_SETTLED = 100
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRequest:
+    """How a worker works: calls at once in each process, and how many processes; of which teams, organization or group
+    it takes jobs; whether it ends when none waits, and how many seconds what runs may take after it is to stop."""
+
+    concurrency: int
+    processes: int
+    team_id: str | None = None
+    organization_id: str | None = None
+    group_name: str | None = None
+    is_once: bool = False
+    grace: float = 25.0
+
+
+@dataclass(slots=True)
+class Summary:
+    """What has become of the jobs so far; `lost` were run to their end after others had taken them, and `put_back` wait
+    for another worker; `is_interrupted` where Ctrl-C ended it."""
+
+    completed: int = 0
+    failed: int = 0
+    lost: int = 0
+    put_back: int = 0
+    credits_charged: int = 0
+    is_interrupted: bool = False
+
+
+def run(
+    request: WorkerRequest,
+    on_progress: Callable[[Summary, int, float], None] = lambda *_: None,
+    on_note: Callable[[str], None] = lambda _: None,
+) -> Summary:
+    """Works until SIGTERM or Ctrl-C, or, once, until no job waits. `on_progress` is told what has become of the jobs,
+    how many run, and how many ended a second; `on_note` what an operator should know.
+
+    After the first signal it takes no more jobs and finishes those that run, within `grace`; after the second one it
+    puts them back at once.
+    """
+    with ExitStack() as stack:
+        worker = _Worker(request, stack, on_progress, on_note)
+        stack.enter_context(signals(dict.fromkeys((signal.SIGINT, signal.SIGTERM), worker.stop)))
+        worker.run()
+        return worker.summary
+
+
+class _Worker:
+    def __init__(
+        self,
+        request: WorkerRequest,
+        stack: ExitStack,
+        on_progress: Callable[[Summary, int, float], None],
+        on_note: Callable[[str], None],
+    ) -> None:
+        self.summary = Summary()
+        self._request = request
+        self._on_progress = on_progress
+        self._on_note = on_note
+        self._session = stack.enter_context(Session())
+        self._worker_id = self._register()
+        self._pool = stack.enter_context(Pool(request.processes, request.concurrency, self._lose))
+        self._running: dict[str, bool] = {}  # by the job's id; whether its worker died twice before
+        self._answered: list[dict[str, Any]] = []  # to be settled
+        self._unsettled: list[dict[str, Any]] = []  # that the database refuses to settle for now
+        self._stop_at = math.inf
+        self._signals = 0
+        self._look_at = 0.0  # when to look for jobs
+        self._beat_at = 0.0
+        self._began = time.monotonic()
+        self._is_ending = Event()
+
+    def stop(self, number: int, _: object) -> None:
+        self.summary.is_interrupted |= number == signal.SIGINT
+        self._signals += 1
+        self._stop_at = time.monotonic() + (self._request.grace if self._signals == 1 else 0)
+
+    @property
+    def _is_stopping(self) -> bool:
+        return self._signals > 0
+
+    def run(self) -> None:
+        context = copy_context()  # which profile, and whose command
+        helper = Thread(target=context.run, args=(self._help,), daemon=True)
+        helper.start()
+        try:
+            while not self._is_done():
+                self._take()
+                self._receive()
+                self._settle()
+                self._beat()
+                pace = (self.summary.completed + self.summary.failed) / (time.monotonic() - self._began)
+                self._on_progress(self.summary, len(self._running), pace)
+        finally:
+            self._is_ending.set()
+            self._pool.stop()
+            with suppress(SaasllmError):
+                self._put_back()
+
+    def _is_done(self) -> bool:
+        if self._is_stopping:
+            return not (self._running or self._answered) or time.monotonic() > self._stop_at
+        if not self._request.is_once or self._running or self._answered or time.monotonic() < self._look_at:
+            return False
+        self._look_at = 0
+        self._take()
+        seen = self._ask(lambda db: db.one("worker.has_seen_all", worker_id=self._worker_id))
+        return bool(seen["has_seen_all"]) and not self._running
+
+    def _take(self) -> None:
+        """Takes as many jobs as there is room for, and gives them to the pool."""
+        room = min(self._pool.capacity - len(self._running) - len(self._answered), MOST_TAKEN)
+        if self._is_stopping or room <= 0 or time.monotonic() < self._look_at:
+            return
+        parameters = {
+            "worker_id": self._worker_id,
+            "most": room,
+            "lease_seconds": LEASE_SECONDS,
+            "with_suspect": not any(self._running.values()),
+        }
+        try:
+            rows = self._ask(lambda db: until_no_other_overtakes(lambda: db.many("worker.take", **parameters)))
+        except LimitReached:  # others were quicker
+            rows = []
+        tasks = []
+        for row in rows:
+            job_id = str(row["job_id"])
+            self._running[job_id] = row["is_suspect"]
+            try:
+                request = call_request(row)
+            except InvalidInput as error:
+                self._end(job_id, {"error": error.message}, [])
+            else:
+                tasks.append((job_id, row["model_names"], request, row["model_prices"]))
+        self._pool.send(tasks)
+        self._look_at = 0 if rows else time.monotonic() + POLL_SECONDS
+
+    def _receive(self) -> None:
+        is_hungry = time.monotonic() >= self._look_at and len(self._running) < self._pool.capacity
+        wait = 0.02 if is_hungry and not self._is_stopping else 0.2 if self._running else POLL_SECONDS
+        for job_id, result, calls in self._pool.results(wait):
+            self._end(job_id, result, calls)
+
+    def _end(self, job_id: str, result: dict[str, Any], calls: list[dict[str, Any]]) -> None:
+        del self._running[job_id]
+        error = result.get("error")
+        told = settlement(job_id, "failed" if error else "completed", error, calls) | {"worker_id": self._worker_id}
+        if not error:
+            answer = {name: result.get(name) for name in ("content", "tool_calls")}
+            answer["not_sent"] = list(result.get("not_sent", ()))
+            told |= {"answer": answer, "keep_seconds": settings().keep_answers.total_seconds()}
+        self._answered.append(told)
+
+    def _lose(self, job_ids: list[str]) -> None:
+        """A process of the pool has died with these jobs: they are tried again, but not for ever."""
+        lost = [job_id for job_id in job_ids if self._running.pop(job_id, None) is not None]
+        self._on_note(f"A process has died with {len(lost)} jobs, and was replaced. They will be run again.")
+        ids = [UUID(job_id) for job_id in lost]
+        self._ask(lambda db: db.many("worker.end_leases", worker_id=self._worker_id, job_ids=ids))
+        self._sweep()
+
+    def _settle(self) -> None:
+        if not self._answered:
+            return
+        told = self._answered[:MOST_SETTLED]
+        settled = settle_many(self._ask, told, self._refused)
+        if open_ := [row for row in told if self._is_open(settled.get(row["job_id"]))]:
+            self._sweep()  # their leases have run out: what nobody has taken since is still to be settled
+            settled |= settle_many(self._ask, open_, self._refused)
+        self._answered = self._answered[MOST_SETTLED:]
+        for row in told:
+            self._count(row, settled.get(row["job_id"]))
+
+    def _is_open(self, row: database.Row | None) -> bool:
+        return row is not None and not row["settled"] and row["status"] in ("pending", "in_progress")
+
+    def _count(self, told: dict[str, Any], row: database.Row | None) -> None:
+        if row is None:  # refused for now, and told already
+            return
+        if row["status"] != told["status"]:
+            self.summary.lost += 1
+            return
+        if told["status"] == "completed":
+            self.summary.completed += 1
+            self.summary.credits_charged += row["credits_charged"] or 0
+        else:
+            self.summary.failed += 1
+
+    def _refused(self, told: dict[str, Any], refusal: SaasllmError) -> None:
+        if told not in self._unsettled:
+            self._on_note(f"Job {told['job_id']} cannot be settled yet: {refusal.in_one_line}")
+            self._unsettled.append(told)
+
+    def _beat(self) -> None:
+        """Says that it is alive, and extends its leases."""
+        if time.monotonic() < self._beat_at:
+            return
+        self._beat_at = time.monotonic() + BEAT_SECONDS
+        beat = {"worker_id": self._worker_id, "is_stopping": self._is_stopping}
+        if self._ask(lambda db: db.maybe("worker.beat", **beat)) is None:
+            self._worker_id = self._register()
+        if ids := self._job_ids():
+            lease = {"worker_id": self._worker_id, "job_ids": ids, "lease_seconds": LEASE_SECONDS}
+            with suppress(LimitReached):  # of what it would take back
+                self._ask(lambda db: db.many("worker.extend_leases", **lease))
+        self._answered += self._unsettled
+        self._unsettled = []
+
+    def _job_ids(self) -> list[UUID]:
+        told = [row["job_id"] for row in (*self._answered, *self._unsettled)]
+        return [UUID(job_id) for job_id in (*self._running, *told)]
+
+    def _put_back(self) -> None:
+        """What it holds waits for another; it says that it is gone."""
+        ids = self._job_ids()
+
+        def leave(db: database.Database) -> None:
+            if ids:
+                self.summary.put_back += len(db.many("worker.put_back", worker_id=self._worker_id, job_ids=ids))
+            db.none("worker.leave", worker_id=self._worker_id)
+
+        self._session.ask(leave, STOP_SECONDS)
+
+    def _register(self) -> int:
+        request = asdict(self._request)
+        scope = {name: request[name] for name in ("team_id", "organization_id", "group_name")}
+        concurrency = self._request.processes * self._request.concurrency
+        here = {"host": socket.gethostname(), "pid": os.getpid(), "concurrency": concurrency}
+        return int(self._session.ask(lambda db: db.one("worker.register", **here, **scope))["worker_id"])
+
+    def _sweep(self) -> None:
+        while self._ask(lambda db: db.one("job.sweep", team_id=None, row_limit=1000))["swept"]:
+            pass
+
+    def _ask(self, work: Callable[[database.Database], T]) -> T:
+        """Asks the database, for as long as it is away, or until the worker is to stop."""
+        is_told = False
+        while True:
+            try:
+                found = self._session.ask(work, AWAY_SECONDS)
+            except DatabaseUnavailable as error:
+                if error.code not in database.AWAY or time.monotonic() > self._stop_at:
+                    raise
+                if not is_told:
+                    self._on_note(f"{error.message} Trying again until it answers.")
+                is_told = True
+            else:
+                if is_told:
+                    self._on_note("The database answers again.")
+                return found
+
+    def _help(self) -> None:
+        """In a thread of its own: the duties, and to be told of new jobs."""
+        duties = Duties(self._on_note)
+        while not self._is_ending.is_set():
+            with suppress(SaasllmError), database.connect() as db:
+                is_told = db.listen("saasllm_jobs")
+                while not self._is_ending.is_set():
+                    duties.do(db, self._worker_id)
+                    if not is_told:
+                        self._is_ending.wait(POLL_SECONDS)
+                    elif db.has_notice(POLL_SECONDS):
+                        self._look_at = 0
+                        self._pool.wake()
+            self._is_ending.wait(POLL_SECONDS)
