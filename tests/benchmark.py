@@ -18,6 +18,11 @@ batch: `job batch` in one process and in two, 64 calls at once in each, against 
 with as many, both at a server on loopback that answers at once. What counts is their pace between a tenth and nine
 tenths of their way: how long they take to load litellm is not in it.
 
+queue: a worker in one process and in two, against `job batch` in one, with the same calls at once at the same server;
+what counts is their pace, too. Then jobs that are submitted one by one, by as many clients as the ledger has, and from
+a file, against jobs that are begun one by one. And 48 jobs at a time that are taken of ten thousand that wait, and of
+very many of one team, beside which a thousand teams have ten each.
+
 allocation: `allocate` for teams that are all due, and where none is, with credits that all expire at once, as their
 period is over, against INSERTs and an UPDATE that write the same rows in one transaction, under the same triggers, and
 check nothing themselves. And what a loop would take, of credits that last.
@@ -60,7 +65,7 @@ from saasllm_cli.manifests.export import as_yaml
 from saasllm_cli.queries import query
 from saasllm_cli.settings import settings
 
-PARTS = ("start", "ledger", "limits", "batch", "allocation", "apply")
+PARTS = ("start", "ledger", "limits", "batch", "queue", "allocation", "apply")
 CLIENTS = 8
 CALLS_AT_ONCE = 64
 PROMPT = "Say something of the number {}."
@@ -170,6 +175,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="in which each measure is taken (%(default)s)")
     parser.add_argument("--seconds", type=int, default=5, help="of each measure of the ledger (%(default)s)")
     parser.add_argument("--lines", type=int, default=5000, help="of each batch (%(default)s)")
+    parser.add_argument("--waiting", type=int, default=1_000_000, help="jobs in the queue (%(default)s)")
     parser.add_argument("--teams", type=int, default=100_000, help="of the allocation and of apply (%(default)s)")
     options = parser.parse_args()
     for part in options.parts or PARTS:
@@ -183,6 +189,10 @@ def main() -> None:
                     measure_limits(options.rounds, options.seconds)
                 case "batch":
                     measure_batch(options.rounds, options.lines)
+                case "queue":
+                    measure_worker(options.rounds, options.lines)
+                    measure_submit(options.rounds, options.seconds)
+                    measure_take(options.rounds, options.waiting)
                 case "allocation":
                     measure_allocation(options.rounds, options.teams)
                 case "apply":
@@ -355,7 +365,7 @@ def grouped_jobs(is_begun: bool = False) -> float:
 def completed_jobs() -> int:
     """How many there are; all others are to be settled, too."""
     with database.raw_connection() as connection:
-        jobs = "SELECT count(*) AS jobs, count(*) FILTER (WHERE status = 'completed') AS completed FROM jobs"
+        jobs = "SELECT count(*) AS jobs, count(*) FILTER (WHERE status = 'completed') AS completed FROM jobs WHERE NOT is_queued"
         row = connection.execute(jobs).fetchone()
     assert row
     assert row["jobs"] == row["completed"]
@@ -472,9 +482,101 @@ def batch(lines: int, processes: int) -> float:
         options = ["--concurrency", CALLS_AT_ONCE, "--processes", processes]
         execute("VACUUM (ANALYZE)", "CHECKPOINT")
         subprocess.run([sys.executable, "-m", "saasllm_cli", *map(str, [*words, *options])], check=True)
+    return completed_pace(lines)
+
+
+def measure_worker(rounds: int, lines: int) -> None:
+    execute(TEAMS.format(teams=JOB_TEAMS), WHAT_JOBS_NEED, "UPDATE model_group_models SET model_name = 'openai/ok'")
+    with started(answer_at_once) as port:
+        os.environ |= {"OPENAI_BASE_URL": f"http://127.0.0.1:{port}/v1", "OPENAI_API_KEY": "sk-none"}
+        measures = {
+            f"job batch, one process, {CALLS_AT_ONCE} at once": partial(batch, lines, 1),
+            "worker, one process": partial(worker, lines, 1),
+            "worker, two processes": partial(worker, lines, 2),
+        }
+        compare("calls a second", measures, rounds, yardsticks=1)
+
+
+def worker(lines: int, processes: int) -> float:
+    """Of jobs of ten teams."""
+    for team in range(1, 11):
+        submit(f"t{team}", lines // 10)
+    execute("VACUUM (ANALYZE)", "CHECKPOINT")
+    words = ["worker", "--once", "--concurrency", CALLS_AT_ONCE, "--processes", processes]
+    subprocess.run([sys.executable, "-m", "saasllm_cli", *map(str, words)], check=True)
+    return completed_pace(lines // 10 * 10)
+
+
+def submit(team: str, jobs: int) -> float:
+    """How many a second, from a file."""
+    with tempfile.NamedTemporaryFile("w", prefix="saasllm-", dir="/var/tmp", suffix=".jsonl") as file:
+        file.writelines(f'{{"id": "{n}", "prompt": "{PROMPT.format(n)}"}}\n' for n in range(jobs))
+        file.flush()
+        words = ["job", "submit", "--team", team, "--group", "Echo", "--file", file.name]
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "saasllm_cli", *words], check=True, stdout=subprocess.DEVNULL)
+        return jobs / (time.perf_counter() - began)
+
+
+def measure_submit(rounds: int, seconds: int) -> None:
+    chat = json.dumps({"messages": [{"role": "user", "content": PROMPT.format(0)}]})
+    sent = f"""\\set team random(1, {JOB_TEAMS})
+SELECT submit_job('t' || :team, 'Echo', '{chat}');
+"""
+    load = ["--client", str(CLIENTS), "--jobs", "2", "--time", str(seconds)]
+    measures = {
+        "begun and settled, one by one": partial(single_jobs, JOB_TEAMS, "prepared", load),
+        "submitted, one by one, by SQL": partial(pgbench, embedded.DATABASE, *load, "--protocol=prepared", script=sent),
+        "submitted, from a file": partial(submit, "t1", 50_000),
+    }
+    compare("jobs a second", measures, rounds, yardsticks=1)
+
+
+def measure_take(rounds: int, waiting: int) -> None:
+    execute("DELETE FROM job_queue")
+    with database.raw_connection() as connection:
+        row = connection.execute(
+            "INSERT INTO workers (host, pid, concurrency) VALUES ('here', 1, 32) RETURNING worker_id"
+        ).fetchone()
+        assert row
+        fill = """
+            SELECT count(*)
+            FROM begin_jobs(%s, 'Echo', (
+                SELECT jsonb_agg(jsonb_build_object('job_id', gen_random_uuid(), 'request', %s::jsonb))
+                FROM generate_series(1, %s)
+            ))
+        """
+        chat = Jsonb({"messages": [{"role": "user", "content": PROMPT.format(0)}]})
+
+        def taken(others: int, most: int) -> float:
+            """How many are taken a second, of so many that wait of one team."""
+            connection.execute("DELETE FROM job_queue WHERE state = 'running'")
+            (left,) = connection.execute("SELECT %s - count(*) AS n FROM job_queue", [most]).fetchone().values()
+            for _ in range(0, max(left, 0), 10_000):
+                connection.execute(fill, ["t1", chat, min(most, 10_000)])
+            for team in range(2, 2 + others):
+                connection.execute(fill, [f"t{team}", chat, 10])
+            connection.execute("VACUUM (ANALYZE) job_queue")
+            began, jobs = time.perf_counter(), 0
+            for _ in range(50):
+                jobs += len(
+                    connection.execute("SELECT * FROM take_jobs(%s, 48, 40, true)", [row["worker_id"]]).fetchall()
+                )
+            return jobs / (time.perf_counter() - began)
+
+        few = {"taken of 10,000": partial(taken, 0, 10_000)}
+        compare("jobs a second", few, rounds, yardsticks=1)
+        many = {
+            f"taken of {waiting:,}": partial(taken, 0, waiting),
+            "beside 1,000 teams with ten each": partial(taken, 1000, waiting),
+        }
+        compare("jobs a second", many, rounds, yardsticks=1)
+
+
+def completed_pace(jobs: int) -> float:
     with database.raw_connection() as connection:
         rows = connection.execute(
-            "SELECT extract(epoch FROM completed_at) AS at FROM jobs ORDER BY at DESC LIMIT %s", [lines]
+            "SELECT extract(epoch FROM completed_at) AS at FROM jobs ORDER BY at DESC NULLS LAST LIMIT %s", [jobs]
         )
         return pace([float(row["at"]) for row in rows])
 

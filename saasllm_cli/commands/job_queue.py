@@ -180,22 +180,24 @@ def submit(
     show(job, output)
 
 
-def _submit_lines(lines: "Iterable[Line]", team: str, output: Format | None) -> None:
+def _submit_lines(chunks: "Iterable[list[Line]]", team: str, output: Format | None) -> None:
     """Shows the id of each job as it is submitted, and tells of the lines that were not."""
     is_plain = (output or settings().output) is Format.TABLE
     rows: list[dict[str, Any]] = []
     wrong: list[str] = []
     refused: list[Line] = []
-    for line in lines:
-        if line.outcome in ("begun", "key_in_use"):
-            rows.append({"id": line.id, "job_id": line.job_id})
-            progress(f"{len(rows)} submitted …")
-            if is_plain:
-                print_line(str(line.job_id))
-        elif line.outcome in ("insufficient_credits", "limit_reached"):
-            refused.append(line)
-        else:
-            wrong.append(f"{line.id}: {line.error or 'this ID was already used for another request'}")
+    for chunk in chunks:
+        submitted = [line for line in chunk if line.outcome in ("begun", "key_in_use")]
+        refused += [line for line in chunk if line.outcome in ("insufficient_credits", "limit_reached")]
+        wrong += [
+            f"{line.id}: {line.error or 'this ID was already used for another request'}"
+            for line in chunk
+            if line.outcome in ("invalid", "key_reused")
+        ]
+        rows += [{"id": line.id, "job_id": line.job_id} for line in submitted]
+        progress(f"{len(rows)} submitted …")
+        if is_plain and submitted:
+            print_line("\n".join(str(line.job_id) for line in submitted))
     if not is_plain:
         show(rows, output)
     note(f"Submitted {counted(len(rows), 'job')}.", team_id=team, submitted=len(rows))

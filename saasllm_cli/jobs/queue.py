@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
 from itertools import islice
@@ -10,12 +11,14 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from saasllm_cli import database
+from saasllm_cli.database import Row
 from saasllm_cli.errors import InvalidInput, not_found
 from saasllm_cli.jobs import chat, runner
 from saasllm_cli.jobs.batch.lines import tasks
 from saasllm_cli.jobs.batch.tasks import Source, Task
 from saasllm_cli.jobs.calls import CallRequest
 from saasllm_cli.jobs.runner import JobRequest, new_job_id
+from saasllm_cli.jobs.session import Session
 
 CHUNK = 1000  # jobs in one statement
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
@@ -56,52 +59,49 @@ class Line(NamedTuple):
     limit_reached: dict[str, Any] | None = None
 
 
-def submit_lines(source: Source, terms: Terms, key: str | None) -> Iterator[Line]:
+def submit_lines(source: Source, terms: Terms, key: str | None) -> Iterator[list[Line]]:
     """Queues a job for each line, a thousand in a transaction, and says of each what has become of it. Under a key, a
     line is queued once by its id. After the first that is refused for want of credits, or by a limit, no more are read.
 
     Raises what refuses all of them.
     """
     lines = tasks(source)
-    while chunk := list(islice(lines, CHUNK)):
-        results = _submitted(chunk, source, terms, key)
-        yield from results
-        if any(line.outcome in runner.REFUSALS for line in results):
-            return
+    with Session() as session, ThreadPoolExecutor(1) as thread:  # which writes some while the next ones are read
+        written: Future[list[Line]] | None = None
+        while chunk := list(islice(lines, CHUNK)):
+            jobs = [_line_job(task, terms, key) for task in chunk if task.request]
+            if written and (yield from _are_refused(written)):
+                return
+            written = thread.submit(_submitted, session, chunk, jobs, source)
+        if written:
+            yield written.result()
 
 
-def _submitted(chunk: list[Task], source: Source, terms: Terms, key: str | None) -> list[Line]:
-    jobs = []
-    for task in chunk:
-        if task.request is not None:
-            job = _job(new_job_id(), task.request, terms)
-            job["external_task_id"] = job["external_task_id"] or task.id
-            job["idempotency_key"] = None if key is None else f"{key}:{task.id}"
-            jobs.append(job)
-    rows = iter(_begun(jobs, source))
+def _are_refused(written: "Future[list[Line]]") -> Generator[list[Line], None, bool]:
+    yield (results := written.result())
+    return any(line.outcome in runner.REFUSALS for line in results)
+
+
+def _submitted(session: Session, chunk: list[Task], jobs: list[Row], source: Source) -> list[Line]:
+    begun = iter(_begun(session, jobs, source))
     return [
-        next(rows)._replace(id=task.id)
-        if task.request is not None
+        next(begun)._replace(id=task.id)
+        if task.request
         else Line(task.id, None, "invalid", str((task.result or {})["error"]))
         for task in chunk
     ]
 
 
-def _begun(jobs: list[dict[str, Any]], source: Source) -> list[Line]:
+def _begun(session: Session, jobs: list[Row], source: Source) -> list[Line]:
     """One that the database cannot store hinders no other."""
     if not jobs:
         return []
     parameters = {"team_id": source.team_id, "group_name": source.group_name, "jobs": database.exact_json(jobs)}
-
-    def ask(_: float) -> list[database.Row]:
-        with database.patience(runner.ANSWER_SECONDS), database.connect() as db:
-            return runner.until_no_other_overtakes(lambda: db.many("job.submit", **parameters))
-
     try:
-        rows = database.until_it_answers(runner.BEGIN_SECONDS, ask)
+        rows = session.ask(lambda db: runner.until_no_other_overtakes(lambda: db.many("job.submit", **parameters)))
     except InvalidInput as refusal:
         if half := len(jobs) // 2:
-            return _begun(jobs[:half], source) + _begun(jobs[half:], source)
+            return _begun(session, jobs[:half], source) + _begun(session, jobs[half:], source)
         return [Line("", None, "invalid", refusal.message)]
     lines = []
     for row in rows:
@@ -113,7 +113,15 @@ def _begun(jobs: list[dict[str, Any]], source: Source) -> list[Line]:
     return lines
 
 
-def _job(job_id: UUID, request: JobRequest, terms: Terms) -> dict[str, Any]:
+def _line_job(task: Task, terms: Terms, key: str | None) -> Row:
+    assert task.request is not None
+    job = _job(new_job_id(), task.request, terms)
+    job["external_task_id"] = job["external_task_id"] or task.id
+    job["idempotency_key"] = None if key is None else f"{key}:{task.id}"
+    return job
+
+
+def _job(job_id: UUID, request: JobRequest, terms: Terms) -> Row:
     """As begin_jobs (sql/definitions/queue.sql) takes it."""
     assert request.call is not None
     return {
@@ -131,7 +139,7 @@ def _job(job_id: UUID, request: JobRequest, terms: Terms) -> dict[str, Any]:
     }
 
 
-def call_request(row: database.Row) -> CallRequest:
+def call_request(row: Row) -> CallRequest:
     """What a job that was taken asks; `InvalidInput` where that is nothing that a model could be asked. Whoever may
     submit jobs by SQL says no more by it than by the command: no file of the worker is read, nothing steers litellm."""
     request = json.loads(row["request"])
@@ -143,7 +151,7 @@ def call_request(row: database.Row) -> CallRequest:
     return CallRequest(row["group_name"], messages, row["timeout_seconds"], parameters, row["purpose"])
 
 
-def results(db: database.Database, job_ids: list[UUID]) -> list[database.Row]:
+def results(db: database.Database, job_ids: list[UUID]) -> list[Row]:
     """How jobs stand, with the answer of each that is completed, as far as it is kept, and its calls; `NotFound` where
     there is none of an id."""
     rows = db.many("job.results", job_ids=job_ids)
@@ -155,7 +163,7 @@ def results(db: database.Database, job_ids: list[UUID]) -> list[database.Row]:
     return rows
 
 
-def wait(job_ids: list[UUID], seconds: float, on_progress: Callable[[int], None]) -> list[database.Row]:
+def wait(job_ids: list[UUID], seconds: float, on_progress: Callable[[int], None]) -> list[Row]:
     """The results of jobs when all are finished, or when the time is over; `on_progress` is told how many are not."""
     until = time.monotonic() + seconds
     pause = SHORTEST_PAUSE
@@ -169,6 +177,6 @@ def wait(job_ids: list[UUID], seconds: float, on_progress: Callable[[int], None]
         pause = min(pause * 1.5, LONGEST_PAUSE)
 
 
-def _results(job_ids: list[UUID], _: float) -> list[database.Row]:
+def _results(job_ids: list[UUID], _: float) -> list[Row]:
     with database.connect() as db:
         return results(db, job_ids)
