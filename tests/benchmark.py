@@ -365,8 +365,10 @@ def grouped_jobs(is_begun: bool = False) -> float:
 def completed_jobs() -> int:
     """How many there are; all others are to be settled, too."""
     with database.raw_connection() as connection:
-        jobs = "SELECT count(*) AS jobs, count(*) FILTER (WHERE status = 'completed') AS completed FROM jobs WHERE NOT is_queued"
-        row = connection.execute(jobs).fetchone()
+        row = connection.execute(
+            "SELECT count(*) AS jobs, count(*) FILTER (WHERE status = 'completed') AS completed FROM jobs "
+            "WHERE NOT is_queued"
+        ).fetchone()
     assert row
     assert row["jobs"] == row["completed"]
     return int(row["completed"])

@@ -3,33 +3,41 @@
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, date, datetime
+from typing import NamedTuple
 
 from saasllm_cli import allocation, database
 from saasllm_cli.errors import DatabaseUnavailable, SaasllmError
 from saasllm_cli.jobs import runner
 
-HOLD_SECONDS = 900.0  # in which a duty is done, or left to another worker
 PRUNE_CHUNK = 1000
-# How often each is due, in seconds.
-SECONDS = {"sweep": 5.0, "allocate": 60.0, "prune": 60.0}
+
+
+class Pace(NamedTuple):
+    """How often a duty is due, and how long one worker has it to itself: should it die, another does it then. In
+    seconds."""
+
+    every: float
+    hold: float
+
+
+PACES = {"sweep": Pace(5, 10), "allocate": Pace(60, 300), "prune": Pace(60, 60)}
 
 
 class Duties:
     """The duties of one worker; `on_note` is told what was done and what went wrong."""
 
     def __init__(self, on_note: Callable[[str], None]) -> None:
-        self._names = list(SECONDS)
+        self._names = list(PACES)
         self._on_note = on_note
         self._told: dict[str, str] = {}
 
     def do(self, db: database.Database, worker_id: int) -> None:
         """Does what is due now. What went wrong is tried again when it is due again; what the database's role may not
         do is left to other workers."""
-        due = {"worker_id": worker_id, "duties": self._names, "hold_seconds": HOLD_SECONDS}
-        while row := db.maybe("worker.start_duty", **due):
+        while row := self._due(db, worker_id):
             duty, is_done = row["duty"], False
             try:
-                self._tell(duty, _do(duty, db, row["done_at"]))
+                self._tell(duty, _do(duty, db, row["now"], row["done_at"]))
                 is_done = True
             except SaasllmError as error:
                 if isinstance(error, DatabaseUnavailable) and error.code in database.AWAY:
@@ -38,9 +46,13 @@ class Duties:
                     self._names.remove(duty)
                 self._tell(duty, error.in_one_line)
             finally:
-                end = {"worker_id": worker_id, "is_done": is_done, "every_seconds": SECONDS[duty]}
+                end = {"worker_id": worker_id, "is_done": is_done, "every_seconds": PACES[duty].every}
                 with suppress(SaasllmError):
                     db.none("worker.end_duty", duty=duty, **end)
+
+    def _due(self, db: database.Database, worker_id: int) -> database.Row | None:
+        holds = [PACES[duty].hold for duty in self._names]
+        return db.maybe("worker.start_duty", worker_id=worker_id, duties=self._names, holds=holds)
 
     def _tell(self, duty: str, text: str) -> None:
         """The same thing not each time."""
@@ -49,7 +61,7 @@ class Duties:
         self._told[duty] = text
 
 
-def _do(duty: str, db: database.Database, done_at: datetime | None) -> str:
+def _do(duty: str, db: database.Database, now: datetime, done_at: datetime | None) -> str:
     """Does it, and says what there was to do."""
     match duty:
         case "sweep":
@@ -59,7 +71,7 @@ def _do(duty: str, db: database.Database, done_at: datetime | None) -> str:
             told += [f"{team_id}: {reason}" for team_id, reason in refusals.items()]
             return "; ".join(told)
         case "allocate":
-            return _allocate(datetime.now(UTC).date(), done_at)
+            return _allocate(now.astimezone(UTC).date(), done_at)
         case "prune":
             while db.one("worker.prune", row_limit=PRUNE_CHUNK)["answers"] == PRUNE_CHUNK:
                 pass
@@ -67,7 +79,8 @@ def _do(duty: str, db: database.Database, done_at: datetime | None) -> str:
 
 
 def _allocate(today: date, done_at: datetime | None) -> str:
-    """Grants what is due, and what became due since it was done last: no schedule has periods shorter than a day."""
+    """Grants what is due on a day of the database's, and what became due since it was done last: no schedule has
+    periods shorter than a day."""
     missed = 0 if done_at is None else (today - done_at.astimezone(UTC).date()).days - 1
     done = allocation.allocate(today, catch_up=max(missed, 1))
     told = [f"{done.credits_granted} credits granted to {done.granted} teams"] * bool(done.granted)

@@ -34,6 +34,7 @@ LEASE_SECONDS = 40.0  # after which another takes what a worker that is lost has
 BEAT_SECONDS = 10.0
 POLL_SECONDS = 1.0  # after which it looks for jobs, though it was not told of any
 AWAY_SECONDS = 5.0  # in which the database is asked again before it is said that it is away
+DUTY_SECONDS = 300.0  # for a duty that is under way at the end
 STOP_SECONDS = 5.0  # in which what is left is put back at the end
 MOST_TAKEN = 500  # in one statement
 MOST_SETTLED = 100
@@ -55,8 +56,8 @@ class WorkerRequest:
 
 @dataclass(slots=True)
 class Summary:
-    """What has become of the jobs so far; `lost` were run to their end after others had taken them, and `put_back` wait
-    for another worker; `is_interrupted` where Ctrl-C ended it."""
+    """What has become of the jobs so far; `lost` were answered when they were another worker's, or cancelled, and
+    `put_back` wait for another worker; `is_interrupted` where Ctrl-C ended it."""
 
     completed: int = 0
     failed: int = 0
@@ -124,10 +125,10 @@ class _Worker:
         helper.start()
         try:
             while not self._is_done():
+                self._beat()
                 self._take()
                 self._receive()
                 self._settle()
-                self._beat()
                 pace = (self.summary.completed + self.summary.failed) / (time.monotonic() - self._began)
                 self._on_progress(self.summary, len(self._running), pace)
         finally:
@@ -135,6 +136,7 @@ class _Worker:
             self._pool.stop()
             with suppress(SaasllmError):
                 self._put_back()
+            helper.join(max(0.0, min(self._stop_at - time.monotonic(), DUTY_SECONDS)))
 
     def _is_done(self) -> bool:
         if self._is_stopping:
@@ -209,6 +211,7 @@ class _Worker:
         self._answered = self._answered[MOST_SETTLED:]
         for row in told:
             self._count(row, settled.get(row["job_id"]))
+        self._look_at = 0  # there may be room within a limit by now
 
     def _is_open(self, row: database.Row | None) -> bool:
         return row is not None and not row["settled"] and row["status"] in ("pending", "in_progress")
@@ -291,14 +294,15 @@ class _Worker:
     def _help(self) -> None:
         """In a thread of its own: the duties, and to be told of new jobs."""
         duties = Duties(self._on_note)
-        while not self._is_ending.is_set():
+        while True:
             with suppress(SaasllmError), database.connect() as db:
                 is_told = db.listen("saasllm_jobs")
-                while not self._is_ending.is_set():
+                while True:
                     duties.do(db, self._worker_id)
-                    if not is_told:
-                        self._is_ending.wait(POLL_SECONDS)
-                    elif db.has_notice(POLL_SECONDS):
+                    if self._is_ending.wait(0 if is_told else POLL_SECONDS):
+                        return
+                    if is_told and db.has_notice(POLL_SECONDS):
                         self._look_at = 0
                         self._pool.wake()
-            self._is_ending.wait(POLL_SECONDS)
+            if self._is_ending.wait(POLL_SECONDS):
+                return

@@ -86,7 +86,8 @@ SELECT * FROM begin_jobs(%(team_id)s, %(group_name)s, %(jobs)s, %(lease_seconds)
 
 -- name: submit(team_id, group_name, jobs) :many
 -- Queues jobs of one team and group for workers.
-SELECT * FROM begin_jobs(%(team_id)s, %(group_name)s, %(jobs)s);
+SELECT job_id, outcome, limit_reached, credits_held, organization_id, existing_job_id
+FROM begin_jobs(%(team_id)s, %(group_name)s, %(jobs)s);
 
 -- name: keep_refusal(team_id, group_name, reason, refusals) :none
 -- Counts jobs that were refused in this hour. Another that counts, or deletes the team, is waited for only so long: the

@@ -97,20 +97,23 @@ RETURNING job_id;
 -- name: leave(worker_id) :none
 DELETE FROM workers WHERE worker_id = %(worker_id)s;
 
--- name: start_duty(worker_id, duties, hold_seconds) :maybe
--- The duty that is due for the longest time. It is this worker's for so long; should the worker die, another's then.
+-- name: start_duty(worker_id, duties, holds) :maybe
+-- Of these duties, the one that is due for the longest time. It is this worker's for so many seconds (`holds`, one for
+-- each); should the worker die, another's then.
 UPDATE duties
-SET next_at = clock_timestamp() + %(hold_seconds)s * interval '1 second',
+SET next_at = clock_timestamp() + due.hold * interval '1 second',
     worker_id = %(worker_id)s
-WHERE duty = (
-    SELECT duty
+FROM (
+    SELECT duty, asked.hold
     FROM duties
-    WHERE next_at <= clock_timestamp() AND duty = ANY (%(duties)s::text[])
+    JOIN unnest(%(duties)s::text[], %(holds)s::double precision[]) AS asked (duty, hold) USING (duty)
+    WHERE next_at <= clock_timestamp()
     ORDER BY next_at
     LIMIT 1
-    FOR UPDATE SKIP LOCKED
-)
-RETURNING duty, done_at;
+    FOR UPDATE OF duties SKIP LOCKED
+) AS due
+WHERE duties.duty = due.duty
+RETURNING duties.duty, duties.done_at, clock_timestamp() AS now;
 
 -- name: end_duty(duty, worker_id, is_done, every_seconds) :none
 -- Next time it is due in so many seconds, whether it was done or not.
