@@ -228,7 +228,7 @@ def wait(
     ] = 300,
     output: Output = None,
 ) -> None:
-    """Wait until submitted jobs have finished, and print their answers.
+    """Wait for submitted jobs and print their answers.
 
     Output and exit status are as in `saasllm job run`: 8 if a job failed, was cancelled or has not finished in time.
     """
