@@ -47,17 +47,17 @@ def run(
     once: Annotated[bool, typer.Option("--once", help="Stop when no job is waiting, as in cron and CI.")] = False,
     grace: Annotated[
         int,
-        typer.Option(min=0, max=86400, metavar="SECONDS", help="How long running jobs may go on after a signal."),
+        typer.Option(min=0, max=86400, metavar="SECONDS", help="How long to wait for running jobs after a signal."),
     ] = 25,
 ) -> None:
     """Run submitted jobs until stopped.
 
-    Start as many workers as you like, on as many machines: teams take turns, and a job of a worker that dies is run by
-    another. A worker also does what cron would: `credits allocate`, `job sweep`, and removing old answers, each once
-    over all workers.
+    Start as many workers as you like, on as many machines: teams take turns, and the jobs of a worker that dies are run
+    by another. A worker also does what cron would, once for all workers: `saasllm credits allocate`, `saasllm job
+    sweep`, and removing old answers.
 
-    On SIGTERM or Ctrl-C it takes no more jobs, finishes those that run within --grace, and leaves the rest to other
-    workers. The second signal ends it at once.
+    On SIGTERM or Ctrl-C, a worker takes no more jobs, waits up to --grace seconds for those that are running, and
+    leaves the rest to other workers. A second signal ends it at once.
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -84,7 +84,7 @@ def run(
 def list_(output: Output = None) -> None:
     """List workers, and how many jobs are waiting.
 
-    A worker that has not been heard of for 45 seconds is lost: others run its jobs again.
+    A worker that has not been heard from for 45 seconds is lost: others run its jobs again.
     """
     with database.connect() as db:
         workers = db.many("worker.list")
