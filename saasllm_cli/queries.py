@@ -25,7 +25,9 @@ SQL = next(path for path in (_PACKAGE / "sql", _PACKAGE.parent / "sql") if path.
 _HEADER = re.compile(r"^-- name: (\w+)\((.*)\) :(one|maybe|many|none|copy)$", re.MULTILINE)
 _COMMENT = re.compile(r"--.*")
 # What changes a table, but for those of the session alone.
-_CHANGE = re.compile(r"\b(?:INSERT\s+INTO|DELETE\s+FROM|MERGE\s+INTO|(?<!FOR )(?<!KEY )UPDATE)\s+(?!pg_temp\.)")
+_CHANGE = re.compile(
+    r"\b(?:INSERT\s+INTO|DELETE\s+FROM|MERGE\s+INTO|(?<!FOR )(?<!KEY )UPDATE)\s+(?!pg_temp\.)|\b(?:begin|take)_jobs\("
+)
 _PARAMETER = re.compile(r"%\((\w+)\)s")
 
 

@@ -85,7 +85,7 @@ class Settings(BaseSettings):
         except OverflowError:
             found = None
         if found is None or found > LONGEST_KEPT:
-            raise ValueError("must be a time such as 7d, 12h or 0d, of at most ten years")
+            raise ValueError("it must be a time such as 7d, 12h or 0d, of at most ten years")
         return found
 
     @property
@@ -253,7 +253,7 @@ def settings() -> Settings:
         name = "SAASLLM_" + str(first["loc"][0]).upper().removeprefix("SAASLLM_")
         raise InvalidInput(
             "invalid_setting",
-            f"Setting {name} is invalid: {reason}.",
+            f"Setting {name} is invalid: {reason.removeprefix('Value error, ')}.",
             f"Correct it in the environment, in .env or in {CONFIG_FILE}.",
         ) from error
     except (OSError, ValueError) as error:  # .env is not readable, or not UTF-8

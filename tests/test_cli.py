@@ -69,7 +69,7 @@ def test_help_ends_with_examples_that_can_be_copied(
             with root.make_context("saasllm", words) as context:
                 noun, verb, rest = root.resolve_command(context, [*context._protected_args, *context.args])  # type: ignore[attr-defined]
                 with verb.make_context(noun, rest, parent=context) as inner:
-                    if isinstance(verb, TyperGroup):
+                    if isinstance(verb, TyperGroup) and rest:
                         name, leaf, rest = verb.resolve_command(inner, [*inner._protected_args, *inner.args])
                         leaf.make_context(name, rest, parent=inner)
 
@@ -102,10 +102,10 @@ def test_the_list_of_nouns_is_that_of_their_modules(run: Run) -> None:
     for noun, description in cli.NOUNS.items():
         assert f"{noun} {description}" in listed
         command = root.get_command(None, noun)  # type: ignore[attr-defined]
-        if isinstance(command, TyperGroup):
+        if isinstance(command, TyperGroup) and not command.invoke_without_command:
             assert command.help == description
     modules = {path.stem for path in (Path(cli.__file__).parent / "commands").glob("*.py")}
-    assert modules - {"__init__", "calls", "inputs", "purge", "usage"} == set(cli.NOUNS)
+    assert modules - {"__init__", "calls", "inputs", "job_queue", "purge", "usage"} == set(cli.NOUNS)
 
 
 def test_version_and_nonsense(run: Run) -> None:

@@ -102,15 +102,17 @@ def test_a_process_id_that_is_another_programs_by_now(own_data: Path, run: Run) 
 
 @pytest.fixture
 def filled(own_data: Path, run: Run) -> Run:
-    """A command line on an embedded server with a tenant, and a job of it."""
+    """A command line on an embedded server with a tenant, a job of it, and one that waits for a worker."""
     assert run("migrate", "up").status == 0
     assert run("apply", "-f", "-", stdin=TENANT).status == 0
     assert run("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "hi").status == 0
+    assert run("job", "submit", "--team", "hr", "--group", "Echo", "--prompt", "later").status == 0
     return run
 
 
 def test_a_backup_is_restored_as_it_was(filled: Run, home: Path) -> None:
     before = filled("export", "-o", "jsonl").out, filled("credits", "transactions", "hr", "-o", "json").out
+    (waiting,) = filled("job", "list", "--status", "pending", "-o", "json").data
     assert filled("db", "backup", "a.backup").status == 0
     assert (home / "a.backup").stat().st_mode & 0o777 == 0o600
     assert filled("db", "backup", "a.backup").status == 4
@@ -126,6 +128,8 @@ def test_a_backup_is_restored_as_it_was(filled: Run, home: Path) -> None:
     assert (filled("export", "-o", "jsonl").out, filled("credits", "transactions", "hr", "-o", "json").out) == before
     assert filled("credits", "verify").status == 0
     assert filled("migrate", "verify").status == 0
+    assert filled("worker", "--once").status == 0
+    assert filled("job", "result", waiting["job_id"]).out == "later\n"
     with psycopg.connect(**embedded.conninfo()) as session:
         names = session.execute("SELECT datname FROM pg_database WHERE datname LIKE 'saasllm%'").fetchall()
         granted = session.execute("SELECT has_table_privilege('saasllm_readonly', 'teams', 'SELECT')").fetchone()

@@ -36,8 +36,8 @@ def test_all_in_order(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) ->
         sql.execute("DROP OWNED BY doctor_owner; DROP ROLE doctor_owner")
     assert checks.pop("durability")[0] == "warning"  # the tests do without fsync
     assert list(checks) == [
-        *("database", "clock", "migrations", "role", "ledger", "leases", "allocations", "limits", "charges"),
-        *("providers", "prices"),
+        *("database", "clock", "migrations", "role", "ledger", "leases", "allocations", "workers", "limits"),
+        *("charges", "providers", "prices"),
     ]
     assert set(checks.values()) == {("ok", None)}
 
@@ -61,6 +61,29 @@ def test_all_that_is_wrong(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatc
     assert "ANTHROPIC_API_KEY" not in told.out
     assert "sk-ant-secret" not in told.out + told.err
     assert sql.execute("SELECT * FROM team_credits").fetchall() == before
+
+
+def test_jobs_that_no_worker_runs(tenant: Run, sql: Sql) -> None:
+    """It is one of those that take them; and while it is told of."""
+    tenant("team", "create", "it", "--org", "acme", "--group", "Down")
+    tenant("job", "submit", "--team", "hr", "--group", "Echo", "--prompt", "x", "--at", "1h")
+    hint = "Run: saasllm worker. See: saasllm worker list"
+    for change, status in (
+        ("", "ok"),
+        ("UPDATE job_queue SET due_at = now() - interval '61 seconds'", "warning"),
+        ("UPDATE job_queue SET state = 'waiting'", "warning"),
+        ("INSERT INTO workers (host, pid, concurrency, team_id) VALUES ('here', 1, 1, 'it')", "warning"),
+        ("UPDATE workers SET team_id = NULL, group_name = 'Down'", "warning"),
+        ("UPDATE workers SET group_name = 'Echo', organization_id = 'other'", "warning"),
+        ("UPDATE workers SET organization_id = 'acme'", "ok"),
+        ("UPDATE workers SET is_stopping = true", "warning"),
+        ("UPDATE workers SET is_stopping = false, seen_at = now() - interval '1 minute'", "warning"),
+        ("UPDATE job_queue SET state = 'running', worker_id = 1", "ok"),
+        ("UPDATE job_queue SET state = 'waiting', due_at = now() - interval '50 seconds'", "ok"),
+    ):
+        if change:
+            sql.execute(change)
+        assert found(tenant)["workers"] == (status, hint if status == "warning" else None), change
 
 
 def test_limits_that_are_nearly_used(tenant: Run) -> None:
@@ -148,9 +171,9 @@ def test_ids_that_are_taken(tenant: Run, sql: Sql, home: Path) -> None:
     for _ in range(5):
         tenant("credits", "add", "hr", 1)
         charged_job()
-    sql.execute(
-        "ALTER SEQUENCE credit_transactions_transaction_id_seq RESTART; ALTER SEQUENCE audit_log_audit_id_seq RESTART"
-    )
+    sql.execute("INSERT INTO workers (host, pid, concurrency) VALUES ('here', 1, 1)")
+    for sequence in ("credit_transactions_transaction_id_seq", "audit_log_audit_id_seq", "workers_worker_id_seq"):
+        sql.execute(f"ALTER SEQUENCE {sequence} RESTART")
     answered = tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "hello")
     assert (answered.status, answered.out) == (7, "hello\n")
     assert "its next ID in credit_transactions is taken" in answered.err
@@ -160,14 +183,18 @@ def test_ids_that_are_taken(tenant: Run, sql: Sql, home: Path) -> None:
     assert tenant(*batch).status == 9
     refused = tenant("org", "create", "other", "-o", "json")
     assert (refused.status, refused.error["code"]) == (4, "ids_taken")
+    assert "its next ID in workers is taken" in tenant("worker", "--once").err
+    sql.execute("ALTER SEQUENCE workers_worker_id_seq RESTART")
     result = tenant("doctor", "-o", "json")
     assert result.status == 9
     (check,) = (check for check in result.data if check["check"] == "ids")
-    assert (check["hint"], "credit_transactions, audit_log" in check["message"]) == ("Run: saasllm migrate up", True)
+    told = "credit_transactions, audit_log, workers" in check["message"]
+    assert (check["hint"], told) == ("Run: saasllm migrate up", True)
 
     assert tenant("migrate", "up").status == 0
     assert "ids" not in found(tenant)
     assert tenant("org", "create", "other").status == 0
+    assert tenant("worker", "--once").status == 0
     assert tenant(*batch).status == 0, "what was answered is settled"
     assert tenant("credits", "verify").status == 0
     ids = sql.execute("SELECT max(transaction_id) AS highest, count(*) AS n FROM credit_transactions").fetchone()

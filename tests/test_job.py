@@ -26,7 +26,7 @@ Run = Callable[..., Result]
 FIELDS = [
     *("job_id", "team_id", "organization_id", "job_type", "status", "model_groups_used", "external_task_id"),
     *("credits_held", "credits_charged", "credits_short", "credit_applied", "price_id", "is_unpriced"),
-    *("error_message", "metadata", "created_at", "started_at", "completed_at", "lease_expires_at"),
+    *("error_message", "metadata", "is_queued", "created_at", "started_at", "completed_at", "lease_expires_at"),
 ]
 CALL_FIELDS = [
     *("call_id", "job_id", "model_group_used", "resolved_model", "attempt", "prompt_tokens", "completion_tokens"),

@@ -48,7 +48,7 @@ GRANT = [
 JOB = [
     *("job_id", "team_id", "organization_id", "job_type", "status", "model_groups_used", "external_task_id"),
     *("credits_held", "credits_charged", "credits_short", "credit_applied", "price_id", "is_unpriced"),
-    *("error_message", "metadata", "created_at", "started_at", "completed_at", "lease_expires_at"),
+    *("error_message", "metadata", "is_queued", "created_at", "started_at", "completed_at", "lease_expires_at"),
 ]
 CALL = [
     *("call_id", "job_id", "model_group_used", "resolved_model", "attempt", "prompt_tokens", "completion_tokens"),
@@ -59,6 +59,7 @@ ANSWER = [
     "completion_tokens",
     *("total_tokens", "cost_usd", "latency_ms", "attempts"),
 ]
+CHARGED_ANSWER = [*ANSWER, "credits_charged", "credits_short", "is_unpriced", "credits_remaining"]
 CHARGED_JOB = [*JOB, "charged_by"]
 JOBS_USED = [
     *("jobs", "jobs_completed", "jobs_failed", "jobs_cancelled", "jobs_open", "jobs_unpriced", "credits_charged"),
@@ -151,9 +152,15 @@ COMMANDS: dict[str, list[Any]] = {
         *("unsettled", "unsettled_error", "answered_elsewhere"),
     ],
     "job sweep": ["swept", "requeued"],
-    "job run --team hr --group Echo --prompt x": [
-        *ANSWER,
-        *("credits_charged", "credits_short", "is_unpriced", "credits_remaining"),
+    "job run --team hr --group Echo --prompt x": CHARGED_ANSWER,
+    "job submit --team hr --group Echo --prompt x": CHARGED_JOB,
+    "job wait JOB": CHARGED_ANSWER,
+    "job result JOB": CHARGED_ANSWER,
+    "worker list": [
+        [
+            *("worker_id", "host", "pid", "status", "running", "concurrency", "team_id", "organization_id"),
+            *("group_name", "started_at", "seen_at"),
+        ]
     ],
     "job get JOB": [*CHARGED_JOB, {"calls": [CALL]}],
     "job list": [JOB],
@@ -212,6 +219,7 @@ COMMANDS: dict[str, list[Any]] = {
 BEFORE = {
     "credits allocate --as-of 2026-01-01": "UPDATE teams SET status = 'suspended' WHERE team_id = 't'",
     "job list --refused": "INSERT INTO job_refusals (team_id, reason) VALUES ('hr', 'team_suspended')",
+    "worker list": "INSERT INTO workers (host, pid, concurrency) VALUES ('here', 1, 1)",
     "credits verify": "SET session_replication_role = replica; UPDATE team_credits SET credits_used = 1",
     "migrate up": "DROP SCHEMA public CASCADE; CREATE SCHEMA public",
     "migrate adopt": "DROP TABLE saasllm_migrations",
@@ -236,8 +244,10 @@ def test_the_keys_of_every_command(tenant: Callable[..., Result], migrated_datab
         result = tenant(*words, "-o", "json")
         assert result.status == (9 if command == "credits verify" else 0), (command, result.err)
         assert keys(result.data, expected) == expected, command
-        if command.startswith(("job run", "job create")):
+        if command.startswith(("job run", "job create", "job submit")):
             names["JOB"] = result.data["job_id"]
+        if command.startswith("job submit"):
+            assert tenant("worker", "--once").status == 0
 
 
 def test_no_command_is_forgotten() -> None:

@@ -146,6 +146,18 @@ def test_prices_and_limits_go_with_their_team_and_with_their_organization(used: 
     assert [(row["team_id"], row["action"]) for row in purges] == [("hr", "purge")]
 
 
+def test_what_waits_for_workers_and_their_answers_go_with_their_team(used: Run, sql: Sql) -> None:
+    for then in (("worker", "--once"), ("worker", "list")):
+        for team in ("hr", "it"):
+            used("job", "submit", "--team", team, "--group", "Echo", "--prompt", "x")
+        assert used(*then).status == 0
+    assert used("team", "delete", "hr", "--purge", "--confirm", "hr").status == 0
+    for table in ("job_queue", "job_answers"):
+        rows = sql.execute(f"SELECT j.team_id FROM {table} JOIN jobs j USING (job_id)").fetchall()  # type: ignore[arg-type]
+        assert rows == [{"team_id": "it"}], table
+        assert len(sql.execute(f"SELECT FROM {table}").fetchall()) == 1, table  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("purge", [False, True])
 def test_a_tenant_without_history_takes_its_prices_and_limits_along(saasllm: Run, sql: Sql, purge: bool) -> None:
     """Deleted without a purge, each of them leaves a record."""

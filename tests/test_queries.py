@@ -37,7 +37,7 @@ def test_each_query_can_be_prepared(sql: psycopg.Connection) -> None:
 
 def test_what_changes_something_is_known_as_such() -> None:
     """A protected profile is named before them; this list is to be looked at when it changes."""
-    seems = re.compile(r"create|update|delete|set_|begin|settle|enter|assign|purge")
+    seems = re.compile(r"create|update|delete|set_|begin|settle|enter|assign|purge|submit|take\b")
     assert {name for name in ALL if seems.search(name) and not query(name).is_change} == {
         *("apply.create_change", "apply.create_staged", "db.create_demo", "db.create_restored"),
         *("lock.enter", "migrate.create_record", "migrate.create_roles", "team.lock_to_purge"),
@@ -50,7 +50,7 @@ def test_each_query_is_used_and_each_name_that_is_used_is_there() -> None:
         name
         for path in package.rglob("*.py")
         for name in re.findall(
-            r'"((?:org|group|model|price|team|limit|credits|job|apply|export|doctor|audit|usage|migrate|lock|db)\.\w+)"',
+            r'"((?:org|group|model|price|team|limit|credits|job|apply|export|doctor|audit|usage|migrate|lock|db|worker)\.\w+)"',
             path.read_text(),
         )
     }

@@ -133,6 +133,14 @@ def test_a_wrong_setting_is_named(run: Run, home: Path, monkeypatch: pytest.Monk
     assert "SAASLLM_OUTPUT" in result.err
 
 
+@pytest.mark.parametrize("time", ["x", "-1d", "7", "9999d"])
+def test_a_time_to_keep_answers_that_is_none(run: Run, monkeypatch: pytest.MonkeyPatch, time: str) -> None:
+    monkeypatch.setenv("SAASLLM_KEEP_ANSWERS", time)
+    settings.cache_clear()
+    told = "Setting SAASLLM_KEEP_ANSWERS is invalid: it must be a time such as 7d, 12h or 0d, of at most ten years."
+    assert told in run("worker", "--once").err
+
+
 @pytest.mark.parametrize(
     "url",
     [

@@ -28,9 +28,9 @@ Check = dict[str, Any]
 def doctor(output: Output = None) -> None:
     """Check everything that jobs and cron depend on.
 
-    Checks the database and its role, migrations, the ledger, leases, allocations, limits, charges, provider keys (never
-    showing their values), prices of models and disk space, and says how to fix what is wrong. Changes nothing. Exit 9
-    if a check fails, 7 if the database cannot be used; warnings alone exit 0.
+    Checks the database and its role, migrations, the ledger, leases, allocations, workers, limits, charges, provider
+    keys (never showing their values), prices of models and disk space, and says how to fix what is wrong. Changes
+    nothing. Exit 9 if a check fails, 7 if the database cannot be used; warnings alone exit 0.
     """
     checks: list[Check] = []
     unusable: DatabaseUnavailable | None = None
@@ -83,6 +83,7 @@ def _checks() -> Iterator[Check]:
             yield _check("ids", FAILED, message, "Run: saasllm migrate up")
         yield _ledger(db)
         yield from _overdue(db)
+        yield _workers(db)
         yield _limits(db)
         yield _charges(db)
         rows = db.many("doctor.models")
@@ -197,6 +198,13 @@ def _overdue(db: database.Database) -> Iterator[Check]:
         if overdue["due_teams"]
         else _check("allocations", OK, "No teams are due.")
     )
+
+
+def _workers(db: database.Database) -> Check:
+    if db.one("doctor.queue")["lacks_worker"]:
+        message = "Jobs have been waiting for more than a minute, and no worker runs them."
+        return _check("workers", WARNING, message, "Run: saasllm worker. See: saasllm worker list")
+    return _check("workers", OK, "No jobs are waiting without a worker.")
 
 
 def _limits(db: database.Database) -> Check:

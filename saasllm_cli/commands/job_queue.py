@@ -78,7 +78,7 @@ File = Annotated[
     typer.Option(metavar="FILE", help="Submit a job for each line of this file, as in `saasllm job batch`."),
 ]
 Priority = Annotated[
-    int, typer.Option(min=0, max=100, metavar="N", help="From 0 to 100; of a team's jobs, a lower number runs first.")
+    int, typer.Option(min=0, max=100, metavar="N", help="From 0 to 100; among a team's jobs, lower numbers run first.")
 ]
 At = Annotated[
     Expiry | None,
@@ -86,12 +86,14 @@ At = Annotated[
         "--at",
         parser=expiry,
         metavar="WHEN",
-        help="Do not run it before this time: 2h (in 2 hours), 2027-01-01 or an RFC 3339 time.",
+        help="Do not run it before then: 2h (in 2 hours), 2027-01-01 or an RFC 3339 time.",
     ),
 ]
 ExpiresAfter = Annotated[
     timedelta,
-    typer.Option("--expires", parser=lasting, metavar="TIME", help="Fail it if no worker runs it in time: 24h, 7d."),
+    typer.Option(
+        "--expires", parser=lasting, metavar="TIME", help="Fail it if it waits longer than this for a worker: 24h, 7d."
+    ),
 ]
 
 
@@ -123,10 +125,10 @@ def submit(
 ) -> None:
     """Submit a job for a worker to run, and print its ID.
 
-    The job's credits are reserved now; it is charged when it succeeds. See `saasllm worker`, and `saasllm job wait` for
-    the answer. Prompt and options are as in `saasllm job run`.
+    Its credits are reserved now, and charged when it succeeds. `saasllm worker` runs it, and `saasllm job wait` prints
+    the answer. The prompt and its options are as in `saasllm job run`.
 
-    With --file, each line is a job as in `saasllm job batch`; its `id` becomes the external task ID. With
+    With --file, each line is a job, as in `saasllm job batch`; its `id` becomes the external task ID. With
     --idempotency-key as well, you can run the same command again: each line is submitted once. Exit 9 if lines were
     invalid.
     """
@@ -226,13 +228,13 @@ def _submit_lines(chunks: "Iterable[list[Line]]", team: str, output: Format | No
 def wait(
     job: Jobs,
     timeout: Annotated[
-        int, typer.Option(min=0, max=604_800, metavar="SECONDS", help="Give up after this time; the jobs go on.")
+        int, typer.Option(min=0, max=604_800, metavar="SECONDS", help="How long to wait; the jobs go on afterwards.")
     ] = 300,
     output: Output = None,
 ) -> None:
-    """Wait until submitted jobs have finished, and print their answers.
+    """Wait for submitted jobs and print their answers.
 
-    Output and exit status are as in `saasllm job run`: 8 if a job failed, was cancelled or has not finished in time.
+    Output and exit status are as in `saasllm job run`: 8 if a job failed, was cancelled or did not finish in time.
     """
     from saasllm_cli.jobs import queue
 
@@ -245,8 +247,8 @@ def wait(
 def result(job: Job, output: Output = None) -> None:
     """Print the answer of a submitted job.
 
-    Output and exit status are as in `saasllm job run`; 4 if the job has not finished. Answers are kept for 7 days, or
-    for $SAASLLM_KEEP_ANSWERS.
+    Output and exit status are as in `saasllm job run`; 4 if the job has not finished, 3 if its answer is no longer
+    kept. Answers are kept for $SAASLLM_KEEP_ANSWERS (7 days by default).
     """
     from saasllm_cli.jobs import queue
 

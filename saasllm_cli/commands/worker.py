@@ -6,9 +6,9 @@ import typer
 from typer.core import TyperGroup
 
 from saasllm_cli import database
-from saasllm_cli.commands.inputs import GroupFilter, OrgFilter, Output, TeamFilter, Verb, counted, noun
+from saasllm_cli.commands.inputs import A_GROUP, A_TEAM, AN_ORGANIZATION, Output, Verb, counted, noun
 from saasllm_cli.errors import Interrupted
-from saasllm_cli.output import note, progress, show, timestamp, waiting
+from saasllm_cli.output import note, progress, show, waiting
 from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
@@ -20,6 +20,10 @@ class Worker(TyperGroup):
 
     format_epilog = Verb.format_epilog
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        super().format_options(ctx, formatter)
+        formatter.write("\nGlobal options: see saasllm --help\n")
+
 
 app = noun()
 
@@ -28,6 +32,7 @@ app = noun()
     cls=Worker,
     invoke_without_command=True,
     no_args_is_help=False,
+    subcommand_metavar="[list]",
     epilog="saasllm worker --concurrency 64 --processes 2\nsaasllm worker --once",
 )
 def run(
@@ -36,23 +41,23 @@ def run(
         int, typer.Option(min=1, max=1000, metavar="N", help="Number of calls at once, in each process.")
     ] = 32,
     processes: Annotated[int, typer.Option(min=1, max=64, metavar="P", help="Number of processes.")] = 1,
-    team: TeamFilter = None,
-    org: OrgFilter = None,
-    group: GroupFilter = None,
-    once: Annotated[bool, typer.Option("--once", help="Stop when no job is waiting, as for cron and CI.")] = False,
+    team: Annotated[str | None, typer.Option(**A_TEAM, help="Run only jobs of this team.")] = None,
+    org: Annotated[str | None, typer.Option(**AN_ORGANIZATION, help="Run only jobs of this organization.")] = None,
+    group: Annotated[str | None, typer.Option(**A_GROUP, help="Run only jobs for this model group.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Stop when no job is waiting, as in cron and CI.")] = False,
     grace: Annotated[
         int,
-        typer.Option(min=0, max=86400, metavar="SECONDS", help="Time for running jobs to finish after a signal."),
+        typer.Option(min=0, max=86400, metavar="SECONDS", help="How long to wait for running jobs after a signal."),
     ] = 25,
 ) -> None:
     """Run submitted jobs until stopped.
 
-    Start as many workers as you like, on as many machines: teams take turns, and a job of a worker that dies is run by
-    another. A worker also does what cron would: `credits allocate`, `job sweep`, and removing old answers, each once
-    over all workers.
+    Start as many workers as you like, on as many machines: teams take turns, and the jobs of a worker that dies are run
+    by another. A worker also does what cron would, once for all workers: `saasllm credits allocate`, `saasllm job
+    sweep`, and removing old answers.
 
-    On SIGTERM or Ctrl-C it takes no more jobs, finishes those that run within --grace, and leaves the rest to other
-    workers. The second signal ends it at once.
+    On SIGTERM or Ctrl-C, a worker takes no more jobs, waits up to --grace seconds for those that are running, and
+    leaves the rest to other workers. A second signal ends it at once.
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -79,18 +84,27 @@ def run(
 def list_(output: Output = None) -> None:
     """List workers, and how many jobs are waiting.
 
-    A worker that has not been heard of for 45 seconds is lost: others run its jobs again.
+    A worker that has not been heard from for 45 seconds is lost: others run its jobs again.
     """
     with database.connect() as db:
         workers = db.many("worker.list")
         queue: dict[str, Any] = db.one("worker.queue")
-    columns = ("worker_id", "host", "pid", "status", "running", "concurrency", "started_at", "seen_at")
-    show(workers, output, columns, essential=("worker_id", "host", "status", "running"))
-    if (output or settings().output) is Format.TABLE:
-        told = f"{counted(queue['waiting'], 'job')} waiting"
-        if queue["oldest_due_at"]:
-            told += f" (the oldest since {timestamp(queue['oldest_due_at'])})"
+    is_table = (output or settings().output) is Format.TABLE
+    if workers or not is_table:
+        columns = ("worker_id", "host", "pid", "status", "running", "concurrency", "started_at", "seen_at")
+        show(workers, output, columns, essential=("worker_id", "host", "status", "running"))
+    if is_table:
+        told = f"{'' if workers else 'No workers. '}{counted(queue['waiting'], 'job')} waiting"
+        if queue["waiting"]:
+            told += f" (the oldest for {_in_words(queue['waiting_seconds'])})"
         note(f"{told}, {queue['scheduled']} scheduled for later, {queue['running']} running.", **queue)
+
+
+def _in_words(seconds: int) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
 
 
 def _tell(summary: "Summary", running: int, pace: float) -> None:

@@ -41,7 +41,8 @@ FROM (
     VALUES
         ('credit_transactions', 'transaction_id', (SELECT max(transaction_id) FROM credit_transactions)),
         ('audit_log', 'audit_id', (SELECT max(audit_id) FROM audit_log)),
-        ('job_refusals', 'refusal_id', (SELECT max(refusal_id) FROM job_refusals))
+        ('job_refusals', 'refusal_id', (SELECT max(refusal_id) FROM job_refusals)),
+        ('workers', 'worker_id', (SELECT max(worker_id) FROM workers))
 ) AS numbered (name, id, highest)
 CROSS JOIN LATERAL (SELECT pg_get_serial_sequence('public.' || name, id)::regclass AS sequence OFFSET 0) AS its
 WHERE CASE
@@ -116,6 +117,24 @@ FROM credit_schedules s
 JOIN teams t USING (team_id)
 JOIN organizations o USING (organization_id)
 WHERE s.next_on <= (now() AT TIME ZONE 'UTC')::date AND t.status = 'active' AND o.status = 'active';
+
+-- name: queue() :one
+-- Whether a job has waited for a minute that none of the workers takes.
+SELECT EXISTS (
+    SELECT
+    FROM job_queue q
+    JOIN teams t USING (team_id)
+    WHERE q.state <> 'running'
+      AND q.due_at < clock_timestamp() - interval '1 minute'
+      AND NOT EXISTS (
+          SELECT
+          FROM worker_details w
+          WHERE w.status = 'alive'
+            AND q.team_id = coalesce(w.team_id, q.team_id)
+            AND t.organization_id = coalesce(w.organization_id, t.organization_id)
+            AND q.group_name = coalesce(w.group_name, q.group_name)
+      )
+) AS lacks_worker;
 
 -- name: limits() :many
 -- Those that are used to their lowest alert, else to 80 percent; the fullest first.

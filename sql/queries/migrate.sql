@@ -173,7 +173,9 @@ BEGIN
     FOR numbered IN
         SELECT name, id, pg_get_serial_sequence('public.' || name, id)::regclass AS sequence
         FROM (
-            VALUES ('credit_transactions', 'transaction_id'), ('audit_log', 'audit_id'), ('job_refusals', 'refusal_id')
+            VALUES
+                ('credit_transactions', 'transaction_id'), ('audit_log', 'audit_id'), ('job_refusals', 'refusal_id'),
+                ('workers', 'worker_id')
         ) AS numbered (name, id)
     LOOP
         CONTINUE WHEN NOT has_sequence_privilege(numbered.sequence, 'UPDATE');

@@ -140,11 +140,10 @@ SELECT count(*) AS answers FROM answer;
 SELECT * FROM worker_details ORDER BY worker_id;
 
 -- name: queue() :one
--- How many jobs wait, of those how many may run, and since when the oldest; and whether anybody is there to take them.
+-- How many jobs wait, and for how long the oldest has; how many are for later, and how many run.
 SELECT
-    count(*) FILTER (WHERE state = 'waiting' OR due_at <= clock_timestamp()) AS waiting,
-    count(*) FILTER (WHERE state = 'scheduled' AND due_at > clock_timestamp()) AS scheduled,
-    count(*) FILTER (WHERE state = 'running') AS running,
-    min(due_at) FILTER (WHERE state = 'waiting') AS oldest_due_at,
-    EXISTS (SELECT FROM worker_details WHERE status = 'alive') AS has_worker
-FROM job_queue;
+    count(*) FILTER (WHERE is_due) AS waiting,
+    floor(extract(epoch FROM clock_timestamp() - min(due_at) FILTER (WHERE is_due)))::bigint AS waiting_seconds,
+    count(*) FILTER (WHERE state <> 'running' AND NOT is_due) AS scheduled,
+    count(*) FILTER (WHERE state = 'running') AS running
+FROM (SELECT state, due_at, state <> 'running' AND due_at <= clock_timestamp() AS is_due FROM job_queue) AS job;
