@@ -134,7 +134,10 @@ def _job(job_id: UUID, request: JobRequest, terms: Terms) -> dict[str, Any]:
 def call_request(row: database.Row) -> CallRequest:
     """What a job that was taken asks; `InvalidInput` where that is nothing that a model could be asked. Whoever may
     submit jobs by SQL says no more by it than by the command: no file of the worker is read, nothing steers litellm."""
-    request = json.loads(row["request"])
+    try:
+        request = json.loads(row["request"])
+    except (ValueError, RecursionError) as error:  # a number of ten thousand digits, or lists in lists
+        raise InvalidInput("invalid_request", f"The request cannot be read: {error}.") from error
     request.pop("model", None)  # the group says which
     messages = chat.messages(request.pop("messages", None), "the request", None)
     parameters = chat.parameters(request)
