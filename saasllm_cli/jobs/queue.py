@@ -2,15 +2,15 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple
 from uuid import UUID
 
 from saasllm_cli import database
-from saasllm_cli.errors import InvalidInput, not_found
+from saasllm_cli.errors import InvalidInput, not_found, refused
 from saasllm_cli.jobs import chat, runner
 from saasllm_cli.jobs.batch.lines import tasks
 from saasllm_cli.jobs.batch.tasks import Source, Task
@@ -20,6 +20,7 @@ from saasllm_cli.jobs.runner import JobRequest, new_job_id
 CHUNK = 1000  # jobs in one statement
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 OPEN = ("pending", "in_progress")
+LACKS = ("limit_reached", "insufficient_credits")
 
 
 class Terms(NamedTuple):
@@ -62,12 +63,25 @@ def submit_lines(source: Source, terms: Terms, key: str | None) -> Iterator[Line
 
     Raises what refuses all of them.
     """
-    lines = tasks(source)
-    while chunk := list(islice(lines, CHUNK)):
+    for chunk in _chunks(tasks(source), is_keyed=key is not None):
         results = _submitted(chunk, source, terms, key)
         yield from results
         if any(line.outcome in runner.REFUSALS for line in results):
             return
+
+
+def _chunks(lines: Iterator[Task], is_keyed: bool) -> Iterator[list[Task]]:
+    """As many as one statement takes. Under a key, a line with the id of another comes after it: it may be the same."""
+    chunk: list[Task] = []
+    ids: set[str] = set()
+    for task in lines:
+        if len(chunk) == CHUNK or (is_keyed and task.id in ids):
+            yield chunk
+            chunk, ids = [], set()
+        chunk.append(task)
+        ids.add(task.id)
+    if chunk:
+        yield chunk
 
 
 def _submitted(chunk: list[Task], source: Source, terms: Terms, key: str | None) -> list[Line]:
@@ -95,7 +109,13 @@ def _begun(jobs: list[dict[str, Any]], source: Source) -> list[Line]:
 
     def ask(_: float) -> list[database.Row]:
         with database.patience(runner.ANSWER_SECONDS), database.connect() as db:
-            return runner.until_no_other_overtakes(lambda: db.many("job.submit", **parameters))
+            rows = runner.until_no_other_overtakes(lambda: db.many("job.submit", **parameters))
+            if any(row["outcome"] in LACKS for row in rows):  # of which leases that ran out may hold some
+                db.one("job.sweep", team_id=source.team_id, row_limit=runner.SWEEP_CHUNK)
+                rows = runner.until_no_other_overtakes(lambda: db.many("job.submit", **parameters))
+            for outcome, times in Counter(row["outcome"] for row in rows).items():
+                runner.keep_refusal(db, source.team_id, source.group_name, outcome, times)
+            return rows
 
     try:
         rows = database.until_it_answers(runner.BEGIN_SECONDS, ask)
@@ -106,8 +126,8 @@ def _begun(jobs: list[dict[str, Any]], source: Source) -> list[Line]:
     lines = []
     for row in rows:
         outcome = row["outcome"]
-        if outcome not in ("begun", "key_in_use", "key_reused", "limit_reached", "insufficient_credits"):
-            runner.raise_refusal(row, JobRequest(source.team_id, None))
+        if outcome not in ("begun", "key_in_use", "key_reused", *LACKS):
+            raise refused(outcome, source.team_id, source.group_name, row["organization_id"])
         job_id = row["job_id"] if outcome == "begun" else row["existing_job_id"]
         lines.append(Line("", job_id, outcome, limit_reached=row["limit_reached"]))
     return lines
