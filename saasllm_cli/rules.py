@@ -1,6 +1,7 @@
 """The database's rules for ids, names and metadata, told here for better messages."""
 
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Sized
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 MODEL_NAME = re.compile(r"[^\s\x00-\x1f\x7f]{1,255}")
+UNSTORABLE = re.compile(r"[\0\ud800-\udfff]")
 DAY = re.compile(r"2\d{3}-\d\d-\d\d", re.ASCII)
 LONGEST_NAME = 255
 DEFAULT_PRIORITY = 50  # of credits
@@ -21,6 +23,7 @@ MOST_ALERTS = 10  # of a limit
 MOST_PERCENT = 1000
 METADATA_BYTES = 65536
 METADATA_DEPTH = 32
+REQUEST_DEPTH = 100  # of which any step on its way can still make a copy
 LARGEST_EXPONENT = 1000
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -80,8 +83,11 @@ def plain(number: Decimal) -> Decimal:
 
 def depth(value: Any) -> int:
     """How deep lists and objects are nested in it."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return 0 if items is None else 1 + max(map(depth, items), default=0)
+    levels, items = 0, [value]
+    while nested := [item for item in items if isinstance(item, (dict, list))]:
+        levels += 1
+        items = [item for each in nested for item in (each.values() if isinstance(each, dict) else each)]
+    return levels
 
 
 def json_bytes(value: Any) -> int:
@@ -112,4 +118,18 @@ def is_label(text: str) -> bool:
 
 def is_storable(text: str) -> bool:
     """Whether PostgreSQL can hold it: no NUL, and no half of a surrogate pair."""
-    return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
+    return UNSTORABLE.search(text) is None
+
+
+def storable(value: Any) -> Any:
+    """A value of JSON as PostgreSQL can hold it: what it cannot is replaced."""
+    match value:
+        case str():
+            return UNSTORABLE.sub("\ufffd", value)
+        case list():
+            return [storable(item) for item in value]
+        case dict():
+            return {storable(key): storable(item) for key, item in value.items()}
+        case float() if not math.isfinite(value):
+            return None
+    return value

@@ -249,7 +249,8 @@ def settings() -> Settings:
         raise
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
-        reason = first["msg"].replace("Input should be", "it must be").partition(", unable to")[0]
+        reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
+        reason = reason.partition(", unable to")[0]
         name = "SAASLLM_" + str(first["loc"][0]).upper().removeprefix("SAASLLM_")
         raise InvalidInput(
             "invalid_setting",

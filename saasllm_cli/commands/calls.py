@@ -21,7 +21,7 @@ from saasllm_cli.output import end_pieces, note, print_answer, printer, progress
 from saasllm_cli.settings import Format
 
 if TYPE_CHECKING:
-    from saasllm_cli.jobs.calls import CallRequest
+    from saasllm_cli.jobs.calls import Call, CallRequest
     from saasllm_cli.jobs.runner import JobResult
 
 STDIN = Path("-")
@@ -283,6 +283,13 @@ def some_credits(number: int) -> str:
     return counted(number, "credit") if number else "No credits"
 
 
+def _how_it_came(call: "Call") -> str:
+    cost = "cost unknown" if call.cost_usd is None else f"${call.cost_usd:f}"
+    parts = (call.prompt_tokens, call.completion_tokens)
+    tokens = "tokens unknown" if parts == (None, None) else " + ".join(str(part or 0) for part in parts) + " tokens"
+    return f"{call.resolved_model} · {tokens} · {cost} · {call.latency_ms / 1000:.2f} s"
+
+
 def show_result(result: "JobResult", group: str, further: dict[str, Any], output: Format, is_shown: bool) -> None:
     """The answer, of which a stream has shown the text already, and on stderr how it came; else raises why not."""
     last = result.calls[-1] if result.calls else None
@@ -308,7 +315,6 @@ def show_result(result: "JobResult", group: str, further: dict[str, Any], output
         show(answer_fields(result) | further, output)
     else:
         assert result.answer is not None
-        assert last is not None
         if result.answer.content:
             print_answer("" if is_shown else result.answer.content)
         if result.answer.tool_calls:
@@ -316,14 +322,10 @@ def show_result(result: "JobResult", group: str, further: dict[str, Any], output
         for call in result.calls[:-1]:
             attempt = {"resolved_model": call.resolved_model, "latency_ms": call.latency_ms, "error": call.error}
             note(f"{call.resolved_model} failed: {call.error}", **ids, **attempt)
-        cost = "cost unknown" if last.cost_usd is None else f"${last.cost_usd:f}"
-        parts = (last.prompt_tokens, last.completion_tokens)
-        tokens = "tokens unknown" if parts == (None, None) else " + ".join(str(part or 0) for part in parts) + " tokens"
-        note(
-            f"{last.resolved_model} · {tokens} · {cost} · {last.latency_ms / 1000:.2f} s · job {result.job_id}",
-            **ids,
-            **{name: getattr(last, name) for name in MEASURES},
-        )
+        if last is not None:
+            note(
+                f"{_how_it_came(last)} · job {result.job_id}", **ids, **{name: getattr(last, name) for name in MEASURES}
+            )
     if last is not None and last.finish_reason in INCOMPLETE:
         warn(f"The answer is incomplete: {INCOMPLETE[last.finish_reason]}.", **ids, finish_reason=last.finish_reason)
     if result.unsettled is not None:

@@ -1,5 +1,6 @@
 """The verbs of `job` for jobs that are left to workers: submit, wait, result."""
 
+import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from saasllm_cli.jobs.runner import JobResult
 
 OPEN = ("pending", "in_progress")
+JOB_TYPE = "completion"
 MOST_TOLD = 5
 CHARGE = ("credits_charged", "credits_short", "is_unpriced")
 _ENDED = {"failed": "failed", "cancelled": "was cancelled"}
@@ -75,7 +77,9 @@ Jobs = Annotated[
 ]
 File = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Submit a job for each line of this file, as in `saasllm job batch`."),
+    typer.Option(
+        metavar="FILE", help="Submit a job for each line of this file (- for stdin), as in `saasllm job batch`."
+    ),
 ]
 Priority = Annotated[
     int, typer.Option(min=0, max=100, metavar="N", help="From 0 to 100; among a team's jobs, lower numbers run first.")
@@ -112,7 +116,7 @@ def submit(
     stop: Stop = [],
     param: Parameters = [],
     purpose: Purpose = None,
-    job_type: JobType = "completion",
+    job_type: JobType = JOB_TYPE,
     external_task_id: ExternalTaskId = None,
     metadata: Metadata = [],
     timeout: Timeout = 300,
@@ -143,13 +147,14 @@ def submit(
             "--temperature": temperature, "--max-tokens": max_tokens, "--top-p": top_p, "--seed": seed,
             "--stop": stop or None, "--param": param or None, "--purpose": purpose,
             "--external-task-id": external_task_id, "--metadata": metadata or None,
+            "--job-type": None if job_type == JOB_TYPE else job_type,
         }  # fmt: skip
         if wrong := [option for option, value in own.items() if value is not None]:
             raise InvalidInput(
                 "usage", f"--file cannot be combined with {wrong[0]}.", "Give it in the lines of the file."
             )
         source = Source(
-            opened(file, "--file"),
+            sys.stdin.buffer if str(file) == "-" else opened(file, "--file"),
             file.parent,
             team,
             group,
@@ -157,7 +162,7 @@ def submit(
             None if json_schema is None else schema_of(json_schema),
         )
         with waiting("Submitting …"):
-            _submit_lines(queue.submit_lines(source, terms, idempotency_key), team, output)
+            _submit_lines(queue.submit_lines(source, terms, idempotency_key), team, idempotency_key is not None, output)
         return
     parameters = given(param, temperature=temperature, max_tokens=max_tokens, top_p=top_p, seed=seed, stop=stop or None)
     call = call_request(group, prompt, prompt_file, system, messages, json_schema, parameters, purpose, timeout)
@@ -182,47 +187,66 @@ def submit(
     show(job, output)
 
 
-def _submit_lines(chunks: "Iterable[list[Line]]", team: str, output: Format | None) -> None:
+def _submit_lines(chunks: "Iterable[list[Line]]", team: str, has_key: bool, output: Format | None) -> None:
     """Shows the id of each job as it is submitted, and tells of the lines that were not."""
     is_plain = (output or settings().output) is Format.TABLE
     rows: list[dict[str, Any]] = []
-    wrong: list[str] = []
-    refused: list[Line] = []
-    for chunk in chunks:
-        submitted = [line for line in chunk if line.outcome in ("begun", "key_in_use")]
-        refused += [line for line in chunk if line.outcome in ("insufficient_credits", "limit_reached")]
-        wrong += [
-            f"{line.id}: {line.error or 'this ID was already used for another request'}"
-            for line in chunk
-            if line.outcome in ("invalid", "key_reused")
-        ]
-        rows += [{"id": line.id, "job_id": line.job_id} for line in submitted]
-        progress(f"{len(rows)} submitted …")
-        if is_plain and submitted:
-            print_line("\n".join(str(line.job_id) for line in submitted))
-    if not is_plain:
-        show(rows, output)
-    note(f"Submitted {counted(len(rows), 'job')}.", team_id=team, submitted=len(rows))
+    submitted = known = 0
+    refusal: SaasllmError | None = None
+    try:
+        for chunk in chunks:
+            job_ids = []
+            for line in chunk:
+                if line.outcome in ("begun", "key_in_use"):
+                    rows.append({"id": line.id, "job_id": line.job_id, "error": None})
+                    known += line.outcome == "key_in_use"
+                    submitted += line.outcome == "begun"
+                    job_ids.append(str(line.job_id))
+                elif line.outcome in ("insufficient_credits", "limit_reached"):
+                    refusal = refusal or _refusal(line, team, has_key)
+                else:
+                    error = line.error or "this ID was already used for another request"
+                    rows.append({"id": line.id, "job_id": None, "error": error})
+            progress(f"{submitted} submitted …")
+            if is_plain and job_ids:
+                print_line("\n".join(job_ids))
+    except SaasllmError as stopped:  # what was submitted before is told all the same
+        if not rows:
+            raise
+        refusal = stopped
+    wrong = [f"{row['id']}: {row['error']}" for row in rows if row["error"]]
     told = f"{counted(len(wrong), 'line')} could not be submitted:" + "".join(
         f"\n  {text}"
         for text in [*wrong[:MOST_TOLD], *[f"and {len(wrong) - MOST_TOLD} more"] * (len(wrong) > MOST_TOLD)]
     )
-    if refused:
-        if wrong:
+    if is_plain:
+        before = f" {counted(known, 'job')} had been submitted before." if known else ""
+        note(f"Submitted {counted(submitted, 'job')}.{before}", team_id=team, submitted=submitted)
+        if wrong and refusal:
             warn(told)
-        again = "then submit the remaining lines"
-        if limit := refused[0].limit_reached:
-            reached = limit_reached(limit)
-            reached.hint = f"{reached.hint}\nThen submit the remaining lines."
-            raise reached
-        raise InsufficientCredits(
-            "insufficient_credits",
-            f"Team {team} does not have the credits for the remaining lines, from {refused[0].id} on.",
-            f"Run: saasllm credits add {team} AMOUNT; {again}.",
-            team_id=team,
-        )
+    else:
+        show(rows, output)
+    if refusal:
+        raise refusal
     if wrong:
-        raise CheckFailed("some_failed", told, "Correct them, and submit them alone or all under an idempotency key.")
+        again = "run the same command again: each line is submitted once" if has_key else "submit only these lines"
+        raise CheckFailed("some_failed", told, f"Correct them, and {again}.")
+
+
+def _refusal(line: "Line", team: str, has_key: bool) -> SaasllmError:
+    """Why this line and those behind it were not submitted."""
+    again = "run the same command again" if has_key else "submit the remaining lines"
+    if line.limit_reached:
+        reached = limit_reached(line.limit_reached)
+        reached.message += f" The lines from {line.id} on were not submitted."
+        reached.hint = f"{reached.hint}\nThen {again}."
+        return reached
+    return InsufficientCredits(
+        "insufficient_credits",
+        f"Team {team} does not have the credits for the remaining lines, from {line.id} on.",
+        f"Run: saasllm credits add {team} AMOUNT; then {again}.",
+        team_id=team,
+    )
 
 
 def wait(
@@ -295,10 +319,10 @@ def _result(row: dict[str, Any]) -> "JobResult":
 
     calls = calls_of(row["calls"])
     answer = None
-    if row["is_kept"] and calls:
-        last = calls[-1]
-        tokens = (last.prompt_tokens, last.completion_tokens, last.total_tokens, last.cost_usd, last.finish_reason)
-        answer = Answer(row["content"], row["tool_calls"], *tokens, not_sent=tuple(row["not_sent"]))
+    if row["is_kept"]:  # its calls may not be: the database may have refused them
+        names = ("prompt_tokens", "completion_tokens", "total_tokens", "cost_usd", "finish_reason")
+        measures: dict[str, Any] = {name: getattr(calls[-1], name) if calls else None for name in names}
+        answer = Answer(row["content"], row["tool_calls"], **measures, not_sent=tuple(row["not_sent"]))
     return JobResult(row["job_id"], row["team_id"], row["status"], answer, calls, error_message=row["error_message"])
 
 
@@ -316,7 +340,12 @@ def _error(row: dict[str, Any]) -> SaasllmError | None:
             return NotFound("answer_not_kept", told, see, **ids)
         case "pending" | "in_progress":
             told = f"Job {job_id} has not finished: it is {status}."
-            return NoAnswer("not_finished", told, "Wait longer with --timeout, and check: saasllm worker list", **ids)
+            return NoAnswer(
+                "not_finished",
+                told,
+                "Give a longer --timeout, or check that a worker is running: saasllm worker list",
+                **ids,
+            )
         case _:
             told = f": {row['error_message']}" if row["error_message"] else "."
             return NoAnswer("no_answer", f"Job {job_id} {_ENDED[status]}; nothing was charged{told}", see, **ids)

@@ -11,6 +11,7 @@ from typing import Any
 
 from saasllm_cli.errors import InvalidInput
 from saasllm_cli.jobs.schemas import validator
+from saasllm_cli.rules import REQUEST_DEPTH, depth
 
 # Control characters (but not tab, line feed, vertical tab, form feed, carriage return) and halves of surrogate pairs.
 NO_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -67,6 +68,8 @@ def parameters(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = {}
     for name, value in given.items():
+        if depth(value) > REQUEST_DEPTH:
+            raise _not_settable(name, f"is nested more than {REQUEST_DEPTH} levels deep")
         if name in ANSWERS:
             if value is not None and value != 1:
                 raise _not_settable(name, "must be 1: a job has one answer")
@@ -143,6 +146,8 @@ def messages(chat: Any, source: str, folder: Path | None) -> list[dict[str, Any]
         where = f"messages[{number}]"
         if not isinstance(message, dict):
             raise _invalid(source, where, "must be an object with role and content")
+        if depth(message) > REQUEST_DEPTH:
+            raise _invalid(source, where, f"is nested more than {REQUEST_DEPTH} levels deep")
         if message.get("role") not in ROLES:
             raise _invalid(source, f"{where}.role", f"must be one of {', '.join(ROLES)}")
         match message.get("content"):

@@ -2,17 +2,17 @@
 
 import json
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple
 from uuid import UUID
 
 from saasllm_cli import database
 from saasllm_cli.database import Row
-from saasllm_cli.errors import InvalidInput, not_found
+from saasllm_cli.errors import InvalidInput, not_found, refused
 from saasllm_cli.jobs import chat, runner
 from saasllm_cli.jobs.batch.lines import tasks
 from saasllm_cli.jobs.batch.tasks import Source, Task
@@ -23,6 +23,7 @@ from saasllm_cli.jobs.session import Session
 CHUNK = 1000  # jobs in one statement
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 OPEN = ("pending", "in_progress")
+LACKS = ("limit_reached", "insufficient_credits")
 
 
 class Terms(NamedTuple):
@@ -65,21 +66,32 @@ def submit_lines(source: Source, terms: Terms, key: str | None) -> Iterator[list
 
     Raises what refuses all of them.
     """
-    lines = tasks(source)
+    chunks = _chunks(tasks(source), is_keyed=key is not None)
     with Session() as session, ThreadPoolExecutor(1) as thread:  # which writes some while the next ones are read
         written: Future[list[Line]] | None = None
-        while chunk := list(islice(lines, CHUNK)):
+        for chunk in chunks:
             jobs = [_line_job(task, terms, key) for task in chunk if task.request]
-            if written and (yield from _are_refused(written)):
-                return
+            if written:
+                yield (results := written.result())
+                if any(line.outcome in runner.REFUSALS for line in results):
+                    return
             written = thread.submit(_submitted, session, chunk, jobs, source)
         if written:
             yield written.result()
 
 
-def _are_refused(written: "Future[list[Line]]") -> Generator[list[Line], None, bool]:
-    yield (results := written.result())
-    return any(line.outcome in runner.REFUSALS for line in results)
+def _chunks(lines: Iterator[Task], is_keyed: bool) -> Iterator[list[Task]]:
+    """As many as one statement takes. Under a key, a line with the id of another comes after it: it may be the same."""
+    chunk: list[Task] = []
+    ids: set[str] = set()
+    for task in lines:
+        if len(chunk) == CHUNK or (is_keyed and task.id in ids):
+            yield chunk
+            chunk, ids = [], set()
+        chunk.append(task)
+        ids.add(task.id)
+    if chunk:
+        yield chunk
 
 
 def _submitted(session: Session, chunk: list[Task], jobs: list[Row], source: Source) -> list[Line]:
@@ -97,8 +109,18 @@ def _begun(session: Session, jobs: list[Row], source: Source) -> list[Line]:
     if not jobs:
         return []
     parameters = {"team_id": source.team_id, "group_name": source.group_name, "jobs": database.exact_json(jobs)}
+
+    def ask(db: database.Database) -> list[Row]:
+        rows = runner.until_no_other_overtakes(lambda: db.many("job.submit", **parameters))
+        if any(row["outcome"] in LACKS for row in rows):  # of which leases that ran out may hold some
+            db.one("job.sweep", team_id=source.team_id, row_limit=runner.SWEEP_CHUNK)
+            rows = runner.until_no_other_overtakes(lambda: db.many("job.submit", **parameters))
+        for outcome, times in Counter(row["outcome"] for row in rows).items():
+            runner.keep_refusal(db, source.team_id, source.group_name, outcome, times)
+        return rows
+
     try:
-        rows = session.ask(lambda db: runner.until_no_other_overtakes(lambda: db.many("job.submit", **parameters)))
+        rows = session.ask(ask)
     except InvalidInput as refusal:
         if half := len(jobs) // 2:
             return _begun(session, jobs[:half], source) + _begun(session, jobs[half:], source)
@@ -106,8 +128,8 @@ def _begun(session: Session, jobs: list[Row], source: Source) -> list[Line]:
     lines = []
     for row in rows:
         outcome = row["outcome"]
-        if outcome not in ("begun", "key_in_use", "key_reused", "limit_reached", "insufficient_credits"):
-            runner.raise_refusal(row, JobRequest(source.team_id, None))
+        if outcome not in ("begun", "key_in_use", "key_reused", *LACKS):
+            raise refused(outcome, source.team_id, source.group_name, row["organization_id"])
         job_id = row["job_id"] if outcome == "begun" else row["existing_job_id"]
         lines.append(Line("", job_id, outcome, limit_reached=row["limit_reached"]))
     return lines
@@ -142,7 +164,10 @@ def _job(job_id: UUID, request: JobRequest, terms: Terms) -> Row:
 def call_request(row: Row) -> CallRequest:
     """What a job that was taken asks; `InvalidInput` where that is nothing that a model could be asked. Whoever may
     submit jobs by SQL says no more by it than by the command: no file of the worker is read, nothing steers litellm."""
-    request = json.loads(row["request"])
+    try:
+        request = json.loads(row["request"])
+    except (ValueError, RecursionError) as error:  # a number of ten thousand digits, or lists in lists
+        raise InvalidInput("invalid_request", f"The request cannot be read: {error}.") from error
     request.pop("model", None)  # the group says which
     messages = chat.messages(request.pop("messages", None), "the request", None)
     parameters = chat.parameters(request)

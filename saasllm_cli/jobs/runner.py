@@ -247,6 +247,8 @@ def finish(job_id: UUID, status: str, error_message: str | None = None) -> None:
     with database.patience(ANSWER_SECONDS), database.connect() as db:
         job = db.get("job", job_id)
         is_answered = any(row["error"] is None for row in db.many("job.calls", job_id=job_id))
+    if status == "completed" and job["completed_at"] is None and job["is_queued"]:
+        raise _no_call(job_id, "job_queued", None, None)
     if status == "completed" and job["completed_at"] is None and not is_answered:
         raise Conflict(
             "no_call_succeeded",
@@ -418,8 +420,8 @@ def _no_call(job_id: UUID, outcome: str, team_id: str | None, group_name: str | 
         case "job_queued":
             return Conflict(
                 outcome,
-                f"Job {job_id} was submitted for workers, and takes no other calls.",
-                f"See: saasllm job wait {job_id}",
+                f"Job {job_id} was submitted: only a worker can run and complete it.",
+                f"To wait for it, run: saasllm job wait {job_id}",
                 job_id=job_id,
             )
         case "lease_lost":

@@ -26,6 +26,7 @@ from saasllm_cli.jobs.queue import call_request
 from saasllm_cli.jobs.runner import settle_many, settlement, until_no_other_overtakes
 from saasllm_cli.jobs.session import Session
 from saasllm_cli.jobs.signals import signals
+from saasllm_cli.rules import storable
 from saasllm_cli.settings import settings
 
 T = TypeVar("T")
@@ -187,7 +188,7 @@ class _Worker:
         error = result.get("error")
         told = settlement(job_id, "failed" if error else "completed", error, calls) | {"worker_id": self._worker_id}
         if not error:
-            answer = {name: result.get(name) for name in ("content", "tool_calls")}
+            answer = storable({name: result.get(name) for name in ("content", "tool_calls")})
             answer["not_sent"] = list(result.get("not_sent", ()))
             told |= {"answer": answer, "keep_seconds": settings().keep_answers.total_seconds()}
         self._answered.append(told)

@@ -167,9 +167,9 @@ BEGIN
         asked.job_id,
         CASE
             WHEN known.job_id = asked.job_id THEN 'begun'
-            WHEN scope.refusal IS NOT NULL THEN scope.refusal
             WHEN known.request_hash <> asked.request_hash AND asked.request IS NOT NULL THEN 'key_reused'
             WHEN known.job_id IS NOT NULL THEN 'key_in_use'
+            WHEN scope.refusal IS NOT NULL THEN scope.refusal
             WHEN begun.job_id IS NOT NULL THEN 'begun'
             WHEN asked.place NOT IN (SELECT place FROM allowed) THEN 'limit_reached'
             ELSE 'insufficient_credits'
@@ -249,8 +249,9 @@ BEGIN
                 )
             );
             EXIT;
-        EXCEPTION WHEN unique_violation THEN -- another has just used the same key
-            IF idempotency_key IS NULL OR attempt = 5 THEN
+        EXCEPTION WHEN unique_violation OR SQLSTATE 'SL011' THEN
+            -- Another has just used the same key, or what room there was within a limit: asked again, it is known.
+            IF attempt = 5 THEN
                 RAISE;
             END IF;
         END;
