@@ -21,7 +21,7 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 
 from saasllm_cli import database
 from saasllm_cli.errors import SaasllmError
-from saasllm_cli.jobs import runner
+from saasllm_cli.jobs import queue, runner
 from saasllm_cli.jobs.calls import Call, CallRequest
 from saasllm_cli.queries import query
 from saasllm_cli.settings import settings
@@ -45,6 +45,7 @@ ENDS = st.none() | st.sampled_from(["2100-01-01", "2100-01-02"])
 CATEGORIES = ["promotional", "included", "paid"]  # in the order of their use
 BALANCES = "SELECT c.*, t.schedule FROM credit_details c JOIN team_details t USING (team_id)"
 JOBS = "SELECT job_id, status, credits_held, credits_charged, credits_short FROM jobs"
+QUEUE = "SELECT job_id, state, losses FROM job_queue"
 LIMITS = "SELECT coalesce(team_id, organization_id) AS place, measure, per, amount, counted FROM limit_details"
 LEDGER = """
     SELECT team_id, transaction_type, credits_amount, job_id, period, (
@@ -269,12 +270,16 @@ class Team:
     def usable(self) -> float:
         return math.inf if self.overdraft is None else self.unreserved + self.overdraft
 
-    def sweep(self) -> int:
+    def sweep(self) -> dict[str, int]:
+        """Those that a worker has lost wait again, but not for ever."""
         expired = [job for job in self.jobs if job.status == "expired"]
+        again = [job for job in expired if job.is_taken and job.losses < 2]
         for job in expired:
             job.status = "failed"
+        for job in again:
+            job.status, job.is_taken, job.losses = "pending", False, job.losses + 1
         self.release()
-        return len(expired)
+        return {"swept": len(expired), "requeued": len(again)}
 
     def due(self, today: date, catch_up: int) -> list[date]:
         """The first days of the periods to be granted: the current one and the last of those that were missed."""
@@ -321,7 +326,8 @@ class Team:
             "credits_reserved": self.remaining - self.unreserved,
             "credits_remaining": self.remaining,
             "credits_overdraft": self.overdraft,
-            "credits_free": self.remaining - sum(job.held for job in self.jobs if job.status == "in_progress"),
+            "credits_free": self.remaining
+            - sum(job.held for job in self.jobs if job.is_open and (job.status != "expired" or job.is_taken)),
             "schedule": self.schedule and asdict(self.schedule) | {"next_on": str(self.schedule.next_on)},
         }
 
@@ -335,12 +341,19 @@ class Job:
     held: int
     begun_at: int
     status: str = "in_progress"  # "expired": its lease has, and it was not swept yet
+    is_queued: bool = False
+    is_taken: bool = False  # by a worker
+    losses: int = 0
     charged: int | None = None
     short: int = 0
 
     @property
     def is_open(self) -> bool:
-        return self.status in ("in_progress", "expired")
+        return self.status in ("pending", "in_progress", "expired")
+
+    @property
+    def waits(self) -> bool:
+        return self.is_queued and not self.is_taken
 
 
 class Credits(RuleBasedStateMachine):
@@ -361,6 +374,8 @@ class Credits(RuleBasedStateMachine):
         self.teams: dict[str, Team] = {}
         self.answers: dict[str | None, tuple[str, Any]] = {}  # by the key: what was typed, and what it showed
         self.command("org create acme")
+        worker = "INSERT INTO workers (host, pid, concurrency) VALUES ('here', 1, 1) RETURNING worker_id"
+        self.worker_id = self.sql.execute(worker).fetchall()[0]["worker_id"]
 
     def teardown(self) -> None:
         for group in ("", " --group Echo", " --group Deep"):  # everywhere
@@ -391,9 +406,18 @@ class Credits(RuleBasedStateMachine):
             }
         found = [tuple(row.values()) for row in self.sql.execute(JOBS)]
         jobs = [job for team in self.teams.values() for job in team.jobs]
-        status = {"expired": "in_progress"}
         assert set(found) == {
-            (job.job_id, status.get(job.status, job.status), job.held, job.charged, job.short) for job in jobs
+            (
+                job.job_id,
+                ("pending" if job.waits else "in_progress") if job.status == "expired" else job.status,
+                *(job.held, job.charged, job.short),
+            )
+            for job in jobs
+        }
+        assert set(map(tuple, map(dict.values, self.sql.execute(QUEUE)))) == {
+            (job.job_id, "waiting" if job.waits else "running", job.losses)
+            for job in jobs
+            if job.is_queued and job.is_open
         }
         counted = {(row.pop("place"), row.pop("measure"), row.pop("per")): row for row in self.sql.execute(LIMITS)}
         assert counted == {
@@ -674,6 +698,61 @@ class Credits(RuleBasedStateMachine):
             self.end_job(job, end, cost)
         return job
 
+    @rule(target=jobs, team_id=TEAMS, group=GROUPS)
+    def submit(self, team_id: str, group: str) -> Any:
+        """For a worker. How many may run at once does not matter yet."""
+        team = self.teams.get(team_id)
+        outcome = self.outcome_of_begin(team, team_id, group, None, is_queued=True)
+        if team and outcome in ("insufficient_credits", "limit_reached"):
+            team.sweep()
+            outcome = self.outcome_of_begin(team, team_id, group, None, is_queued=True)
+        call = CallRequest(group, [{"role": "user", "content": "x"}], 60)
+        try:
+            job_id, begun = queue.submit(runner.JobRequest(team_id, call, is_queued=True), queue.Terms()), "begun"
+        except SaasllmError as error:
+            begun = error.code
+        assert begun == outcome
+        if begun != "begun":
+            return multiple()
+        price = self.price_of(team_id, group)
+        team.step += 1
+        job = Job(job_id, team, None, {group: price}, price.hold, team.step, "pending", is_queued=True)
+        team.jobs.append(job)
+        for _, limit in self.limits_of(team_id, "jobs"):
+            limit.used += 1
+        return job
+
+    @rule()
+    def take(self) -> None:
+        """A worker takes all that may run now; of how many at once there are limits, as many as those allow."""
+        waiting = {
+            job.job_id: job
+            for team in self.teams.values()
+            for job in team.jobs
+            if job.waits and job.status == "pending" and not self.suspension(team)
+        }
+        taken = self.sql.execute("SELECT * FROM take_jobs(%s, 100, 60, true)", [self.worker_id]).fetchall()
+        for row in taken:
+            job = waiting.pop(row["job_id"])
+            job.status, job.is_taken = "in_progress", True
+        assert len([row for row in taken if row["is_suspect"]]) <= 1
+        for job in waiting.values():  # something kept each of the others from it
+            limits = [of for of, _ in self.limits_of(self.id_of(job.team), "jobs") if of[2] == "concurrent"]
+            assert job.losses == 2 or any(self.room(of) == 0 for of in limits)
+        for of, limit in self.limits.items():
+            if of[2] == "concurrent" and taken:
+                assert self.counted(*of) <= limit.amount or not self.teams_of(of[0], taken)
+
+    @rule(job=jobs)
+    def put_back(self, job: Job) -> None:
+        """The worker stops, and leaves it to another."""
+        is_put_back = job.is_taken and job.status == "in_progress"
+        with database.connect() as db:
+            put_back = db.many("worker.put_back", worker_id=self.worker_id, job_ids=[job.job_id])
+        assert bool(put_back) == is_put_back
+        if is_put_back:
+            job.status, job.is_taken = "pending", False
+
     @rule(job=jobs, group=GROUPS)
     def call(self, job: Job, group: str) -> None:
         """Of one group or of another, whose price may be dearer."""
@@ -682,6 +761,10 @@ class Credits(RuleBasedStateMachine):
         more = max(price.hold - job.held, 0) if group not in job.prices else 0
         if job.status in ("purged", "expired") or not job.is_open:
             outcome = {"purged": "job_not_found", "expired": "lease_lost"}.get(job.status, "job_finished")
+            if job.is_queued and job.status == "expired":
+                outcome = "job_queued"
+        elif job.is_queued:
+            outcome = "job_queued"
         elif any(self.room(of) < more for of, _ in self.limits_of(team_id, "credits")):
             outcome = "limit_reached"
         elif job.team.usable < more and more:
@@ -697,7 +780,9 @@ class Credits(RuleBasedStateMachine):
     @rule(job=jobs, end=st.sampled_from(["completed", "completed", "failed", "cancelled", "expired"]), cost=COSTS)
     def end_job(self, job: Job, end: str, cost: Decimal) -> None:
         """It is settled; or its lease runs out, and then it is settled too late."""
-        is_running = job.status == "in_progress"
+        is_running = job.status in ("pending", "in_progress")
+        if job.waits and end == "completed":  # nobody has asked a model for it
+            end = "cancelled"
         if is_running and end == "completed":
             team_id = self.id_of(job.team)
             due = max(price.due(cost) for price in job.prices.values())
@@ -724,9 +809,9 @@ class Credits(RuleBasedStateMachine):
     @rule(team_id=TEAMS)
     def sweep(self, team_id: str) -> None:
         team = self.teams.get(team_id)
-        swept = team.sweep() if team else 0
+        swept = team.sweep() if team else {"swept": 0, "requeued": 0}
         with database.connect() as db:
-            assert db.one("job.sweep", team_id=team_id, row_limit=1000) == {"swept": swept, "requeued": 0}
+            assert db.one("job.sweep", team_id=team_id, row_limit=1000) == swept
 
     @rule(statement=st.sampled_from(ATTACKS))
     def attack(self, statement: str) -> None:
@@ -791,14 +876,19 @@ class Credits(RuleBasedStateMachine):
         teams = [team for team_id, team in self.teams.items() if where in ("acme", team_id)]
         open_jobs = [job for team in teams for job in team.jobs if job.is_open]
         if per == "concurrent":
-            return len(open_jobs)
+            return len([job for job in open_jobs if not job.waits])
         used = self.limits[where, measure, per].used
         return used if measure == "jobs" else used + sum(job.held for job in open_jobs)
 
     def room(self, of: tuple[str, str, str]) -> int:
         return max(self.limits[of].amount - self.counted(*of), 0)
 
-    def outcome_of_begin(self, team: Team | None, team_id: str, group: str, key: str | None) -> str:
+    def teams_of(self, where: str, taken: list[dict[str, Any]]) -> list[str]:
+        return [row["team_id"] for row in taken if where in ("acme", row["team_id"])]
+
+    def outcome_of_begin(
+        self, team: Team | None, team_id: str, group: str, key: str | None, is_queued: bool = False
+    ) -> str:
         if holder := self.holder(key):
             if holder.team is not team or group != next(iter(holder.prices)):
                 return "idempotency_key_reused"
@@ -809,6 +899,7 @@ class Credits(RuleBasedStateMachine):
             return reason
         held = self.price_of(team_id, group).hold
         limits = self.limits_of(team_id, "jobs") + self.limits_of(team_id, "credits")
+        limits = [(of, limit) for of, limit in limits if not (is_queued and of[2] == "concurrent")]
         if any(self.room(of) < (held if of[1] == "credits" else 1) or not self.room(of) for of, _ in limits):
             return "limit_reached"
         return "begun" if team.usable >= held else "insufficient_credits"
