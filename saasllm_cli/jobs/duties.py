@@ -54,8 +54,8 @@ def _do(duty: str, db: database.Database, done_at: datetime | None) -> str:
     match duty:
         case "sweep":
             swept, requeued, refusals = runner.sweep(None)
-            told = [f"{swept} expired jobs failed"] * bool(swept)
-            told += [f"{requeued} jobs of lost workers wait again"] * bool(requeued)
+            told = [f"expired jobs that failed: {swept}"] * bool(swept)
+            told += [f"jobs of lost workers that wait again: {requeued}"] * bool(requeued)
             told += [f"{team_id}: {reason}" for team_id, reason in refusals.items()]
             return "; ".join(told)
         case "allocate":
@@ -70,7 +70,7 @@ def _allocate(today: date, done_at: datetime | None) -> str:
     """Grants what is due, and what became due since it was done last: no schedule has periods shorter than a day."""
     missed = 0 if done_at is None else (today - done_at.astimezone(UTC).date()).days - 1
     done = allocation.allocate(today, catch_up=max(missed, 1))
-    told = [f"{done.credits_granted} credits granted to {done.granted} teams"] * bool(done.granted)
-    told += [f"{done.credits_expired} credits expired"] * bool(done.credits_expired)
+    told = [f"credits granted: {done.credits_granted}"] * bool(done.granted)
+    told += [f"credits expired: {done.credits_expired}"] * bool(done.credits_expired)
     told += [f"{row['team_id']}: {row['reason']}" for row in done.failed]
     return "; ".join(told)
