@@ -2,18 +2,22 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
 import pytest
+import reference
 from conftest import Result, charged_job, end_grant, open_jobs
 
 from saasllm_cli import database
 from saasllm_cli.errors import Conflict
+from saasllm_cli.jobs.duties import Duties
 from saasllm_cli.settings import settings
 
 Run = Callable[..., Result]
@@ -82,6 +86,47 @@ def test_what_is_there_may_be_read_by_each(tenant: Run, sql: Sql) -> None:
     assert relations == []
 
 
+def test_an_application_submits_jobs_in_its_own_transaction(tenant: Run, as_role: As, sql: Sql) -> None:
+    """As the README has it."""
+    all_pass(
+        tenant,
+        "group create ResumeAgent --model offline/echo",
+        "team create team_hr --org acme --group ResumeAgent --credits 1",
+    )
+    (code,) = re.findall(r"^  ```python\n(.*?)^  ```", reference.README.read_text(), re.MULTILINE | re.DOTALL)
+    as_role("saasllm_runner")
+    sql.execute("CREATE TABLE resumes (resume_id int); GRANT INSERT ON resumes TO saasllm_runner_user")
+    names: dict[str, Any] = {"url": os.environ["SAASLLM_DATABASE_URL"]}
+    for _ in range(2):  # under its key, the second time it is the same job
+        exec(dedent(code), names)
+    assert tenant("worker", "--once").status == 0
+    assert tenant("job", "result", str(names["job_id"])).out == "Summarize this CV: …\n"
+    with pytest.raises(psycopg.Error) as refusal:
+        exec(dedent(code).replace("resume-118", "resume-119"), names)
+    assert (refusal.value.sqlstate, refusal.value.diag.message_detail) == ("SL013", "insufficient_credits")
+    assert len(sql.execute("SELECT FROM resumes").fetchall()) == 2
+
+
+def test_a_worker_that_may_not_allocate_leaves_it_to_others(tenant: Run, as_role: As, sql: Sql) -> None:
+    all_pass(tenant, "credits schedule hr --amount 5 --every daily --mode add --starts 2026-01-01")
+    sql.execute("INSERT INTO workers (host, pid, concurrency) VALUES ('here', 1, 1)")
+    told: list[str] = []
+
+    def done() -> list[str]:
+        with database.connect() as db:
+            Duties(told.append).do(db, 1)
+        rows = sql.execute("SELECT duty FROM duties WHERE done_at IS NOT NULL ORDER BY duty").fetchall()
+        sql.execute("UPDATE duties SET next_at = now()")
+        return [row["duty"] for row in rows]
+
+    as_role("saasllm_runner")
+    assert done() == ["prune", "sweep"]
+    assert told.pop().startswith("allocate: The database role may not do this: permission denied")
+    with owner():
+        assert done() == ["allocate", "prune", "sweep"]
+    assert told == ["allocate: credits granted: 10"]  # for the period that was missed, too
+
+
 def test_the_runner_runs_jobs(tenant: Run, as_role: As, sql: Sql, home: Path) -> None:
     charged_job()
     as_role("saasllm_runner")
@@ -100,6 +145,9 @@ def test_the_runner_runs_jobs(tenant: Run, as_role: As, sql: Sql, home: Path) ->
         "credits transactions hr",
         "credits verify",
         "team usage hr",
+        "job submit --team hr --group Echo --prompt hi",
+        "worker --once",
+        "worker list",
         "job sweep",
     )
     assert tenant("job", "run", "--team", "hr", "--group", "Down", "--prompt", "hi").status == 8

@@ -57,6 +57,8 @@ class Session:
         shown = {tomorrow: "2026-11-23", today: "2026-11-22", today[:7]: "2026-11"}
         text = re.sub("|".join(shown), lambda match: shown[match[0]], text)
         text = re.sub(r"\d+\.\d\d s · job", "0.01 s · job", text)
+        text = re.sub(r'"latency_ms": \d+', '"latency_ms": 5', text)
+        text = re.sub(r"the oldest for \d+ s", "the oldest for 0 s", text)
         text = re.sub(r"PostgreSQL 1\d.*?, answers in \d+\.\d ms", "PostgreSQL 18.1, answers in 0.3 ms", text)
         text = re.sub(r"saasllm_test_\d+", "saasllm", text)
         text = re.sub(r"postgresql://postgres@/\S+", "postgresql://postgres@/saasllm?host=/run/postgresql", text)

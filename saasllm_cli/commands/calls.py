@@ -334,3 +334,16 @@ def show_result(result: "JobResult", group: str, further: dict[str, Any], output
         told = result.unsettled.message.rstrip(".")  # libpq's words have none
         result.unsettled.message = f"{told}. The answer is above, but job {result.job_id} is still open: {lacking}."
         raise result.unsettled
+
+
+def show_charge(result: "JobResult", charged: dict[str, Any], output: Format) -> None:
+    """What a completed job was charged, and what of it its team could not pay or nobody knows."""
+    ids = {"job_id": result.job_id, "team_id": result.team_id}
+    if output is Format.TABLE:
+        told = f"{some_credits(charged['credits_charged'] or 0)} charged, {charged['credits_remaining']} left."
+        note(told, **ids, **charged)
+    if short := charged["credits_short"]:
+        warn(f"The team could not pay {counted(short, 'credit')} of what the job costs.", **ids, **charged)
+    if charged["is_unpriced"]:
+        told = f"No cost is known for {result.calls[-1].resolved_model}, so the price's minimum was charged."
+        warn(told + " To set one, see: saasllm model set --help", **ids, **charged)

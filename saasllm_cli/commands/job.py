@@ -35,6 +35,7 @@ from saasllm_cli.commands.calls import (
     given,
     opened,
     schema_of,
+    show_charge,
     show_result,
     shown_as_it_comes,
     some_credits,
@@ -165,17 +166,7 @@ def run(
         return
     charged = {name: getattr(result, name) for name in (*runner.CHARGE, "credits_remaining")}
     show_result(result, group, charged, output, is_shown=on_text is not None)
-    ids = {"job_id": result.job_id, "team_id": team}
-    if output is Format.TABLE:
-        told = f"{some_credits(result.credits_charged or 0)} charged, {result.credits_remaining} left."
-        note(told, **ids, **charged)
-    if result.credits_short:
-        warn(
-            f"The team could not pay {counted(result.credits_short, 'credit')} of what the job costs.", **ids, **charged
-        )
-    if result.is_unpriced:
-        told = f"No cost is known for {result.calls[-1].resolved_model}, so the price's minimum was charged."
-        warn(told + " To set one, see: saasllm model set --help", **ids, **charged)
+    show_charge(result, charged, output)
 
 
 app.command(

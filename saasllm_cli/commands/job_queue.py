@@ -32,6 +32,7 @@ from saasllm_cli.commands.calls import (
     given,
     opened,
     schema_of,
+    show_charge,
     show_result,
 )
 from saasllm_cli.commands.inputs import (
@@ -303,6 +304,7 @@ def _show(rows: list[dict[str, Any]], output: Format | None) -> None:
             shown.append(answer_fields(ended) | charged | {"error": None if error is None else error.message})
         elif error is None:
             show_result(ended, row["model_groups_used"][0], charged, output, is_shown=False)
+            show_charge(ended, charged, output)
     if shown:
         show(shown, output)
     if len(rows) == 1 or len(errors) == 1:

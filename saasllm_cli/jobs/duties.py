@@ -66,8 +66,8 @@ def _do(duty: str, db: database.Database, now: datetime, done_at: datetime | Non
     match duty:
         case "sweep":
             swept, requeued, refusals = runner.sweep(None)
-            told = [f"{swept} expired jobs failed"] * bool(swept)
-            told += [f"{requeued} jobs of lost workers wait again"] * bool(requeued)
+            told = [f"expired jobs that failed: {swept}"] * bool(swept)
+            told += [f"jobs of lost workers that wait again: {requeued}"] * bool(requeued)
             told += [f"{team_id}: {reason}" for team_id, reason in refusals.items()]
             return "; ".join(told)
         case "allocate":
@@ -83,7 +83,7 @@ def _allocate(today: date, done_at: datetime | None) -> str:
     periods shorter than a day."""
     missed = 0 if done_at is None else (today - done_at.astimezone(UTC).date()).days - 1
     done = allocation.allocate(today, catch_up=max(missed, 1))
-    told = [f"{done.credits_granted} credits granted to {done.granted} teams"] * bool(done.granted)
-    told += [f"{done.credits_expired} credits expired"] * bool(done.credits_expired)
+    told = [f"credits granted: {done.credits_granted}"] * bool(done.granted)
+    told += [f"credits expired: {done.credits_expired}"] * bool(done.credits_expired)
     told += [f"{row['team_id']}: {row['reason']}" for row in done.failed]
     return "; ".join(told)
