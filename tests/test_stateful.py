@@ -442,7 +442,10 @@ class Credits(RuleBasedStateMachine):
             self.overdraft(team_id, 3)
             for category, priority, expires in (("promotional", 50, "2100-01-01"), ("paid", 10, "2100-01-02")):
                 self.add_or_adjust(team_id, "add", 1, None, category, priority, expires)
+        self.limit("hr", ("jobs", "concurrent"), 4)
         return multiple(
+            self.submit("hr", "Echo"),
+            self.submit("it", "Deep"),
             self.begin_job("hr", "Echo", None, None, Decimal(0)),
             self.begin_job("hr", "Deep", None, "expired", Decimal(0)),
             self.begin_job("hr", "Echo", "k1", "failed", Decimal(0)),
