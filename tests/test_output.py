@@ -374,5 +374,7 @@ def test_each_command_keeps_within_a_narrow_terminal(
             assert lines or command.split()[1] in ("allocate", "sweep"), command  # what they did is said on stderr
         if command.startswith("credits add"):
             names["GRANT"] = str(sql.execute("SELECT max(grant_id) AS id FROM credit_grants").fetchone()["id"])
-        if command.startswith(("job run", "job create")):
+        if command.startswith("job submit"):
+            assert tenant("worker", "--once").status == 0
+        if command.startswith(("job run", "job create", "job submit")):
             names["JOB"] = str(sql.execute("SELECT job_id FROM jobs ORDER BY job_id DESC").fetchone()["job_id"])
