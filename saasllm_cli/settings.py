@@ -254,7 +254,7 @@ def settings() -> Settings:
         name = "SAASLLM_" + str(first["loc"][0]).upper().removeprefix("SAASLLM_")
         raise InvalidInput(
             "invalid_setting",
-            f"Setting {name} is invalid: {reason.removeprefix('Value error, ')}.",
+            f"Setting {name} is invalid: {reason}.",
             f"Correct it in the environment, in .env or in {CONFIG_FILE}.",
         ) from error
     except (OSError, ValueError) as error:  # .env is not readable, or not UTF-8
