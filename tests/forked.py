@@ -25,7 +25,7 @@ from typing import IO, Any
 
 FOLDER = "TESTS_FORKS"  # names the sockets' folder to all processes of the tests
 NOUNS = ("apply", "credits", "export", "group", "job", "migrate", "profile", "team")
-PROGRAM = ("saasllm_cli.cli", "saasllm_cli.jobs.batch.session", *(f"saasllm_cli.commands.{noun}" for noun in NOUNS))
+PROGRAM = ("saasllm_cli.cli", "saasllm_cli.jobs.session", *(f"saasllm_cli.commands.{noun}" for noun in NOUNS))
 LOADED = {"program": PROGRAM, "litellm": (*PROGRAM, "litellm")}
 NUMBER = 4  # bytes of a process's id, and of its exit status
 

@@ -33,10 +33,10 @@ from saasllm_cli.jobs import batch, offline
 from saasllm_cli.jobs.answers import Answer
 from saasllm_cli.jobs.batch import BatchRequest, journal, leader
 from saasllm_cli.jobs.batch.journal import Journal
-from saasllm_cli.jobs.batch.session import Session
 from saasllm_cli.jobs.batch.tasks import CONFLICT
-from saasllm_cli.jobs.batch.workers import Workers
 from saasllm_cli.jobs.calls import CLOSED_SECONDS, FAILURES
+from saasllm_cli.jobs.pool import Pool
+from saasllm_cli.jobs.session import Session
 from saasllm_cli.rules import json_bytes
 from saasllm_cli.settings import settings
 
@@ -50,12 +50,12 @@ FIELDS = [
 
 @pytest.fixture(autouse=True)
 def forked_workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers of a batch within this process come from it by a fork, so that litellm is loaded once for all of them.
+    """The pool of a batch within this process come from it by a fork, so that litellm is loaded once for all of them.
 
     Those that are processes of their own, and whoever asks for `spawned_workers`, start them as users do.
     """
     if "spawned_workers" not in request.fixturenames:
-        monkeypatch.setattr("saasllm_cli.jobs.batch.workers.get_context", lambda _: multiprocessing.get_context("fork"))
+        monkeypatch.setattr("saasllm_cli.jobs.pool.get_context", lambda _: multiprocessing.get_context("fork"))
 
 
 @pytest.fixture
@@ -843,17 +843,17 @@ def test_leases_are_extended_while_models_are_awaited(
     """The answer comes when the lease is another."""
     lines(home, *prompts(1))
     monkeypatch.setattr(leader, "LEASE_SECONDS", 8.0)
-    receive = Workers.results
+    receive = Pool.results
     leases: set[object] = set()
 
-    def late(workers: Workers, seconds: float) -> Any:
+    def late(pool: Pool, seconds: float) -> Any:
         leases.update(row["lease_expires_at"] for row in sql.execute("SELECT lease_expires_at FROM jobs"))
         if len(leases) < 2 and time.monotonic() < until:
             time.sleep(0.02)
             return []
-        return receive(workers, seconds)
+        return receive(pool, seconds)
 
-    monkeypatch.setattr(Workers, "results", late)
+    monkeypatch.setattr(Pool, "results", late)
     until = time.monotonic() + 20
     assert tenant(*words()).status == 0
     jobs = sql.execute("SELECT status FROM jobs").fetchall()
@@ -864,17 +864,17 @@ def test_a_worker_that_is_stopped_is_not_waited_for(
     tenant: Run, home: Path, sql: psycopg.Connection[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor is it where it has not even read what it is given."""
-    monkeypatch.setattr("saasllm_cli.jobs.batch.workers.BEAT_SECONDS", 0.2)
-    monkeypatch.setattr("saasllm_cli.jobs.batch.workers.SILENT_SECONDS", 3.0)
-    send = Workers.send
+    monkeypatch.setattr("saasllm_cli.jobs.pool.BEAT_SECONDS", 0.2)
+    monkeypatch.setattr("saasllm_cli.jobs.pool.SILENT_SECONDS", 3.0)
+    send = Pool.send
 
-    def stopping(workers: Workers, tasks: list[Any]) -> None:
-        pid = next(iter(workers._processes.values())).pid
+    def stopping(pool: Pool, tasks: list[Any]) -> None:
+        pid = next(iter(pool._processes.values())).pid
         assert pid
         os.kill(pid, signal.SIGSTOP)
-        send(workers, tasks)
+        send(pool, tasks)
 
-    monkeypatch.setattr(Workers, "send", stopping)
+    monkeypatch.setattr(Pool, "send", stopping)
     lines(home, *({"id": str(number), "prompt": str(number) + "x" * 1_000_000} for number in range(6)))
     began = time.monotonic()
     result = tenant(*words("Echo", "--processes", 2, "-o", "json"))
@@ -882,7 +882,7 @@ def test_a_worker_that_is_stopped_is_not_waited_for(
     done = len(results(home))
     assert 0 < done < 6, "those of the other process are written"
     assert credits_of(tenant) == (10 - done, 0)
-    monkeypatch.setattr(Workers, "send", send)
+    monkeypatch.setattr(Pool, "send", send)
     assert tenant(*words("Echo", "--processes", 2)).status == 0
     assert_paid(tenant, home, 10)
 
@@ -939,7 +939,12 @@ def test_the_pace_is_that_of_the_models(spawned_workers: None, tenant: Run, prov
     paces = []
     with (home / "in.jsonl").open("rb") as source:
         request = BatchRequest(
-            source, home, home / "out.jsonl", "hr", "G", None, 60, 2, 1, json_schema=None, is_retrying=False
+            *(source, home, "hr", "G", 60, None),
+            out=home / "out.jsonl",
+            name=None,
+            concurrency=2,
+            processes=1,
+            is_retrying=False,
         )
         began = time.monotonic()
         batch.run(request, lambda _, pace: paces.append(pace))

@@ -554,7 +554,7 @@ def test_a_lost_lease(tenant: Run, sql: psycopg.Connection) -> None:
     assert tenant("job", "sweep") == (0, "", "Swept 1 job.\n")
     assert tenant("job", "sweep") == (0, "", "")
     assert tenant("job", "sweep", "--verbose") == (0, "", "No job has expired.\n")
-    assert tenant("job", "sweep", "-o", "json").data == {"swept": 0}
+    assert tenant("job", "sweep", "-o", "json").data == {"swept": 0, "requeued": 0}
     assert credits_of(tenant) == (10, 0)
     assert tenant("job", "get", job_id, "-o", "json").data["status"] == "failed"
 
@@ -567,8 +567,8 @@ def test_a_sweep_of_many_teams(tenant: Run, sql: psycopg.Connection, monkeypatch
             tenant("job", "create", "--team", team)
     kept = created(tenant)
     sql.execute("UPDATE jobs SET lease_expires_at = now() WHERE job_id <> %s", [kept])
-    assert tenant("job", "sweep", "--team", "it", "-o", "json").data == {"swept": 5}
-    assert tenant("job", "sweep", "-o", "json").data == {"swept": 5}
+    assert tenant("job", "sweep", "--team", "it", "-o", "json").data == {"swept": 5, "requeued": 0}
+    assert tenant("job", "sweep", "-o", "json").data == {"swept": 5, "requeued": 0}
     assert (credits_of(tenant), credits_of(tenant, "it")) == ((10, 1), (9, 0))
     assert tenant("credits", "verify").status == 0
 

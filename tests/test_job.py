@@ -584,7 +584,7 @@ def test_what_the_database_refuses_of_one_team_stops_no_sweep(tenant: Run, sql: 
     sql.execute("ALTER TABLE jobs ADD CONSTRAINT own CHECK (external_task_id <> 'it' OR status <> 'failed')")
     sql.execute("UPDATE jobs SET lease_expires_at = now()")
     swept = tenant("job", "sweep", "-o", "json")
-    assert (swept.status, swept.data, swept.error["code"]) == (9, {"swept": 2}, "some_failed")
+    assert (swept.status, swept.data, swept.error["code"]) == (9, {"swept": 2, "requeued": 0}, "some_failed")
     assert "it: The database refused this" in swept.error["message"]
     assert [credits_of(tenant, team)[1] for team in ("hr", "it", "zz")] == [0, 1, 0]
 
@@ -659,7 +659,7 @@ def test_an_answer_that_may_not_be_charged_is_charged_later(
     assert "is still open: it could not be settled" in result.err
     (job,) = tenant("job", "list", "-o", "json").data
     sql.execute("UPDATE jobs SET lease_expires_at = lease_expires_at - interval '23 hours'")
-    assert tenant("job", "sweep", "-o", "json").data == {"swept": 0}
+    assert tenant("job", "sweep", "-o", "json").data == {"swept": 0, "requeued": 0}
     assert tenant("job", "complete", job["job_id"]).status in (2, 4)
 
     sql.execute(mended)  # type: ignore[arg-type]

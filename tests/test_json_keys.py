@@ -150,7 +150,7 @@ COMMANDS: dict[str, list[Any]] = {
         *("is_out_of_credits", "limit_reached", "models", "passed_over", "not_sent"),
         *("unsettled", "unsettled_error", "answered_elsewhere"),
     ],
-    "job sweep": ["swept"],
+    "job sweep": ["swept", "requeued"],
     "job run --team hr --group Echo --prompt x": [
         *ANSWER,
         *("credits_charged", "credits_short", "is_unpriced", "credits_remaining"),

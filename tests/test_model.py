@@ -14,7 +14,7 @@ from test_batch import lines, prompts, results, words
 from test_job import job_run, with_models
 
 from saasllm_cli.jobs.answers import Answer
-from saasllm_cli.jobs.batch.workers import Workers
+from saasllm_cli.jobs.pool import Pool
 from saasllm_cli.jobs.prices import cost
 
 Run = Callable[..., Result]
@@ -263,19 +263,19 @@ def test_an_offline_model_costs_what_its_price_says(tenant: Run, sql: Sql) -> No
 def test_a_job_of_a_batch_keeps_the_price_with_which_it_began(
     tenant: Run, provider: Provider, home: Path, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("saasllm_cli.jobs.batch.workers.get_context", lambda _: multiprocessing.get_context("fork"))
+    monkeypatch.setattr("saasllm_cli.jobs.pool.get_context", lambda _: multiprocessing.get_context("fork"))
     with_models(tenant, "openai/ok")
     priced(tenant, "openai/ok", input=1, output=1)
     sent: list[int] = []
-    send = Workers.send
+    send = Pool.send
 
-    def send_and_change(self: Workers, tasks: list[Any]) -> None:
+    def send_and_change(self: Pool, tasks: list[Any]) -> None:
         sent.append(len(tasks))
         if len(sent) == 1:
             sql.execute("UPDATE model_prices SET input_usd_per_million = 2, output_usd_per_million = 2")
         send(self, tasks)
 
-    monkeypatch.setattr(Workers, "send", send_and_change)
+    monkeypatch.setattr(Pool, "send", send_and_change)
     lines(home, *prompts(6))
     assert tenant(*words("G", "--concurrency", 1, "--processes", 1)).status == 0
     assert 0 < sent[0] < 6

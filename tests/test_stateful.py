@@ -726,7 +726,7 @@ class Credits(RuleBasedStateMachine):
         team = self.teams.get(team_id)
         swept = team.sweep() if team else 0
         with database.connect() as db:
-            assert db.one("job.sweep", team_id=team_id, row_limit=1000) == {"swept": swept}
+            assert db.one("job.sweep", team_id=team_id, row_limit=1000) == {"swept": swept, "requeued": 0}
 
     @rule(statement=st.sampled_from(ATTACKS))
     def attack(self, statement: str) -> None:
