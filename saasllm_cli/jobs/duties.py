@@ -68,8 +68,9 @@ def _do(duty: str, db: database.Database, done_at: datetime | None) -> str:
 
 def _allocate(today: date, done_at: datetime | None) -> str:
     """Grants what is due, and what became due since it was done last: no schedule has periods shorter than a day."""
-    missed = 0 if done_at is None else (today - done_at.astimezone(UTC).date()).days - 1
-    done = allocation.allocate(today, catch_up=max(missed, 1))
+    # What was done at midnight may have been that of the day before.
+    days = 1 if done_at is None else (today - done_at.astimezone(UTC).date()).days
+    done = allocation.allocate(today, catch_up=max(days, 1))
     told = [f"{done.credits_granted} credits granted to {done.granted} teams"] * bool(done.granted)
     told += [f"{done.credits_expired} credits expired"] * bool(done.credits_expired)
     told += [f"{row['team_id']}: {row['reason']}" for row in done.failed]
