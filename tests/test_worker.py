@@ -685,7 +685,7 @@ def test_what_cannot_be_settled_is_told_once(tenant: Run, sql: Sql, start_worker
     leases = "SELECT lease_expires_at FROM jobs"
     until(lambda: running(sql))
     seen: set[Any] = set()
-    until(lambda: seen.update(str(row) for row in sql.execute(leases)) or len(seen) > 5)
+    until(lambda: seen.update(str(row) for row in sql.execute(leases)) or len(seen) > 3)
     sql.execute("ALTER TABLE jobs DROP CONSTRAINT refusal")
     until(lambda: completed(sql) == 1)
     worker.send_signal(signal.SIGTERM)
