@@ -142,20 +142,44 @@ class own_server:  # noqa: N801
         if self.user:
             os.chown(self.folder, pwd.getpwnam(self.user["user"]).pw_uid, -1)
         self._run("initdb", "-D", self.folder / "data", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale")
-        options = f"-c listen_addresses= -c unix_socket_directories={self.folder} -c fsync=off"
-        self._run("pg_ctl", "start", "-w", "-D", self.folder / "data", "-l", self.folder / "log", "-o", options)
+        self.start()
         return f"postgresql://postgres@/{{}}?host={self.folder}"
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+        shutil.rmtree(self.folder)
+
+    def start(self) -> None:
+        options = f"-c listen_addresses= -c unix_socket_directories={self.folder} -c fsync=off"
+        self._run("pg_ctl", "start", "-w", "-D", self.folder / "data", "-l", self.folder / "log", "-o", options)
+
+    def stop(self) -> None:
         self._run("pg_ctl", "stop", "-w", "-m", "fast", "-D", self.folder / "data")
 
-    def crash(self) -> None:
-        """Ends it as a crash would, and starts it again."""
-        self._run("pg_ctl", "restart", "-w", "-m", "immediate", "-D", self.folder / "data", "-l", self.folder / "log")
+    def crash(self, mode: str = "immediate") -> None:
+        """Ends it, by default as a crash would, and starts it again."""
+        self._run("pg_ctl", "restart", "-w", "-m", mode, "-D", self.folder / "data", "-l", self.folder / "log")
 
     def _run(self, program: str, *arguments: object) -> None:
         words = [str(self.binaries / program), *map(str, arguments)]
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL, **self.user)
+
+
+@pytest.fixture
+def crashing_server(
+    request: pytest.FixtureRequest, server: str, data_dir: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[own_server]:
+    """A server of the test's own, of the same programs as that of the others, which the settings name."""
+    if binaries := request.config.getoption("--postgres-bin"):
+        crashing = own_server(Path(binaries), data_dir / "crashing")
+    else:
+        monkeypatch.setenv("SAASLLM_DATA_DIR", str(data_dir / "embedded"))
+        settings.cache_clear()
+        crashing = own_server(embedded._binaries(), data_dir / "crashing", embedded.SYSTEM_USER)
+    with crashing as url:
+        monkeypatch.setenv("SAASLLM_DATABASE_URL", url.format("postgres"))
+        settings.cache_clear()
+        yield crashing
 
 
 @pytest.fixture(scope="session")
@@ -359,7 +383,7 @@ def start(migrated_database: str) -> Callable[..., subprocess.Popen[str]]:
 
 def start_process(*arguments: str, **options: Any) -> "subprocess.Popen[str] | Forked":
     """By a fork, or as users start it, where more is asked of its surroundings than its files."""
-    if options.keys() <= {"stdin", "stdout", "stderr"}:
+    if options.keys() <= {"stdin", "stdout", "stderr", "constants"}:
         return Forked(*arguments, **options)
     return subprocess.Popen(
         [sys.executable, "-m", "saasllm_cli", *arguments],

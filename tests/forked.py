@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -21,11 +21,12 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
 from tempfile import TemporaryDirectory
 from time import monotonic
+from types import MappingProxyType
 from typing import IO, Any
 
 FOLDER = "TESTS_FORKS"  # names the sockets' folder to all processes of the tests
-NOUNS = ("apply", "credits", "export", "group", "job", "migrate", "profile", "team")
-PROGRAM = ("saasllm_cli.cli", "saasllm_cli.jobs.session", *(f"saasllm_cli.commands.{noun}" for noun in NOUNS))
+NOUNS = ("apply", "credits", "export", "group", "job", "migrate", "profile", "team", "worker")
+PROGRAM = ("saasllm_cli.cli", "saasllm_cli.jobs.worker", *(f"saasllm_cli.commands.{noun}" for noun in NOUNS))
 LOADED = {"program": PROGRAM, "litellm": (*PROGRAM, "litellm")}
 NUMBER = 4  # bytes of a process's id, and of its exit status
 
@@ -50,9 +51,17 @@ def servers() -> Iterator[None]:
 
 
 class Forked:
-    """Such a process, to be used as `subprocess.Popen` is."""
+    """Such a process, to be used as `subprocess.Popen` is. In it, constants of the program may have other values, by
+    their full names."""
 
-    def __init__(self, *words: str, stdin: Any = DEVNULL, stdout: Any = PIPE, stderr: Any = PIPE) -> None:
+    def __init__(
+        self,
+        *words: str,
+        stdin: Any = DEVNULL,
+        stdout: Any = PIPE,
+        stderr: Any = PIPE,
+        constants: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self.args = words
         self.returncode: int | None = None
         self._outputs: list[Future[str] | None] = []
@@ -62,7 +71,7 @@ class Forked:
         self._server = socket.socket(socket.AF_UNIX)
         self._server.connect(str(Path(os.environ[FOLDER]) / ("litellm" if asks_provider else "program")))
         socket.send_fds(self._server, [b"\n"], theirs)
-        self._server.sendall(dumps([words, os.getcwd(), dict(os.environ)]).encode() + b"\n")
+        self._server.sendall(dumps([words, os.getcwd(), dict(os.environ), dict(constants)]).encode() + b"\n")
         for end in theirs:
             os.close(end)
         self.pid = self._read()
@@ -145,7 +154,7 @@ def serve(listener: socket.socket, modules: tuple[str, ...]) -> list[str] | None
             if listener in ready:
                 client, _ = listener.accept()
                 _, files, _, _ = socket.recv_fds(client, 1, 3)
-                words, folder, environment = loads(client.makefile().readline())
+                words, folder, environment, constants = loads(client.makefile().readline())
                 _load(modules)
                 if pid := os.fork():
                     running[pid] = client
@@ -159,6 +168,9 @@ def serve(listener: socket.socket, modules: tuple[str, ...]) -> list[str] | None
                 for other in (client, listener, ended, wakeup, *running.values()):
                     other.close()
                 _surround(files, folder, environment)
+                for name, value in constants.items():
+                    module, _, constant = name.rpartition(".")
+                    setattr(import_module(module), constant, value)
                 return words
 
 

@@ -2,14 +2,17 @@
 
 The name of the model says what happens: `ok`, `strict` (ok, but takes no stream_options), `status-429`, `limited` (429,
 and says when to come back), `busy` (that once, then ok), `narrow-2` (429 where more than two are asked at once),
-`tools`, `empty`, `blank`, `html`, `cut`, `slow`, `drip`, `context`, `malformed`, `policy`, `torn` and `stalled` (a
-stream that is cut in the middle, or silent from there on).
+`wait-200` (ok, after up to so many ms), `held` (ok, when the test lets it), `tools`, `empty`, `blank`, `html`, `cut`,
+`slow`, `drip`, `context`, `malformed`, `policy`, `torn` and `stalled` (a stream that is cut in the middle, or silent
+from there on).
 Anything after a second dash is free.
 """
 
 import json
+import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,7 +38,10 @@ class Provider:
         self.finish_reason = "stop"
         self.pieces: list[str] | None = None  # of a stream, as they stand in its JSON; by default the words
         self.closing = threading.Event()
+        self.released = threading.Event()  # what is held
+        self.most_at_once: Counter[str] = Counter()  # of the models that wait
         self._asked_now = 0
+        self._waiting_now: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), type("Bound", (_Handler,), {"provider": self}))
         self._server.daemon_threads = True
@@ -62,8 +68,21 @@ class Provider:
             with self._lock:
                 self._asked_now -= 1
 
+    @contextmanager
+    def waiting(self, model: str) -> Iterator[None]:
+        with self._lock:
+            self._waiting_now[model] += 1
+            self.most_at_once[model] = max(self.most_at_once[model], self._waiting_now[model])
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting_now[model] -= 1
+
 
 class _Server(ThreadingHTTPServer):
+    request_queue_size = 200  # many clients come at once
+
     def handle_error(self, request: object, client_address: object) -> None:
         pass  # a client that was killed
 
@@ -92,6 +111,13 @@ class _Handler(BaseHTTPRequestHandler):
                         self._answer(200, completion(model, self.provider.answer))
                     else:
                         self._answer(429, _error("Too many requests."))
+            case ["wait", most, *_]:
+                with self.provider.waiting(model):
+                    time.sleep(random.uniform(0, int(most) / 1000))
+                self._answer(200, completion(model, self.provider.answer))
+            case ["held", *_]:
+                self.provider.released.wait(60)
+                self._answer(200, completion(model, self.provider.answer))
             case ["strict", *_] if "stream_options" in body:
                 self._answer(
                     422, {"detail": [{"loc": ["body", "stream_options"], "msg": "Extra inputs are forbidden"}]}

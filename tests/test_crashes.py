@@ -22,7 +22,7 @@ import pytest
 from conftest import TENANT, UNUSED, Result, assert_sound, charged_job, end_leases, own_server, start_process
 from proxy import Proxy
 
-from saasllm_cli import allocation, database, embedded
+from saasllm_cli import allocation, database
 from saasllm_cli.errors import Conflict, DatabaseUnavailable
 from saasllm_cli.jobs import runner
 from saasllm_cli.jobs.calls import CallRequest
@@ -226,23 +226,6 @@ def test_a_connection_that_is_lost_as_a_lock_is_left_to_another(
     monkeypatch.setattr(database, "_is_held_by", is_held_by)
     with pytest.raises(DatabaseUnavailable), database.lock("allocate", Conflict("busy", "Busy.")):
         pass
-
-
-@pytest.fixture
-def crashing_server(
-    request: pytest.FixtureRequest, server: str, data_dir: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[own_server]:
-    """A server of the test's own, of the same programs as that of the others, which the settings name."""
-    if binaries := request.config.getoption("--postgres-bin"):
-        crashing = own_server(Path(binaries), data_dir / "crashing")
-    else:
-        monkeypatch.setenv("SAASLLM_DATA_DIR", str(data_dir / "embedded"))
-        settings.cache_clear()
-        crashing = own_server(embedded._binaries(), data_dir / "crashing", embedded.SYSTEM_USER)
-    with crashing as url:
-        monkeypatch.setenv("SAASLLM_DATABASE_URL", url.format("postgres"))
-        settings.cache_clear()
-        yield crashing
 
 
 def test_a_server_that_crashes(crashing_server: own_server, run: Run, is_thorough: bool) -> None:

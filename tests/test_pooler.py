@@ -14,6 +14,7 @@ import psycopg
 import pytest
 from conftest import Result, start_process
 from test_batch import assert_paid, lines, prompts, results, until_written, words
+from test_job import credits_of
 from test_migrate import ALL, completed, wait_until
 from test_transcripts import PAGES, played
 
@@ -136,6 +137,21 @@ def test_a_batch(tenant: Run, home: Path, pool: Callable[..., None]) -> None:
     assert tenant(*words("Echo")).status == 0  # at once
     assert len(results(home)) == 120
     assert_paid(tenant, home, 120)
+
+
+def test_a_worker(tenant: Run, sql: Sql, pool: Callable[..., None]) -> None:
+    """It is told of no job, and looks for some."""
+    pool(2)
+    worker = start_process("worker", "--concurrency", "4")
+    for _ in range(2):
+        submitted = [tenant("job", "submit", "--team", "hr", "--group", "Echo", "--prompt", "x") for _ in range(3)]
+        waited = tenant("job", "wait", *(job.out.strip() for job in submitted), "--timeout", 60, "-o", "json")
+        assert [answer["content"] for answer in waited.data] == ["x"] * 3
+    assert not sql.execute("SELECT FROM pg_stat_activity WHERE query LIKE 'LISTEN%'").fetchall()
+    worker.send_signal(signal.SIGTERM)
+    _, err = worker.communicate(timeout=60)
+    assert (worker.returncode, "6 completed" in err) == (0, True), err
+    assert credits_of(tenant) == (4, 0)
 
 
 def test_many_migrate_at_once(empty_database: str, run: Run, pool: Callable[..., None]) -> None:

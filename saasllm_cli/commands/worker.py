@@ -73,7 +73,7 @@ def run(
         summary = worker.run(request, on_progress=_tell, on_note=lambda text: note(text))
     told = f"{summary.completed} completed, {summary.failed} failed, {summary.put_back} left to other workers"
     if summary.lost:
-        told += f", {summary.lost} answered too late"
+        told += f", {summary.lost} cancelled or taken over"
     counts = {"completed": summary.completed, "failed": summary.failed, "put_back": summary.put_back}
     note(f"{told}. {counted(summary.credits_charged, 'credit')} charged.", **counts, lost=summary.lost)
     if summary.is_interrupted:

@@ -81,8 +81,9 @@ def _do(duty: str, db: database.Database, now: datetime, done_at: datetime | Non
 def _allocate(today: date, done_at: datetime | None) -> str:
     """Grants what is due on a day of the database's, and what became due since it was done last: no schedule has
     periods shorter than a day."""
-    missed = 0 if done_at is None else (today - done_at.astimezone(UTC).date()).days - 1
-    done = allocation.allocate(today, catch_up=max(missed, 1))
+    # What was done at midnight may have been that of the day before.
+    days = 1 if done_at is None else (today - done_at.astimezone(UTC).date()).days
+    done = allocation.allocate(today, catch_up=max(days, 1))
     told = [f"credits granted: {done.credits_granted}"] * bool(done.granted)
     told += [f"credits expired: {done.credits_expired}"] * bool(done.credits_expired)
     told += [f"{row['team_id']}: {row['reason']}" for row in done.failed]

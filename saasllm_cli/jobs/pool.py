@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any
+from typing import Any, Final
 
 from saasllm_cli.context import profile_flag
 from saasllm_cli.errors import SaasllmError
@@ -26,6 +26,7 @@ GATHER_SECONDS = 0.05  # in which a worker's results become one message
 LINGER_SECONDS = 0.1  # in which the results of all become one group
 BEAT_SECONDS = 5.0  # after which a worker tells something in any case
 SILENT_SECONDS = 60.0  # after which one is given up: it was stopped, and may never go on
+START_METHOD: Final = "spawn"  # a fork would take along the locks that other threads have, and the other pipes' ends
 WAKE = object()
 
 
@@ -60,7 +61,7 @@ class Pool:
         self.stop()
 
     def _start(self) -> None:
-        context = get_context("spawn")
+        context = get_context(START_METHOD)
         ours, theirs = context.Pipe()
         # It inherits them: what becomes of what is interrupted is for this process to say.
         with signals(UNINTERRUPTED):

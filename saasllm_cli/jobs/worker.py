@@ -20,6 +20,7 @@ from uuid import UUID
 
 from saasllm_cli import database
 from saasllm_cli.errors import DatabaseUnavailable, InvalidInput, LimitReached, SaasllmError
+from saasllm_cli.jobs import runner
 from saasllm_cli.jobs.duties import Duties
 from saasllm_cli.jobs.pool import Pool
 from saasllm_cli.jobs.queue import call_request
@@ -99,11 +100,12 @@ class _Worker:
         self._on_progress = on_progress
         self._on_note = on_note
         self._session = stack.enter_context(Session())
-        self._worker_id = self._register()
+        self._worker_id = self._session.ask(self._register)
         self._pool = stack.enter_context(Pool(request.processes, request.concurrency, self._lose))
         self._running: dict[str, bool] = {}  # by the job's id; whether its worker died twice before
         self._answered: list[dict[str, Any]] = []  # to be settled
         self._unsettled: list[dict[str, Any]] = []  # that the database refuses to settle for now
+        self._refusals: dict[str, str] = {}  # why, as it was told
         self._stop_at = math.inf
         self._signals = 0
         self._look_at = 0.0  # when to look for jobs
@@ -115,6 +117,7 @@ class _Worker:
         self.summary.is_interrupted |= number == signal.SIGINT
         self._signals += 1
         self._stop_at = time.monotonic() + (self._request.grace if self._signals == 1 else 0)
+        self._beat_at = 0  # which says so
 
     @property
     def _is_stopping(self) -> bool:
@@ -146,8 +149,8 @@ class _Worker:
             return False
         self._look_at = 0
         self._take()
-        seen = self._ask(lambda db: db.one("worker.has_seen_all", worker_id=self._worker_id))
-        return bool(seen["has_seen_all"]) and not self._running
+        seen = self._ask(lambda db: db.maybe("worker.has_seen_all", worker_id=self._worker_id))
+        return seen is not None and seen["has_seen_all"] and not self._running
 
     def _take(self) -> None:
         """Takes as many jobs as there is room for, and gives them to the pool."""
@@ -165,7 +168,10 @@ class _Worker:
         except LimitReached:  # others were quicker
             rows = []
         tasks = []
+        held = set(self._job_ids())
         for row in rows:
+            if row["job_id"] in held:  # it had lost it without knowing, and has taken it back
+                continue
             job_id = str(row["job_id"])
             self._running[job_id] = row["is_suspect"]
             try:
@@ -231,8 +237,10 @@ class _Worker:
 
     def _refused(self, told: dict[str, Any], refusal: SaasllmError) -> None:
         if told not in self._unsettled:
-            self._on_note(f"Job {told['job_id']} cannot be settled yet: {refusal.in_one_line}")
             self._unsettled.append(told)
+        if self._refusals.get(told["job_id"]) != refusal.in_one_line:
+            self._refusals[told["job_id"]] = refusal.in_one_line
+            self._on_note(f"Job {told['job_id']} cannot be settled yet: {refusal.in_one_line}")
 
     def _beat(self) -> None:
         """Says that it is alive, and extends its leases."""
@@ -241,11 +249,13 @@ class _Worker:
         self._beat_at = time.monotonic() + BEAT_SECONDS
         beat = {"worker_id": self._worker_id, "is_stopping": self._is_stopping}
         if self._ask(lambda db: db.maybe("worker.beat", **beat)) is None:
-            self._worker_id = self._register()
+            self._worker_id = self._ask(self._register)
         if ids := self._job_ids():
             lease = {"worker_id": self._worker_id, "job_ids": ids, "lease_seconds": LEASE_SECONDS}
-            with suppress(LimitReached):  # of what it would take back
-                self._ask(lambda db: db.many("worker.extend_leases", **lease))
+            try:
+                self._ask(lambda db: db.many("worker.extend_leases", **lease, with_lost=True))
+            except LimitReached:  # others have the room of what it would take back
+                self._ask(lambda db: db.many("worker.extend_leases", **lease, with_lost=False))
         self._answered += self._unsettled
         self._unsettled = []
 
@@ -264,16 +274,15 @@ class _Worker:
 
         self._session.ask(leave, STOP_SECONDS)
 
-    def _register(self) -> int:
+    def _register(self, db: database.Database) -> int:
         request = asdict(self._request)
         scope = {name: request[name] for name in ("team_id", "organization_id", "group_name")}
         concurrency = self._request.processes * self._request.concurrency
         here = {"host": socket.gethostname(), "pid": os.getpid(), "concurrency": concurrency}
-        return int(self._session.ask(lambda db: db.one("worker.register", **here, **scope))["worker_id"])
+        return int(db.one("worker.register", **here, **scope)["worker_id"])
 
     def _sweep(self) -> None:
-        while self._ask(lambda db: db.one("job.sweep", team_id=None, row_limit=1000))["swept"]:
-            pass
+        self._ask(lambda _: runner.sweep(None))  # a team's jobs that cannot be swept hinder no other's
 
     def _ask(self, work: Callable[[database.Database], T]) -> T:
         """Asks the database, for as long as it is away, or until the worker is to stop."""

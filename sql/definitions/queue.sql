@@ -312,7 +312,10 @@ DECLARE
     turns         integer := 0;
     is_wrapped    boolean := false;
 BEGIN
-    SELECT * INTO STRICT worker FROM workers WHERE worker_id = of_worker FOR UPDATE;
+    SELECT * INTO worker FROM workers WHERE worker_id = of_worker FOR UPDATE;
+    IF NOT FOUND THEN -- it was given up and forgotten, and will say that it is back
+        RETURN;
+    END IF;
 
     UPDATE job_queue
     SET state = 'waiting'

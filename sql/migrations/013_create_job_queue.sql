@@ -65,7 +65,7 @@ CREATE TABLE duties (
     duty      text        PRIMARY KEY,
     next_at   timestamptz NOT NULL DEFAULT now(),
     done_at   timestamptz,
-    worker_id bigint
+    worker_id bigint -- who is doing it
 );
 
 INSERT INTO duties (duty) VALUES ('sweep'), ('allocate'), ('prune');

@@ -11,7 +11,7 @@ SELECT
     job_id, group_name, request::text AS request, purpose, timeout_seconds, is_suspect, model_names, model_prices
 FROM take_jobs(%(worker_id)s, %(most)s, %(lease_seconds)s, %(with_suspect)s);
 
--- name: has_seen_all(worker_id) :one
+-- name: has_seen_all(worker_id) :maybe
 -- Whether it found all that waits when it last took some: there was nothing else that may run now.
 SELECT has_seen_all FROM workers WHERE worker_id = %(worker_id)s;
 
@@ -24,8 +24,8 @@ SET seen_at = clock_timestamp(),
 WHERE worker_id = %(worker_id)s
 RETURNING worker_id;
 
--- name: extend_leases(worker_id, job_ids, lease_seconds) :many
--- Of what it runs. What it had lost, as its leases ran out, and nobody has taken since, it takes back.
+-- name: extend_leases(worker_id, job_ids, lease_seconds, with_lost) :many
+-- Of what it runs. What it had lost, as its leases ran out, and nobody has taken since, it takes back (`with_lost`).
 WITH mine AS (
     SELECT j.job_id, q.state
     FROM jobs j
@@ -33,6 +33,7 @@ WITH mine AS (
     WHERE j.job_id = ANY (%(job_ids)s::uuid[])
       AND j.status IN ('pending', 'in_progress')
       AND q.worker_id = %(worker_id)s
+      AND (q.state = 'running' OR %(with_lost)s)
     ORDER BY j.job_id
     FOR UPDATE
 ),
@@ -119,6 +120,7 @@ RETURNING duties.duty, duties.done_at, clock_timestamp() AS now;
 -- Next time it is due in so many seconds, whether it was done or not.
 UPDATE duties
 SET next_at = clock_timestamp() + %(every_seconds)s * interval '1 second',
+    worker_id = NULL,
     done_at = CASE WHEN %(is_done)s THEN clock_timestamp() ELSE done_at END
 WHERE duty = %(duty)s AND worker_id = %(worker_id)s;
 
