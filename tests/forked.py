@@ -170,6 +170,7 @@ def serve(listener: socket.socket, modules: tuple[str, ...]) -> list[str] | None
                 _surround(files, folder, environment)
                 for name, value in constants.items():
                     module, _, constant = name.rpartition(".")
+                    getattr(import_module(module), constant)
                     setattr(import_module(module), constant, value)
                 return words
 

@@ -40,7 +40,7 @@ QUICK = FORKED | {
     "saasllm_cli.jobs.worker.LEASE_SECONDS": 6.0,
     "saasllm_cli.jobs.worker.BEAT_SECONDS": 1.0,
     "saasllm_cli.jobs.worker.AWAY_SECONDS": 1.0,
-    "saasllm_cli.jobs.duties.SECONDS": {"sweep": 1.0, "allocate": 60.0, "prune": 60.0},
+    "saasllm_cli.jobs.duties.PACES": {"sweep": (1, 10), "allocate": (60, 300), "prune": (60, 60)},
 }
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, date, datetime
-from typing import NamedTuple
 
 from saasllm_cli import allocation, database
 from saasllm_cli.errors import DatabaseUnavailable, SaasllmError
@@ -12,15 +11,8 @@ from saasllm_cli.jobs import runner
 PRUNE_CHUNK = 1000
 
 
-class Pace(NamedTuple):
-    """How often a duty is due, and how long one worker has it to itself: should it die, another does it then. In
-    seconds."""
-
-    every: float
-    hold: float
-
-
-PACES = {"sweep": Pace(5, 10), "allocate": Pace(60, 300), "prune": Pace(60, 60)}
+# How often each is due, and how long one worker has it to itself: should it die, another does it then. In seconds.
+PACES: dict[str, tuple[float, float]] = {"sweep": (5, 10), "allocate": (60, 300), "prune": (60, 60)}
 
 
 class Duties:
@@ -46,12 +38,12 @@ class Duties:
                     self._names.remove(duty)
                 self._tell(duty, error.in_one_line)
             finally:
-                end = {"worker_id": worker_id, "is_done": is_done, "every_seconds": PACES[duty].every}
+                end = {"worker_id": worker_id, "is_done": is_done, "every_seconds": PACES[duty][0]}
                 with suppress(SaasllmError):
                     db.none("worker.end_duty", duty=duty, **end)
 
     def _due(self, db: database.Database, worker_id: int) -> database.Row | None:
-        holds = [PACES[duty].hold for duty in self._names]
+        holds = [PACES[duty][1] for duty in self._names]
         return db.maybe("worker.start_duty", worker_id=worker_id, duties=self._names, holds=holds)
 
     def _tell(self, duty: str, text: str) -> None:
