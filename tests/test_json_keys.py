@@ -158,8 +158,8 @@ COMMANDS: dict[str, list[Any]] = {
     "job result JOB": CHARGED_ANSWER,
     "worker list": [
         [
-            *("worker_id", "host", "pid", "status", "running", "concurrency", "team_id", "organization_id"),
-            *("group_name", "started_at", "seen_at"),
+            *("worker_id", "host", "pid", "status", "running", "running_groups", "concurrency", "team_id"),
+            *("organization_id", "group_name", "started_at", "seen_at"),
         ]
     ],
     "job get JOB": [*CHARGED_JOB, {"calls": [CALL]}],

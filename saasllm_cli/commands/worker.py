@@ -91,7 +91,17 @@ def list_(output: Output = None) -> None:
         queue: dict[str, Any] = db.one("worker.queue")
     is_table = (output or settings().output) is Format.TABLE
     if workers or not is_table:
-        columns = ("worker_id", "host", "pid", "status", "running", "concurrency", "started_at", "seen_at")
+        columns = (
+            "worker_id",
+            "host",
+            "pid",
+            "status",
+            "running",
+            "concurrency",
+            "running_groups",
+            "started_at",
+            "seen_at",
+        )
         show(workers, output, columns, essential=("worker_id", "host", "status", "running"))
     if is_table:
         told = f"{'' if workers else 'No workers. '}{counted(queue['waiting'], 'job')} waiting"

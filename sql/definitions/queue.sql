@@ -478,11 +478,23 @@ SELECT
         WHEN w.is_stopping THEN 'stopping'
         ELSE 'alive'
     END AS status,
-    (SELECT count(*) FROM job_queue q WHERE q.worker_id = w.worker_id AND q.state = 'running') AS running,
+    r.running,
+    r.running_groups,
     w.concurrency,
     w.team_id,
     w.organization_id,
     w.group_name,
     w.started_at,
     w.seen_at
-FROM workers w;
+FROM workers w
+CROSS JOIN LATERAL (
+    SELECT
+        coalesce(sum(jobs), 0)::bigint AS running,
+        coalesce(jsonb_object_agg(group_name, jobs), '{}') AS running_groups
+    FROM (
+        SELECT group_name, count(*) AS jobs
+        FROM job_queue q
+        WHERE q.worker_id = w.worker_id AND q.state = 'running'
+        GROUP BY group_name
+    ) AS of_group
+) AS r;
