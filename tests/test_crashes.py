@@ -322,6 +322,7 @@ def test_a_server_that_takes_all_and_says_nothing(
         assert "The database gave no answer within 1 s." in result.err, "asked again, it has less time"
     (home / "in.jsonl").write_text('{"id": "1", "prompt": "x"}\n')
     batch = ("job", "batch", "in.jsonl", "--out", "out.jsonl", "--team", "hr", "--group", "Echo")
+    proxy.hush = {b"INSERT INTO jobs": b"FROM begin_jobs"}.get(statement, statement)
     assert account(*batch).status == 7
     assert time.monotonic() - began < 30
     proxy.hush = None
@@ -354,7 +355,7 @@ def test_no_command_waits_for_ever(account: Run, proxy: Proxy, monkeypatch: pyte
 
 
 def test_a_batch_that_waits_for_a_silent_server_can_be_interrupted(account: Run, proxy: Proxy, home: Path) -> None:
-    proxy.hush = b"INSERT INTO jobs"
+    proxy.hush = b"FROM begin_jobs"
     (home / "in.jsonl").write_text('{"id": "1", "prompt": "x"}\n')
     process = start_process("job", "batch", "in.jsonl", "--out", "o", "--team", "hr", "--group", "Echo", "-o", "json")
     while not proxy.hushed:

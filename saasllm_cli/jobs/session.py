@@ -35,7 +35,7 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self._close()
 
-    def ask(self, work: Callable[[database.Database], T], seconds: float = runner.SETTLE_SECONDS) -> T:
+    def ask(self, work: Callable[[database.Database], T], seconds: float | None = None) -> T:
         """Does what may be done twice, tried again for a while when the database is away."""
 
         def attempt(_: float) -> T:
@@ -45,7 +45,7 @@ class Session:
                 self._close()
                 raise
 
-        return database.until_it_answers(seconds, attempt)
+        return database.until_it_answers(runner.SETTLE_SECONDS if seconds is None else seconds, attempt)
 
     def _try(self, work: Callable[[database.Database], T]) -> T:
         with database.patience(runner.ANSWER_SECONDS), database.translated_errors():
