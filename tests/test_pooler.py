@@ -139,7 +139,7 @@ def test_a_batch(tenant: Run, home: Path, pool: Callable[..., None]) -> None:
     assert_paid(tenant, home, 120)
 
 
-def test_a_worker(tenant: Run, sql: Sql, pool: Callable[..., None]) -> None:
+def test_a_worker(tenant: Run, pool: Callable[..., None]) -> None:
     """It is told of no job, and looks for some."""
     pool(2)
     worker = start_process("worker", "--concurrency", "4")
@@ -147,11 +147,14 @@ def test_a_worker(tenant: Run, sql: Sql, pool: Callable[..., None]) -> None:
         submitted = [tenant("job", "submit", "--team", "hr", "--group", "Echo", "--prompt", "x") for _ in range(3)]
         waited = tenant("job", "wait", *(job.out.strip() for job in submitted), "--timeout", 60, "-o", "json")
         assert [answer["content"] for answer in waited.data] == ["x"] * 3
-    assert not sql.execute("SELECT FROM pg_stat_activity WHERE query LIKE 'LISTEN%'").fetchall()
     worker.send_signal(signal.SIGTERM)
     _, err = worker.communicate(timeout=60)
     assert (worker.returncode, "6 completed" in err) == (0, True), err
     assert credits_of(tenant) == (4, 0)
+    url = os.environ["SAASLLM_DATABASE_URL"]
+    with psycopg.connect(url, prepare_threshold=None) as one, psycopg.connect(url, prepare_threshold=None) as another:
+        for session in (one, another):
+            assert not session.execute("SELECT pg_listening_channels()").fetchall()
 
 
 def test_many_migrate_at_once(empty_database: str, run: Run, pool: Callable[..., None]) -> None:

@@ -65,7 +65,7 @@ def start_worker(home: Path) -> Iterator[Start]:
     for process in started:
         if process.poll() is None:
             kill(family(process))
-        process.communicate()
+        process.wait()
 
 
 def family(process: Forked) -> list[int]:
@@ -514,15 +514,17 @@ def test_once_ends_at_once_where_nothing_waits(tenant: Run, sql: Sql) -> None:
 
 def test_sigterm_lets_calls_end(tenant: Run, held: Provider, sql: Sql, start_worker: Start) -> None:
     """It takes nothing new meanwhile, and says that it is stopping."""
-    submit("hr", 12)
-    worker = start_worker("--concurrency", 8, "--grace", 60)
+    submit("hr", 8)
+    constants = {"saasllm_cli.jobs.worker.BEAT_SECONDS": 600.0, "saasllm_cli.jobs.worker.POLL_SECONDS": 0.1}
+    worker = start_worker("--concurrency", 8, "--grace", 60, constants=FORKED | constants)
     asked(held, 8)
-    until(lambda: running(sql) == 12)
-    submit("hr", 4)
     worker.send_signal(signal.SIGTERM)
     until(lambda: [row["status"] for row in tenant("worker", "list", "-o", "json").data] == ["stopping"])
+    submit("hr", 4)
+    time.sleep(0.5)  # in which it would take them
+    assert running(sql) == 8
     held.released.set()
-    assert "12 completed, 0 failed, 0 left to other workers. 12 credits charged." in ended(worker)
+    assert "8 completed, 0 failed, 0 left to other workers. 8 credits charged." in ended(worker)
     assert number_of(sql, "SELECT count(*) FROM job_queue WHERE state = 'waiting' AND worker_id IS NULL") == 4
     assert number_of(sql, "SELECT count(*) FROM workers") == 0
 
@@ -564,7 +566,10 @@ def test_the_processes_of_a_worker_do_not_outlive_it(tenant: Run, sql: Sql, star
     _, *pool = family(worker)
     assert len(pool) >= 2
     kill([worker.pid])
-    until(lambda: not [pid for pid in pool if Path(f"/proc/{pid}").exists()])
+    try:
+        until(lambda: not [pid for pid in pool if Path(f"/proc/{pid}").exists()])
+    finally:
+        kill(pool)
 
 
 def test_each_duty_is_done_by_one_at_a_time(tenant: Run, sql: Sql) -> None:
@@ -670,7 +675,7 @@ def test_workers_that_are_there(tenant: Run, sql: Sql, start_worker: Start) -> N
 def test_a_worker_that_was_forgotten_comes_back(tenant: Run, sql: Sql, start_worker: Start) -> None:
     """As one that has slept for a day."""
     made(tenant, "offline/echo", "hr")
-    worker = start_worker(constants=QUICK)
+    worker = start_worker(constants=QUICK | {"saasllm_cli.jobs.worker.BEAT_SECONDS": 3.0})
     until(lambda: number_of(sql, "SELECT count(*) FROM workers") == 1)
     sql.execute("DELETE FROM workers")
     submit("hr", 3)
