@@ -161,7 +161,7 @@ BEGIN
                 sum(job.credits_held)::bigint AS credits
             FROM new_rows job
             CROSS JOIN LATERAL public.limits_of(job.team_id::text, job.organization_id::text, job.model_groups_used) l
-            WHERE NOT (job.is_queued AND l.per = 'concurrent') -- it does not run yet
+            WHERE NOT (job.is_queued AND job.status = 'pending' AND l.per = 'concurrent') -- it does not run yet
             GROUP BY l, period_start
             ORDER BY l, period_start
         ) AS begun;
