@@ -210,6 +210,12 @@ BEGIN
         RAISE EXCEPTION 'job % cannot be completed without its deduction', uncharged
             USING ERRCODE = 'SL003', HINT = 'Complete the job and charge its team in one statement.';
     END IF;
+    IF has_queued AND has_ended THEN
+        -- What is finished leaves the queue, with its request: before the counters of limits, for which whoever takes
+        -- jobs waits with rows of the queue.
+        DELETE FROM ONLY public.job_queue
+        WHERE job_id = ANY (ARRAY(SELECT job_id FROM new_rows WHERE is_queued AND completed_at IS NOT NULL));
+    END IF;
     IF released IS NOT NULL THEN
         released := ARRAY(
             SELECT job_id
@@ -308,9 +314,6 @@ BEGIN
             GROUP BY l.limit_id
         ) AS back
         WHERE c.limit_id = back.limit_id;
-        -- What is finished leaves the queue, with its request.
-        DELETE FROM ONLY public.job_queue
-        WHERE job_id = ANY (ARRAY(SELECT job_id FROM new_rows WHERE is_queued AND completed_at IS NOT NULL));
     END IF;
     RETURN NULL;
 END

@@ -1,6 +1,7 @@
 -- The queue: jobs are submitted, taken by workers, and put back where a worker is lost.
 --
--- Lock order: a job's row before its row in the queue. Who takes jobs waits for neither: what another holds is skipped.
+-- Lock order: a job's row before its row in the queue, and that before balances and the counters of limits. Who takes
+-- jobs waits for no job: what another holds is skipped. An application that submits jobs has a search_path of its own.
 
 
 -- Begins jobs of one team and group: of those that are new, in the order of the JSON array `new_jobs`, as many as there
