@@ -323,7 +323,7 @@ BEGIN
     WHERE job_id IN (
         SELECT job_id
         FROM job_queue
-        WHERE state = 'scheduled' AND due_at <= clock_timestamp()
+        WHERE state = 'scheduled' AND due_at <= statement_timestamp() -- by the index
         ORDER BY due_at
         LIMIT 1000
         FOR UPDATE SKIP LOCKED

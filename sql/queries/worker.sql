@@ -134,7 +134,7 @@ WITH forgotten AS (
 answer AS (
     DELETE FROM job_answers
     WHERE job_id IN (
-        SELECT job_id FROM job_answers WHERE expires_at <= clock_timestamp() ORDER BY expires_at LIMIT %(row_limit)s
+        SELECT job_id FROM job_answers WHERE expires_at <= statement_timestamp() ORDER BY expires_at LIMIT %(row_limit)s
     )
     RETURNING 1
 )
