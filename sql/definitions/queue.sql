@@ -406,6 +406,12 @@ BEGIN
             WHERE q.state = 'waiting'
               AND q.team_id = turn.team_id
               AND q.group_name = turn.group_name
+              -- Those that wait for room of their team take none of their organization's from others.
+              AND NOT EXISTS (
+                  SELECT
+                  FROM room
+                  WHERE room.team_id = turn.team_id AND room.group_name = turn.group_name AND room.room_jobs < 1
+              )
               AND (with_suspect OR q.losses < 2)
               AND j.lease_expires_at > clock_timestamp()
             ORDER BY q.priority, q.queue_no
