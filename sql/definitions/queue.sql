@@ -473,6 +473,22 @@ BEGIN
 END
 $$;
 
+-- By when credits were last allocated, missed periods are granted: that is said by who may grant them.
+CREATE FUNCTION refuse_allocation() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF NOT has_table_privilege('public.credit_schedules', 'UPDATE') THEN
+        RAISE EXCEPTION 'when credits were allocated is said by who may allocate them'
+            USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER duties_allocate AFTER UPDATE ON duties
+    FOR EACH ROW WHEN (OLD.duty = 'allocate' AND NEW.done_at IS DISTINCT FROM OLD.done_at)
+    EXECUTE FUNCTION refuse_allocation();
+
 
 -- Who takes jobs, and how many each has. One that has told nothing for 45 seconds is lost: of what it ran the leases
 -- have run out.

@@ -111,6 +111,7 @@ FROM (
     FROM duties
     JOIN unnest(%(duties)s::text[], %(holds)s::double precision[]) AS asked (duty, hold) USING (duty)
     WHERE next_at <= clock_timestamp()
+       OR next_at > clock_timestamp() + asked.hold * interval '1 second' -- by a clock that was wrong
     ORDER BY next_at
     LIMIT 1
     FOR UPDATE OF duties SKIP LOCKED
