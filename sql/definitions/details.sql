@@ -83,7 +83,7 @@ CROSS JOIN LATERAL (
     FROM jobs j
     WHERE j.team_id = t.team_id
       AND j.status IN ('pending', 'in_progress')
-      AND j.lease_expires_at <= clock_timestamp()
+      AND j.lease_expires_at <= statement_timestamp() -- by the index
       AND NOT (j.is_queued AND j.status = 'in_progress')
 ) expired;
 

@@ -161,7 +161,7 @@ BEGIN
                 sum(job.credits_held)::bigint AS credits
             FROM new_rows job
             CROSS JOIN LATERAL public.limits_of(job.team_id::text, job.organization_id::text, job.model_groups_used) l
-            WHERE NOT (job.is_queued AND l.per = 'concurrent') -- it does not run yet
+            WHERE NOT (job.is_queued AND job.status = 'pending' AND l.per = 'concurrent') -- it does not run yet
             GROUP BY l, period_start
             ORDER BY l, period_start
         ) AS begun;
@@ -209,6 +209,12 @@ BEGIN
     IF uncharged IS NOT NULL THEN
         RAISE EXCEPTION 'job % cannot be completed without its deduction', uncharged
             USING ERRCODE = 'SL003', HINT = 'Complete the job and charge its team in one statement.';
+    END IF;
+    IF has_queued AND has_ended THEN
+        -- What is finished leaves the queue, with its request: before the counters of limits, for which whoever takes
+        -- jobs waits with rows of the queue.
+        DELETE FROM ONLY public.job_queue
+        WHERE job_id = ANY (ARRAY(SELECT job_id FROM new_rows WHERE is_queued AND completed_at IS NOT NULL));
     END IF;
     IF released IS NOT NULL THEN
         released := ARRAY(
@@ -308,9 +314,6 @@ BEGIN
             GROUP BY l.limit_id
         ) AS back
         WHERE c.limit_id = back.limit_id;
-        -- What is finished leaves the queue, with its request.
-        DELETE FROM ONLY public.job_queue
-        WHERE job_id = ANY (ARRAY(SELECT job_id FROM new_rows WHERE is_queued AND completed_at IS NOT NULL));
     END IF;
     RETURN NULL;
 END

@@ -1,6 +1,7 @@
 -- The queue: jobs are submitted, taken by workers, and put back where a worker is lost.
 --
--- Lock order: a job's row before its row in the queue. Who takes jobs waits for neither: what another holds is skipped.
+-- Lock order: a job's row before its row in the queue, and that before balances and the counters of limits. Who takes
+-- jobs waits for no job: what another holds is skipped. An application that submits jobs has a search_path of its own.
 
 
 -- Begins jobs of one team and group: of those that are new, in the order of the JSON array `new_jobs`, as many as there
@@ -12,7 +13,7 @@ RETURNS TABLE (
     job_id uuid, outcome text, limit_reached jsonb, credits_held bigint, organization_id text, model_names text[],
     model_prices jsonb, existing_job_id uuid, existing_status text, existing_request_hash text
 )
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = public, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
 #variable_conflict use_column
 BEGIN
     RETURN QUERY
@@ -223,7 +224,7 @@ CREATE FUNCTION submit_job(
     idempotency_key  text        DEFAULT NULL
 )
 RETURNS uuid
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
     begun record;
@@ -299,7 +300,8 @@ RETURNS TABLE (
     job_id uuid, team_id text, group_name text, request jsonb, purpose text, timeout_seconds integer,
     is_suspect boolean, model_names text[], model_prices jsonb
 )
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_mergejoin = off AS $$
+LANGUAGE plpgsql SET search_path = public, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+SET enable_mergejoin = off AS $$
 #variable_conflict use_column
 DECLARE
     worker        workers;
@@ -322,7 +324,7 @@ BEGIN
     WHERE job_id IN (
         SELECT job_id
         FROM job_queue
-        WHERE state = 'scheduled' AND due_at <= clock_timestamp()
+        WHERE state = 'scheduled' AND due_at <= statement_timestamp() -- by the index
         ORDER BY due_at
         LIMIT 1000
         FOR UPDATE SKIP LOCKED
@@ -404,6 +406,12 @@ BEGIN
             WHERE q.state = 'waiting'
               AND q.team_id = turn.team_id
               AND q.group_name = turn.group_name
+              -- Those that wait for room of their team take none of their organization's from others.
+              AND NOT EXISTS (
+                  SELECT
+                  FROM room
+                  WHERE room.team_id = turn.team_id AND room.group_name = turn.group_name AND room.room_jobs < 1
+              )
               AND (with_suspect OR q.losses < 2)
               AND j.lease_expires_at > clock_timestamp()
             ORDER BY q.priority, q.queue_no
@@ -464,6 +472,22 @@ BEGIN
     ORDER BY chosen.place, chosen.queue_no;
 END
 $$;
+
+-- By when credits were last allocated, missed periods are granted: that is said by who may grant them.
+CREATE FUNCTION refuse_allocation() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF NOT has_table_privilege('public.credit_schedules', 'UPDATE') THEN
+        RAISE EXCEPTION 'when credits were allocated is said by who may allocate them'
+            USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER duties_allocate AFTER UPDATE ON duties
+    FOR EACH ROW WHEN (OLD.duty = 'allocate' AND NEW.done_at IS DISTINCT FROM OLD.done_at)
+    EXECUTE FUNCTION refuse_allocation();
 
 
 -- Who takes jobs, and how many each has. One that has told nothing for 45 seconds is lost: of what it ran the leases

@@ -42,8 +42,10 @@ GRANT UPDATE (
 ) ON team_credits TO saasllm_runner;
 GRANT UPDATE (credits_used, credits_expired, last_used_no) ON credit_grants TO saasllm_runner;
 GRANT INSERT (team_id, last_no, grant_id, credits) ON credit_uses TO saasllm_runner;
-GRANT INSERT, UPDATE, DELETE ON limit_counters, job_queue, job_answers, workers TO saasllm_runner;
-GRANT UPDATE ON duties TO saasllm_runner;
+GRANT INSERT, UPDATE, DELETE ON limit_counters, workers TO saasllm_runner;
+GRANT INSERT, DELETE ON job_queue, job_answers TO saasllm_runner;
+GRANT UPDATE (state, worker_id, losses) ON job_queue TO saasllm_runner;
+GRANT UPDATE (next_at, done_at, worker_id) ON duties TO saasllm_runner;
 
 -- saasllm_admin does all but change the schema. The ledger and the audit log only grow: what leaves them, leaves with
 -- its whole team.

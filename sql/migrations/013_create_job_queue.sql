@@ -22,6 +22,8 @@ CREATE TABLE job_queue (
     CONSTRAINT job_queue_priority CHECK (priority BETWEEN 0 AND 100),
     CONSTRAINT job_queue_timeout CHECK (timeout_seconds BETWEEN 1 AND 86400),
     CONSTRAINT job_queue_expiry CHECK (expires_at > due_at),
+    -- As of jobs: no time that no client can read.
+    CONSTRAINT job_queue_times CHECK (due_at >= '1970-01-01' AND expires_at < '9999-01-01'),
     CONSTRAINT job_queue_request CHECK (
         jsonb_typeof(request) = 'object' AND jsonb_typeof(request -> 'messages') = 'array'
     )
@@ -37,7 +39,8 @@ CREATE TABLE job_answers (
     content    text,
     tool_calls jsonb,
     not_sent   text[]      NOT NULL DEFAULT '{}', -- the parameters that the provider did not get
-    expires_at timestamptz NOT NULL
+    expires_at timestamptz NOT NULL,
+    CONSTRAINT job_answers_times CHECK (expires_at >= '1970-01-01' AND expires_at < '9999-01-01')
 );
 
 CREATE INDEX job_answers_by_expiry ON job_answers (expires_at);
@@ -57,7 +60,10 @@ CREATE TABLE workers (
     is_stopping     boolean     NOT NULL DEFAULT false,
     has_seen_all    boolean     NOT NULL DEFAULT false, -- when it last took jobs
     last_team_id    text        NOT NULL DEFAULT '', -- whose turn it was last
-    last_group_name text        NOT NULL DEFAULT ''
+    last_group_name text        NOT NULL DEFAULT '',
+    CONSTRAINT workers_times CHECK (
+        started_at >= '1970-01-01' AND started_at < '9999-01-01' AND seen_at >= '1970-01-01' AND seen_at < '9999-01-01'
+    )
 ) WITH (fillfactor = 20); -- each updates its row all the time
 
 -- What workers do besides, as cron would: each once over all of them.
@@ -65,7 +71,10 @@ CREATE TABLE duties (
     duty      text        PRIMARY KEY,
     next_at   timestamptz NOT NULL DEFAULT now(),
     done_at   timestamptz,
-    worker_id bigint -- who is doing it
+    worker_id bigint, -- who is doing it
+    CONSTRAINT duties_times CHECK (
+        next_at >= '1970-01-01' AND next_at < '9999-01-01' AND done_at >= '1970-01-01' AND done_at < '9999-01-01'
+    )
 );
 
 INSERT INTO duties (duty) VALUES ('sweep'), ('allocate'), ('prune');

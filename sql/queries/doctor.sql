@@ -109,7 +109,7 @@ SELECT
     (
         SELECT count(*)
         FROM jobs
-        WHERE status IN ('pending', 'in_progress') AND lease_expires_at <= clock_timestamp()
+        WHERE status IN ('pending', 'in_progress') AND lease_expires_at <= statement_timestamp()
     ) AS expired_jobs,
     count(*) AS due_teams,
     min(s.next_on) AS due_since

@@ -523,7 +523,8 @@ RETURNING job_id;
 -- name: sweep(team_id, row_limit) :one
 -- Ends the leases that ran out, of the team or of all: fails the jobs, and frees their credits; but what a worker ran
 -- waits for another, up to three times. Says how many leases were `swept`, and how many of those jobs wait again. It
--- waits for what is just being settled or swept by another, so that afterwards the credits are free.
+-- waits for what is just being settled or swept by another, so that afterwards the credits are free. However many jobs
+-- are open, the index tells those whose lease ran out: by the time of the statement, not by a clock that goes on.
 WITH expired AS (
     SELECT
         j.job_id,
@@ -537,11 +538,20 @@ WITH expired AS (
         END AS fate
     FROM jobs j
     LEFT JOIN job_queue q USING (job_id)
-    WHERE (%(team_id)s::text IS NULL OR j.team_id = %(team_id)s)
+    WHERE j.job_id = ANY (
+        ARRAY(
+            SELECT job_id
+            FROM jobs
+            WHERE (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
+              AND status IN ('pending', 'in_progress')
+              AND lease_expires_at <= statement_timestamp()
+            ORDER BY team_id, lease_expires_at
+            LIMIT %(row_limit)s
+        )
+    )
       AND j.status IN ('pending', 'in_progress')
-      AND j.lease_expires_at <= clock_timestamp()
+      AND j.lease_expires_at <= statement_timestamp()
     ORDER BY j.job_id
-    LIMIT %(row_limit)s
     FOR UPDATE OF j
 ),
 balance AS (
@@ -581,7 +591,7 @@ FROM swept;
 -- The teams with jobs whose lease ran out.
 SELECT DISTINCT team_id
 FROM jobs
-WHERE status IN ('pending', 'in_progress') AND lease_expires_at <= clock_timestamp()
+WHERE status IN ('pending', 'in_progress') AND lease_expires_at <= statement_timestamp()
 ORDER BY team_id;
 
 -- name: results(job_ids) :many

@@ -52,7 +52,8 @@ WHERE j.job_id = mine.job_id
 RETURNING j.job_id;
 
 -- name: put_back(worker_id, job_ids) :many
--- What it has taken and does not run after all waits for another.
+-- What it has taken and does not run after all waits for another. (What it waits for here may meanwhile have become
+-- another's: then its row in the queue says so, as the job's alone would not.)
 WITH held AS (
     SELECT j.job_id, q.expires_at
     FROM jobs j
@@ -62,7 +63,7 @@ WITH held AS (
       AND q.worker_id = %(worker_id)s
       AND q.state = 'running'
     ORDER BY j.job_id
-    FOR UPDATE OF j
+    FOR UPDATE
 ),
 job AS (
     UPDATE jobs
@@ -73,7 +74,8 @@ job AS (
     RETURNING jobs.job_id
 )
 UPDATE job_queue q
-SET state = 'waiting'
+SET state = 'waiting',
+    worker_id = NULL
 FROM job
 WHERE q.job_id = job.job_id
 RETURNING q.job_id;
@@ -91,7 +93,7 @@ WHERE job_id IN (
       AND q.worker_id = %(worker_id)s
       AND q.state = 'running'
     ORDER BY j.job_id
-    FOR UPDATE OF j
+    FOR UPDATE
 )
 RETURNING job_id;
 
@@ -109,6 +111,7 @@ FROM (
     FROM duties
     JOIN unnest(%(duties)s::text[], %(holds)s::double precision[]) AS asked (duty, hold) USING (duty)
     WHERE next_at <= clock_timestamp()
+       OR next_at > clock_timestamp() + asked.hold * interval '1 second' -- by a clock that was wrong
     ORDER BY next_at
     LIMIT 1
     FOR UPDATE OF duties SKIP LOCKED
@@ -132,7 +135,7 @@ WITH forgotten AS (
 answer AS (
     DELETE FROM job_answers
     WHERE job_id IN (
-        SELECT job_id FROM job_answers WHERE expires_at <= clock_timestamp() ORDER BY expires_at LIMIT %(row_limit)s
+        SELECT job_id FROM job_answers WHERE expires_at <= statement_timestamp() ORDER BY expires_at LIMIT %(row_limit)s
     )
     RETURNING 1
 )
