@@ -869,7 +869,7 @@ def test_a_worker_that_is_stopped_is_not_waited_for(
     send = Pool.send
 
     def stopping(pool: Pool, tasks: list[Any]) -> None:
-        pid = next(iter(pool._processes.values())).pid
+        pid = next(iter(pool._processes.values())).process.pid
         assert pid
         os.kill(pid, signal.SIGSTOP)
         send(pool, tasks)

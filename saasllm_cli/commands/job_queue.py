@@ -62,13 +62,23 @@ from saasllm_cli.rules import Expiry
 from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
-    from saasllm_cli.jobs.queue import Line
+    from saasllm_cli.jobs.queue import Submitted
     from saasllm_cli.jobs.runner import JobResult
 
-OPEN = ("pending", "in_progress")
-JOB_TYPE = "completion"
+# What --file can be combined with; all else is for its lines to say.
+OF_A_FILE = {
+    "file",
+    "team",
+    "group",
+    "json_schema",
+    "timeout",
+    "priority",
+    "at",
+    "expires",
+    "idempotency_key",
+    "output",
+}
 MOST_TOLD = 5
-CHARGE = ("credits_charged", "credits_short", "is_unpriced")
 _ENDED = {"failed": "failed", "cancelled": "was cancelled"}
 
 Job = Annotated[JobName, typer.Argument(**A_JOB, show_default=False, help="Job ID, or the beginning of one.")]
@@ -103,6 +113,7 @@ ExpiresAfter = Annotated[
 
 
 def submit(
+    ctx: typer.Context,
     team: Team,
     group: Group,
     prompt: Prompt = None,
@@ -117,7 +128,7 @@ def submit(
     stop: Stop = [],
     param: Parameters = [],
     purpose: Purpose = None,
-    job_type: JobType = JOB_TYPE,
+    job_type: JobType = "completion",
     external_task_id: ExternalTaskId = None,
     metadata: Metadata = [],
     timeout: Timeout = 300,
@@ -138,19 +149,18 @@ def submit(
     invalid.
     """
     from saasllm_cli.jobs import queue
-    from saasllm_cli.jobs.batch.tasks import Source
+    from saasllm_cli.jobs.lines import Source
 
     due_at = None if at is None else at.at or datetime.now(UTC) + (at.after or timedelta())
     terms = queue.Terms(priority, due_at, expires.total_seconds())
     if file is not None:
-        own = {
-            "--prompt": prompt, "--prompt-file": prompt_file, "--system": system, "--messages": messages,
-            "--temperature": temperature, "--max-tokens": max_tokens, "--top-p": top_p, "--seed": seed,
-            "--stop": stop or None, "--param": param or None, "--purpose": purpose,
-            "--external-task-id": external_task_id, "--metadata": metadata or None,
-            "--job-type": None if job_type == JOB_TYPE else job_type,
-        }  # fmt: skip
-        if wrong := [option for option, value in own.items() if value is not None]:
+        wrong = [
+            option.opts[0]
+            for option in ctx.command.params
+            if option.name in ctx.params.keys() - OF_A_FILE
+            and getattr(ctx.get_parameter_source(option.name), "name", None) == "COMMANDLINE"
+        ]
+        if wrong:
             raise InvalidInput(
                 "usage", f"--file cannot be combined with {wrong[0]}.", "Give it in the lines of the file."
             )
@@ -188,7 +198,7 @@ def submit(
     show(job, output)
 
 
-def _submit_lines(chunks: "Iterable[list[Line]]", team: str, has_key: bool, output: Format | None) -> None:
+def _submit_lines(chunks: "Iterable[list[Submitted]]", team: str, has_key: bool, output: Format | None) -> None:
     """Shows the id of each job as it is submitted, and tells of the lines that were not."""
     is_plain = (output or settings().output) is Format.TABLE
     rows: list[dict[str, Any]] = []
@@ -234,7 +244,7 @@ def _submit_lines(chunks: "Iterable[list[Line]]", team: str, has_key: bool, outp
         raise CheckFailed("some_failed", told, f"Correct them, and {again}.")
 
 
-def _refusal(line: "Line", team: str, has_key: bool) -> SaasllmError:
+def _refusal(line: "Submitted", team: str, has_key: bool) -> SaasllmError:
     """Why this line and those behind it were not submitted."""
     again = "run the same command again" if has_key else "submit the remaining lines"
     if line.limit_reached:
@@ -280,7 +290,7 @@ def result(job: Job, output: Output = None) -> None:
     job_id = job_id_of(job)
     with database.connect() as db:
         row = queue.results(db, [job_id])[0]
-    if row["status"] in OPEN:
+    if row["status"] in queue.OPEN:
         raise Conflict(
             "job_not_finished",
             f"Job {job_id} is still {row['status']}.",
@@ -292,6 +302,8 @@ def result(job: Job, output: Output = None) -> None:
 
 def _show(rows: list[dict[str, Any]], output: Format | None) -> None:
     """The answers; raises where there is one that is missing."""
+    from saasllm_cli.jobs.runner import CHARGE
+
     output = output or settings().output
     errors: list[SaasllmError] = []
     shown: list[dict[str, Any]] = []

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -22,12 +22,23 @@ from saasllm_cli.jobs.calls import Call, CallRequest, Traffic, ask_models, run_c
 from saasllm_cli.jobs.prices import Prices
 from saasllm_cli.jobs.signals import UNINTERRUPTED, signals
 
-GATHER_SECONDS = 0.05  # in which a worker's results become one message
+GATHER_SECONDS = 0.05  # in which a process's results become one message
 LINGER_SECONDS = 0.1  # in which the results of all become one group
-BEAT_SECONDS = 5.0  # after which a worker tells something in any case
+BEAT_SECONDS = 5.0  # after which a process tells something in any case
 SILENT_SECONDS = 60.0  # after which one is given up: it was stopped, and may never go on
 START_METHOD: Final = "spawn"  # a fork would take along the locks that other threads have, and the other pipes' ends
 WAKE = object()
+
+
+@dataclass(slots=True)
+class _Process:
+    """A process as the leading one sees it: the jobs that it has, and for how many seconds it has told nothing."""
+
+    process: BaseProcess
+    outbox: SimpleQueue[Any]
+    reader: Thread
+    jobs: set[str] = field(default_factory=set)
+    silent: float = 0.0
 
 
 class Pool:
@@ -44,12 +55,8 @@ class Pool:
         self._count = processes
         self._concurrency = concurrency
         self._on_death = on_death
-        self._processes: dict[Connection, BaseProcess] = {}
-        self._jobs: dict[Connection, set[str]] = {}
-        self._outboxes: dict[Connection, SimpleQueue[Any]] = {}
+        self._processes: dict[Connection, _Process] = {}  # by their pipes
         self._inbox: SimpleQueue[tuple[Connection | None, Any]] = SimpleQueue()
-        self._readers: dict[Connection, Thread] = {}
-        self._silent: dict[Connection, float] = {}
         self._looked_at = time.monotonic()
 
     def __enter__(self) -> "Pool":
@@ -68,23 +75,21 @@ class Pool:
             process = context.Process(target=_work, args=(theirs, self._concurrency, profile_flag.get()), daemon=True)
             process.start()
         theirs.close()
-        self._processes[ours] = process
-        self._jobs[ours] = set()
-        self._silent[ours] = 0
-        self._outboxes[ours] = SimpleQueue()
-        self._readers[ours] = Thread(target=_read, args=(ours, self._inbox), daemon=True)
-        self._readers[ours].start()
-        Thread(target=_write, args=(ours, self._outboxes[ours]), daemon=True).start()
+        outbox: SimpleQueue[Any] = SimpleQueue()
+        reader = Thread(target=_read, args=(ours, self._inbox), daemon=True)
+        self._processes[ours] = _Process(process, outbox, reader)
+        reader.start()
+        Thread(target=_write, args=(ours, outbox), daemon=True).start()
 
     def send(self, tasks: list[Any]) -> None:
         """Shares the tasks among the processes: jobs' ids, models, requests and prices."""
         shares = defaultdict(list)
         for task in tasks:
-            pipe = min(self._processes, key=lambda pipe: len(self._jobs[pipe]))
-            self._jobs[pipe].add(task[0])
+            pipe = min(self._processes, key=lambda pipe: len(self._processes[pipe].jobs))
+            self._processes[pipe].jobs.add(task[0])
             shares[pipe].append(task)
         for pipe, share in shares.items():
-            self._outboxes[pipe].put(share)
+            self._processes[pipe].outbox.put(share)
 
     def wake(self) -> None:
         """Ends a wait for results, from another thread."""
@@ -103,16 +108,17 @@ class Pool:
         for pipe, message in told:
             if pipe not in self._processes:  # it is to wake this one, or was given up
                 continue
-            self._silent[pipe] = 0
+            told_by = self._processes[pipe]
+            told_by.silent = 0
             if message is None:
                 dead.append(pipe)
                 continue
             results, passed_over, closed = message
-            self._jobs[pipe].difference_update(job_id for job_id, *_ in results)
+            told_by.jobs.difference_update(job_id for job_id, *_ in results)
             self.passed_over |= passed_over
             if closed:  # what a provider has said to one is said to all
                 for other in self._processes.keys() - {pipe}:
-                    self._outboxes[other].put(closed)
+                    self._processes[other].outbox.put(closed)
             yield from results
         self._look_for_silent()
         for pipe in dead:
@@ -123,9 +129,9 @@ class Pool:
         count."""
         now = time.monotonic()
         passed, self._looked_at = min(now - self._looked_at, 1.0), now
-        for pipe in list(self._processes):
-            self._silent[pipe] += passed
-            if self._silent[pipe] > SILENT_SECONDS:
+        for pipe, process in list(self._processes.items()):
+            process.silent += passed
+            if process.silent > SILENT_SECONDS:
                 silent = f"A worker process has not responded for {SILENT_SECONDS:.0f} s; it may have been stopped."
                 self._replace(pipe, SaasllmError("worker_silent", silent, "Run the same command again."))
 
@@ -133,17 +139,17 @@ class Pool:
         if self._on_death is None:
             raise death
         if pipe in self._processes:
-            jobs = sorted(self._jobs[pipe])
+            jobs = sorted(self._processes[pipe].jobs)
             self._end(pipe)
             self._start()
             self._on_death(jobs)
 
     def _end(self, pipe: Connection) -> None:
-        process = self._processes.pop(pipe)
-        process.kill()
-        process.join()
-        self._readers.pop(pipe).join()
-        self._outboxes[pipe].put(None)
+        ended = self._processes.pop(pipe)
+        ended.process.kill()
+        ended.process.join()
+        ended.reader.join()
+        ended.outbox.put(None)
         pipe.close()
 
     def stop(self) -> None:
@@ -165,7 +171,7 @@ def _read(pipe: Connection, inbox: "SimpleQueue[tuple[Connection | None, Any]]")
 
 
 def _work(pipe: Connection, concurrency: int, profile: str | None) -> None:
-    """A worker: calls the models for what comes in, until the pipe is closed."""
+    """In a process: calls the models for what comes in, until the pipe is closed."""
     profile_flag.set(profile)
     messages: SimpleQueue[Any] = SimpleQueue()
 

@@ -14,9 +14,8 @@ from saasllm_cli import database
 from saasllm_cli.database import Row
 from saasllm_cli.errors import InvalidInput, not_found, refused
 from saasllm_cli.jobs import chat, runner
-from saasllm_cli.jobs.batch.lines import tasks
-from saasllm_cli.jobs.batch.tasks import Source, Task
 from saasllm_cli.jobs.calls import CallRequest
+from saasllm_cli.jobs.lines import Line, Source, lines
 from saasllm_cli.jobs.runner import JobRequest, new_job_id
 from saasllm_cli.jobs.session import Session
 
@@ -50,7 +49,7 @@ def submit(request: JobRequest, terms: Terms) -> UUID:
     return UUID(str(begun["existing_job_id"] or job_id))
 
 
-class Line(NamedTuple):
+class Submitted(NamedTuple):
     """What has become of a line: its job; or why there is none. `limit_reached` is a row of limit_details."""
 
     id: str
@@ -60,51 +59,48 @@ class Line(NamedTuple):
     limit_reached: dict[str, Any] | None = None
 
 
-def submit_lines(source: Source, terms: Terms, key: str | None) -> Iterator[list[Line]]:
+def submit_lines(source: Source, terms: Terms, key: str | None) -> Iterator[list[Submitted]]:
     """Queues a job for each line, a thousand in a transaction, and says of each what has become of it. Under a key, a
     line is queued once by its id. After the first that is refused for want of credits, or by a limit, no more are read.
 
     Raises what refuses all of them.
     """
-    chunks = _chunks(tasks(source), is_keyed=key is not None)
     with Session() as session, ThreadPoolExecutor(1) as thread:  # which writes some while the next ones are read
-        written: Future[list[Line]] | None = None
-        for chunk in chunks:
-            jobs = [_line_job(task, terms, key) for task in chunk if task.request]
+        written: Future[list[Submitted]] | None = None
+        for chunk in _chunks(source, is_keyed=key is not None):
+            jobs = [_line_job(line, line.request, terms, key) for line in chunk if line.request]
             if written:
                 yield (results := written.result())
-                if any(line.outcome in runner.REFUSALS for line in results):
+                if any(each.outcome in runner.REFUSALS for each in results):
                     return
             written = thread.submit(_submitted, session, chunk, jobs, source)
         if written:
             yield written.result()
 
 
-def _chunks(lines: Iterator[Task], is_keyed: bool) -> Iterator[list[Task]]:
+def _chunks(source: Source, is_keyed: bool) -> Iterator[list[Line]]:
     """As many as one statement takes. Under a key, a line with the id of another comes after it: it may be the same."""
-    chunk: list[Task] = []
+    chunk: list[Line] = []
     ids: set[str] = set()
-    for task in lines:
-        if len(chunk) == CHUNK or (is_keyed and task.id in ids):
+    for line in lines(source):
+        if len(chunk) == CHUNK or (is_keyed and line.id in ids):
             yield chunk
             chunk, ids = [], set()
-        chunk.append(task)
-        ids.add(task.id)
+        chunk.append(line)
+        ids.add(line.id)
     if chunk:
         yield chunk
 
 
-def _submitted(session: Session, chunk: list[Task], jobs: list[Row], source: Source) -> list[Line]:
+def _submitted(session: Session, chunk: list[Line], jobs: list[Row], source: Source) -> list[Submitted]:
     begun = iter(_begun(session, jobs, source))
     return [
-        next(begun)._replace(id=task.id)
-        if task.request
-        else Line(task.id, None, "invalid", str((task.result or {})["error"]))
-        for task in chunk
+        next(begun)._replace(id=line.id) if line.request else Submitted(line.id, None, "invalid", line.error)
+        for line in chunk
     ]
 
 
-def _begun(session: Session, jobs: list[Row], source: Source) -> list[Line]:
+def _begun(session: Session, jobs: list[Row], source: Source) -> list[Submitted]:
     """One that the database cannot store hinders no other."""
     if not jobs:
         return []
@@ -124,22 +120,21 @@ def _begun(session: Session, jobs: list[Row], source: Source) -> list[Line]:
     except InvalidInput as refusal:
         if half := len(jobs) // 2:
             return _begun(session, jobs[:half], source) + _begun(session, jobs[half:], source)
-        return [Line("", None, "invalid", refusal.message)]
-    lines = []
+        return [Submitted("", None, "invalid", refusal.message)]
+    submitted = []
     for row in rows:
         outcome = row["outcome"]
         if outcome not in ("begun", "key_in_use", "key_reused", *LACKS):
             raise refused(outcome, source.team_id, source.group_name, row["organization_id"])
         job_id = row["job_id"] if outcome == "begun" else row["existing_job_id"]
-        lines.append(Line("", job_id, outcome, limit_reached=row["limit_reached"]))
-    return lines
+        submitted.append(Submitted("", job_id, outcome, limit_reached=row["limit_reached"]))
+    return submitted
 
 
-def _line_job(task: Task, terms: Terms, key: str | None) -> Row:
-    assert task.request is not None
-    job = _job(new_job_id(), task.request, terms)
-    job["external_task_id"] = job["external_task_id"] or task.id
-    job["idempotency_key"] = None if key is None else f"{key}:{task.id}"
+def _line_job(line: Line, request: JobRequest, terms: Terms, key: str | None) -> Row:
+    job = _job(new_job_id(), request, terms)
+    job["external_task_id"] = job["external_task_id"] or line.id
+    job["idempotency_key"] = None if key is None else f"{key}:{line.id}"
     return job
 
 

@@ -203,8 +203,7 @@ class _Worker:
         """A process of the pool has died with these jobs: they are tried again, but not for ever."""
         lost = [job_id for job_id in job_ids if self._running.pop(job_id, None) is not None]
         self._on_note(f"A process has died with {len(lost)} jobs, and was replaced. They will be run again.")
-        ids = [UUID(job_id) for job_id in lost]
-        self._ask(lambda db: db.many("worker.end_leases", worker_id=self._worker_id, job_ids=ids))
+        self._extend_leases([UUID(job_id) for job_id in lost], 0, with_lost=False)
         self._sweep()
 
     def _settle(self) -> None:
@@ -212,16 +211,13 @@ class _Worker:
             return
         told = self._answered[:MOST_SETTLED]
         settled = settle_many(self._ask, told, self._refused)
-        if open_ := [row for row in told if self._is_open(settled.get(row["job_id"]))]:
+        if late := [row for row in told if _is_open(settled.get(row["job_id"]))]:
             self._sweep()  # their leases have run out: what nobody has taken since is still to be settled
-            settled |= settle_many(self._ask, open_, self._refused)
+            settled |= settle_many(self._ask, late, self._refused)
         self._answered = self._answered[MOST_SETTLED:]
         for row in told:
             self._count(row, settled.get(row["job_id"]))
         self._look_at = 0  # there may be room within a limit by now
-
-    def _is_open(self, row: database.Row | None) -> bool:
-        return row is not None and not row["settled"] and row["status"] in ("pending", "in_progress")
 
     def _count(self, told: dict[str, Any], row: database.Row | None) -> None:
         if row is None:  # refused for now, and told already
@@ -236,8 +232,7 @@ class _Worker:
             self.summary.failed += 1
 
     def _refused(self, told: dict[str, Any], refusal: SaasllmError) -> None:
-        if told not in self._unsettled:
-            self._unsettled.append(told)
+        self._unsettled.append(told)
         if self._refusals.get(told["job_id"]) != refusal.in_one_line:
             self._refusals[told["job_id"]] = refusal.in_one_line
             self._on_note(f"Job {told['job_id']} cannot be settled yet: {refusal.in_one_line}")
@@ -251,13 +246,16 @@ class _Worker:
         if self._ask(lambda db: db.maybe("worker.beat", **beat)) is None:
             self._worker_id = self._ask(self._register)
         if ids := self._job_ids():
-            lease = {"worker_id": self._worker_id, "job_ids": ids, "lease_seconds": LEASE_SECONDS}
             try:
-                self._ask(lambda db: db.many("worker.extend_leases", **lease, with_lost=True))
+                self._extend_leases(ids, LEASE_SECONDS, with_lost=True)
             except LimitReached:  # others have the room of what it would take back
-                self._ask(lambda db: db.many("worker.extend_leases", **lease, with_lost=False))
+                self._extend_leases(ids, LEASE_SECONDS, with_lost=False)
         self._answered += self._unsettled
         self._unsettled = []
+
+    def _extend_leases(self, job_ids: list[UUID], seconds: float, with_lost: bool) -> None:
+        lease = {"worker_id": self._worker_id, "job_ids": job_ids, "lease_seconds": seconds, "with_lost": with_lost}
+        self._ask(lambda db: db.many("worker.extend_leases", **lease))
 
     def _job_ids(self) -> list[UUID]:
         told = [row["job_id"] for row in (*self._answered, *self._unsettled)]
@@ -316,3 +314,7 @@ class _Worker:
                         self._pool.wake()
             if self._is_ending.wait(POLL_SECONDS):
                 return
+
+
+def _is_open(settled: database.Row | None) -> bool:
+    return settled is not None and settled["status"] in ("pending", "in_progress")

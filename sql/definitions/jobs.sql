@@ -360,3 +360,39 @@ CROSS JOIN LATERAL (
     LEFT JOIN model_prices p USING (model_name)
     WHERE group_name = g.group_name AND is_active
 ) m;
+
+
+-- What a job of a team and a group runs with, and the one condition that refuses it, where there is one; without a group
+-- it is that of the team. Where the balance is not that of the last entry, nothing could be charged: no model is paid
+-- for that.
+CREATE FUNCTION job_scope(
+    of_team text, of_group text,
+    OUT team_id text, OUT organization_id text, OUT model_names text[], OUT model_prices jsonb, OUT refusal text
+)
+LANGUAGE plpgsql STABLE SET plan_cache_mode = force_generic_plan AS $$
+#variable_conflict use_column
+BEGIN
+    SELECT
+        t.team_id,
+        t.organization_id,
+        g.model_names,
+        g.model_prices,
+        CASE
+            WHEN t.team_id IS NULL THEN 'team_not_found'
+            WHEN of_group IS NOT NULL AND g.group_name IS NULL THEN 'group_not_found'
+            WHEN o.status <> 'active' THEN 'organization_suspended'
+            WHEN t.status <> 'active' THEN 'team_suspended'
+            WHEN c.is_sound IS NOT TRUE THEN 'balance_differs'
+            WHEN of_group IS NOT NULL AND a.group_name IS NULL THEN 'group_not_assigned'
+            WHEN g.status <> 'active' THEN 'group_inactive'
+            WHEN of_group IS NOT NULL AND g.model_names IS NULL THEN 'no_active_model'
+        END
+    INTO team_id, organization_id, model_names, model_prices, refusal
+    FROM (VALUES (of_team, of_group)) AS asked (team_id, group_name)
+    LEFT JOIN teams t ON t.team_id = asked.team_id
+    LEFT JOIN organizations o ON o.organization_id = t.organization_id
+    LEFT JOIN callable_groups g ON g.group_name = asked.group_name
+    LEFT JOIN team_model_groups a ON a.team_id = t.team_id AND a.group_name = g.group_name
+    LEFT JOIN checked_balances c ON c.team_id = t.team_id;
+END
+$$;

@@ -59,27 +59,7 @@ BEGIN
         )
     ),
     scope AS (
-        SELECT
-            t.team_id,
-            t.organization_id,
-            g.model_names,
-            g.model_prices,
-            CASE
-                WHEN t.team_id IS NULL THEN 'team_not_found'
-                WHEN g.group_name IS NULL THEN 'group_not_found'
-                WHEN o.status <> 'active' THEN 'organization_suspended'
-                WHEN t.status <> 'active' THEN 'team_suspended'
-                WHEN c.is_sound IS NOT TRUE THEN 'balance_differs'
-                WHEN a.group_name IS NULL THEN 'group_not_assigned'
-                WHEN g.status <> 'active' THEN 'group_inactive'
-                WHEN g.model_names IS NULL THEN 'no_active_model'
-            END AS refusal
-        FROM (VALUES (of_team, of_group)) AS named (team_id, group_name)
-        LEFT JOIN teams t ON t.team_id = named.team_id
-        LEFT JOIN organizations o ON o.organization_id = t.organization_id
-        LEFT JOIN callable_groups g ON g.group_name = named.group_name
-        LEFT JOIN team_model_groups a ON a.team_id = t.team_id AND a.group_name = g.group_name
-        LEFT JOIN checked_balances c ON c.team_id = t.team_id
+        SELECT * FROM job_scope(of_team, of_group)
     ),
     known AS ( -- by its key; or by its id, where it was begun before, and the answer lost
         SELECT asked.place, j.job_id, j.status, j.request_hash, j.credits_held
@@ -99,7 +79,7 @@ BEGIN
         SELECT kind.job_type, p.price_id, coalesce(p.hold, 1) AS hold
         FROM (SELECT DISTINCT job_type FROM asked) AS kind
         CROSS JOIN scope
-        LEFT JOIN LATERAL price_of(scope.team_id::text, scope.organization_id::text, of_group, kind.job_type) p ON true
+        LEFT JOIN LATERAL price_of(scope.team_id, scope.organization_id, of_group, kind.job_type) p ON true
     ),
     new AS (
         SELECT
@@ -116,7 +96,7 @@ BEGIN
     hard_limit AS (
         SELECT l.*
         FROM scope
-        CROSS JOIN LATERAL hard_limits(scope.team_id::text, scope.organization_id::text, of_group) l
+        CROSS JOIN LATERAL hard_limits(scope.team_id, scope.organization_id, of_group) l
         WHERE scope.refusal IS NULL
           AND (l.per <> 'concurrent' OR EXISTS (SELECT FROM asked WHERE request IS NULL))
     ),
@@ -134,7 +114,7 @@ BEGIN
     balance AS (
         SELECT scope.team_id, scope.organization_id, locked.credits_usable, locked.last_hold_no
         FROM scope
-        CROSS JOIN LATERAL lock_balance(scope.team_id::text) AS locked
+        CROSS JOIN LATERAL lock_balance(scope.team_id) AS locked
         WHERE refusal IS NULL AND EXISTS (SELECT FROM allowed)
     ),
     begun AS (
@@ -183,7 +163,7 @@ BEGIN
             LIMIT 1
         ),
         coalesce(known.credits_held, price.hold),
-        scope.organization_id::text,
+        scope.organization_id,
         scope.model_names,
         scope.model_prices,
         known.job_id,

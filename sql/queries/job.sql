@@ -10,10 +10,10 @@
 -- prices.
 WITH request AS (
     SELECT
-        t.team_id,
-        t.organization_id,
-        g.model_names,
-        g.model_prices,
+        scope.team_id,
+        scope.organization_id,
+        scope.model_names,
+        scope.model_prices,
         terms.price_id,
         coalesce(mine.credits_held, terms.credits_held) AS credits_held,
         terms.limit_reached,
@@ -24,24 +24,12 @@ WITH request AS (
         CASE
             WHEN mine.job_id IS NOT NULL THEN 'begun'
             WHEN k.job_id IS NOT NULL THEN 'key_in_use'
-            WHEN t.team_id IS NULL THEN 'team_not_found'
-            WHEN asked.group_name IS NOT NULL AND g.group_name IS NULL THEN 'group_not_found'
-            WHEN o.status <> 'active' THEN 'organization_suspended'
-            WHEN t.status <> 'active' THEN 'team_suspended'
-            WHEN c.is_sound IS NOT TRUE THEN 'balance_differs'
-            WHEN asked.group_name IS NOT NULL AND a.group_name IS NULL THEN 'group_not_assigned'
-            WHEN g.status <> 'active' THEN 'group_inactive'
-            WHEN asked.group_name IS NOT NULL AND g.model_names IS NULL THEN 'no_active_model'
+            WHEN scope.refusal IS NOT NULL THEN scope.refusal
             WHEN terms.limit_reached IS NOT NULL THEN 'limit_reached'
         END AS known_outcome
-    FROM (VALUES (%(team_id)s::text, %(group_name)s::text)) AS asked (team_id, group_name)
-    LEFT JOIN teams t ON t.team_id = asked.team_id
-    LEFT JOIN organizations o ON o.organization_id = t.organization_id
-    LEFT JOIN callable_groups g ON g.group_name = asked.group_name
-    LEFT JOIN team_model_groups a ON a.team_id = t.team_id AND a.group_name = g.group_name
-    LEFT JOIN checked_balances c ON c.team_id = asked.team_id
+    FROM job_scope(%(team_id)s, %(group_name)s) AS scope
     LEFT JOIN LATERAL terms_of(
-        t.team_id::text, t.organization_id::text, asked.group_name, %(job_type)s::text
+        scope.team_id, scope.organization_id, %(group_name)s::text, %(job_type)s::text
     ) AS terms ON true
     LEFT JOIN jobs mine ON mine.job_id = %(job_id)s
     LEFT JOIN jobs k ON k.idempotency_key = %(idempotency_key)s
@@ -60,7 +48,7 @@ job AS (
         CASE WHEN %(group_name)s::text IS NOT NULL THEN now() END, now() + %(lease_seconds)s * interval '1 second',
         %(idempotency_key)s, %(request_hash)s, request.credits_held, balance.last_hold_no + 1
     FROM request
-    CROSS JOIN LATERAL lock_balance(request.team_id::text) AS balance
+    CROSS JOIN LATERAL lock_balance(request.team_id) AS balance
     WHERE request.known_outcome IS NULL AND balance.credits_usable >= request.credits_held
     RETURNING job_id
 )

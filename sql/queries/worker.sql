@@ -25,7 +25,8 @@ WHERE worker_id = %(worker_id)s
 RETURNING worker_id;
 
 -- name: extend_leases(worker_id, job_ids, lease_seconds, with_lost) :many
--- Of what it runs. What it had lost, as its leases ran out, and nobody has taken since, it takes back (`with_lost`).
+-- Of what it runs, from now on; by 0 seconds they run out. What it had lost, as its leases ran out, and nobody has taken
+-- since, it takes back (`with_lost`).
 WITH mine AS (
     SELECT j.job_id, q.state
     FROM jobs j
@@ -79,23 +80,6 @@ SET state = 'waiting',
 FROM job
 WHERE q.job_id = job.job_id
 RETURNING q.job_id;
-
--- name: end_leases(worker_id, job_ids) :many
--- Of what a process of it ran that has died.
-UPDATE jobs
-SET lease_expires_at = clock_timestamp()
-WHERE job_id IN (
-    SELECT j.job_id
-    FROM jobs j
-    JOIN job_queue q USING (job_id)
-    WHERE j.job_id = ANY (%(job_ids)s::uuid[])
-      AND j.status = 'in_progress'
-      AND q.worker_id = %(worker_id)s
-      AND q.state = 'running'
-    ORDER BY j.job_id
-    FOR UPDATE
-)
-RETURNING job_id;
 
 -- name: leave(worker_id) :none
 DELETE FROM workers WHERE worker_id = %(worker_id)s;

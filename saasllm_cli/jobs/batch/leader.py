@@ -16,7 +16,7 @@ from uuid import UUID
 from saasllm_cli import database
 from saasllm_cli.errors import Interrupted, InvalidInput, LimitReached, SaasllmError, refused
 from saasllm_cli.jobs.batch.journal import MAKE_ROOM, Journal, is_locked
-from saasllm_cli.jobs.batch.lines import Lines
+from saasllm_cli.jobs.batch.reader import Reader
 from saasllm_cli.jobs.batch.tasks import CONFLICT, ELSEWHERE, BatchRequest, Task, running_elsewhere
 from saasllm_cli.jobs.pool import GATHER_SECONDS, Pool
 from saasllm_cli.jobs.runner import (
@@ -109,7 +109,7 @@ class _Batch:
         self._session = stack.enter_context(Session(f"batch {self._name}", running_elsewhere()))
         self._journal.take_up()  # not before the lock is held
         self._pool = stack.enter_context(Pool(request.processes, request.concurrency))
-        self._lines = Lines(request)
+        self._reader = Reader(request)
         self._running: dict[str, Task] = {}  # by the job's id
         self._answered: list[Task] = []
         self._again: list[Task] = []  # to be begun once more
@@ -134,7 +134,7 @@ class _Batch:
         prefix = {"team_id": self._request.team_id, "key_prefix": self._key("")}
         self._session.ask(lambda db: db.many("job.end_leases", **prefix))
         self._sweep()
-        self._lines.start()
+        self._reader.start()
         while True:
             self._begin()
             if self._is_ending and not (self._running or self._answered or self._again):
@@ -200,7 +200,7 @@ class _Batch:
         room = min(self._pool.capacity - len(self._running), MOST_BEGUN)
         while not self._is_ending and not self._is_interrupted and len(tasks) < room:
             try:
-                task = self._lines.next()
+                task = self._reader.next()
             except Empty:
                 break
             if task is None:

@@ -2,26 +2,14 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from saasllm_cli.errors import Conflict
+from saasllm_cli.jobs.lines import Source
 from saasllm_cli.jobs.runner import JobRequest
 
 CONFLICT = "conflict: another request in this batch has the same id"
 ELSEWHERE = "completed and charged before; its answer is not in this output"
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Lines that are asked of a group for a team, each within `timeout` seconds; files are named by their path from
-    `folder`. Where `json_schema` is given all lines ask for JSON of it, else each for what it says itself."""
-
-    source: IO[bytes]
-    folder: Path
-    team_id: str
-    group_name: str
-    timeout: float
-    json_schema: dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,19 +1,17 @@
-"""The lines of the source, read and checked; what is wrong with one is its result."""
+"""Jobs as the lines of a file, read and checked one by one: for `job batch` and for `job submit --file`."""
 
 import json
 from collections.abc import Iterator
-from queue import Queue
-from threading import Thread
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 from saasllm_cli.errors import InvalidInput
 from saasllm_cli.jobs import chat
-from saasllm_cli.jobs.batch.tasks import BatchRequest, Source, Task
 from saasllm_cli.jobs.calls import CallRequest
 from saasllm_cli.jobs.runner import JobRequest
 from saasllm_cli.rules import METADATA_BYTES, METADATA_DEPTH, depth, json_bytes
 
-READ_AHEAD = 200  # lines
 LONGEST_ID = 200
 # What a line may hold beside its id, its messages and the parameters of the call.
 FIELDS = ("metadata", "job_type", "external_task_id", "purpose")
@@ -27,73 +25,54 @@ PARAMETERS = (
 )
 
 
-class Lines:
-    """Reads in a thread: a pipe may be slow."""
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Lines that are asked of a group for a team, each within `timeout` seconds; files are named by their path from
+    `folder`. Where `json_schema` is given all lines ask for JSON of it, else each for what it says itself."""
 
-    def __init__(self, request: BatchRequest) -> None:
-        self._request = request
-        self._queue: Queue[Task | BaseException | None] = Queue(READ_AHEAD)
-
-    def start(self) -> None:
-        Thread(target=self._read, daemon=True).start()
-
-    def next(self) -> Task | None:
-        """The next line, or None behind the last one; raises Empty where none is there yet."""
-        task = self._queue.get_nowait()
-        if isinstance(task, BaseException):
-            raise task
-        return task
-
-    def _read(self) -> None:
-        try:
-            for task in tasks(self._request):
-                _hash(task)
-                self._queue.put(task)
-            self._queue.put(None)
-        except BaseException as error:
-            self._queue.put(error)
+    source: IO[bytes]
+    folder: Path
+    team_id: str
+    group_name: str
+    timeout: float
+    json_schema: dict[str, Any] | None
 
 
-def tasks(source: Source) -> Iterator[Task]:
+class Line(NamedTuple):
+    """A line under its id, or its number where it has none: what it asks, or what is wrong with it."""
+
+    number: int
+    id: str
+    request: JobRequest | None
+    error: str | None = None
+
+
+def lines(source: Source) -> Iterator[Line]:
     """The lines, but for blank ones."""
-    for number, line in enumerate(source.source, start=1):
-        if line.strip():
-            yield _task(line, number, source)
+    for number, text in enumerate(source.source, start=1):
+        if text.strip():
+            yield _line(text, number, source)
 
 
-def _hash(task: Task) -> None:
+def not_json(error: Exception) -> str:
+    return f"The line is not valid JSON: {error}."
+
+
+def _line(text: bytes, number: int, source: Source) -> Line:
+    id_ = f"line {number}"
     try:
-        if task.request:
-            task.job["request_hash"] = task.request_hash = task.request.hash()
-    except (ValueError, RecursionError) as error:
-        task.job = {}
-        task.end("failed", error=f"The line is not valid JSON: {error}.")
-
-
-def _task(line: bytes, number: int, source: Source) -> Task:
-    """The line as a job; or what is wrong with it, under its number where it has no id."""
-    task = Task(f"line {number}", str(number))
-    try:
-        content = json.loads(line)
+        content = json.loads(text)
         if not isinstance(content, dict):
             raise InvalidInput("invalid_line", "The line must be a JSON object.")
-        id_ = content.pop("custom_id", None) or content.pop("id", None)
-        if not isinstance(id_, str) or not 1 <= len(id_) <= LONGEST_ID:
+        given = content.pop("custom_id", None) or content.pop("id", None)
+        if not isinstance(given, str) or not 1 <= len(given) <= LONGEST_ID:
             raise InvalidInput("invalid_line", f"The id (or custom_id) must be text of 1 to {LONGEST_ID} characters.")
-        task.id = chat.text(id_, "the id")
-        request = _job_request(content, source)
+        id_ = chat.text(given, "the id")
+        return Line(number, id_, _job_request(content, source))
     except (ValueError, RecursionError) as error:
-        task.end("failed", error=f"The line is not valid JSON: {error}.")
+        return Line(number, id_, None, not_json(error))
     except InvalidInput as error:
-        task.end("failed", error=error.message)
-    else:
-        task.request = request
-        task.job = {
-            "job_type": request.job_type,
-            "external_task_id": request.external_task_id,
-            "metadata": request.metadata,
-        }
-    return task
+        return Line(number, id_, None, error.message)
 
 
 def _job_request(content: dict[str, Any], source: Source) -> JobRequest:
