@@ -282,6 +282,23 @@ def test_whose_team_has_no_room_takes_none_of_others(tenant: Run, sql: Sql) -> N
     assert_nothing_broken(sql)
 
 
+def test_a_limit_that_waits_for_an_application_stops_the_others_not_for_long(tenant: Run, sql: Sql) -> None:
+    tenant("team", "create", "it", "--org", "acme", "--group", "Echo", "--credits", 5)
+    with other_session() as application, ThreadPoolExecutor() as threads:
+        application.execute("BEGIN")
+        submit(application)
+        limit = threads.submit(
+            sql.execute, "INSERT INTO limits (team_id, measure, per, amount) VALUES ('hr', 'jobs', 'day', 100)"
+        )
+        with other_session() as third:
+            until_waiting(third, 1)
+            submit(third, team="it")  # it waits for the limit, which waits for the application
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            limit.result(10)
+        application.execute("COMMIT")
+    assert tenant("limit", "set", "--team", "hr", "--measure", "jobs", "--per", "day", "--amount", 100).status == 0
+
+
 # How much is read.
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -526,6 +527,19 @@ def test_by_priority_and_not_before_it_is_due(tenant: Run, sql: Sql) -> None:
     sql.execute("UPDATE job_queue SET due_at = now()")
     _, taken = take(sql)
     assert taken == [later]
+
+
+def test_later_is_by_the_clock_of_the_database(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Slow":
+            return cls.fromtimestamp(time.time() - 3600, tz)
+
+    for module in ("rules", "commands.inputs", "commands.job_queue", "jobs.queue"):
+        monkeypatch.setattr(f"saasllm_cli.{module}.datetime", Slow, raising=False)
+    submit(tenant, "--at", "30m")
+    (row,) = sql.execute("SELECT state, due_at - now() > '29 min' AS is_later FROM job_queue").fetchall()
+    assert row == {"state": "scheduled", "is_later": True}
 
 
 def test_the_lower_priority_is_taken_first(tenant: Run, sql: Sql) -> None:

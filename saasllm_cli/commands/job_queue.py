@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -151,8 +151,8 @@ def submit(
     from saasllm_cli.jobs import queue
     from saasllm_cli.jobs.lines import Source
 
-    due_at = None if at is None else at.at or datetime.now(UTC) + (at.after or timedelta())
-    terms = queue.Terms(priority, due_at, expires.total_seconds())
+    due_at, due_after = at or Expiry()
+    terms = queue.Terms(priority, due_at, due_after, expires.total_seconds())
     if file is not None:
         wrong = [
             option.opts[0]

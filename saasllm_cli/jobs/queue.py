@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -26,11 +26,12 @@ LACKS = ("limit_reached", "insufficient_credits")
 
 
 class Terms(NamedTuple):
-    """When a worker runs a job: of a team's, those with the lower priority first, and none before it is due; one that
-    is not taken so many seconds after that fails."""
+    """When a worker runs a job: of a team's, those with the lower priority first, and none before it is due, at a time
+    or so long after now by the clock of the database; one that is not taken so many seconds after that fails."""
 
     priority: int = 50
     due_at: datetime | None = None
+    due_after: timedelta | None = None
     expires: float = 604_800.0
 
 
@@ -152,6 +153,7 @@ def _job(job_id: UUID, request: JobRequest, terms: Terms) -> Row:
         "timeout_seconds": request.call.timeout,
         "priority": terms.priority,
         "due_at": terms.due_at and terms.due_at.isoformat(),
+        "due_seconds": terms.due_after and terms.due_after.total_seconds(),
         "expires_seconds": terms.expires,
     }
 

@@ -334,9 +334,10 @@ CREATE TRIGGER jobs_forget AFTER DELETE ON jobs
 
 
 -- A limit that is new counts what was used before, in the period that is under way, and what is running. Jobs that
--- begin or end meanwhile would be counted twice or not at all: they wait.
+-- begin or end meanwhile would be counted twice or not at all: they wait. But not for long, should the transaction of an
+-- application that has submitted a job not end.
 CREATE FUNCTION count_past_use() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET lock_timeout = '3s' AS $$
 BEGIN
     LOCK TABLE ONLY public.jobs IN SHARE ROW EXCLUSIVE MODE;
     IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN

@@ -45,18 +45,21 @@ BEGIN
             job.purpose,
             coalesce(job.timeout_seconds, 300) AS timeout_seconds,
             coalesce(job.priority, 50) AS priority,
-            greatest(job.due_at, now()) AS due_at,
-            greatest(job.due_at, now()) + coalesce(job.expires_seconds, 604800) * interval '1 second' AS expires_at
+            due.due_at,
+            due.due_at + coalesce(job.expires_seconds, 604800) * interval '1 second' AS expires_at
         FROM ROWS FROM (
             jsonb_to_recordset(new_jobs) AS (
                 job_id uuid, job_type text, external_task_id text, metadata jsonb, idempotency_key text,
                 request_hash text, request jsonb, purpose text, timeout_seconds integer, priority smallint,
-                due_at timestamptz, expires_seconds double precision
+                due_at timestamptz, due_seconds double precision, expires_seconds double precision
             )
         ) WITH ORDINALITY AS job (
             job_id, job_type, external_task_id, metadata, idempotency_key, request_hash, request, purpose,
-            timeout_seconds, priority, due_at, expires_seconds, place
+            timeout_seconds, priority, due_at, due_seconds, expires_seconds, place
         )
+        CROSS JOIN LATERAL (
+            SELECT greatest(job.due_at, now() + job.due_seconds * interval '1 second', now()) AS due_at
+        ) AS due
     ),
     scope AS (
         SELECT * FROM job_scope(of_team, of_group)
