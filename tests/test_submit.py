@@ -418,12 +418,12 @@ def test_a_file_is_submitted_once_under_a_key(tenant: Run, home: Path, sql: Sql)
     first = submitted(tenant, home, *lines, lines[0], options=key)  # the same line twice
     ids = first.out.split()
     assert (first.status, ids[3], len(set(ids))) == (0, ids[0], 3)
-    assert first.err == "Submitted 3 jobs. 1 job had been submitted before.\n"
+    assert first.err == "Submitted 3 jobs. 1 had already been submitted.\n"
     work(tenant)
     more = {"id": "3", "prompt": "Hello 3"}
     second = submitted(tenant, home, *lines, {"id": "0", "prompt": "Other"}, more, options=key)
     assert (second.status, second.out.split()[:3]) == (9, ids[:3])
-    assert second.err.startswith("Submitted 1 job. 3 jobs had been submitted before.\n")
+    assert second.err.startswith("Submitted 1 job. 3 had already been submitted.\n")
     assert "\n  0: this ID was already used for another request\n" in second.err
     assert "run the same command again: each line is submitted once" in second.err
     assert (count(sql, "jobs"), count(sql, "job_queue"), credits_of(tenant)) == (4, 1, (7, 1))

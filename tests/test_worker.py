@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +26,12 @@ from provider import Provider
 from psycopg.rows import dict_row
 
 from saasllm_cli import database
+from saasllm_cli.commands.worker import _tell
 from saasllm_cli.errors import LimitReached
 from saasllm_cli.jobs import duties, offline, runner
 from saasllm_cli.jobs.answers import Answer
 from saasllm_cli.jobs.duties import Duties
+from saasllm_cli.jobs.worker import Summary
 from saasllm_cli.settings import settings
 
 Run = Callable[..., Result]
@@ -746,3 +749,13 @@ def test_what_a_provider_says_to_one_process_is_heeded_by_the_others(
     assert (asked.count("limited"), asked.count("ok")) == (1, 21)
     worker.send_signal(signal.SIGTERM)
     ended(worker)
+
+
+def test_after_ctrl_c_a_terminal_shows_what_it_waits_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    _tell(Summary(completed=3, failed=1), 2, 0.5)
+    assert "2 running · 4 done, 1 failed · 0.5/s" in capsys.readouterr().err
+    _tell(Summary(is_interrupted=True), 2, 0.5)
+    assert "Waiting for 2 running jobs … To stop at once, press Ctrl-C again." in capsys.readouterr().err

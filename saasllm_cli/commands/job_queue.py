@@ -93,7 +93,7 @@ File = Annotated[
     ),
 ]
 Priority = Annotated[
-    int, typer.Option(min=0, max=100, metavar="N", help="From 0 to 100; among a team's jobs, lower numbers run first.")
+    int, typer.Option(min=0, max=100, metavar="N", help="Of a team's jobs, those with lower numbers run first.")
 ]
 At = Annotated[
     Expiry | None,
@@ -101,13 +101,16 @@ At = Annotated[
         "--at",
         parser=expiry,
         metavar="WHEN",
-        help="Do not run it before then: 2h (in 2 hours), 2027-01-01 or an RFC 3339 time.",
+        help="Run the job no earlier than this: 2h (in 2 hours), 2027-01-01 or an RFC 3339 time.",
     ),
 ]
 ExpiresAfter = Annotated[
     timedelta,
     typer.Option(
-        "--expires", parser=lasting, metavar="TIME", help="Fail it if it waits longer than this for a worker: 24h, 7d."
+        "--expires",
+        parser=lasting,
+        metavar="TIME",
+        help="Fail the job if it waits longer than this for a worker: 24h, 7d.",
     ),
 ]
 
@@ -146,7 +149,7 @@ def submit(
 
     With --file, each line is a job, as in `saasllm job batch`; its `id` becomes the external task ID. With
     --idempotency-key as well, you can run the same command again: each line is submitted once. Exit 9 if lines were
-    invalid.
+    invalid, 5 if the credits ran out.
     """
     from saasllm_cli.jobs import queue
     from saasllm_cli.jobs.lines import Source
@@ -231,7 +234,7 @@ def _submit_lines(chunks: "Iterable[list[Submitted]]", team: str, has_key: bool,
         for text in [*wrong[:MOST_TOLD], *[f"and {len(wrong) - MOST_TOLD} more"] * (len(wrong) > MOST_TOLD)]
     )
     if is_plain:
-        before = f" {counted(known, 'job')} had been submitted before." if known else ""
+        before = f" {known} had already been submitted." if known else ""
         note(f"Submitted {counted(submitted, 'job')}.{before}", team_id=team, submitted=submitted)
         if wrong and refusal:
             warn(told)
@@ -269,7 +272,8 @@ def wait(
 ) -> None:
     """Wait for submitted jobs and print their answers.
 
-    Output and exit status are as in `saasllm job run`: 8 if a job failed, was cancelled or did not finish in time.
+    Output and exit status are as in `saasllm job run`: 8 if a job failed, was cancelled or did not finish in time. The
+    answers come in the order of the arguments; with several, -o json prints a list.
     """
     from saasllm_cli.jobs import queue
 

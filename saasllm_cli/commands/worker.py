@@ -44,7 +44,7 @@ def run(
     team: Annotated[str | None, typer.Option(**A_TEAM, help="Run only jobs of this team.")] = None,
     org: Annotated[str | None, typer.Option(**AN_ORGANIZATION, help="Run only jobs of this organization.")] = None,
     group: Annotated[str | None, typer.Option(**A_GROUP, help="Run only jobs for this model group.")] = None,
-    once: Annotated[bool, typer.Option("--once", help="Stop when no job is waiting, as in cron and CI.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Stop when no job is waiting; for cron and CI.")] = False,
     grace: Annotated[
         int,
         typer.Option(min=0, max=86400, metavar="SECONDS", help="How long to wait for running jobs after a signal."),
@@ -53,8 +53,8 @@ def run(
     """Run submitted jobs until stopped.
 
     Start as many workers as you like, on as many machines: teams take turns, and the jobs of a worker that dies are run
-    by another. A worker also does what cron would, once for all workers: `saasllm credits allocate`, `saasllm job
-    sweep`, and removing old answers.
+    by another. Between them, workers also do what cron would: `saasllm credits allocate`, `saasllm job sweep`, and
+    removing old answers.
 
     On SIGTERM or Ctrl-C, a worker takes no more jobs, waits up to --grace seconds for those that are running, and
     leaves the rest to other workers. A second signal ends it at once.
@@ -118,5 +118,8 @@ def _in_words(seconds: int) -> str:
 
 
 def _tell(summary: "Summary", running: int, pace: float) -> None:
+    if summary.is_interrupted:
+        progress(f"Waiting for {counted(running, 'running job')} … To stop at once, press Ctrl-C again.")
+        return
     done = summary.completed + summary.failed
     progress(f"{running} running · {done} done, {summary.failed} failed · {pace:.1f}/s")

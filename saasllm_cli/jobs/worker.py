@@ -202,7 +202,7 @@ class _Worker:
     def _lose(self, job_ids: list[str]) -> None:
         """A process of the pool has died with these jobs: they are tried again, but not for ever."""
         lost = [job_id for job_id in job_ids if self._running.pop(job_id, None) is not None]
-        self._on_note(f"A process has died with {len(lost)} jobs, and was replaced. They will be run again.")
+        self._on_note(f"A process died and was replaced. Its jobs ({len(lost)}) will be run again.")
         self._extend_leases([UUID(job_id) for job_id in lost], 0, with_lost=False)
         self._sweep()
 

@@ -337,7 +337,7 @@ CREATE TRIGGER jobs_forget AFTER DELETE ON jobs
 -- begin or end meanwhile would be counted twice or not at all: they wait. But not for long, should the transaction of an
 -- application that has submitted a job not end.
 CREATE FUNCTION count_past_use() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET lock_timeout = '3s' AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off SET lock_timeout = '5s' AS $$
 BEGIN
     LOCK TABLE ONLY public.jobs IN SHARE ROW EXCLUSIVE MODE;
     IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
