@@ -585,6 +585,16 @@ def test_cancelled_while_it_waits_or_runs(tenant: Run, sql: Sql) -> None:
     assert_sound(tenant, 10)
 
 
+def test_cancelled_when_its_worker_is_lost(tenant: Run, sql: Sql) -> None:
+    """Also before another could run it."""
+    job_id = submit(tenant)
+    take(sql)
+    sql.execute("UPDATE jobs SET lease_expires_at = now()")
+    assert tenant("job", "cancel", job_id).status == 0
+    assert work(tenant).startswith("0 completed, 0 failed")
+    assert_sound(tenant, 10)
+
+
 def test_a_suspended_team_waits(tenant: Run, sql: Sql) -> None:
     tenant("team", "create", "it", "--org", "acme", "--group", "Echo", "--credits", 5)
     waiting = submit(tenant)

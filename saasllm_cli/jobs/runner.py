@@ -257,6 +257,9 @@ def finish(job_id: UUID, status: str, error_message: str | None = None) -> None:
             job_id=job_id,
         )
     settled = _settle(job_id, status, error_message, [], SETTLE_SECONDS)
+    if job["is_queued"] and settled["status"] in ("pending", "in_progress"):
+        sweep(job["team_id"])  # its worker is lost: it would wait for another, and be charged after all
+        settled = _settle(job_id, status, error_message, [], SETTLE_SECONDS)
     if not settled["settled"]:
         is_open = settled["status"] in ("pending", "in_progress")
         raise _no_call(job_id, "lease_lost" if is_open else "job_finished", None, None)
