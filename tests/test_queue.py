@@ -135,7 +135,8 @@ def test_a_storm(tenant: Run, sql: Sql, is_thorough: bool) -> None:
             case "put back":
                 db.many("worker.put_back", worker_id=mine, job_ids=some)
             case "end":
-                db.many("worker.end_leases", worker_id=mine, job_ids=some)
+                lease = {"worker_id": mine, "job_ids": some, "lease_seconds": 0}
+                db.many("worker.extend_leases", **lease, with_lost=False)
         held[mine] = [job_id for job_id in jobs if job_id not in some]
 
     def other(random: Random, _number: int, sql: Sql, db: database.Database) -> None:
@@ -223,8 +224,12 @@ def test_who_takes_and_who_cancels_wait_in_one_order(tenant: Run, sql: Sql) -> N
     assert_nothing_broken(sql)
 
 
-@pytest.mark.parametrize("what", ["worker.put_back", "worker.end_leases"])
-def test_what_has_become_of_another_meanwhile_is_left_to_it(tenant: Run, sql: Sql, what: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "how"), [("worker.put_back", {}), ("worker.extend_leases", {"lease_seconds": 0, "with_lost": False})]
+)
+def test_what_has_become_of_another_meanwhile_is_left_to_it(
+    tenant: Run, sql: Sql, what: str, how: dict[str, Any]
+) -> None:
     """While the first waits for one of its jobs, the other one is lost, and taken by the second."""
     first_job, second_job = sorted(submit(sql, 2))
     with other_session() as third, database.connect() as one, database.connect() as two:
@@ -234,14 +239,14 @@ def test_what_has_become_of_another_meanwhile_is_left_to_it(tenant: Run, sql: Sq
         third.execute("SELECT FROM jobs WHERE job_id = %s FOR UPDATE", [first_job])
         with ThreadPoolExecutor() as threads:
             given = {"worker_id": first, "job_ids": [first_job, second_job]}
-            done = threads.submit(one.many, what, **given)
+            done = threads.submit(one.many, what, **given, **how)
             until_waiting(sql, 1)
             end_lease(sql, second_job)
             two.one("job.sweep", **ALL)
             assert take(two, second) == [second_job]
             third.execute("COMMIT")
             assert done.result(10) == [{"job_id": first_job}]
-        assert two.one("job.sweep", **ALL)["swept"] == (what == "worker.end_leases")
+        assert two.one("job.sweep", **ALL)["swept"] == bool(how)
         assert settle(two, second, [second_job]) == [second_job]
     assert_nothing_broken(sql)
 
@@ -421,3 +426,16 @@ def test_a_job_that_is_begun_as_running_counts_as_that(tenant: Run, sql: Sql, ap
     with database.connect() as db:
         assert take(db, registered(db)) == []
     assert_sound(tenant, 10)
+
+
+def test_what_could_not_be_charged_waits(tenant: Run, sql: Sql) -> None:
+    """No model is paid for it."""
+    (job_id,) = submit(sql, 1)
+    sql.execute("SET session_replication_role = replica")
+    sql.execute("UPDATE team_credits SET credits_allocated = credits_allocated + 1 WHERE team_id = 'hr'")
+    with database.connect() as db:
+        worker_id = registered(db)
+        assert take(db, worker_id) == []
+        sql.execute("UPDATE team_credits SET credits_allocated = credits_allocated - 1 WHERE team_id = 'hr'")
+        sql.execute("SET session_replication_role = origin")
+        assert take(db, worker_id) == [job_id]

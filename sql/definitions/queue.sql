@@ -275,9 +275,9 @@ RETURN encode(
 
 -- Takes up to `most` waiting jobs for a worker, under a lease. Teams take turns, each with one of its groups: a worker
 -- goes on behind the last turn, and takes as many of each as is fair, however many of them wait. What may not run now
--- keeps waiting: a team that is suspended, a group without a model, more at once than a limit says. Of jobs whose worker
--- has died twice it takes one, and only where it runs none (`with_suspect`): should that be what it dies of, the others
--- of them do not die with it.
+-- keeps waiting: a team that is suspended, or whose balance is not that of its ledger; a group without a model; more at
+-- once than a limit says. Of jobs whose worker has died twice it takes one, and only where it runs none
+-- (`with_suspect`): should that be what it dies of, the others of them do not die with it.
 CREATE FUNCTION take_jobs(of_worker bigint, most integer, lease_seconds double precision, with_suspect boolean)
 RETURNS TABLE (
     job_id uuid, team_id text, group_name text, request jsonb, purpose text, timeout_seconds integer,
@@ -345,6 +345,7 @@ BEGIN
           AND o.status = 'active'
           AND g.status = 'active'
           AND EXISTS (SELECT FROM model_group_models m WHERE m.group_name = turn_group AND m.is_active)
+          AND EXISTS (SELECT FROM checked_balances c WHERE c.team_id = turn_team AND c.is_sound)
           AND turn_team = coalesce(worker.team_id, turn_team)
           AND turn_group = coalesce(worker.group_name, turn_group)
           AND t.organization_id = coalesce(worker.organization_id, t.organization_id);
