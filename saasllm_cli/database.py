@@ -295,8 +295,9 @@ class Database:
         return True
 
     def has_notice(self, seconds: float) -> bool:
-        """Whether a notice has come, or comes within so many seconds."""
-        return any(True for _ in self._connection.notifies(timeout=seconds, stop_after=1))
+        """Whether a notice has come, or comes within so many seconds; all that have come are one."""
+        has_come = any(True for _ in self._connection.notifies(timeout=seconds, stop_after=1))
+        return has_come and all(True for _ in self._connection.notifies(timeout=0))
 
     def read_one_state(self) -> None:
         """From now on all queries read the same state of the database, and nothing can be changed."""

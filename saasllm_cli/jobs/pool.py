@@ -26,6 +26,7 @@ GATHER_SECONDS = 0.05  # in which a process's results become one message
 LINGER_SECONDS = 0.1  # in which the results of all become one group
 BEAT_SECONDS = 5.0  # after which a process tells something in any case
 SILENT_SECONDS = 60.0  # after which one is given up: it was stopped, and may never go on
+PAUSE_SECONDS = 0.5  # before another takes the place of one that died: it may die as soon
 START_METHOD: Final = "spawn"  # a fork would take along the locks that other threads have, and the other pipes' ends
 WAKE = object()
 
@@ -141,6 +142,7 @@ class Pool:
         if pipe in self._processes:
             jobs = sorted(self._processes[pipe].jobs)
             self._end(pipe)
+            time.sleep(PAUSE_SECONDS)
             self._start()
             self._on_death(jobs)
 

@@ -35,6 +35,7 @@ T = TypeVar("T")
 LEASE_SECONDS = 40.0  # after which another takes what a worker that is lost has run
 BEAT_SECONDS = 10.0
 POLL_SECONDS = 1.0  # after which it looks for jobs, though it was not told of any
+NOTICE_SECONDS = 0.05  # in which it looks for jobs once, however often it is told: anybody may tell it
 AWAY_SECONDS = 5.0  # in which the database is asked again before it is said that it is away
 DUTY_SECONDS = 300.0  # for a duty that is under way at the end
 STOP_SECONDS = 5.0  # in which what is left is put back at the end
@@ -312,6 +313,7 @@ class _Worker:
                     if is_told and db.has_notice(POLL_SECONDS):
                         self._look_at = 0
                         self._pool.wake()
+                        self._is_ending.wait(NOTICE_SECONDS)
             if self._is_ending.wait(POLL_SECONDS):
                 return
 
