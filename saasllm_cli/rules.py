@@ -4,7 +4,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -123,13 +123,18 @@ def is_storable(text: str) -> bool:
 
 def storable(value: Any) -> Any:
     """A value of JSON as PostgreSQL can hold it: what it cannot is replaced."""
+    return with_texts(value, lambda text: UNSTORABLE.sub("\ufffd", text))
+
+
+def with_texts(value: Any, changed: Callable[[str], str]) -> Any:
+    """A value of JSON with all its texts changed, and without numbers that JSON does not have."""
     match value:
         case str():
-            return UNSTORABLE.sub("\ufffd", value)
+            return changed(value)
         case list():
-            return [storable(item) for item in value]
+            return [with_texts(item, changed) for item in value]
         case dict():
-            return {storable(key): storable(item) for key, item in value.items()}
+            return {with_texts(key, changed): with_texts(item, changed) for key, item in value.items()}
         case float() if not math.isfinite(value):
             return None
     return value

@@ -1,10 +1,11 @@
 """What a model gives when it is asked: an answer, or why there is none."""
 
-import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, TypeAlias
+
+from saasllm_cli.rules import with_texts
 
 MOST_TOKENS = 2**31 - 1  # what a column of the database holds
 DEAREST = Decimal(10**6)  # US dollars: no call costs as much
@@ -68,16 +69,7 @@ def _word(value: object) -> str | None:
 
 def _sound(value: Any) -> Any:
     """JSON without halves of characters, which cannot be written; a NUL can, and is a part of the answer."""
-    match value:
-        case str():
-            return value.encode(errors="replace").decode()
-        case list():
-            return [_sound(item) for item in value]
-        case dict():
-            return {_sound(key): _sound(item) for key, item in value.items()}
-        case float() if not math.isfinite(value):
-            return None
-    return value
+    return with_texts(value, lambda text: text.encode(errors="replace").decode())
 
 
 class ModelFailed(Exception):
