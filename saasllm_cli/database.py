@@ -72,6 +72,8 @@ GET = {
     "team": ("team.get", "team_id"),
     "group": ("group.get", "group_name"),
     "job": ("job.get", "job_id"),
+    "webhook": ("webhook.get", "webhook_id"),
+    "event": ("event.get", "event_id"),
 }
 NEAR = {"organization": "org.near", "team": "team.near", "group": "group.near"}
 TRIES = 5

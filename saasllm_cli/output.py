@@ -151,6 +151,7 @@ def show(
     bar: str | None = None,
     further: Callable[[Row], Row] = lambda _: {},
     more: str = "use --after for the next ones, or --limit for more",
+    has_heading: bool = True,
 ) -> None:
     """Prints one thing (a row) or many (rows) in the format asked for, else in that of the settings.
 
@@ -173,7 +174,7 @@ def show(
             for row in rows:
                 print(_json(row))
         case Format.CSV:
-            _show_csv(rows, _fields(data))
+            _show_csv(rows, _fields(data) if has_heading else ())
         case Format.TABLE if isinstance(data, Mapping):
             _show_one(data, essential)
         case Format.TABLE:

@@ -21,6 +21,17 @@ DECIMALS = 9  # of a rate, and of money in a limit
 MOST_USD_PER_MILLION = 10**6
 MOST_ALERTS = 10  # of a limit
 MOST_PERCENT = 1000
+MOST_THRESHOLDS = 10  # of a team's credits
+# What sql/definitions/events.sql and webhooks.sql tell of. Those of jobs are written only where a webhook wants them.
+EVENT_TYPES = (
+    *("job.completed", "job.failed", "job.cancelled"),
+    *("credits.added", "credits.allocated", "credits.refunded", "credits.adjusted", "credits.expired"),
+    *("credits.low", "credits.exhausted", "credits.short"),
+    *("limit.alert", "limit.reached"),
+    *("team.created", "team.suspended", "team.resumed", "team.deleted"),
+    *("organization.created", "organization.suspended", "organization.resumed", "organization.deleted"),
+    *("webhook.disabled", "webhook.enabled", "webhook.test"),
+)
 METADATA_BYTES = 65536
 METADATA_DEPTH = 32
 REQUEST_DEPTH = 100  # of which any step on its way can still make a copy

@@ -70,6 +70,9 @@ class Settings(BaseSettings):
     output: Format = Format.TABLE
     log_format: Literal["text", "json"] = "text"
     keep_answers: timedelta = timedelta(days=7)  # of jobs that workers ran
+    keep_events: timedelta = timedelta(days=30)
+    master_keys: SecretStr | None = None  # that encrypt secrets in the database, separated by commas
+    master_key_file: Path | None = None
     keep_content: int = Field(default=0, ge=0, le=1_000_000)  # how many characters of each prompt and each answer
 
     @field_validator("database_url", mode="before")
@@ -77,7 +80,7 @@ class Settings(BaseSettings):
     def _without_newline(cls, value: Any) -> Any:  # as it comes where it was read from a file
         return value.strip() or None if isinstance(value, str) else value
 
-    @field_validator("keep_answers", mode="before")
+    @field_validator("keep_answers", "keep_events", mode="before")
     @classmethod
     def _duration(cls, value: Any) -> Any:
         try:

@@ -145,14 +145,22 @@ def credits_from(least: int) -> Callable[[str], int]:
     return parse
 
 
-def overdraft(value: str) -> str:
-    """How far below zero a team may go: a number in its plain form, or `unlimited`."""
-    if value == "unlimited":
-        return value
-    try:
-        return str(credits_from(0)(value))
-    except typer.BadParameter as error:
-        raise typer.BadParameter(f"{error.message.rstrip('.')}, nor 'unlimited'.") from None
+def _credits_or(word: str, least: int) -> Callable[[str], str]:
+    """How many credits, a number in its plain form, or a word."""
+
+    def parse(value: str) -> str:
+        if value == word:
+            return value
+        try:
+            return str(credits_from(least)(value))
+        except typer.BadParameter as error:
+            raise typer.BadParameter(f"{error.message.rstrip('.')}, nor {word!r}.") from None
+
+    return parse
+
+
+overdraft = _credits_or("unlimited", 0)  # how far below zero a team may go
+low_credits = _credits_or("none", -MOST_CREDITS)
 
 
 def period(value: str) -> Period:

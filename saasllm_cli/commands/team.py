@@ -31,6 +31,7 @@ from saasllm_cli.commands.inputs import (
     counted,
     credits_from,
     label,
+    low_credits,
     merged,
     missing_allowed,
     noun,
@@ -45,7 +46,7 @@ from saasllm_cli.commands.purge import Confirm, Purge, Redact, purged
 from saasllm_cli.commands.usage import By, From, InPeriod, To, show_usage, span
 from saasllm_cli.errors import Conflict, InvalidInput, not_found
 from saasllm_cli.output import note, show
-from saasllm_cli.rules import DEFAULT_PRIORITY, Expiry
+from saasllm_cli.rules import DEFAULT_PRIORITY, MOST_THRESHOLDS, Expiry
 from saasllm_cli.settings import Format
 
 app = noun()
@@ -57,6 +58,16 @@ Overdraft = Annotated[
         parser=overdraft,
         metavar="N|unlimited",
         help="Credits that the team may use beyond what it has (0 for a new team).",
+    ),
+]
+
+LowCredits = Annotated[
+    list[str],
+    typer.Option(
+        "--low-credits",
+        parser=low_credits,
+        metavar="N|none",
+        help="Record the event credits.low when the team's credits fall to N; repeatable.",
     ),
 ]
 
@@ -203,20 +214,26 @@ def update(
     team_id: TeamId,
     alias: Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="New display name.")] = None,
     overdraft: Overdraft = None,
+    low_credits: LowCredits = [],
     metadata: Metadata = [],
     unset_metadata: UnsetMetadata = [],
     output: Output = None,
 ) -> None:
     """Update a team.
 
-    Metadata is merged: keys that you do not name keep their values. To change the team's groups, use `saasllm team
+    --low-credits replaces all earlier thresholds; none removes them. Metadata is merged: keys that you do not name keep
+    their values. To change the team's groups, use `saasllm team
     assign`; to change its credits, `saasllm credits`.
     """
-    require_some({"alias": alias, "overdraft": overdraft, "metadata": metadata, "unset_metadata": unset_metadata})
+    changes = {"overdraft": overdraft, "low_credits": low_credits}
+    require_some({"alias": alias, **changes, "metadata": metadata, "unset_metadata": unset_metadata})
+    thresholds = _thresholds(low_credits)
 
     def work() -> None:
         if overdraft is not None:
             _set_overdraft(db, team_id, overdraft)
+        if low_credits:
+            db.found("team.set_low_credits", "team", team_id, team_id=team_id, low_credits=thresholds)
         db.found(
             "team.update",
             *("team", team_id),
@@ -370,6 +387,15 @@ def _set_overdraft(db: database.Database, team_id: str, overdraft: str) -> None:
             team_id=team_id,
             credits_below=below,
         )
+
+
+def _thresholds(low_credits: list[str]) -> list[int]:
+    """From the highest to the lowest, as they are met."""
+    if "none" in low_credits and len(low_credits) > 1:
+        raise InvalidInput("usage", "--low-credits none removes all thresholds.", "Give it alone.")
+    if len(low_credits) > MOST_THRESHOLDS:
+        raise InvalidInput("usage", f"A team has up to {MOST_THRESHOLDS} thresholds.", "Give fewer --low-credits.")
+    return sorted({int(value) for value in low_credits if value != "none"}, reverse=True)
 
 
 def _set_status(team_id: str, status: str, output: Format | None) -> None:

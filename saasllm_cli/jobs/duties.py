@@ -7,6 +7,7 @@ from datetime import UTC, date, datetime
 from saasllm_cli import allocation, database
 from saasllm_cli.errors import DatabaseUnavailable, SaasllmError
 from saasllm_cli.jobs import runner
+from saasllm_cli.webhooks import deliverer
 
 PRUNE_CHUNK = 1000
 
@@ -67,6 +68,7 @@ def _do(duty: str, db: database.Database, now: datetime, done_at: datetime | Non
         case "prune":
             while db.one("worker.prune", row_limit=PRUNE_CHUNK)["answers"] == PRUNE_CHUNK:
                 pass
+            deliverer.prune(db)
     return ""
 
 

@@ -113,7 +113,8 @@ def _begun(session: Session, jobs: list[Row], source: Source) -> list[Submitted]
             db.one("job.sweep", team_id=source.team_id, row_limit=runner.SWEEP_CHUNK)
             rows = runner.until_no_other_overtakes(lambda: db.many("job.submit", **parameters))
         for outcome, times in Counter(row["outcome"] for row in rows).items():
-            runner.keep_refusal(db, source.team_id, source.group_name, outcome, times)
+            limit = next((row["limit_reached"] for row in rows if row["outcome"] == outcome), None)
+            runner.keep_refusal(db, source.team_id, source.group_name, outcome, limit, times)
         return rows
 
     try:

@@ -292,11 +292,20 @@ def sweep(team_id: str | None) -> tuple[int, int, dict[str, str]]:
     return failed, requeued, refusals
 
 
-def keep_refusal(db: database.Database, team_id: str, group_name: str | None, outcome: str, refusals: int = 1) -> None:
-    """Leaves a trace of jobs that were refused, if they were. The refusal is told, whether that succeeds or not."""
+def keep_refusal(
+    db: database.Database,
+    team_id: str,
+    group_name: str | None,
+    outcome: str,
+    limit: database.Row | None = None,
+    refusals: int = 1,
+) -> None:
+    """Leaves a trace of jobs that were refused, if they were, and of the limit that did it. The refusal is told,
+    whether that succeeds or not."""
     if outcome in REFUSALS:
+        told = {"reason": outcome, "refusals": refusals, "limit_id": limit and limit["limit_id"]}
         with suppress(SaasllmError), database.translated_errors():
-            db.none("job.keep_refusal", team_id=team_id, group_name=group_name, reason=outcome, refusals=refusals)
+            db.none("job.keep_refusal", team_id=team_id, group_name=group_name, **told)
 
 
 def new_job_id() -> UUID:
@@ -340,7 +349,7 @@ def begin_by(begin: Callable[[database.Database], database.Row], request: JobReq
                 begun = until_no_other_overtakes(lambda: begin(db))
             if begun["outcome"] == "insufficient_credits":
                 begun |= db.found("credits.free", "team", request.team_id, team_id=request.team_id)
-            keep_refusal(db, request.team_id, request.group_name, begun["outcome"])
+            keep_refusal(db, request.team_id, request.group_name, begun["outcome"], begun.get("limit_reached"))
         return begun
 
     try:

@@ -2,7 +2,8 @@
 
 As in a batch, one process leads: it takes and settles jobs in groups, while those of the pool call the models. A job is
 the worker's by a lease, which it extends; where that runs out, another takes the job. Only who took it last may settle
-it, so that each is charged once. A second thread does the duties, and waits to be told of new jobs.
+it, so that each is charged once. A second thread does the duties, and waits to be told of new jobs; a third one
+delivers events to webhooks.
 """
 
 import math
@@ -29,6 +30,7 @@ from saasllm_cli.jobs.session import Session
 from saasllm_cli.jobs.signals import signals
 from saasllm_cli.rules import storable
 from saasllm_cli.settings import settings
+from saasllm_cli.webhooks.deliverer import Deliverer
 
 T = TypeVar("T")
 
@@ -113,6 +115,7 @@ class _Worker:
         self._beat_at = 0.0
         self._began = time.monotonic()
         self._is_ending = Event()
+        self._deliverer = Deliverer(stack.enter_context(Session()).ask, on_note)
 
     def stop(self, number: int, _: object) -> None:
         self.summary.is_interrupted |= number == signal.SIGINT
@@ -128,6 +131,8 @@ class _Worker:
         context = copy_context()  # which profile, and whose command
         helper = Thread(target=context.run, args=(self._help,), daemon=True)
         helper.start()
+        deliverer = Thread(target=context.copy().run, args=(self._deliver,), daemon=True)
+        deliverer.start()
         try:
             while not self._is_done():
                 self._beat()
@@ -141,7 +146,12 @@ class _Worker:
             self._pool.stop()
             with suppress(SaasllmError):
                 self._put_back()
-            helper.join(max(0.0, min(self._stop_at - time.monotonic(), DUTY_SECONDS)))
+            if self._is_stopping:
+                self._deliverer.stop()
+            else:
+                self._deliverer.finish()
+            for thread in (helper, deliverer):
+                thread.join(max(0.0, min(self._stop_at - time.monotonic(), DUTY_SECONDS)))
 
     def _is_done(self) -> bool:
         if self._is_stopping:
@@ -316,6 +326,11 @@ class _Worker:
                         self._is_ending.wait(NOTICE_SECONDS)
             if self._is_ending.wait(POLL_SECONDS):
                 return
+
+    def _deliver(self) -> None:
+        """In a thread of its own: events to webhooks."""
+        with suppress(SaasllmError):
+            self._deliverer.run()
 
 
 def _is_open(settled: database.Row | None) -> bool:

@@ -1,6 +1,6 @@
--- Who changed what: every change of an organization, a team, a group, an assignment, a schedule, a price or a limit,
--- written by the database in the transaction of the change, whatever client makes it. Times in the records are in UTC,
--- whatever the session's zone.
+-- Who changed what: every change of an organization, a team, a group, an assignment, a schedule, a price, a limit or a
+-- webhook, written by the database in the transaction of the change, whatever client makes it. Times in the records are
+-- in UTC, whatever the session's zone.
 
 
 -- The audit log is append-only. (A purge may redact what it keeps of its tenant: purge.sql.)
@@ -171,6 +171,16 @@ CREATE TRIGGER limits_audit_delete AFTER DELETE ON limits
     REFERENCING OLD TABLE AS old_rows
     FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('limit', 'limit_id');
 
+CREATE TRIGGER webhooks_audit_create AFTER INSERT ON webhooks
+    REFERENCING NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('webhook', 'webhook_id');
+CREATE TRIGGER webhooks_audit_update AFTER UPDATE ON webhooks
+    REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('webhook', 'webhook_id');
+CREATE TRIGGER webhooks_audit_delete AFTER DELETE ON webhooks
+    REFERENCING OLD TABLE AS old_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('webhook', 'webhook_id');
+
 
 -- A group is one thing with its models, though they are rows of another table: what it is now is compared with what
 -- the last record says, so that one statement that changes both, or replaces the models, writes one record.
@@ -227,24 +237,32 @@ CREATE TRIGGER model_group_models_audit_delete AFTER DELETE ON model_group_model
     REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION audit_groups();
 
 
--- How far a team may go below zero stands with its balance, and belongs to the team.
+-- How far a team may go below zero, and when its credits are low, stands with its balance, and belongs to the team.
 
-CREATE FUNCTION audit_overdraft() RETURNS trigger
+CREATE FUNCTION audit_balance() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
 BEGIN
     INSERT INTO public.audit_log (noun, action, organization_id, team_id, before, after)
-    SELECT
-        'team', 'update', t.organization_id, t.team_id,
-        jsonb_build_object('credits_overdraft', OLD.credits_overdraft),
-        jsonb_build_object('credits_overdraft', NEW.credits_overdraft)
+    SELECT 'team', 'update', t.organization_id, t.team_id, changed.before, changed.after
     FROM public.teams t
+    CROSS JOIN (
+        SELECT jsonb_object_agg(name, was) AS before, jsonb_object_agg(name, is_now) AS after
+        FROM (
+            VALUES
+                ('credits_overdraft', to_jsonb(OLD.credits_overdraft), to_jsonb(NEW.credits_overdraft)),
+                ('low_credits', to_jsonb(OLD.low_credits), to_jsonb(NEW.low_credits))
+        ) AS field (name, was, is_now)
+        WHERE was IS DISTINCT FROM is_now
+    ) AS changed
     WHERE t.team_id = NEW.team_id;
     RETURN NULL;
 END
 $$;
 
 CREATE TRIGGER team_credits_audit AFTER UPDATE ON team_credits
-    FOR EACH ROW WHEN (OLD.credits_overdraft IS DISTINCT FROM NEW.credits_overdraft) EXECUTE FUNCTION audit_overdraft();
+    FOR EACH ROW
+    WHEN (OLD.credits_overdraft IS DISTINCT FROM NEW.credits_overdraft OR OLD.low_credits <> NEW.low_credits)
+    EXECUTE FUNCTION audit_balance();
 
 
 -- What a schedule is, is audited; that it has moved on to its next period, the ledger tells.
@@ -300,6 +318,8 @@ CREATE TRIGGER model_prices_no_truncate BEFORE TRUNCATE ON model_prices
 CREATE TRIGGER job_prices_no_truncate BEFORE TRUNCATE ON job_prices
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();
 CREATE TRIGGER limits_no_truncate BEFORE TRUNCATE ON limits
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();
+CREATE TRIGGER webhooks_no_truncate BEFORE TRUNCATE ON webhooks
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();
 CREATE TRIGGER credit_schedules_no_truncate BEFORE TRUNCATE ON credit_schedules
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();

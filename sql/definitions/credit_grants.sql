@@ -619,7 +619,8 @@ SELECT
     c.credits_used,
     c.credits_reserved,
     c.credits_remaining - expired.credits AS credits_remaining,
-    c.credits_overdraft
+    c.credits_overdraft,
+    c.low_credits
 FROM team_credits c
 CROSS JOIN LATERAL (
     SELECT CASE WHEN c.next_expiry_at <= clock_timestamp() THEN expired_credits(c.team_id::text) ELSE 0 END AS credits

@@ -45,6 +45,7 @@ SELECT
     c.credits_reserved,
     c.credits_remaining,
     c.credits_overdraft,
+    c.low_credits,
     t.metadata,
     t.created_at,
     t.updated_at,
@@ -58,7 +59,7 @@ SELECT
     ) AS schedule
 FROM teams t
 CROSS JOIN LATERAL (
-    SELECT credits_allocated, credits_used, credits_reserved, credits_remaining, credits_overdraft
+    SELECT credits_allocated, credits_used, credits_reserved, credits_remaining, credits_overdraft, low_credits
     FROM current_balances
     WHERE team_id = t.team_id
     OFFSET 0

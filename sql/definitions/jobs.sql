@@ -189,6 +189,7 @@ DECLARE
     is_open    boolean;
     has_queued boolean;
     has_ended  boolean;
+    has_short  boolean;
 BEGIN
     SELECT
         min(job.job_id::text) FILTER (
@@ -202,8 +203,9 @@ BEGIN
         array_agg(job.job_id) FILTER (WHERE job.release_no IS NOT NULL),
         bool_or(job.lease_expires_at IS NOT NULL),
         bool_or(job.is_queued),
-        bool_or(job.lease_expires_at IS NULL)
-    INTO uncharged, released, is_open, has_queued, has_ended
+        bool_or(job.lease_expires_at IS NULL),
+        bool_or(job.credits_short > 0)
+    INTO uncharged, released, is_open, has_queued, has_ended, has_short
     FROM new_rows job;
 
     IF uncharged IS NOT NULL THEN
@@ -314,6 +316,16 @@ BEGIN
             GROUP BY l.limit_id
         ) AS back
         WHERE c.limit_id = back.limit_id;
+    END IF;
+    IF has_ended AND (has_short OR EXISTS (SELECT FROM public.webhooks)) THEN
+        PERFORM public.tell_of_jobs(
+            ARRAY(
+                SELECT job.job_id
+                FROM new_rows job
+                JOIN old_rows USING (job_id)
+                WHERE job.completed_at IS NOT NULL AND old_rows.completed_at IS NULL
+            )
+        );
     END IF;
     RETURN NULL;
 END

@@ -144,6 +144,7 @@ BEGIN
         entries := ARRAY(SELECT entry::public.credit_transactions FROM new_entries AS entry);
         PERFORM public.attribute_entries(entries);
         PERFORM public.expire_uncharged(entries);
+        PERFORM public.tell_of_entries(entries);
     END IF;
     RETURN NULL;
 END

@@ -191,8 +191,8 @@ $$;
 
 
 -- Counts jobs that begin, and what credits are held for them: for the triggers of jobs, for every client. A hard limit
--- that is passed by it refuses them. Jobs that are running count only where that is limited by them; those that wait
--- for a worker do not run at once with others.
+-- that is passed by it refuses them; else it is told where it is nearly reached. Jobs that are running count only where
+-- that is limited by them; those that wait for a worker do not run at once with others.
 CREATE FUNCTION count_use(of_limit limits, of_period timestamptz, jobs bigint, credits bigint) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -201,6 +201,7 @@ DECLARE
     running  bigint;
     reserved bigint;
     expected numeric;
+    counted  numeric;
 BEGIN
     INSERT INTO public.limit_counters AS c (limit_id, period_start, used, running, reserved)
     VALUES (
@@ -222,9 +223,6 @@ BEGIN
           AND c.period_start < of_period - 2 * public.limit_window(of_limit.per)
           AND c.running = 0;
     END IF;
-    IF NOT of_limit.is_hard THEN
-        RETURN;
-    END IF;
     -- Its row is all there is to know of most: not of a window, nor of a period in which no job has ended.
     IF public.limit_window(of_limit.per) > interval '0'
         OR (of_limit.measure IN ('tokens', 'cost_usd') AND expected IS NULL)
@@ -233,12 +231,13 @@ BEGIN
         INTO used, running, reserved, expected
         FROM public.limit_state(of_limit.limit_id, of_limit.measure, of_limit.per, of_limit.amount, of_period) AS s;
     END IF;
+    counted := public.limit_counted(of_limit.measure, of_limit.per, used, running, reserved, expected);
     -- Of tokens and money, those jobs count that were running before: the last that has begun asks for the others.
-    IF (
+    IF of_limit.is_hard AND (
         CASE
             WHEN of_limit.measure IN ('tokens', 'cost_usd')
                 THEN jobs > 0 AND used + (running - 1) * coalesce(expected, 0) >= of_limit.amount
-            ELSE public.limit_counted(of_limit.measure, of_limit.per, used, running, reserved, NULL) > of_limit.amount
+            ELSE counted > of_limit.amount
         END
     ) THEN
         RAISE EXCEPTION 'the limit of % % is reached', trim_scale(of_limit.amount) || ' ' || of_limit.measure,
@@ -249,6 +248,7 @@ BEGIN
             END
             USING ERRCODE = 'SL011', HINT = 'See: saasllm limit list';
     END IF;
+    PERFORM public.tell_of_limit(of_limit, counted);
 END
 $$;
 
@@ -257,10 +257,12 @@ $$;
 CREATE FUNCTION count_ended(ended uuid[], ended_waiting uuid[]) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
-    job record;
+    job     record;
+    counted numeric;
 BEGIN
     FOR job IN
         SELECT
+            l AS of_limit,
             l.limit_id,
             public.limit_period(l.per, j.created_at) AS period_start,
             count(*) FILTER (WHERE l.per <> 'concurrent' OR j.job_id <> ALL (ended_waiting)) AS jobs,
@@ -282,10 +284,10 @@ BEGIN
             CASE WHEN l.measure IN ('tokens', 'cost_usd') THEN j.job_id END, l.group_name::text
         ) c
         WHERE j.job_id = ANY (ended) AND public.counts_running(l.measure, l.per)
-        GROUP BY l.limit_id, l.measure, period_start
+        GROUP BY l, l.limit_id, l.measure, period_start
         ORDER BY l.limit_id, period_start
     LOOP
-        UPDATE ONLY public.limit_counters
+        UPDATE ONLY public.limit_counters AS c
         SET used = used + job.used,
             running = greatest(running - job.jobs, 0),
             reserved = greatest(reserved - job.released, 0),
@@ -300,7 +302,21 @@ BEGIN
                     12
                 )
             END
-        WHERE limit_id = job.limit_id AND period_start = job.period_start;
+        WHERE limit_id = job.limit_id AND period_start = job.period_start
+        RETURNING
+            public.limit_counted((job.of_limit).measure, (job.of_limit).per, c.used, c.running, c.reserved, c.expected)
+        INTO counted;
+
+        IF public.limit_window((job.of_limit).per) > interval '0' THEN
+            SELECT s.counted
+            INTO counted
+            FROM public.limit_state(
+                job.limit_id, (job.of_limit).measure, (job.of_limit).per, (job.of_limit).amount, now()
+            ) AS s;
+        ELSIF job.period_start <> public.limit_period((job.of_limit).per, now()) THEN
+            counted := NULL; -- that period is over
+        END IF;
+        PERFORM public.tell_of_limit(job.of_limit, counted);
     END LOOP;
 END
 $$;

@@ -42,7 +42,8 @@ BEGIN
         'organizations', 'model_groups', 'model_group_models', 'teams', 'team_model_groups', 'team_credits',
         'credit_transactions', 'credit_grants', 'credit_uses', 'credit_schedules', 'jobs', 'job_refusals', 'llm_calls',
         'audit_log', 'model_prices', 'job_prices', 'limits', 'limit_counters', 'job_queue', 'job_answers', 'workers',
-        'duties'
+        'duties', 'events', 'event_counters', 'limit_alerts', 'webhooks', 'webhook_states', 'webhook_secrets',
+        'webhook_deliveries', 'webhook_attempts'
     ]) AS name
     WHERE row_security_active(to_regclass('public.' || name));
     IF partial IS NOT NULL THEN

@@ -106,12 +106,12 @@ CREATE TRIGGER teams_keep_id AFTER UPDATE ON teams
     EXECUTE FUNCTION refuse_other_id();
 
 
--- What a purge may take out of the audit log: names, aliases and metadata. Who changed which record when, and by which
+-- What a purge may take out of the audit log: names, aliases, metadata and the URLs of webhooks. Who changed which record when, and by which
 -- command, stays; of the command its noun and verb, for a name may be among the other words.
 
 CREATE FUNCTION redacted_record(record jsonb) RETURNS jsonb
 LANGUAGE sql IMMUTABLE PARALLEL SAFE
-RETURN record - ARRAY['name', 'team_alias', 'metadata'];
+RETURN record - ARRAY['name', 'team_alias', 'metadata', 'url'];
 
 CREATE FUNCTION redacted_command(command text) RETURNS text
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE

@@ -225,7 +225,7 @@ BEGIN
                 group_name,
                 jsonb_build_array(
                     jsonb_build_object(
-                        'job_id', new_job_id(), 'job_type', job_type, 'external_task_id', external_task_id,
+                        'job_id', new_id(), 'job_type', job_type, 'external_task_id', external_task_id,
                         'metadata', metadata, 'idempotency_key', idempotency_key, 'request', request,
                         'purpose', purpose, 'timeout_seconds', ceil(extract(epoch FROM timeout))::integer,
                         'priority', priority, 'due_at', due_at, 'expires_seconds', extract(epoch FROM expires)
@@ -251,26 +251,6 @@ BEGIN
     END CASE;
 END
 $$;
-
--- A UUID of version 7: its first 48 bits are the time, so that new jobs lie together in the index.
-CREATE FUNCTION new_job_id() RETURNS uuid
-LANGUAGE sql VOLATILE PARALLEL SAFE
-RETURN encode(
-    set_bit(
-        set_bit(
-            overlay(
-                uuid_send(gen_random_uuid())
-                PLACING substring(int8send(floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint) FROM 3)
-                FROM 1 FOR 6
-            ),
-            52,
-            1
-        ),
-        53,
-        1
-    ),
-    'hex'
-)::uuid;
 
 
 -- Takes up to `most` waiting jobs for a worker, under a lease. Teams take turns, each with one of its groups: a worker

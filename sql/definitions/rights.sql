@@ -13,7 +13,8 @@ GRANT SELECT ON
     team_details, credit_details, job_details, job_refusal_details, llm_call_details, organization_records,
     model_group_records, team_records, price_records, limit_records, purges_of_transaction, checked_balances,
     current_balances, callable_groups, limit_details, margin_parts, job_queue, job_answers, workers, duties,
-    worker_details
+    worker_details, events, event_counters, limit_alerts, webhooks, webhook_states,
+    webhook_deliveries, webhook_attempts, webhook_details, webhook_delivery_details
 TO saasllm_admin, saasllm_runner, saasllm_readonly;
 
 -- saasllm_runner runs jobs: it reserves credits, enters what jobs cost, and counts them, also those that were refused.
@@ -46,13 +47,24 @@ GRANT INSERT, UPDATE, DELETE ON limit_counters, workers TO saasllm_runner;
 GRANT INSERT, DELETE ON job_queue, job_answers TO saasllm_runner;
 GRANT UPDATE (state, worker_id, losses) ON job_queue TO saasllm_runner;
 GRANT UPDATE (next_at, done_at, worker_id) ON duties TO saasllm_runner;
+-- It tells what has happened, and sends it to webhooks, but does not say to which.
+GRANT INSERT (event_id, event_type, organization_id, team_id, data) ON events TO saasllm_runner;
+GRANT UPDATE (is_dispatched, sequence_no) ON events TO saasllm_runner;
+GRANT DELETE ON events TO saasllm_runner;
+GRANT SELECT ON webhook_secrets TO saasllm_admin, saasllm_runner;
+GRANT INSERT, UPDATE ON event_counters TO saasllm_runner;
+GRANT INSERT, DELETE ON limit_alerts TO saasllm_runner;
+GRANT UPDATE (disabled_at, disabled_reason, failing_since, retry_at) ON webhook_states TO saasllm_runner;
+GRANT INSERT, UPDATE ON webhook_deliveries TO saasllm_runner;
+GRANT INSERT ON webhook_attempts TO saasllm_runner;
 
 -- saasllm_admin does all but change the schema. The ledger and the audit log only grow: what leaves them, leaves with
 -- its whole team.
 GRANT INSERT, UPDATE, DELETE ON
     organizations, model_groups, model_group_models, model_prices, job_prices, limits, limit_counters, teams,
     team_model_groups, team_credits, credit_grants, credit_uses, credit_schedules, jobs, job_refusals, llm_calls,
-    job_queue, job_answers, workers, duties
+    job_queue, job_answers, workers, duties, events, event_counters, limit_alerts, webhooks, webhook_states,
+    webhook_secrets, webhook_deliveries, webhook_attempts
 TO saasllm_admin;
 -- Not the number, the time and the role of an entry, which the database gives it.
 GRANT INSERT (

@@ -31,3 +31,6 @@ ALTER DATABASE saasllm_restored RENAME TO saasllm;
 -- name: backend() :one
 -- The process that serves this connection: behind a pooler another one than was told when it was opened.
 SELECT pg_backend_pid() AS pid;
+
+-- name: clock() :one
+SELECT clock_timestamp() AS now;

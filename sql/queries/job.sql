@@ -77,15 +77,22 @@ SELECT * FROM begin_jobs(%(team_id)s, %(group_name)s, %(jobs)s, %(lease_seconds)
 SELECT job_id, outcome, limit_reached, credits_held, organization_id, existing_job_id
 FROM begin_jobs(%(team_id)s, %(group_name)s, %(jobs)s);
 
--- name: keep_refusal(team_id, group_name, reason, refusals) :none
--- Counts jobs that were refused in this hour. Another that counts, or deletes the team, is waited for only so long: the
--- refusal is still to be told.
-INSERT INTO job_refusals AS kept (team_id, group_name, reason, refusals)
-SELECT %(team_id)s, %(group_name)s, %(reason)s, %(refusals)s
-FROM set_config('lock_timeout', '1s', true)
-ON CONFLICT (team_id, hour, reason, coalesce(group_name, '')) DO UPDATE
-SET refusals = kept.refusals + excluded.refusals,
-    last_at = greatest(kept.last_at, excluded.last_at);
+-- name: keep_refusal(team_id, group_name, reason, refusals, limit_id) :none
+-- Counts jobs that were refused in this hour, and tells that a limit is reached, where one has refused them. Another
+-- that counts, or deletes the team, is waited for only so long: the refusal is still to be told.
+WITH kept AS (
+    INSERT INTO job_refusals AS kept (team_id, group_name, reason, refusals)
+    SELECT %(team_id)s, %(group_name)s, %(reason)s, %(refusals)s
+    FROM set_config('lock_timeout', '1s', true)
+    ON CONFLICT (team_id, hour, reason, coalesce(group_name, '')) DO UPDATE
+    SET refusals = kept.refusals + excluded.refusals,
+        last_at = greatest(kept.last_at, excluded.last_at)
+    RETURNING refusal_id
+)
+SELECT tell_of_limit(l, d.counted, is_refusing => true)
+FROM kept
+JOIN limits l ON l.limit_id = %(limit_id)s
+JOIN limit_details d USING (limit_id);
 
 -- name: start_call(job_id, group_name, lease_seconds) :one
 -- The models of a group for a call of an open job, which it holds under a lease of at least so long; else the one

@@ -150,6 +150,9 @@ SELECT
 FROM team_credits c
 WHERE c.team_id = %(team_id)s;
 
+-- name: set_low_credits(team_id, low_credits) :maybe
+UPDATE team_credits SET low_credits = %(low_credits)s::bigint[] WHERE team_id = %(team_id)s RETURNING team_id;
+
 -- name: set_status(team_id, status) :maybe
 UPDATE teams
 SET updated_at = CASE WHEN status = %(status)s THEN updated_at ELSE now() END,
@@ -307,6 +310,11 @@ transactions AS (
 ),
 finished AS (
     DELETE FROM jobs WHERE team_id IN (SELECT team_id FROM purged) RETURNING 1
+),
+told AS (
+    DELETE FROM events
+    WHERE organization_id = coalesce(%(organization_id)s::text, (SELECT min(organization_id) FROM purged))
+      AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
 ),
 redacted AS (
     UPDATE audit_log

@@ -269,7 +269,8 @@ class _Batch:
             self.summary.is_out_of_credits = not limited
             refused_outcomes = ["limit_reached" if limited else "insufficient_credits"] * len(waiting)
         if refused_outcomes:  # one for all of them
-            told = self._request.team_id, self._request.group_name, refused_outcomes[0], len(refused_outcomes)
+            of = self._request.team_id, self._request.group_name
+            told = *of, refused_outcomes[0], self.summary.limit_reached, len(refused_outcomes)
             self._session.ask(lambda db: keep_refusal(db, *told))
 
     def _begun(self, tasks: list[Task]) -> list[tuple[Task, database.Row]]:

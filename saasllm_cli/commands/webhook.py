@@ -1,0 +1,439 @@
+"""Webhooks: where events are sent."""
+
+import time
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from saasllm_cli import database
+from saasllm_cli.commands.event import A_TYPE, complete_type, event_type
+from saasllm_cli.commands.inputs import (
+    AN_ORGANIZATION,
+    AfterNumber,
+    IfExists,
+    IfNotExists,
+    Limit,
+    OrgFilter,
+    Output,
+    Since,
+    TimeOrder,
+    Yes,
+    confirm_delete,
+    lasting,
+    missing_allowed,
+    moment,
+    noun,
+    number,
+    require,
+    require_some,
+    same_or_conflict,
+    unique,
+)
+from saasllm_cli.database import Row
+from saasllm_cli.errors import CheckFailed, Interrupted, InvalidInput, not_found
+from saasllm_cli.output import note, progress, show, timestamp, waiting
+
+if TYPE_CHECKING:
+    from saasllm_cli.webhooks.deliverer import Summary
+
+app = noun()
+
+ALL = "all"
+LONGEST_UNDER_WAY = 60.0
+COLUMNS = ("webhook_id", "status", "organization_id", "url", "event_types", "failing_since")
+
+
+def subscribed_type(value: str) -> str:
+    return value if value == ALL else event_type(value)
+
+
+def _complete_subscribed(incomplete: str) -> list[str]:
+    return [*complete_type(incomplete), *[ALL] * ALL.startswith(incomplete)]
+
+
+A_WEBHOOK: dict[str, Any] = {"metavar": "WEBHOOK", "parser": number}
+WebhookId = Annotated[int, typer.Argument(**A_WEBHOOK, show_default=False, help="Webhook ID.")]
+A_SUBSCRIPTION: dict[str, Any] = {
+    "metavar": "TYPE|all",
+    "parser": subscribed_type,
+    "autocompletion": _complete_subscribed,
+}
+ALLOW_HTTP = "Allow http:// URLs, whose deliveries anyone on the way can read."
+ALLOW_PRIVATE = "Allow addresses that are not on the internet, such as localhost."
+
+
+@app.command(
+    epilog="saasllm webhook create --org org_acme_corp --url https://acme.example/hooks "
+    "--event job.completed --event credits.low\n"
+    "saasllm webhook create --url https://ops.example/saasllm --event all"
+)
+def create(
+    url: Annotated[str, typer.Option("--url", metavar="URL", show_default=False, help="Where to send events.")],
+    event: Annotated[
+        list[str], typer.Option("--event", **A_SUBSCRIPTION, show_default=False, help="Event type to send; repeatable.")
+    ],
+    org: Annotated[
+        str | None,
+        typer.Option("--org", **AN_ORGANIZATION, help="Send only events of this organization (default: of all)."),
+    ] = None,
+    allow_http: Annotated[bool, typer.Option("--allow-http", help=ALLOW_HTTP)] = False,
+    allow_private: Annotated[bool, typer.Option("--allow-private", help=ALLOW_PRIVATE)] = False,
+    if_not_exists: IfNotExists = False,
+    output: Output = None,
+) -> None:
+    """Create a webhook, and show its secret once.
+
+    Deliveries are signed as Standard Webhooks specify: give the secret to whoever verifies them. It is stored
+    encrypted, by the master key in SAASLLM_MASTER_KEYS or SAASLLM_MASTER_KEY_FILE.
+
+    Deliveries are made by `saasllm worker` and `saasllm webhook deliver`. An event type that no webhook wants may not
+    be recorded: see `saasllm event list --help`.
+    """
+    from saasllm_cli import encryption
+
+    url = _checked(url, allow_http, allow_private)
+    given = {
+        "event_types": _subscription(event),
+        "allow_http": allow_http,
+        "allow_private": allow_private,
+    }
+    encryption.require_master_key()
+
+    def work() -> tuple[Row, str | None]:
+        created = db.one("webhook.create", organization_id=org, url=url, **given)
+        if not created["organization_exists"]:
+            raise not_found("organization", str(org))
+        if created["webhook_id"] is None:
+            return db.found("webhook.named", "webhook", url, organization_id=org, url=url), None
+        secret, _ = _add_secret(db, created["webhook_id"], timedelta())
+        return db.get("webhook", created["webhook_id"]), secret
+
+    with database.connect() as db:
+        webhook, secret = db.transaction(work)
+    if secret is None:
+        same_or_conflict("webhook", f"for {url}", webhook, given, if_not_exists)
+        show(webhook, output)
+        return
+    show({**webhook, "secret": secret}, output)
+    note("Save the secret: it is not shown again.")
+
+
+@app.command(epilog="saasllm webhook get 3")
+def get(webhook_id: WebhookId, output: Output = None) -> None:
+    """Show a webhook."""
+    with database.connect() as db:
+        webhook = db.get("webhook", webhook_id)
+    show(webhook, output)
+
+
+@app.command("list", epilog="saasllm webhook list --org org_acme_corp")
+def list_(
+    org: OrgFilter = None,
+    event: Annotated[str | None, typer.Option("--event", **A_TYPE, help="Filter by a type that they want.")] = None,
+    after: AfterNumber = None,
+    limit: Limit = 100,
+    output: Output = None,
+) -> None:
+    """List webhooks."""
+    with database.connect() as db:
+        webhooks = db.stream(
+            "webhook.list", {"organization": org}, organization_id=org, event_type=event, after=after, limit=limit
+        )
+        show(webhooks, output, COLUMNS, essential=("webhook_id", "status", "url"))
+
+
+@app.command(
+    epilog="saasllm webhook update 3 --event job.completed --event job.failed\nsaasllm webhook update 3 --enable"
+)
+def update(
+    webhook_id: WebhookId,
+    url: Annotated[str | None, typer.Option("--url", metavar="URL", help="New URL.")] = None,
+    event: Annotated[
+        list[str],
+        typer.Option("--event", **A_SUBSCRIPTION, help="Event type to send, instead of the present ones; repeatable."),
+    ] = [],
+    allow_http: Annotated[bool | None, typer.Option("--allow-http/--no-allow-http", help=ALLOW_HTTP)] = None,
+    allow_private: Annotated[
+        bool | None, typer.Option("--allow-private/--no-allow-private", help=ALLOW_PRIVATE)
+    ] = None,
+    enable: Annotated[
+        bool | None, typer.Option("--enable/--disable", help="Send events again, or no more for now.")
+    ] = None,
+    output: Output = None,
+) -> None:
+    """Update a webhook, or disable or enable it.
+
+    While a webhook is disabled, nothing is sent to it. Enabled again, it gets what was waiting, and new events; for
+    those in between, see `saasllm webhook replay`.
+    """
+    changes: Row = {"url": url, "event_types": _subscription(event) or None, "allow_http": allow_http}
+    require_some({**changes, "allow_private": allow_private, "enable": enable})
+    with database.connect() as db:
+        before = db.get("webhook", webhook_id)
+    new = {name: before[name] if value is None else value for name, value in changes.items()}
+    if (url, allow_http, allow_private) != (None, None, None):
+        is_private_allowed = before["allow_private"] if allow_private is None else allow_private
+        checked = _checked(new["url"], new["allow_http"], is_private_allowed)
+        changes["url"] = None if url is None else checked
+
+    def work() -> Row:
+        db.found(
+            "webhook.update",
+            *("webhook", str(webhook_id)),
+            webhook_id=webhook_id,
+            allow_private=allow_private,
+            **changes,
+        )
+        if enable is False:
+            db.maybe("webhook.disable", webhook_id=webhook_id)
+        return (db.maybe("webhook.enable", webhook_id=webhook_id) if enable else None) or {}
+
+    with database.connect() as db:
+        enabled = db.transaction(work)
+        webhook = db.get("webhook", webhook_id)
+    show(webhook, output)
+    if enabled:
+        _tell_missed(webhook_id, enabled["disabled_at"])
+
+
+@app.command(epilog="saasllm webhook delete 3 --yes")
+def delete(webhook_id: WebhookId, if_exists: IfExists = False, yes: Yes = False) -> None:
+    """Delete a webhook, and what was still to be sent to it."""
+    with missing_allowed(if_exists):
+        require("webhook", str(webhook_id))
+        confirm_delete(f"webhook {webhook_id}", yes)
+        with database.connect() as db:
+            db.found("webhook.delete", "webhook", str(webhook_id), webhook_id=webhook_id)
+        note(f"Deleted webhook {webhook_id}.", webhook_id=webhook_id)
+
+
+@app.command(epilog="saasllm webhook test 3")
+def test(webhook_id: WebhookId, output: Output = None) -> None:
+    """Send a test event now, and show what the endpoint answers.
+
+    Sends webhook.test, once. If the webhook was disabled because of failures and the test succeeds, it is enabled
+    again.
+    """
+    import asyncio
+
+    from saasllm_cli.webhooks import deliverer
+
+    with database.connect() as db:
+        webhook = db.get("webhook", webhook_id)
+        delivery = db.found(
+            "webhook.test",
+            *("webhook", str(webhook_id)),
+            webhook_id=webhook_id,
+            lease_seconds=deliverer.LEASE_SECONDS,
+        )
+    with waiting("Sending …"):
+        result = asyncio.run(deliverer.attempt_once(delivery))
+    enabled = None
+    with database.connect() as db:
+        deliverer.record(db, [result])
+        shown = db.one("webhook.delivery", delivery_id=delivery["delivery_id"])
+        if result["error"] is None and webhook["disabled_reason"] not in (None, "by_hand"):
+            enabled = db.maybe("webhook.enable", webhook_id=webhook_id)
+    show(shown, output)
+    if result["error"] is not None:
+        raise CheckFailed(
+            "webhook_test_failed",
+            f"The test event was not delivered: {result['error']}.",
+            "Correct the endpoint, or the webhook: saasllm webhook update --help",
+            webhook_id=webhook_id,
+        )
+    if enabled:
+        note(f"Webhook {webhook_id} is enabled again.", webhook_id=webhook_id)
+        _tell_missed(webhook_id, enabled["disabled_at"])
+
+
+@app.command(epilog="saasllm webhook rotate 3 --keep 48h -o json | jq -r .secret")
+def rotate(
+    webhook_id: WebhookId,
+    keep: Annotated[
+        timedelta,
+        typer.Option(parser=lasting, metavar="TIME", help="How long the previous secret signs, too: 24h, 7d."),
+    ] = "24h",  # type: ignore[assignment] # as it would be typed
+    output: Output = None,
+) -> None:
+    """Replace a webhook's secret, and show the new one once.
+
+    Until --keep is over, deliveries are signed by both secrets, so that their receiver can change over at any time. The
+    new secret is shown when nothing that it has not signed is on its way any more.
+    """
+    with database.connect() as db:
+        db.get("webhook", webhook_id)
+        secret, expires_at = db.transaction(lambda: _add_secret(db, webhook_id, keep))
+        until = time.monotonic() + LONGEST_UNDER_WAY
+        with waiting("Waiting for deliveries that are on their way …"):
+            time.sleep(0.5)  # those that were just begun are told of by now
+            before = db.one("db.clock")["now"]
+            while time.monotonic() < until:
+                if not db.one("webhook.is_under_way", webhook_id=webhook_id, before=before)["is_under_way"]:
+                    break
+                time.sleep(0.2)
+    show({"webhook_id": webhook_id, "secret": secret, "previous_secret_expires_at": expires_at}, output)
+    note("Save the secret: it is not shown again.")
+
+
+@app.command(
+    epilog="saasllm webhook deliveries 3 --status failed --since 7d\nsaasllm webhook deliveries --attempts-of 1207"
+)
+def deliveries(
+    webhook_id: Annotated[int | None, typer.Argument(**A_WEBHOOK, help="Webhook ID (default: of all).")] = None,
+    status: Annotated[Literal["pending", "succeeded", "failed"] | None, typer.Option(help="Filter by status.")] = None,
+    event: Annotated[str | None, typer.Option("--event", **A_TYPE, help="Filter by event type.")] = None,
+    attempts_of: Annotated[
+        int | None,
+        typer.Option("--attempts-of", parser=number, metavar="DELIVERY", help="List the attempts of one delivery."),
+    ] = None,
+    since: Since = None,
+    sort: TimeOrder = "newest",
+    after: AfterNumber = None,
+    limit: Limit = 100,
+    output: Output = None,
+) -> None:
+    """List deliveries, each with its last attempt.
+
+    A failed attempt is repeated up to nine times within about three days. After that, a delivery has failed.
+    """
+    with database.connect() as db:
+        if attempts_of is not None:
+            attempts = db.many("webhook.attempts", delivery_id=attempts_of)
+            if not attempts:
+                raise not_found("delivery", str(attempts_of))
+            show(attempts, output, ("attempted_at", "duration_ms", "status_code", "error", "answer"))
+            return
+        found = db.stream(
+            "webhook.deliveries",
+            {"webhook": webhook_id},
+            webhook_id=webhook_id,
+            status=status,
+            event_type=event,
+            since=since,
+            sort=sort,
+            after=after,
+            limit=limit,
+        )
+        columns = (
+            *("delivery_id", "status", "event_type", "attempts", "status_code", "error", "attempted_at"),
+            *("next_at", "webhook_id", "event_id"),
+        )
+        show(found, output, columns, essential=("delivery_id", "status", "event_type", "error", "status_code"))
+
+
+@app.command(epilog="saasllm webhook replay 3 --since 2026-11-20")
+def replay(
+    webhook_id: WebhookId,
+    since: Annotated[
+        datetime,
+        typer.Option(
+            "--since",
+            parser=moment,
+            metavar="WHEN",
+            show_default=False,
+            help="From when on: 7d (7 days ago), 2026-11-01 or an RFC 3339 time.",
+        ),
+    ],
+    output: Output = None,
+) -> None:
+    """Send again what a webhook has missed.
+
+    That is every event of its types that was not delivered: those given up, those waiting for another attempt, and
+    those that happened while it was disabled. They keep their IDs, and are sent by `saasllm worker` or
+    `saasllm webhook deliver`.
+    """
+    with database.connect() as db:
+        webhook = db.get("webhook", webhook_id)
+        replayed = db.one("webhook.replay", webhook_id=webhook_id, since=since)
+    show({"webhook_id": webhook_id, **replayed}, output)
+    if webhook["status"] == "disabled":
+        note(f"Webhook {webhook_id} is disabled. To send them, run: saasllm webhook update {webhook_id} --enable")
+
+
+@app.command(epilog="saasllm webhook deliver")
+def deliver(output: Output = None) -> None:
+    """Send what is due now, and remove old events.
+
+    Run it from cron, each minute, if no `saasllm worker` runs. Run at the same time by several, each event is sent by
+    one of them.
+    """
+    import signal
+
+    from saasllm_cli.jobs.session import Session
+    from saasllm_cli.jobs.signals import signals
+    from saasllm_cli.webhooks.deliverer import Deliverer, prune
+
+    with Session() as session:
+        deliverer = Deliverer(session.ask, note, _progress, is_once=True)
+        is_interrupted = False
+
+        def stop(*_: object) -> None:
+            nonlocal is_interrupted
+            is_interrupted = True
+            deliverer.stop()
+
+        with signals(dict.fromkeys((signal.SIGINT, signal.SIGTERM), stop)), waiting("Sending …"):
+            deliverer.run()
+        pruned = 0 if is_interrupted else session.ask(prune)
+    done = deliverer.summary
+    show(
+        {"succeeded": done.succeeded, "failed": done.failed, "given_up": done.given_up, "events_removed": pruned},
+        output,
+    )
+    if is_interrupted:
+        raise Interrupted("interrupted", "Interrupted. What was not sent is sent next time.")
+
+
+def _progress(done: "Summary", under_way: int) -> None:
+    progress(f"{under_way} on their way · {done.succeeded} delivered, {done.failed + done.given_up} failed")
+
+
+def _subscription(event: list[str]) -> list[str]:
+    types = sorted(unique(event, "--event"))
+    if ALL in types and len(types) > 1:
+        raise InvalidInput("usage", "--event all includes every other type.", "Give it alone.")
+    return types
+
+
+def _checked(url: str, allow_http: bool, allow_private: bool) -> str:
+    """The URL, normalized, if events may be sent there."""
+    from saasllm_cli.webhooks.addresses import Forbidden, resolve, target
+
+    try:
+        parsed = target(url, allow_http)
+    except ValueError as error:
+        raise InvalidInput("invalid_url", f"--url {url!r}: {error}", "See: saasllm webhook create --help") from None
+    try:
+        resolve(parsed, allow_private)
+    except Forbidden as error:
+        raise InvalidInput(
+            "private_address",
+            f"--url {url!r}: {error}.",
+            "Give a URL on the internet; or, if you mean it, add --allow-private.",
+        ) from None
+    except OSError as error:
+        note(f"Warning: {parsed.host} cannot be resolved now: {error.strerror or error}.")
+    return str(parsed)
+
+
+def _add_secret(db: database.Database, webhook_id: int, keep: timedelta) -> tuple[str, datetime | None]:
+    """A new secret, and when the one before it expires."""
+    import base64
+    import secrets
+
+    from saasllm_cli.encryption import encrypt
+
+    secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
+    stored = encrypt(secret, f"webhook {webhook_id}")
+    added = db.one("webhook.add_secret", webhook_id=webhook_id, secret=stored, keep=keep)
+    return secret, added["previous_secret_expires_at"]
+
+
+def _tell_missed(webhook_id: int, since: datetime) -> None:
+    since = since - timedelta(seconds=1)  # to the second, as a command takes it
+    note(
+        "To send what happened while it was disabled, run: "
+        f"saasllm webhook replay {webhook_id} --since {timestamp(since.replace(microsecond=0))}"
+    )

@@ -1,0 +1,86 @@
+"""Secrets at rest: encrypted by master keys, which the database does not have.
+
+The master keys come from `SAASLLM_MASTER_KEYS` or a file; the first one encrypts, each of them decrypts, so that a key
+can be replaced. What is encrypted is bound to what it belongs to: copied to another row, it does not decrypt.
+"""
+
+import base64
+import json
+from functools import cache
+from typing import TYPE_CHECKING
+
+from saasllm_cli.errors import InvalidInput
+from saasllm_cli.settings import settings
+
+if TYPE_CHECKING:
+    from cryptography.fernet import MultiFernet
+
+KEY_BYTES = 32
+HOW_TO_MAKE = "Make one with: openssl rand -base64 32"
+
+
+def encrypt(secret: str, owner: str) -> str:
+    """As it is stored, for what is named `owner`, such as `webhook 3`; `InvalidInput` where there is no master key."""
+    return _master_keys().encrypt(json.dumps([owner, secret]).encode()).decode()
+
+
+def decrypt(stored: str, owner: str) -> str:
+    """`InvalidInput` where there is no master key, or none by which this was encrypted for that owner."""
+    from cryptography.fernet import InvalidToken
+
+    try:
+        found, secret = json.loads(_master_keys().decrypt(stored.encode()))
+    except InvalidToken:
+        found, secret = None, ""
+    if found != owner:
+        raise InvalidInput(
+            "cannot_decrypt",
+            f"The secret of {owner} cannot be decrypted by the master keys.",
+            "Add the key by which it was encrypted to SAASLLM_MASTER_KEYS.",
+        )
+    return str(secret)
+
+
+def has_master_key() -> bool:
+    return settings().master_keys is not None or settings().master_key_file is not None
+
+
+def require_master_key() -> None:
+    """`InvalidInput` where there is none, or one that is none."""
+    _master_keys()
+
+
+@cache
+def _master_keys() -> "MultiFernet":
+    from cryptography.fernet import Fernet, MultiFernet
+
+    given, file = settings().master_keys, settings().master_key_file
+    name = "SAASLLM_MASTER_KEYS"
+    if given is not None:
+        text = given.get_secret_value()
+    elif file is not None:
+        name = f"SAASLLM_MASTER_KEY_FILE, {file}"
+        try:
+            text = file.expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not a text file"
+            raise InvalidInput(
+                "invalid_master_key", f"Cannot read {name}: {reason}.", "Correct SAASLLM_MASTER_KEY_FILE."
+            ) from error
+    else:
+        raise InvalidInput(
+            "no_master_key",
+            "Secrets are stored encrypted only, and no master key is set.",
+            f"Set SAASLLM_MASTER_KEYS or SAASLLM_MASTER_KEY_FILE. {HOW_TO_MAKE}",
+        )
+    keys = [key for key in text.replace(",", "\n").split() if key]
+    try:
+        # As openssl writes it, or as Fernet does.
+        decoded = [base64.b64decode(key.replace("-", "+").replace("_", "/"), validate=True) for key in keys]
+    except ValueError:
+        decoded = []
+    if not decoded or any(len(key) != KEY_BYTES for key in decoded):
+        raise InvalidInput(
+            "invalid_master_key", f"{name} is not a key of {KEY_BYTES} bytes in base64, or several.", HOW_TO_MAKE
+        )
+    return MultiFernet([Fernet(base64.urlsafe_b64encode(key)) for key in decoded])

@@ -1,0 +1,1 @@
+"""Webhooks: sends events to endpoints."""

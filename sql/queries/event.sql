@@ -1,0 +1,58 @@
+-- Events: what has happened.
+
+-- name: get(event_id) :maybe
+SELECT event_id, event_type, organization_id, team_id, sequence_no, data, created_at
+FROM events
+WHERE event_id = %(event_id)s;
+
+-- name: list(event_types, organization_id, team_id, since, sort, after, row_limit) :many
+-- The newest first, or the oldest; behind the event `after`. Its id is never older than the event, whose time is that at
+-- which its transaction began: the index by the id leads to it.
+SELECT event_id, event_type, organization_id, team_id, sequence_no, data, created_at
+FROM events
+WHERE (%(event_types)s::text[] IS NULL OR event_type = ANY (%(event_types)s::text[]))
+  AND (%(organization_id)s::text IS NULL OR organization_id = %(organization_id)s)
+  AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
+  AND (
+      %(since)s::timestamptz IS NULL
+      OR (event_id >= first_id(%(since)s::timestamptz) AND created_at >= %(since)s::timestamptz)
+  )
+  AND CASE
+      WHEN %(after)s::uuid IS NULL THEN true
+      WHEN %(sort)s::text = 'oldest' THEN event_id > %(after)s::uuid
+      ELSE event_id < %(after)s::uuid
+  END
+ORDER BY
+    CASE WHEN %(sort)s::text = 'oldest' THEN event_id END,
+    event_id DESC
+LIMIT %(row_limit)s;
+
+-- name: horizon() :one
+-- What a snapshot of now sees: of transactions from `xmin` on, not all have ended.
+SELECT pg_current_snapshot()::text AS snapshot;
+
+-- name: news(snapshot, event_types, organization_id, team_id) :many
+-- What has been committed since a snapshot was taken: whatever the order in which transactions end, none is missed.
+SELECT event_id, event_type, organization_id, team_id, sequence_no, data, created_at
+FROM events
+WHERE transaction >= pg_snapshot_xmin(%(snapshot)s::text::pg_snapshot)
+  AND NOT pg_visible_in_snapshot(transaction, %(snapshot)s::text::pg_snapshot)
+  AND (%(event_types)s::text[] IS NULL OR event_type = ANY (%(event_types)s::text[]))
+  AND (%(organization_id)s::text IS NULL OR organization_id = %(organization_id)s)
+  AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
+ORDER BY event_id;
+
+-- name: prune(keep, row_limit) :one
+-- Removes the oldest of those whose time is over, with their deliveries; says how many.
+WITH event AS (
+    DELETE FROM events
+    WHERE event_id IN (
+        SELECT event_id
+        FROM events
+        WHERE event_id < first_id(statement_timestamp() - %(keep)s::interval)
+        ORDER BY event_id
+        LIMIT %(row_limit)s
+    )
+    RETURNING 1
+)
+SELECT count(*) AS events FROM event;
