@@ -91,6 +91,13 @@ class Settings(BaseSettings):
             raise ValueError("it must be a time such as 7d, 12h or 0d, of at most ten years")
         return found
 
+    @field_validator("keep_events", mode="after")
+    @classmethod
+    def _a_day(cls, value: timedelta) -> timedelta:
+        if value < timedelta(days=1):
+            raise ValueError("it must be at least 1d")
+        return value
+
     @property
     def server_url(self) -> str | None:
         """The URL of the database; None where the embedded server serves."""

@@ -23,6 +23,9 @@ what counts is their pace, too. Then jobs that are submitted one by one, by as m
 a file, against jobs that are begun one by one. And 48 jobs at a time that are taken of ten thousand that wait, and of
 very many of one team, beside which a thousand teams have ten each.
 
+events: jobs of a single team in groups, where nobody wants to be told of them, and where a webhook does. And deliveries
+of events to four endpoints that answer at once, and beside one that never does, against a bare loop over httpx.
+
 allocation: `allocate` for teams that are all due, and where none is, with credits that all expire at once, as their
 period is over, against INSERTs and an UPDATE that write the same rows in one transaction, under the same triggers, and
 check nothing themselves. And what a loop would take, of credits that last.
@@ -33,9 +36,11 @@ the same tables, with their indexes, constraints and triggers; and from the same
 
 import argparse
 import asyncio
+import base64
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -43,7 +48,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from datetime import date
+from datetime import date, timedelta
 from functools import partial
 from itertools import count
 from multiprocessing import get_context
@@ -57,15 +62,17 @@ from provider import ANSWER, completion
 from psycopg.sql import Literal
 from psycopg.types.json import Jsonb
 
-from saasllm_cli import allocation, database, embedded, migrations
+from saasllm_cli import allocation, database, embedded, encryption, migrations
 from saasllm_cli.jobs import runner
 from saasllm_cli.jobs.calls import Call
+from saasllm_cli.jobs.session import Session
 from saasllm_cli.manifests.documents import PARSER
 from saasllm_cli.manifests.export import as_yaml
 from saasllm_cli.queries import query
 from saasllm_cli.settings import settings
+from saasllm_cli.webhooks.deliverer import Deliverer, Summary
 
-PARTS = ("start", "ledger", "limits", "batch", "queue", "allocation", "apply")
+PARTS = ("start", "ledger", "limits", "batch", "queue", "events", "allocation", "apply")
 CLIENTS = 8
 CALLS_AT_ONCE = 64
 PROMPT = "Say something of the number {}."
@@ -137,6 +144,14 @@ KINDS = {
         INSERT INTO limits (organization_id, measure, per, amount) VALUES ('shared', 'credits', 'month', 1000000000);
     """,
 }
+ENDPOINTS = 4
+EVENTS = """
+    INSERT INTO events (event_id, event_type, organization_id, team_id, data)
+    SELECT
+        new_id(), 'job.completed', 'acme', 't1',
+        jsonb_build_object('job_id', gen_random_uuid(), 'status', 'completed', 'metadata', jsonb_build_object('n', n))
+    FROM generate_series(1, {events}) n;
+"""
 SCHEDULES = """
     INSERT INTO credit_schedules (team_id, credits_amount, every, mode, next_on)
     SELECT team_id, 500, 'monthly', 'reset', '2001-01-01' FROM teams;
@@ -176,6 +191,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=5, help="of each measure of the ledger (%(default)s)")
     parser.add_argument("--lines", type=int, default=5000, help="of each batch (%(default)s)")
     parser.add_argument("--waiting", type=int, default=1_000_000, help="jobs in the queue (%(default)s)")
+    parser.add_argument("--events", type=int, default=2000, help="of each measure of deliveries (%(default)s)")
     parser.add_argument("--teams", type=int, default=100_000, help="of the allocation and of apply (%(default)s)")
     options = parser.parse_args()
     for part in options.parts or PARTS:
@@ -193,6 +209,8 @@ def main() -> None:
                     measure_worker(options.rounds, options.lines)
                     measure_submit(options.rounds, options.seconds)
                     measure_take(options.rounds, options.waiting)
+                case "events":
+                    measure_events(options.rounds, options.events)
                 case "allocation":
                     measure_allocation(options.rounds, options.teams)
                 case "apply":
@@ -391,7 +409,7 @@ def send_groups(*names: str) -> float:
     """Groups a second; each client has every so many-th of them."""
     values = {name: Literal(value).as_string() for name, value in BEGIN_MANY.items()}
     values |= {"is_final": "false"} | {
-        name: f"(SELECT {name} FROM groups WHERE number = :number)" for name in ("jobs", "results")
+        name: f"(SELECT {name}::jsonb FROM groups WHERE number = :number)" for name in ("jobs", "results")
     }
     script = f"\\set number :turn * {GROUP_CLIENTS} + :client_id\n\\set turn :turn + 1\n"
     script += "".join(filled_in(name, values) for name in names)
@@ -588,6 +606,93 @@ def pace(moments: list[float]) -> float:
     moments = sorted(moments)
     first, last = len(moments) // 10, len(moments) * 9 // 10
     return (last - first) / (moments[last] - moments[first])
+
+
+def measure_events(rounds: int, events: int) -> None:
+    execute(TEAMS.format(teams=1), WHAT_JOBS_NEED)
+    grouped_jobs()
+    measures = {
+        f"begin + settle {GROUP} at once, no webhook": partial(told_jobs, 0),
+        "the same, told to a webhook": partial(told_jobs, 1),
+    }
+    compare("jobs a second", measures, rounds, yardsticks=1)
+    os.environ["SAASLLM_MASTER_KEYS"] = base64.b64encode(bytes(32)).decode()
+    settings.cache_clear()
+    with started(answer_at_once) as port, socket.create_server(("127.0.0.1", 0)) as silent:
+        hanging = silent.getsockname()[1]
+        measures = {
+            f"httpx, {CALLS_AT_ONCE} at once": partial(bare_posts, port, ENDPOINTS * events),
+            f"webhook deliver, {ENDPOINTS} endpoints": partial(deliveries, [port] * ENDPOINTS, events),
+            "the same, beside one that hangs": partial(deliveries, [port] * ENDPOINTS + [hanging], events),
+        }
+        compare("deliveries a second", measures, rounds, yardsticks=2)
+
+
+def subscribe(ports: list[int]) -> None:
+    """Nothing but webhooks at these ports, without any event yet."""
+    execute("DELETE FROM webhooks", "TRUNCATE events CASCADE")
+    with database.connect() as db:
+        for number, port in enumerate(ports):
+            url = f"http://127.0.0.1:{port}/{number}"
+            webhook = {"organization_id": None, "url": url, "event_types": ["job.completed"]}
+            created = db.one("webhook.create", **webhook, allow_http=True, allow_private=True)
+            secret = encryption.encrypt("whsec_" + "c2VjcmV0" * 5, f"webhook {created['webhook_id']}")
+            db.one("webhook.add_secret", webhook_id=created["webhook_id"], secret=secret, keep=timedelta())
+
+
+def told_jobs(webhooks: int) -> float:
+    execute("DELETE FROM webhooks", "TRUNCATE events CASCADE")
+    if webhooks:
+        execute("INSERT INTO webhooks (url, event_types) VALUES ('https://example.com/', '{all}')")
+    jobs_a_second = grouped_jobs()
+    with database.raw_connection() as connection:
+        told = connection.execute("SELECT count(*) AS events FROM events").fetchone()
+    assert told
+    assert told["events"] == webhooks * GROUP * GROUPS
+    return jobs_a_second
+
+
+def deliveries(ports: list[int], events: int) -> float:
+    subscribe(ports)
+    execute(EVENTS.format(events=events))
+    with started(deliver, ENDPOINTS * events) as pace:
+        return float(pace)
+
+
+def deliver(pipe: Connection, wanted: int) -> None:
+    """Says how many deliveries a second there were, once there were as many as wanted."""
+    began = time.perf_counter()
+
+    def on_progress(done: Summary, _: int) -> None:
+        if done.succeeded == wanted:
+            pipe.send(wanted / (time.perf_counter() - began))
+
+    with Session() as session:
+        Deliverer(session.ask, print, on_progress).run()
+
+
+def bare_posts(port: int, posts: int) -> float:
+    with started(post_bare, port, posts) as pace:
+        return float(pace)
+
+
+def post_bare(pipe: Connection, port: int, posts: int) -> None:
+    import httpx
+
+    async def post_all() -> None:
+        remaining = iter(range(posts))
+        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=CALLS_AT_ONCE)) as client:
+
+            async def post_some() -> None:
+                for number in remaining:
+                    answer = await client.post(f"http://127.0.0.1:{port}/", json={"number": number, "text": "x" * 500})
+                    assert answer.status_code == 200
+
+            began = time.perf_counter()
+            await asyncio.gather(*(post_some() for _ in range(CALLS_AT_ONCE)))
+            pipe.send(posts / (time.perf_counter() - began))
+
+    asyncio.run(post_all())
 
 
 def measure_allocation(rounds: int, teams: int) -> None:

@@ -36,13 +36,14 @@ GONE = 410
 
 @dataclass
 class _Endpoint:
-    client: httpx.AsyncClient
+    transport: httpx.AsyncHTTPTransport
     attempts: int = 0  # under way
     used_at: float = field(default_factory=time.monotonic)
 
 
 class Sender:
-    """Sends deliveries. Connections are kept by webhook, so that none passes from one host to another."""
+    """Sends deliveries: by a transport alone, which follows no redirects, keeps no cookies, and asks no environment for
+    a proxy. Connections are kept by webhook, so that none passes from one host to another."""
 
     def __init__(self) -> None:
         self._tls = ssl.create_default_context()
@@ -54,8 +55,8 @@ class Sender:
         attempted_at, began = datetime.now(UTC), time.monotonic()
         answer = _Answer()
         try:
-            async with self._client(delivery["webhook_id"]) as client:
-                answer = await self._send(client, delivery, attempted_at)
+            async with self._transport(delivery["webhook_id"]) as transport:
+                answer = await self._send(transport, delivery, attempted_at)
         except TimeoutError:
             answer.error = f"no answer within {ANSWER_SECONDS:g} s"
         except Forbidden as error:
@@ -77,53 +78,54 @@ class Sender:
             "is_gone": is_gone,
         }
 
-    async def _send(self, client: httpx.AsyncClient, delivery: Row, at: datetime) -> "_Answer":
+    async def _send(self, transport: httpx.AsyncHTTPTransport, delivery: Row, at: datetime) -> "_Answer":
         url = target(delivery["url"], delivery["allow_http"])
         body = body_of(delivery)
         headers = {
             "host": url.netloc.decode(),
+            "user-agent": "saasllm",
+            "accept-encoding": "identity",
             "content-type": "application/json",
             "webhook-id": str(delivery["event_id"]),
             "webhook-timestamp": str(int(at.timestamp())),
             "webhook-signature": _signatures(delivery, at, body),
         }
         async with asyncio.timeout(ANSWER_SECONDS):
-            response = await self._post(client, url, delivery["allow_private"], body.encode(), headers)
+            response = await self._post(transport, url, delivery["allow_private"], headers, body.encode())
         try:
             return await _answer(response)
         finally:
             await response.aclose()
 
     async def _post(
-        self, client: httpx.AsyncClient, url: httpx.URL, allow_private: bool, body: bytes, headers: dict[str, str]
+        self,
+        transport: httpx.AsyncHTTPTransport,
+        url: httpx.URL,
+        allow_private: bool,
+        headers: dict[str, str],
+        body: bytes,
     ) -> httpx.Response:
         """To the addresses that were checked, and to nothing else; the name is that of the certificate."""
         addresses = await self._resolver.addresses(url, allow_private)
-        named = {"sni_hostname": url.raw_host.decode().strip("[]")}
+        timeout = httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS).as_dict()
+        options = {"sni_hostname": url.raw_host.decode().strip("[]"), "timeout": timeout}
         for address in addresses:
             there = url.copy_with(host=address)
-            request = client.build_request("POST", there, content=body, headers=headers, extensions=named)
+            request = httpx.Request("POST", there, headers=headers, content=body, extensions=options)
             with suppress(*() if address == addresses[-1] else (httpx.ConnectError, httpx.ConnectTimeout)):
-                return await client.send(request, stream=True)
+                return await transport.handle_async_request(request)
         raise AssertionError
 
     @asynccontextmanager
-    async def _client(self, webhook_id: int) -> AsyncIterator[httpx.AsyncClient]:
+    async def _transport(self, webhook_id: int) -> AsyncIterator[httpx.AsyncHTTPTransport]:
         if webhook_id not in self._endpoints:
-            # No proxy of the environment: what that connects to would be unknown.
-            client = httpx.AsyncClient(
-                verify=self._tls,
-                trust_env=False,
-                follow_redirects=False,
-                timeout=httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS),
-                headers={"user-agent": "saasllm", "accept-encoding": "identity"},
-                limits=httpx.Limits(max_connections=None, keepalive_expiry=IDLE_SECONDS),
-            )
-            self._endpoints[webhook_id] = _Endpoint(client)
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_SECONDS)
+            transport = httpx.AsyncHTTPTransport(verify=self._tls, trust_env=False, limits=limits)
+            self._endpoints[webhook_id] = _Endpoint(transport)
         endpoint = self._endpoints[webhook_id]
         endpoint.attempts += 1
         try:
-            yield endpoint.client
+            yield endpoint.transport
         finally:
             endpoint.attempts -= 1
             endpoint.used_at = time.monotonic()
@@ -132,7 +134,7 @@ class Sender:
         for webhook_id, endpoint in list(self._endpoints.items()):
             if endpoint.attempts == 0 and time.monotonic() - endpoint.used_at >= seconds:
                 del self._endpoints[webhook_id]
-                await endpoint.client.aclose()
+                await endpoint.transport.aclose()
 
     async def close(self) -> None:
         await self.close_idle(0)

@@ -213,33 +213,32 @@ CREATE TRIGGER limits_forget_alerts AFTER UPDATE ON limits
 
 
 -- Organizations and teams that come and go, or may run no jobs for a time: as their records say.
-CREATE FUNCTION tell_of_record() RETURNS trigger
+CREATE FUNCTION tell_of_records() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
-DECLARE
-    happened text := CASE
-        WHEN NEW.action = 'create' THEN 'created'
-        WHEN NEW.action <> 'update' THEN 'deleted'
-        WHEN NEW.after ->> 'status' = 'suspended' THEN 'suspended'
-        ELSE 'resumed'
-    END;
 BEGIN
     INSERT INTO public.events (event_id, event_type, organization_id, team_id, data)
-    VALUES (
-        public.new_id(), NEW.noun || '.' || happened, NEW.organization_id, NEW.team_id,
-        CASE NEW.noun WHEN 'team' THEN jsonb_build_object('team_id', NEW.team_id) ELSE '{}' END
-        || jsonb_build_object('organization_id', NEW.organization_id)
-    );
+    SELECT
+        public.new_id(),
+        noun || '.' || CASE
+            WHEN action = 'create' THEN 'created'
+            WHEN action <> 'update' THEN 'deleted'
+            WHEN after ->> 'status' = 'suspended' THEN 'suspended'
+            ELSE 'resumed'
+        END,
+        organization_id,
+        team_id,
+        CASE noun WHEN 'team' THEN jsonb_build_object('team_id', team_id) ELSE '{}' END
+        || jsonb_build_object('organization_id', organization_id)
+    FROM new_rows
+    WHERE noun IN ('organization', 'team') AND (action <> 'update' OR before ->> 'status' <> after ->> 'status')
+    ORDER BY audit_id;
     RETURN NULL;
 END
 $$;
 
 CREATE TRIGGER audit_log_tell AFTER INSERT ON audit_log
-    FOR EACH ROW
-    WHEN (
-        NEW.noun IN ('organization', 'team')
-        AND (NEW.action <> 'update' OR NEW.before ->> 'status' <> NEW.after ->> 'status')
-    )
-    EXECUTE FUNCTION tell_of_record();
+    REFERENCING NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION tell_of_records();
 
 
 -- Who may not change teams removes events only when they are old.

@@ -43,13 +43,20 @@ WHERE transaction >= pg_snapshot_xmin(%(snapshot)s::text::pg_snapshot)
 ORDER BY event_id;
 
 -- name: prune(keep, row_limit) :one
--- Removes the oldest of those whose time is over, with their deliveries; says how many.
+-- Removes the oldest of those whose time is over, with their deliveries, but for what is still to be delivered; says how
+-- many.
 WITH event AS (
     DELETE FROM events
     WHERE event_id IN (
         SELECT event_id
-        FROM events
+        FROM events e
         WHERE event_id < first_id(statement_timestamp() - %(keep)s::interval)
+          AND NOT EXISTS (
+              SELECT
+              FROM webhook_deliveries d
+              JOIN webhook_states s USING (webhook_id)
+              WHERE d.event_id = e.event_id AND d.status = 'pending' AND s.disabled_at IS NULL
+          )
         ORDER BY event_id
         LIMIT %(row_limit)s
     )
