@@ -22,7 +22,8 @@ MOST_USD_PER_MILLION = 10**6
 MOST_ALERTS = 10  # of a limit
 MOST_PERCENT = 1000
 MOST_THRESHOLDS = 10  # of a team's credits
-# What sql/definitions/events.sql and webhooks.sql tell of. Those of jobs are written only where a webhook wants them.
+# What sql/definitions/events.sql and webhooks.sql tell of. Those of jobs, and of what schedules
+# and time do to every team, are written only where a webhook wants them.
 EVENT_TYPES = (
     *("job.completed", "job.failed", "job.cancelled"),
     *("credits.added", "credits.allocated", "credits.refunded", "credits.adjusted", "credits.expired"),

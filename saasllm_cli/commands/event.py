@@ -62,8 +62,8 @@ def list_(
 ) -> None:
     """List events.
 
-    job.completed, job.failed and job.cancelled are recorded only while a webhook subscribes to them. Events are kept
-    for 30 days: see SAASLLM_KEEP_EVENTS.
+    Some types are recorded only while a webhook wants them: job.completed, job.failed, job.cancelled,
+    credits.allocated and credits.expired. Events are kept for 30 days: see SAASLLM_KEEP_EVENTS.
 
     --follow starts with the events since --since, else with the next one, and prints JSON as one object per line.
     """

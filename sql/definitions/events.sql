@@ -1,8 +1,8 @@
 -- Events: what happens is told in the transaction in which it happens, whatever client makes it.
 --
--- What happens with every job is written only where a webhook wants it; all else is rare, and always written. An event
--- locks nothing, so that nobody waits for another: its number in its organization comes later (webhooks.sql). What it
--- tells, `data`, is an object of fields that have the names and values of the columns elsewhere.
+-- What happens with every job, or to every team at once, is written only where a webhook wants it; all else is rare, and
+-- always written. An event locks nothing, so that nobody waits for another: its number in its organization comes later
+-- (webhooks.sql). What it tells, `data`, is an object of fields that have the names and values of the columns elsewhere.
 
 
 -- The smallest UUID of version 7 of a time.
@@ -41,6 +41,13 @@ LANGUAGE sql STABLE PARALLEL SAFE ROWS 1 AS $$
       AND of_type <> 'webhook.test' -- that is for one alone
 $$;
 
+-- Whether an event is to be written.
+CREATE FUNCTION is_told(of_organization text, of_type text) RETURNS boolean
+LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT (of_type NOT LIKE 'job.%' AND of_type NOT IN ('credits.allocated', 'credits.expired'))
+        OR EXISTS (SELECT FROM public.webhooks_for(of_organization, of_type))
+$$;
+
 
 -- Jobs that have ended; and always what could not be charged for one. No more of their texts and metadata than any
 -- endpoint takes: 16 kB in all.
@@ -65,11 +72,10 @@ BEGIN
     FROM ONLY public.jobs j
     CROSS JOIN LATERAL (
         SELECT 'job.' || j.status AS event_type
-        WHERE EXISTS (SELECT FROM public.webhooks_for(j.organization_id::text, 'job.' || j.status))
         UNION ALL
         SELECT 'credits.short' WHERE j.credits_short > 0
     ) AS told
-    WHERE j.job_id = ANY (ended);
+    WHERE j.job_id = ANY (ended) AND public.is_told(j.organization_id::text, told.event_type);
 END
 $$;
 
@@ -81,13 +87,7 @@ BEGIN
     INSERT INTO public.events (event_id, event_type, organization_id, team_id, data)
     SELECT
         public.new_id(),
-        'credits.' || CASE
-            WHEN e.transaction_type = 'allocation' AND e.period IS NOT NULL THEN 'allocated'
-            WHEN e.transaction_type = 'allocation' THEN 'added'
-            WHEN e.transaction_type = 'refund' THEN 'refunded'
-            WHEN e.transaction_type = 'adjustment' THEN 'adjusted'
-            ELSE 'expired'
-        END,
+        told.event_type,
         e.organization_id,
         e.team_id,
         jsonb_build_object(
@@ -98,7 +98,16 @@ BEGIN
             'created_at', public.utc(e.created_at)
         )
     FROM unnest(entries) AS e
-    WHERE e.transaction_type <> 'deduction'
+    CROSS JOIN LATERAL (
+        SELECT 'credits.' || CASE
+            WHEN e.transaction_type = 'allocation' AND e.period IS NOT NULL THEN 'allocated'
+            WHEN e.transaction_type = 'allocation' THEN 'added'
+            WHEN e.transaction_type = 'refund' THEN 'refunded'
+            WHEN e.transaction_type = 'adjustment' THEN 'adjusted'
+            ELSE 'expired'
+        END AS event_type
+    ) AS told
+    WHERE e.transaction_type <> 'deduction' AND public.is_told(e.organization_id::text, told.event_type)
     ORDER BY e.transaction_id;
 END
 $$;
