@@ -259,7 +259,7 @@ BEGIN
 END
 $$;
 
-CREATE TRIGGER team_credits_audit AFTER UPDATE ON team_credits
+CREATE TRIGGER team_credits_audit AFTER UPDATE OF credits_overdraft, low_credits ON team_credits
     FOR EACH ROW
     WHEN (OLD.credits_overdraft IS DISTINCT FROM NEW.credits_overdraft OR OLD.low_credits <> NEW.low_credits)
     EXECUTE FUNCTION audit_balance();

@@ -115,9 +115,9 @@ $$;
 
 -- A team's credits have fallen to a threshold of it, or are used up with its overdraft. That they were above before is
 -- what makes it an event: so each is told once until they have been above again. A threshold that is set below them is
--- told at once.
-CREATE FUNCTION tell_of_balance() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
+-- told at once. For the guard of balances (ledger.sql), which sees each of their movements.
+CREATE FUNCTION tell_of_balance(was team_credits, is_now team_credits) RETURNS void
+LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO public.events (event_id, event_type, organization_id, team_id, data)
     SELECT
@@ -126,34 +126,35 @@ BEGIN
         t.organization_id,
         t.team_id,
         jsonb_build_object(
-            'team_id', t.team_id, 'credits_remaining', NEW.credits_remaining,
-            'credits_overdraft', NEW.credits_overdraft
+            'team_id', t.team_id, 'credits_remaining', is_now.credits_remaining,
+            'credits_overdraft', is_now.credits_overdraft
         ) || told.data
     FROM public.teams t
     CROSS JOIN (
         SELECT 'credits.low' AS event_type, jsonb_build_object('low_credits', threshold) AS data
-        FROM (SELECT DISTINCT threshold FROM unnest(NEW.low_credits) AS threshold ORDER BY threshold DESC) AS set
-        WHERE NEW.credits_remaining <= threshold
-          AND (OLD.credits_remaining > threshold OR threshold <> ALL (OLD.low_credits))
+        FROM (SELECT DISTINCT threshold FROM unnest(is_now.low_credits) AS threshold ORDER BY threshold DESC) AS set
+        WHERE is_now.credits_remaining <= threshold
+          AND (was.credits_remaining > threshold OR threshold <> ALL (was.low_credits))
         UNION ALL
         SELECT 'credits.exhausted', '{}'
-        WHERE OLD.credits_remaining + OLD.credits_overdraft > 0 AND NEW.credits_remaining + NEW.credits_overdraft <= 0
+        WHERE was.credits_remaining + was.credits_overdraft > 0
+          AND is_now.credits_remaining + is_now.credits_overdraft <= 0
     ) AS told
-    WHERE t.team_id = NEW.team_id;
+    WHERE t.team_id = is_now.team_id;
+END
+$$;
+
+CREATE FUNCTION tell_of_threshold() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
+BEGIN
+    PERFORM public.tell_of_balance(OLD, NEW);
     RETURN NULL;
 END
 $$;
 
-CREATE TRIGGER team_credits_tell AFTER UPDATE ON team_credits
-    FOR EACH ROW
-    WHEN (
-        (OLD.credits_remaining > NEW.credits_remaining AND NEW.low_credits <> '{}')
-        OR OLD.low_credits <> NEW.low_credits
-        OR (
-            OLD.credits_remaining + OLD.credits_overdraft > 0 AND NEW.credits_remaining + NEW.credits_overdraft <= 0
-        )
-    )
-    EXECUTE FUNCTION tell_of_balance();
+-- By its columns, and not by a condition, which every movement of a balance would pay for.
+CREATE TRIGGER team_credits_tell AFTER UPDATE OF low_credits, credits_overdraft ON team_credits
+    FOR EACH ROW EXECUTE FUNCTION tell_of_threshold();
 
 
 -- A limit is used to one of its alerts, or reached (that is 100 percent): told once a period. For the triggers of jobs,

@@ -175,6 +175,12 @@ DECLARE
     held         bigint; -- by which other jobs have changed what is reserved
     explained    bigint := 0; -- of that
 BEGIN
+    IF NEW.credits_remaining < OLD.credits_remaining
+        AND (NEW.low_credits <> '{}' OR NEW.credits_remaining + NEW.credits_overdraft <= 0)
+    THEN
+        PERFORM public.tell_of_balance(OLD, NEW);
+    END IF;
+
     IF (OLD.team_id, OLD.credits_allocated, OLD.credits_used, OLD.last_entry_no)
         IS DISTINCT FROM (NEW.team_id, NEW.credits_allocated, NEW.credits_used, NEW.last_entry_no)
     THEN
