@@ -47,19 +47,20 @@ ORDER BY event_id;
 -- many.
 WITH event AS (
     DELETE FROM events
-    WHERE event_id IN (
-        SELECT event_id
+    WHERE event_id = ANY (ARRAY(
+        SELECT e.event_id
         FROM events e
-        WHERE event_id < first_id(statement_timestamp() - %(keep)s::interval)
-          AND NOT EXISTS (
-              SELECT
-              FROM webhook_deliveries d
-              JOIN webhook_states s USING (webhook_id)
-              WHERE d.event_id = e.event_id AND d.status = 'pending' AND s.disabled_at IS NULL
-          )
-        ORDER BY event_id
+        LEFT JOIN LATERAL (
+            SELECT d.event_id
+            FROM webhook_deliveries d
+            JOIN webhook_states s USING (webhook_id)
+            WHERE d.event_id = e.event_id AND d.status = 'pending' AND s.disabled_at IS NULL
+            LIMIT 1 -- looked up for each, and not all of them for these few
+        ) AS awaited ON true
+        WHERE e.event_id < first_id(statement_timestamp() - %(keep)s::interval) AND awaited.event_id IS NULL
+        ORDER BY e.event_id
         LIMIT %(row_limit)s
-    )
+    ))
     RETURNING 1
 )
 SELECT count(*) AS events FROM event;
