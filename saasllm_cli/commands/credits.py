@@ -17,7 +17,7 @@ from saasllm_cli.commands.inputs import (
     Category,
     Expires,
     IdempotencyKey,
-    JobName,
+    IdName,
     Limit,
     OrgFilter,
     Output,
@@ -201,7 +201,7 @@ def revoke(
 
 @app.command(epilog='saasllm credits refund --job 0198c5a2-7e0b-7cc1-9a39-3f1f7c1b2a4d --reason "Wrong answer"')
 def refund(
-    job: Annotated[JobName, typer.Option(**A_JOB, show_default=False, help="Job to refund.")],
+    job: Annotated[IdName, typer.Option(**A_JOB, show_default=False, help="Job to refund.")],
     reason: Reason = None,
     source: Source = None,
     idempotency_key: IdempotencyKey = None,

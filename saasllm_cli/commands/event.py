@@ -8,7 +8,18 @@ from uuid import UUID
 import typer
 
 from saasllm_cli import database
-from saasllm_cli.commands.inputs import Limit, OrgFilter, Output, Since, TeamFilter, TimeOrder, noun
+from saasllm_cli.commands.inputs import (
+    IdName,
+    Limit,
+    OrgFilter,
+    Output,
+    Since,
+    TeamFilter,
+    TimeOrder,
+    event_id_of,
+    event_name,
+    noun,
+)
 from saasllm_cli.database import Row
 from saasllm_cli.errors import InvalidInput
 from saasllm_cli.output import harmless, print_line, show, timestamp
@@ -32,13 +43,6 @@ def complete_type(incomplete: str) -> list[str]:
     return [name for name in EVENT_TYPES if name.startswith(incomplete)]
 
 
-def event_id(value: str) -> UUID:
-    try:
-        return UUID(value)
-    except ValueError:
-        raise typer.BadParameter(f"{value!r} is not an event ID.") from None
-
-
 A_TYPE: dict[str, Any] = {"metavar": "TYPE", "parser": event_type, "autocompletion": complete_type}
 
 
@@ -55,7 +59,7 @@ def list_(
     ] = False,
     sort: TimeOrder = "newest",
     after: Annotated[
-        UUID | None, typer.Option(parser=event_id, metavar="ID", help="Show the page after this ID.")
+        IdName | None, typer.Option(parser=event_name, metavar="ID", help="Show the page after this ID.")
     ] = None,
     limit: Limit = 100,
     output: Output = None,
@@ -72,14 +76,15 @@ def list_(
         if after is not None or sort != "newest":
             raise InvalidInput("usage", "--follow goes with --since, not with --after or --sort.", "Omit them.")
         _follow(filters, since, _printer(output))
+    after_id = None if after is None else event_id_of(after)
     with database.connect() as db:
         events = db.stream(
             "event.list",
-            {"organization": org, "team": team},
+            {"organization": org, "team": team, "event": after_id},
             **filters,
             since=since,
             sort=sort,
-            after=after,
+            after=after_id,
             limit=limit,
         )
         show(events, output, COLUMNS, ESSENTIAL)
@@ -87,12 +92,21 @@ def list_(
 
 @app.command(epilog="saasllm event get 01a217af-497b-78e9-b76f-3a5488bc141a -o json | jq .data")
 def get(
-    id_: Annotated[UUID, typer.Argument(metavar="EVENT", parser=event_id, show_default=False, help="Event ID.")],
+    name: Annotated[
+        IdName,
+        typer.Argument(
+            metavar="EVENT",
+            parser=event_name,
+            show_default=False,
+            help="Event ID, or the beginning of one (at least 4 digits).",
+        ),
+    ],
     output: Output = None,
 ) -> None:
     """Show an event and its data."""
+    event_id = event_id_of(name)
     with database.connect() as db:
-        event = db.get("event", id_)
+        event = db.get("event", event_id)
     show(event, output)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 from uuid import UUID
@@ -210,28 +211,37 @@ def row_limit(value: str | int) -> int:
     return int(value)
 
 
-class JobName(NamedTuple):
-    """A job's id, or a beginning of it: what was typed, and the first and the last id that begin so."""
+class IdName(NamedTuple):
+    """A UUID, or a beginning of it: what was typed, and the first and the last id that begin so."""
 
     text: str
     low: UUID
     high: UUID
 
 
-def job_name(value: str) -> JobName:
-    """An id as UUID() takes it, or at least four digits of its beginning, with its dashes or without."""
-    text = value.strip().lower()
-    with suppress(ValueError):
-        return JobName(value, job_id := UUID(text), job_id)
-    digits = text.replace("-", "")
-    if re.fullmatch("[0-9a-f]{4,31}", digits):
-        low, high = _jobs_from(digits)
-        if text == digits or str(low).startswith(text):
-            return JobName(value, low, high)
-    raise typer.BadParameter(f"{value!r} is not a job ID, or the beginning of one (at least 4 digits).")
+def _id_name(kind: str) -> Callable[[str], IdName]:
+    """The id of a job or an event: as UUID() takes it, or at least four digits of its beginning, with its dashes or
+    without."""
+
+    def parse(value: str) -> IdName:
+        text = value.strip().lower()
+        with suppress(ValueError):
+            return IdName(value, id_ := UUID(text), id_)
+        digits = text.replace("-", "")
+        if re.fullmatch("[0-9a-f]{4,31}", digits):
+            low, high = _ids_from(digits)
+            if text == digits or str(low).startswith(text):
+                return IdName(value, low, high)
+        raise typer.BadParameter(f"{value!r} is not {kind} ID, or the beginning of one (at least 4 digits).")
+
+    return parse
 
 
-def _jobs_from(digits: str) -> tuple[UUID, UUID]:
+job_name = _id_name("a job")
+event_name = _id_name("an event")
+
+
+def _ids_from(digits: str) -> tuple[UUID, UUID]:
     """The first and the last ID that begins so."""
     return UUID(digits.ljust(32, "0")), UUID(digits.ljust(32, "f"))
 
@@ -239,26 +249,32 @@ def _jobs_from(digits: str) -> tuple[UUID, UUID]:
 def _complete_job(incomplete: str) -> list[str]:
     """The newest jobs whose IDs begin so."""
     with suppress(Exception), database.connect_to_complete() as db:
-        low, high = _jobs_from(incomplete.replace("-", ""))
+        low, high = _ids_from(incomplete.replace("-", ""))
         return [str(job["job_id"]) for job in db.many("job.named", low=low, high=high, row_limit=MOST_COMPLETED)]
     return []
 
 
-def job_id_of(name: JobName) -> UUID:
-    """The id itself; of a beginning, that of the one job whose id begins so."""
+def _id_of(kind: str, name: IdName) -> UUID:
+    """The id itself; of a beginning, that of the one whose id begins so."""
     if name.low == name.high:
         return name.low
     with database.connect() as db:
-        jobs = db.many("job.named", low=name.low, high=name.high, row_limit=MOST_CANDIDATES + 1)
-    if not jobs:
-        raise not_found("job", name.text)
-    if len(jobs) > 1:
-        candidates = [f"{job['job_id']}  {timestamp(job['created_at'])}  {job['status']}" for job in jobs]
-        lines = "\n  ".join(candidates[:MOST_CANDIDATES] + ["and more"] * (len(jobs) > MOST_CANDIDATES))
-        message = f"Several job IDs begin with {name.text}:\n  {lines}"
-        raise InvalidInput("job_ambiguous", message, "Give more of the ID.")
-    job_id: UUID = jobs[0]["job_id"]
-    return job_id
+        found = db.many(f"{kind}.named", low=name.low, high=name.high, row_limit=MOST_CANDIDATES + 1)
+    if not found:
+        raise not_found(kind, name.text)
+    if len(found) > 1:
+        candidates = [
+            f"{id_}  {timestamp(created_at)}  {what}" for id_, created_at, what in (row.values() for row in found)
+        ]
+        lines = "\n  ".join(candidates[:MOST_CANDIDATES] + ["and more"] * (len(found) > MOST_CANDIDATES))
+        message = f"Several {kind} IDs begin with {name.text}:\n  {lines}"
+        raise InvalidInput(f"{kind}_ambiguous", message, "Give more of the ID.")
+    id_: UUID = found[0][f"{kind}_id"]
+    return id_
+
+
+job_id_of = partial(_id_of, "job")
+event_id_of = partial(_id_of, "event")
 
 
 def number(value: str) -> int:

@@ -44,7 +44,7 @@ from saasllm_cli.commands.inputs import (
     A_JOB,
     GroupFilter,
     IdempotencyKey,
-    JobName,
+    IdName,
     Limit,
     Metadata,
     MetadataFilter,
@@ -89,7 +89,7 @@ app = noun()
 Status = Literal["pending", "in_progress", "completed", "failed", "cancelled"]
 
 Job = Annotated[
-    JobName, typer.Argument(**A_JOB, show_default=False, help="Job ID, or the beginning of one (at least 4 digits).")
+    IdName, typer.Argument(**A_JOB, show_default=False, help="Job ID, or the beginning of one (at least 4 digits).")
 ]
 Reason = Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="Reason, kept with the job.")]
 Lease = Annotated[
@@ -563,7 +563,7 @@ def _batch_progress(source: BinaryIO) -> "Callable[[Summary, float], None]":
     return tell
 
 
-def _finish(job: JobName, status: str, reason: str | None, output: Format | None) -> None:
+def _finish(job: IdName, status: str, reason: str | None, output: Format | None) -> None:
     from saasllm_cli.jobs import runner
 
     job_id = job_id_of(job)

@@ -38,7 +38,7 @@ from saasllm_cli.commands.calls import (
 from saasllm_cli.commands.inputs import (
     A_JOB,
     IdempotencyKey,
-    JobName,
+    IdName,
     Metadata,
     Output,
     counted,
@@ -81,9 +81,9 @@ OF_A_FILE = {
 MOST_TOLD = 5
 _ENDED = {"failed": "failed", "cancelled": "was cancelled"}
 
-Job = Annotated[JobName, typer.Argument(**A_JOB, show_default=False, help="Job ID, or the beginning of one.")]
+Job = Annotated[IdName, typer.Argument(**A_JOB, show_default=False, help="Job ID, or the beginning of one.")]
 Jobs = Annotated[
-    list[JobName],
+    list[IdName],
     typer.Argument(**A_JOB | {"metavar": "JOB..."}, show_default=False, help="Job IDs, or the beginnings of them."),
 ]
 File = Annotated[

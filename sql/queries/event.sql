@@ -5,6 +5,15 @@ SELECT event_id, event_type, organization_id, team_id, sequence_no, data, create
 FROM events
 WHERE event_id = %(event_id)s;
 
+-- name: named(low, high, row_limit) :many
+-- The events whose ids lie between two, for one that was named by the beginning of its id; the newest first.
+SELECT event_id, created_at, event_type
+FROM events
+WHERE event_id >= %(low)s
+  AND event_id <= %(high)s
+ORDER BY event_id DESC
+LIMIT %(row_limit)s;
+
 -- name: list(event_types, organization_id, team_id, since, sort, after, row_limit) :many
 -- The newest first, or the oldest; behind the event `after`. Its id is never older than the event, whose time is that at
 -- which its transaction began: the index by the id leads to it.
