@@ -172,7 +172,12 @@ def test_ids_that_are_taken(tenant: Run, sql: Sql, home: Path) -> None:
         tenant("credits", "add", "hr", 1)
         charged_job()
     sql.execute("INSERT INTO workers (host, pid, concurrency) VALUES ('here', 1, 1)")
-    for sequence in ("credit_transactions_transaction_id_seq", "audit_log_audit_id_seq", "workers_worker_id_seq"):
+    sql.execute("INSERT INTO webhooks (url, event_types) VALUES ('https://1.1.1.1/', '{all}')")
+    sql.execute("INSERT INTO webhook_secrets (webhook_id, secret) VALUES (1, '')")
+    for sequence in (
+        *("credit_transactions_transaction_id_seq", "audit_log_audit_id_seq", "workers_worker_id_seq"),
+        *("webhooks_webhook_id_seq", "webhook_secrets_secret_id_seq"),
+    ):
         sql.execute(f"ALTER SEQUENCE {sequence} RESTART")
     answered = tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "hello")
     assert (answered.status, answered.out) == (7, "hello\n")
@@ -188,7 +193,7 @@ def test_ids_that_are_taken(tenant: Run, sql: Sql, home: Path) -> None:
     result = tenant("doctor", "-o", "json")
     assert result.status == 9
     (check,) = (check for check in result.data if check["check"] == "ids")
-    told = "credit_transactions, audit_log, workers" in check["message"]
+    told = "credit_transactions, audit_log, workers, webhooks, webhook_secrets" in check["message"]
     assert (check["hint"], told) == ("Run: saasllm migrate up", True)
 
     assert tenant("migrate", "up").status == 0

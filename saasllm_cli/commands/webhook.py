@@ -281,7 +281,9 @@ def rotate(
     epilog="saasllm webhook deliveries 3 --status failed --since 7d\nsaasllm webhook deliveries --attempts-of 1207"
 )
 def deliveries(
-    webhook_id: Annotated[int | None, typer.Argument(**A_WEBHOOK, help="Webhook ID (default: of all).")] = None,
+    webhook_id: Annotated[
+        int | None, typer.Argument(**A_WEBHOOK | {"metavar": "[WEBHOOK]"}, help="Webhook ID (default: of all).")
+    ] = None,
     status: Annotated[Literal["pending", "succeeded", "failed"] | None, typer.Option(help="Filter by status.")] = None,
     event: Annotated[str | None, typer.Option("--event", **A_TYPE, help="Filter by event type.")] = None,
     attempts_of: Annotated[

@@ -42,7 +42,11 @@ FROM (
         ('credit_transactions', 'transaction_id', (SELECT max(transaction_id) FROM credit_transactions)),
         ('audit_log', 'audit_id', (SELECT max(audit_id) FROM audit_log)),
         ('job_refusals', 'refusal_id', (SELECT max(refusal_id) FROM job_refusals)),
-        ('workers', 'worker_id', (SELECT max(worker_id) FROM workers))
+        ('workers', 'worker_id', (SELECT max(worker_id) FROM workers)),
+        ('webhooks', 'webhook_id', (SELECT max(webhook_id) FROM webhooks)),
+        ('webhook_secrets', 'secret_id', (SELECT max(secret_id) FROM webhook_secrets)),
+        ('webhook_deliveries', 'delivery_id', (SELECT max(delivery_id) FROM webhook_deliveries)),
+        ('webhook_attempts', 'attempt_id', (SELECT max(attempt_id) FROM webhook_attempts))
 ) AS numbered (name, id, highest)
 CROSS JOIN LATERAL (SELECT pg_get_serial_sequence('public.' || name, id)::regclass AS sequence OFFSET 0) AS its
 WHERE CASE
@@ -50,8 +54,8 @@ WHERE CASE
 END;
 
 -- name: rights(tables) :one
--- The tables of saasllm that the role may not read, or not in full, what it may do, and who may make objects beside
--- them.
+-- The tables of saasllm that the role may not read (of one, not each reads the secrets), or not in full, what it may do,
+-- and who may make objects beside them.
 SELECT
     ARRAY(
         SELECT c.oid::regclass::text
@@ -59,7 +63,7 @@ SELECT
         WHERE c.relnamespace = 'public'::regnamespace
           AND c.relkind = 'r'
           AND c.relname = ANY (%(tables)s)
-          AND (NOT has_table_privilege(c.oid, 'SELECT') OR row_security_active(c.oid))
+          AND (NOT has_any_column_privilege(c.oid, 'SELECT') OR row_security_active(c.oid))
         ORDER BY c.relname
     ) AS unreadable,
     pg_has_role(t.relowner, 'USAGE') AS may_migrate,
