@@ -67,7 +67,7 @@ def _master_keys() -> "MultiFernet":
     else:
         raise InvalidInput(
             "no_master_key",
-            "Secrets are stored encrypted only, and no master key is set.",
+            "Secrets, such as those of webhooks, are stored encrypted only, and no master key is set.",
             f"Set SAASLLM_MASTER_KEYS or SAASLLM_MASTER_KEY_FILE. {HOW_TO_MAKE}",
         )
     return _parsed(text, name)

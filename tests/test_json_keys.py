@@ -220,11 +220,12 @@ COMMANDS: dict[str, list[Any]] = {
             "teams": [
                 [
                     *("team_id", "organization_id", "team_alias", "status", "model_groups", "credits", "overdraft"),
-                    *("schedule", "price", "limits", "metadata"),
+                    *("low_credits", "schedule", "price", "limits", "metadata"),
                 ]
             ]
         },
         "prices",
+        {"webhooks": [["url", "event_types", "allow_http", "allow_private"]]},
     ],
     "apply -f file.yaml": [
         {"totals": [["noun", "created", "changed", "unchanged", "differing", "suspended", "deleted"]]},

@@ -91,6 +91,7 @@ def create(
     be recorded: see `saasllm event list --help`.
     """
     from saasllm_cli import encryption
+    from saasllm_cli.webhooks.secret import add_secret
 
     url = _checked(url, allow_http, allow_private)
     given = {
@@ -106,7 +107,7 @@ def create(
             raise not_found("organization", str(org))
         if created["webhook_id"] is None:
             return db.found("webhook.named", "webhook", url, organization_id=org, url=url), None
-        secret, _ = _add_secret(db, created["webhook_id"], timedelta())
+        secret, _ = add_secret(db, created["webhook_id"], timedelta())
         return db.get("webhook", created["webhook_id"]), secret
 
     with database.connect() as db:
@@ -262,9 +263,11 @@ def rotate(
     Until --keep is over, deliveries are signed by both secrets, so that their receiver can change over at any time. The
     new secret is shown when nothing that it has not signed is on its way any more.
     """
+    from saasllm_cli.webhooks.secret import add_secret
+
     with database.connect() as db:
         db.get("webhook", webhook_id)
-        secret, expires_at = db.transaction(lambda: _add_secret(db, webhook_id, keep))
+        secret, expires_at = db.transaction(lambda: add_secret(db, webhook_id, keep))
         until = time.monotonic() + LONGEST_UNDER_WAY
         with waiting("Waiting for deliveries that are on their way …"):
             time.sleep(0.5)  # those that were just begun are told of by now
@@ -418,19 +421,6 @@ def _checked(url: str, allow_http: bool, allow_private: bool) -> str:
     except OSError as error:
         note(f"Warning: {parsed.host} cannot be resolved now: {error.strerror or error}.")
     return str(parsed)
-
-
-def _add_secret(db: database.Database, webhook_id: int, keep: timedelta) -> tuple[str, datetime | None]:
-    """A new secret, and when the one before it expires."""
-    import base64
-    import secrets
-
-    from saasllm_cli.encryption import encrypt
-
-    secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
-    stored = encrypt(secret, f"webhook {webhook_id}")
-    added = db.one("webhook.add_secret", webhook_id=webhook_id, secret=stored, keep=keep)
-    return secret, added["previous_secret_expires_at"]
 
 
 def _tell_missed(webhook_id: int, since: datetime) -> None:

@@ -14,7 +14,7 @@ GRANT SELECT ON
     model_group_records, team_records, price_records, limit_records, purges_of_transaction, checked_balances,
     current_balances, callable_groups, limit_details, margin_parts, job_queue, job_answers, workers, duties,
     worker_details, events, event_counters, limit_alerts, webhooks, webhook_states, webhook_deliveries,
-    webhook_attempts, webhook_details, webhook_delivery_details
+    webhook_attempts, webhook_details, webhook_delivery_details, webhook_records
 TO saasllm_admin, saasllm_runner, saasllm_readonly;
 -- But at secrets, even encrypted, only who signs by them.
 GRANT SELECT (secret_id, webhook_id, created_at, expires_at) ON webhook_secrets TO saasllm_readonly;
