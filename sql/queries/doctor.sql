@@ -165,6 +165,41 @@ SELECT
 FROM jobs j
 WHERE j.is_unpriced AND j.created_at > now() - %(days)s * interval '1 day';
 
+-- name: webhooks() :many
+-- Those that do not work: disabled for what came of their deliveries, or failing; the longest first.
+SELECT webhook_id, url, status, failing_since, coalesce(failing_since, disabled_at) AS since
+FROM webhook_details
+WHERE status = 'failing' OR disabled_reason <> 'by_hand'
+ORDER BY since, webhook_id;
+
+-- name: deliveries(minutes) :one
+-- Whether there are webhooks, whether the role may read what signs for them, and whether one has waited so long for an
+-- event, or for a delivery that is due. Of one that fails, deliveries are slow.
+SELECT
+    EXISTS (SELECT FROM webhooks) AS has_webhooks,
+    has_column_privilege('webhook_secrets', 'secret', 'SELECT') AS may_sign,
+    EXISTS (
+        SELECT
+        FROM webhooks w
+        JOIN webhook_states s USING (webhook_id)
+        JOIN events e ON NOT e.is_dispatched
+            AND e.created_at < now() - %(minutes)s * interval '1 minute'
+            AND e.created_at >= w.created_at
+        WHERE s.disabled_at IS NULL
+          AND EXISTS (
+              SELECT
+              FROM webhooks_for(e.organization_id::text, e.event_type) AS wanting
+              WHERE wanting.webhook_id = w.webhook_id
+          )
+    ) OR EXISTS (
+        SELECT
+        FROM webhook_deliveries d
+        JOIN webhook_states s USING (webhook_id)
+        WHERE d.status = 'pending'
+          AND d.next_at < now() - %(minutes)s * interval '1 minute'
+          AND num_nonnulls(s.disabled_at, s.failing_since, s.retry_at) = 0
+    ) AS lacks_deliverer;
+
 -- name: models() :many
 -- The models that jobs may call, and whether they have a price of our own.
 SELECT DISTINCT m.model_name, p.model_name IS NOT NULL AS is_priced
