@@ -180,17 +180,13 @@ SELECT
     has_column_privilege('webhook_secrets', 'secret', 'SELECT') AS may_sign,
     EXISTS (
         SELECT
-        FROM webhooks w
+        FROM events e
+        CROSS JOIN LATERAL webhooks_for(e.organization_id::text, e.event_type) w
         JOIN webhook_states s USING (webhook_id)
-        JOIN events e ON NOT e.is_dispatched
-            AND e.created_at < now() - %(minutes)s * interval '1 minute'
-            AND e.created_at >= w.created_at
-        WHERE s.disabled_at IS NULL
-          AND EXISTS (
-              SELECT
-              FROM webhooks_for(e.organization_id::text, e.event_type) AS wanting
-              WHERE wanting.webhook_id = w.webhook_id
-          )
+        WHERE NOT e.is_dispatched
+          AND e.created_at < now() - %(minutes)s * interval '1 minute'
+          AND e.created_at >= w.created_at
+          AND s.disabled_at IS NULL
     ) OR EXISTS (
         SELECT
         FROM webhook_deliveries d
