@@ -18,8 +18,10 @@ from saasllm_cli.commands.inputs import (
     Output,
     Since,
     TimeOrder,
+    Verbose,
     Yes,
     confirm_delete,
+    counted,
     lasting,
     missing_allowed,
     moment,
@@ -32,7 +34,8 @@ from saasllm_cli.commands.inputs import (
 )
 from saasllm_cli.database import Row
 from saasllm_cli.errors import CheckFailed, Interrupted, InvalidInput, not_found
-from saasllm_cli.output import note, progress, show, timestamp, waiting
+from saasllm_cli.output import note, progress, remark, show, timestamp, waiting
+from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
     from saasllm_cli.webhooks.deliverer import Summary
@@ -358,11 +361,11 @@ def replay(
 
 
 @app.command(epilog="saasllm webhook deliver")
-def deliver(output: Output = None) -> None:
+def deliver(verbose: Verbose = False, output: Output = None) -> None:
     """Send what is due now, and remove old events.
 
-    Run it from cron, each minute, if no `saasllm worker` runs. Run at the same time by several, each event is sent by
-    one of them.
+    Run it from cron, each minute, if no `saasllm worker` runs: if nothing is due, it prints nothing. Run at the same
+    time by several, each event is sent by one of them.
     """
     import signal
 
@@ -383,10 +386,16 @@ def deliver(output: Output = None) -> None:
             deliverer.run()
         pruned = 0 if is_interrupted else session.ask(prune)
     done = deliverer.summary
-    show(
-        {"succeeded": done.succeeded, "failed": done.failed, "given_up": done.given_up, "events_removed": pruned},
-        output,
-    )
+    counts = {"succeeded": done.succeeded, "failed": done.failed, "given_up": done.given_up, "events_removed": pruned}
+    if (output or settings().output) is not Format.TABLE:
+        show(counts, output)
+    elif any(counts.values()):
+        note(
+            f"{done.succeeded} delivered, {done.failed} failed and tried again later, {done.given_up} given up; "
+            f"{counted(pruned, 'old event')} removed."
+        )
+    elif not is_interrupted:
+        remark("Nothing is due.", verbose)
     if is_interrupted:
         raise Interrupted("interrupted", "Interrupted. What was not sent is sent next time.")
 
