@@ -82,7 +82,10 @@ BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 # The names of the unique indexes of what is done once.
 ONCE = ("_idempotency_key", "_once_a_job", "jobs_pkey")
 # The tables whose rows are numbered by a sequence alone.
-NUMBERED = ("credit_transactions_pkey", "audit_log_pkey", "job_refusals_pkey", "workers_pkey")
+NUMBERED = (
+    *("credit_transactions_pkey", "audit_log_pkey", "job_refusals_pkey", "workers_pkey", "webhooks_pkey"),
+    *("webhook_secrets_pkey", "webhook_deliveries_pkey", "webhook_attempts_pkey"),
+)
 DEADLOCKS = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 OVERTAKEN = (psycopg.errors.UniqueViolation, psycopg.errors.ForeignKeyViolation)
 LONGEST_COMMAND = 1000

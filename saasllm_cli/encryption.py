@@ -50,10 +50,7 @@ def require_master_key() -> None:
     _master_keys()
 
 
-@cache
 def _master_keys() -> "MultiFernet":
-    from cryptography.fernet import Fernet, MultiFernet
-
     given, file = settings().master_keys, settings().master_key_file
     name = "SAASLLM_MASTER_KEYS"
     if given is not None:
@@ -70,10 +67,17 @@ def _master_keys() -> "MultiFernet":
     else:
         raise InvalidInput(
             "no_master_key",
-            "Secrets are stored encrypted only, and no master key is set.",
+            "Secrets, such as those of webhooks, are stored encrypted only, and no master key is set.",
             f"Set SAASLLM_MASTER_KEYS or SAASLLM_MASTER_KEY_FILE. {HOW_TO_MAKE}",
         )
-    keys = [key for key in text.replace(",", "\n").split() if key]
+    return _parsed(text, name)
+
+
+@cache
+def _parsed(text: str, name: str) -> "MultiFernet":
+    from cryptography.fernet import Fernet, MultiFernet
+
+    keys = text.replace(",", "\n").split()
     try:
         # As openssl writes it, or as Fernet does.
         decoded = [base64.b64decode(key.replace("-", "+").replace("_", "/"), validate=True) for key in keys]

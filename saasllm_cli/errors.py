@@ -192,12 +192,23 @@ def _measured(number: Any, measure: str) -> str:
 
 
 _COMMANDS = {"organization": "org"}  # where the command has another name than the noun
-_IDS = {"organization": "organization_id", "team": "team_id", "group": "group_name", "job": "job_id"}
+_IDS = {
+    "organization": "organization_id",
+    "team": "team_id",
+    "group": "group_name",
+    "job": "job_id",
+    "event": "event_id",
+    "webhook": "webhook_id",
+}
 
 
 def not_found(noun: str, name: str) -> NotFound:
     command = _COMMANDS.get(noun, noun)
-    lists = {"transaction": "credits transactions TEAM", "grant": "credits grants TEAM"}
+    lists = {
+        "transaction": "credits transactions TEAM",
+        "grant": "credits grants TEAM",
+        "delivery": "webhook deliveries",
+    }
     hint = f"See: saasllm {lists.get(noun, f'{command} list')}"
     error = NotFound(f"{noun}_not_found", f"{noun.capitalize()} {name} not found.", hint)
     error.noun, error.name = noun, name

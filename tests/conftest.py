@@ -37,6 +37,7 @@ from saasllm_cli.settings import settings
 
 numbers = count()
 MEMORY_NEEDED = 4 * 2**30
+MASTER_KEY = "bWFzdGVyIGtleSBvZiB0aGUgdGVzdHMsIDMyIGJ5dGU="
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

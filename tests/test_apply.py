@@ -14,10 +14,13 @@ import jsonschema
 import psycopg
 import pytest
 import yaml
-from conftest import Result, assert_sound, open_jobs, start_process
+from conftest import MASTER_KEY, Result, assert_sound, open_jobs, start_process
 
+from saasllm_cli.encryption import decrypt
 from saasllm_cli.manifests import apply as manifests
 from saasllm_cli.manifests.definitions import schema
+from saasllm_cli.rules import EVENT_TYPES
+from saasllm_cli.settings import settings
 
 Run = Callable[..., Result]
 Sql = psycopg.Connection[dict[str, Any]]
@@ -80,7 +83,7 @@ def totals(report: Any) -> dict[str, dict[str, int]]:
     return {
         row["noun"]: {name: value for name, value in row.items() if name != "noun" and value}
         for row in report["totals"]
-        if row["noun"] != "price" or any(value for name, value in row.items() if name != "noun")
+        if row["noun"] not in ("price", "webhook") or any(value for name, value in row.items() if name != "noun")
     }
 
 
@@ -338,6 +341,118 @@ prices: [{organization_id: acme, group_name: Down, credits: 3, hold: 5}, {credit
     assert tenant("export").out == before
 
 
+WEBHOOKS = """\
+organizations: [{organization_id: new}]
+teams:
+- {team_id: hr, organization_id: acme, low_credits: [5, 100, -3]}
+- {team_id: "t{n}", organization_id: new, count: 2, credits: 7, overdraft: 2, low_credits: [5]}
+webhooks:
+- {url: "HTTPS://1.1.1.1:443/Hooks", event_types: [all]}
+- {organization_id: acme, url: "https://1.1.1.1/Hooks", event_types: [team.created, credits.low]}
+- organization_id: new
+  url: "http://127.0.0.1:9/{n}"
+  event_types: [all]
+  allow_http: true
+  allow_private: true
+  count: 2
+- {organization_id: acme, url: "https://no-such-name.invalid/", event_types: [job.failed]}
+"""
+
+
+def test_webhooks_and_thresholds(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) -> None:
+    would = applied(tenant, WEBHOOKS, "--diff", status=9)
+    assert totals(would) == {
+        "organization": {"created": 1},
+        "group": {},
+        "team": {"changed": 1, "created": 2},
+        "webhook": {"created": 5},
+    }
+    no_key = tenant("apply", "-f", "-", "-o", "json", stdin=WEBHOOKS)
+    assert (no_key.status, no_key.error["code"], no_key.out) == (2, "no_master_key", "")
+    assert totals(applied(tenant, WEBHOOKS, "--diff", status=9)) == totals(would)  # nothing was applied
+
+    monkeypatch.setenv("SAASLLM_MASTER_KEYS", MASTER_KEY)
+    settings.cache_clear()
+    told = tenant("apply", "-f", "-", "-o", "json", stdin=WEBHOOKS)
+    assert told.data == would
+    assert told.err.splitlines() == [
+        f"To get the secret of webhook {number}, run: saasllm webhook rotate {number}" for number in range(6, 11)
+    ]
+    shown = tenant("webhook", "list", "-o", "json").data
+    names = ("organization_id", "url", "event_types", "allow_http", "allow_private")
+    assert sorted([[row[name] for name in names] for row in shown], key=str) == [
+        ["acme", "https://1.1.1.1/Hooks", ["credits.low", "team.created"], False, False],
+        ["acme", "https://no-such-name.invalid/", ["job.failed"], False, False],
+        ["new", "http://127.0.0.1:9/1", ["all"], True, True],
+        ["new", "http://127.0.0.1:9/2", ["all"], True, True],
+        [None, "https://1.1.1.1/Hooks", ["all"], False, False],
+    ]
+    secrets = sql.execute("SELECT webhook_id, secret FROM webhook_secrets ORDER BY webhook_id").fetchall()
+    assert [row["webhook_id"] for row in secrets] == [6, 7, 8, 9, 10]
+    assert all(decrypt(row["secret"], f"webhook {row['webhook_id']}").startswith("whsec_") for row in secrets)
+    low = "SELECT credits_overdraft, low_credits FROM team_credits ORDER BY team_id"
+    assert [[*row.values()] for row in sql.execute(low)] == [[0, [100, 5, -3]], [2, [5]], [2, [5]]]
+
+    assert applied(tenant, WEBHOOKS)["changes"] == []
+    assert sql.execute("SELECT webhook_id, secret FROM webhook_secrets ORDER BY webhook_id").fetchall() == secrets
+    for form in ("yaml", "json", "jsonl"):
+        exported = tenant("export", "-o", form).out
+        assert "whsec" not in exported
+        assert "secret" not in exported
+        assert applied(tenant, exported, "--diff", "--prune")["changes"] == []
+
+
+def test_what_is_told_of_changed_webhooks_and_thresholds(
+    tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAASLLM_MASTER_KEYS", MASTER_KEY)
+    settings.cache_clear()
+    created = tenant("apply", "-f", "-", stdin=WEBHOOKS).out.splitlines()
+    assert "+ team t1 organization_id=new credits=7 overdraft=2 low_credits=5" in created
+    assert "+ webhook url=https://1.1.1.1/Hooks event_types=all" in created
+    assert "+ webhook organization_id=acme url=https://no-such-name.invalid/ event_types=job.failed" in created
+    changed = """\
+teams:
+- {team_id: hr, organization_id: acme, low_credits: [100, 50]}
+- {team_id: t1, organization_id: new, low_credits: []}
+- {team_id: t2, organization_id: new, overdraft: unlimited}
+webhooks:
+- {url: "https://1.1.1.1/Hooks", event_types: [all]}
+- {organization_id: acme, url: "https://1.1.1.1/Hooks", event_types: [credits.low]}
+- {organization_id: new, url: "http://127.0.0.1:9/1", event_types: [all], allow_http: true}
+"""
+    shown = tenant("apply", "-f", "-", "--diff", stdin=changed)
+    assert shown.out.partition("noun ")[0].splitlines() == [
+        "~ team hr",
+        "    low_credits: 100, 5, -3 -> 100, 50",
+        "~ team t1",
+        "    low_credits: 5 -> -",
+        "~ team t2",
+        "    overdraft: 2 -> unlimited",
+        "~ webhook organization_id=acme url=https://1.1.1.1/Hooks",
+        "    event_types: credits.low, team.created -> credits.low",
+    ]
+    applied_ = tenant("apply", "-f", "-", stdin=changed)
+    assert (applied_.out, applied_.err) == (shown.out, "")
+    assert tenant("apply", "-f", "-", "--diff", stdin=changed).err == "No differences.\n"
+    low = "SELECT credits_overdraft, low_credits FROM team_credits ORDER BY team_id"
+    assert [[*row.values()] for row in sql.execute(low)] == [[0, [100, 50]], [2, []], [None, [5]]]
+    for webhook_id, types in ((1, ["all"]), (2, ["credits.low"])):
+        webhook = sql.execute(
+            "SELECT event_types FROM webhooks WHERE url LIKE '%%1/Hooks' ORDER BY organization_id DESC"
+        )
+        assert webhook.fetchall()[webhook_id - 1] == {"event_types": types}
+    # What was allowed to lead anywhere is looked at when it is not any more.
+    refused = changed.replace("allow_http: true", "allow_http: true, allow_private: false")
+    told = tenant("apply", "-f", "-", stdin=refused)
+    assert (told.status, told.err.splitlines()[1]) == (
+        2,
+        "stdin:8:26: webhooks[2].url: 127.0.0.1 is not a public address: give a URL on the internet or, if you mean "
+        "it, set allow_private: true",
+    )
+    assert "low_credits" in tenant("audit", "list", "--team", "hr", "-o", "json").out
+
+
 def test_a_changed_price_is_another_version(tenant: Run, sql: Sql) -> None:
     for credits_ in (5, 5, 6):
         applied(
@@ -547,7 +662,7 @@ def test_nothing_to_apply_is_an_error(tenant: Run, home: Path, text: str, name: 
             result = tenant("apply", *words, *options, stdin=text)
             assert (result.status, result.out) == (2, "")
             shown = "stdin" if name == "-" else name
-            assert f"{shown}: it contains no organizations, model_groups, teams or prices" in result.err
+            assert f"{shown}: it contains no organizations, model_groups, teams, prices or webhooks" in result.err
     assert tenant("org", "get", "new").status == 3
     assert tenant("apply", "-f", "-", stdin="teams: []").err == "Nothing to change.\n"
 
@@ -600,14 +715,17 @@ def test_files_folders_and_forms(tenant: Run, home: Path) -> None:
 
 NO_ID = "is not a valid ID: use up to 128 letters, digits, '.', '_' and '-', starting with a letter or digit"
 NOWHERE = "not found in the files or in the database: did you mean"
-NO_FIELD = "unknown field: use one of organizations, model_groups, teams, prices"
+NO_FIELD = "unknown field: use one of organizations, model_groups, teams, prices, webhooks"
 ORG = "organizations: [{organization_id: o}]\n"
 # What is in the file, and what is told of it, without the name of the file.
 BROKEN = {
     "no YAML": ("teams: [a", ["2:1: it is not valid YAML: did not find expected ',' or ']'"]),
     "a tab": ("teams:\n\t- a", ["2:1: it is not valid YAML: found character that cannot start any token"]),
-    "no mapping": ("- a\n- b\n", ["1:1: it must be a mapping with organizations, model_groups, teams and prices"]),
-    "a text": ("tenants", ["1:1: it must be a mapping with organizations, model_groups, teams and prices"]),
+    "no mapping": (
+        "- a\n- b\n",
+        ["1:1: it must be a mapping with organizations, model_groups, teams, prices and webhooks"],
+    ),
+    "a text": ("tenants", ["1:1: it must be a mapping with organizations, model_groups, teams, prices and webhooks"]),
     "an unknown section": (
         "tems: []\ngroups: []\n",
         [
@@ -895,7 +1013,7 @@ BROKEN = {
             "5: it is not valid JSON: NaN is not a number",
             "6:12: teams[0].organization_id: it is required",
             "6:29: teams[0].x: unknown field: use one of team_id, organization_id, team_alias, status, "
-            "model_groups, credits, overdraft, schedule, price, limits, metadata, count",
+            "model_groups, credits, overdraft, low_credits, schedule, price, limits, metadata, count",
         ],
     ),
     "a template too deep in JSON": (
@@ -1034,6 +1152,65 @@ BROKEN = {
             for number in range(6)
         ],
     ),
+    "thresholds": (
+        "teams:\n- {team_id: a, organization_id: acme, low_credits: 5}\n"
+        "- {team_id: b, organization_id: acme, low_credits: [5, 1.5, 1000000000000001]}\n"
+        "- {team_id: c, organization_id: acme, low_credits: [5, 5]}\n"
+        "- {team_id: d, organization_id: acme, low_credits: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]}\n",
+        [
+            "2:39: teams[0].low_credits: it must be a list",
+            "3:56: teams[1].low_credits[1]: it must be a whole number",
+            "3:61: teams[1].low_credits[2]: it must be at most 1000000000000000",
+            "4:39: teams[2].low_credits: 5 is listed twice",
+            "5:39: teams[3].low_credits: it must have at most 10 items",
+        ],
+    ),
+    "webhooks": (
+        "webhooks:\n- {}\n"
+        "- {url: 'ftp://a', event_types: []}\n"
+        "- {url: 'https://a:b@c.example/', event_types: [job.lost, all, all]}\n"
+        "- {url: 'http://1.1.1.1', event_types: [all, job.failed], secret: x}\n"
+        "- {url: 'http://1.1.1.1', event_types: [all]}\n"
+        "- {url: 'https://1.1.1.1/#a', event_types: [all, all]}\n"
+        "- {organization_id: a b, url: 'https://1.1.1.1/', event_types: all, allow_private: 1}\n",
+        [
+            "2:3: webhooks[0].url: it is required",
+            "2:3: webhooks[0].event_types: it is required",
+            "3:4: webhooks[1].url: it must be a URL such as https://example.com/hooks",
+            "3:20: webhooks[1].event_types: it must not be empty",
+            "4:4: webhooks[2].url: it must not contain credentials: deliveries are signed instead",
+            f"4:49: webhooks[2].event_types[0]: 'job.lost' is not an event type: use all, or {', '.join(EVENT_TYPES)}",
+            "5:27: webhooks[3].event_types: all includes every other type: give it alone",
+            "5:59: webhooks[3].secret: unknown field: use one of organization_id, url, event_types, allow_http, "
+            "allow_private, count",
+            "6:3: webhooks[4]: its url must begin with https://; to allow http, set allow_http: true",
+            "7:4: webhooks[5].url: it must not contain a fragment (#...): that is never sent",
+            "7:31: webhooks[5].event_types: all is listed twice",
+            f"8:4: webhooks[6].organization_id: 'a b' {NO_ID}",
+            "8:51: webhooks[6].event_types: it must be a list",
+            "8:69: webhooks[6].allow_private: it must be true or false",
+        ],
+    ),
+    "webhooks that do not fit": (
+        "webhooks:\n- {organization_id: acne, url: 'https://1.1.1.1/', event_types: [all]}\n"
+        "- {url: 'https://1.1.1.1/', event_types: [all]}\n"
+        "- {url: 'https://1.1.1.1:443/', event_types: [job.failed]}\n",
+        [
+            "2:4: webhooks[0].organization_id: organization acne not found in the files or in the database: did you "
+            "mean acme?",
+            "4:3: webhooks[2]: url=https://1.1.1.1/ is defined more than once",
+        ],
+    ),
+    "webhooks that lead within": (
+        "webhooks:\n- {url: 'https://1.1.1.1/', event_types: [all]}\n"
+        "- {url: 'https://10.0.0.1/', event_types: [all]}\n"
+        "- {url: 'https://[::ffff:127.0.0.1]/', event_types: [all], allow_private: false}\n",
+        [
+            f"{line}:4: webhooks[{line - 2}].url: {address} is not a public address: give a URL on the internet or, if "
+            "you mean it, set allow_private: true"
+            for line, address in ((3, "10.0.0.1"), (4, "::ffff:127.0.0.1"))
+        ],
+    ),
     "no UTF-8": (b"teams: []\n# caf\xe9\n", ["2: it is not UTF-8 text"]),
 }
 
@@ -1157,6 +1334,7 @@ def test_the_schema_is_that_of_the_files(saasllm: Run) -> None:
     validator.check_schema(printed)
     validator.validate(yaml.safe_load(ACME.replace("2030-01-01", "'2030-01-01'")))
     validator.validate(yaml.safe_load(PRICED.replace("1e6", "1000000")))
+    validator.validate(yaml.safe_load(WEBHOOKS))
     validator.validate(yaml.safe_load(ENDING.replace("2130-01-01", "'2130-01-01'")))
     for wrong in (
         {"prices": [{"credits": -1}]},
@@ -1165,6 +1343,9 @@ def test_the_schema_is_that_of_the_files(saasllm: Run) -> None:
             {"teams": [{"team_id": "a", "organization_id": "b", "credits": credits_}]}
             for credits_ in (-1, "5", {}, {"amount": 5, "expire": "1d"}, {"amount": 5, "category": "included"})
         ),
+        {"teams": [{"team_id": "a", "organization_id": "b", "low_credits": 5}]},
+        {"webhooks": [{"url": "https://a.example"}]},
+        {"webhooks": [{"url": "https://a.example", "event_types": ["any"]}]},
         {"tems": []},
         {"teams": [{"team_id": "a"}]},
         {"organizations": [{"organization_id": "a b"}]},

@@ -7,7 +7,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import Result, charged_job
+from conftest import MASTER_KEY, Result, charged_job
 
 from saasllm_cli import database, migrations
 from saasllm_cli.settings import settings
@@ -37,7 +37,7 @@ def test_all_in_order(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) ->
     assert checks.pop("durability")[0] == "warning"  # the tests do without fsync
     assert list(checks) == [
         *("database", "clock", "migrations", "role", "ledger", "leases", "allocations", "workers", "limits"),
-        *("charges", "providers", "prices"),
+        *("charges", "webhooks", "providers", "prices"),
     ]
     assert set(checks.values()) == {("ok", None)}
 
@@ -114,6 +114,88 @@ def test_jobs_whose_price_counts_what_nobody_knows(tenant: Run, sql: Sql) -> Non
     assert "saasllm model set" in row["hint"]
 
 
+def test_webhooks_that_do_not_work(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told() -> dict[str, tuple[str, str, str]]:
+        rows = tenant("doctor", "-o", "json").data
+        names = ("webhooks", "deliveries", "master key")
+        return {row["check"]: (row["status"], row["message"], row["hint"]) for row in rows if row["check"] in names}
+
+    def use_key(key: str) -> None:
+        monkeypatch.setenv("SAASLLM_MASTER_KEYS", key)
+        settings.cache_clear()
+
+    well = {"webhooks": ("ok", "No webhook is failing.", None)}
+    assert told() == well  # without webhooks, no key is missing
+    use_key(MASTER_KEY)
+    for number in range(1, 6):
+        assert tenant("webhook", "create", "--url", f"https://1.1.1.{number}/", "--event", "team.created").status == 0
+    assert told() == well
+
+    sql.execute("""
+        UPDATE webhook_states
+        SET failing_since = '2026-11-20 12:00+00', disabled_at = reason.at, disabled_reason = reason.name
+        FROM (VALUES (1, NULL, NULL), (2, 'failing', now()), (3, 'gone', now())) AS reason (webhook_id, name, at)
+        WHERE webhook_states.webhook_id = reason.webhook_id
+    """)
+    sql.execute("UPDATE webhook_states SET failing_since = '2026-11-21Z' WHERE webhook_id IN (2, 3)")
+    tenant("webhook", "update", "4", "--disable")
+    status, message, hint = told()["webhooks"]
+    assert (status, message) == (
+        "warning",
+        "Nothing arrives: 1 failing since 2026-11-20T12:00:00Z (https://1.1.1.1/), "
+        "2 disabled since 2026-11-21T00:00:00Z (https://1.1.1.2/), "
+        "3 disabled since 2026-11-21T00:00:00Z (https://1.1.1.3/).",
+    )
+    assert "saasllm webhook test WEBHOOK" in hint
+
+    # Events that nobody dispatches, and deliveries that nobody makes.
+    late = "UPDATE events SET created_at = now() - interval '6 minutes'"
+    sql.execute("SELECT dispatch_events(1000)")
+    tenant("org", "create", "other")
+    sql.execute(f"UPDATE webhooks SET created_at = '2026-01-01Z'; {late}")
+    assert "deliveries" not in told(), "none wants it"
+    tenant("team", "create", "it", "--org", "other")
+    assert "deliveries" not in told(), "it is new"
+    sql.execute(late)
+    waiting = (
+        "warning",
+        "Events have been waiting to be delivered for more than 5 minutes.",
+        "Run: saasllm worker. Or from cron, each minute: saasllm webhook deliver",
+    )
+    assert told()["deliveries"] == waiting
+    sql.execute("UPDATE webhook_states SET disabled_at = now(), disabled_reason = 'by_hand' WHERE disabled_at IS NULL")
+    assert "deliveries" not in told(), "nobody wants it now"
+    sql.execute("UPDATE webhook_states SET disabled_at = NULL, disabled_reason = NULL WHERE webhook_id IN (1, 5)")
+    sql.execute("SELECT dispatch_events(1000)")
+    assert "deliveries" not in told(), "they are due only now"
+    sql.execute("UPDATE webhook_deliveries SET next_at = now() - interval '6 minutes' WHERE webhook_id = 1")
+    assert "deliveries" not in told(), "it fails"
+    sql.execute("UPDATE webhook_deliveries SET next_at = now() - interval '6 minutes' WHERE webhook_id = 5")
+    assert told()["deliveries"] == waiting
+
+    assert "master key" not in told()
+    use_key("A" * 43 + "=")
+    assert tenant("webhook", "rotate", "3", "--keep", "1s").status == 0
+    sql.execute("UPDATE webhook_secrets SET expires_at = now() WHERE expires_at IS NOT NULL")
+    status, message, hint = told()["master key"]
+    assert (status, message) == ("warning", "The secrets of these webhooks cannot be decrypted: 1, 2, 4, 5.")
+    assert hint.startswith("Add their key to SAASLLM_MASTER_KEYS.")
+    use_key("no key")
+    assert "SAASLLM_MASTER_KEYS is not a key of 32 bytes" in told()["master key"][1]
+    use_key("")
+    status, message, hint = told()["master key"]
+    assert (status, message.split(". ")[0]) == ("warning", "Nothing can be sent to webhooks from here")
+    assert "Set SAASLLM_MASTER_KEYS or SAASLLM_MASTER_KEY_FILE" in hint
+    sql.execute("CREATE ROLE doctor_reader LOGIN IN ROLE saasllm_readonly")
+    try:
+        url = os.environ["SAASLLM_DATABASE_URL"].replace("postgres@", "doctor_reader@")
+        monkeypatch.setenv("SAASLLM_DATABASE_URL", url)
+        settings.cache_clear()
+        assert told().keys() == {"webhooks", "deliveries"}, "it could sign nothing, whatever its keys"
+    finally:
+        sql.execute("DROP OWNED BY doctor_reader; DROP ROLE doctor_reader")
+
+
 def test_rules_that_are_switched_off(tenant: Run, sql: Sql, migrated_database: str) -> None:
     sql.execute(f"ALTER DATABASE {migrated_database} SET session_replication_role = replica")
     assert found(tenant, 9)["enforcement"][0] == "failed"
@@ -172,7 +254,12 @@ def test_ids_that_are_taken(tenant: Run, sql: Sql, home: Path) -> None:
         tenant("credits", "add", "hr", 1)
         charged_job()
     sql.execute("INSERT INTO workers (host, pid, concurrency) VALUES ('here', 1, 1)")
-    for sequence in ("credit_transactions_transaction_id_seq", "audit_log_audit_id_seq", "workers_worker_id_seq"):
+    sql.execute("INSERT INTO webhooks (url, event_types) VALUES ('https://1.1.1.1/', '{all}')")
+    sql.execute("INSERT INTO webhook_secrets (webhook_id, secret) VALUES (1, '')")
+    for sequence in (
+        *("credit_transactions_transaction_id_seq", "audit_log_audit_id_seq", "workers_worker_id_seq"),
+        *("webhooks_webhook_id_seq", "webhook_secrets_secret_id_seq"),
+    ):
         sql.execute(f"ALTER SEQUENCE {sequence} RESTART")
     answered = tenant("job", "run", "--team", "hr", "--group", "Echo", "--prompt", "hello")
     assert (answered.status, answered.out) == (7, "hello\n")
@@ -188,7 +275,7 @@ def test_ids_that_are_taken(tenant: Run, sql: Sql, home: Path) -> None:
     result = tenant("doctor", "-o", "json")
     assert result.status == 9
     (check,) = (check for check in result.data if check["check"] == "ids")
-    told = "credit_transactions, audit_log, workers" in check["message"]
+    told = "credit_transactions, audit_log, workers, webhooks, webhook_secrets" in check["message"]
     assert (check["hint"], told) == ("Run: saasllm migrate up", True)
 
     assert tenant("migrate", "up").status == 0

@@ -11,13 +11,14 @@ from decimal import Decimal
 from typing import Any
 
 import psycopg
+import pytest
 import yaml
-from conftest import Result, start_process
+from conftest import MASTER_KEY, Result, start_process
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from saasllm_cli.database import exact_json
-from saasllm_cli.rules import is_label
+from saasllm_cli.rules import EVENT_TYPES, is_label
 
 Run = Callable[..., Result]
 
@@ -66,6 +67,13 @@ prices = st.fixed_dictionaries(
     }
 )
 job_types = st.none() | texts
+webhooks = st.dictionaries(
+    st.sampled_from(
+        ["https://1.1.1.1/a%20b?c=d", "https://xn--exmple-cua.de", "https://[2606:4700::1111]/", "http://localhost:9/"]
+    ),
+    st.lists(st.sampled_from(EVENT_TYPES), min_size=1, max_size=3) | st.just(["all"]),
+    max_size=2,
+)
 limits = st.dictionaries(
     st.sampled_from([("jobs", "concurrent"), ("jobs", "day"), ("credits", "minute"), ("cost_usd", "total")]),
     st.tuples(st.integers(0, 10**15), st.booleans(), st.lists(st.integers(1, 1000), max_size=3)),
@@ -78,6 +86,7 @@ organizations = st.fixed_dictionaries(
         "metadata": metadata,
         "prices": st.dictionaries(job_types, prices, max_size=2),
         "limits": limits,
+        "webhooks": webhooks,
     }
 )
 model_names = st.from_regex(r"[!-~]{1,12}", fullmatch=True)
@@ -112,6 +121,7 @@ teams = st.fixed_dictionaries(
         "schedule": st.none() | schedules,
         "metadata": metadata,
         "overdraft": st.none() | amounts,
+        "low_credits": st.lists(st.integers(-(10**15), 10**15), max_size=3),
         "prices": st.dictionaries(job_types, prices, max_size=2),
         "limits": limits,
     }
@@ -125,6 +135,7 @@ def states(draw: Any) -> dict[str, dict[str, Any]]:
         "model_groups": draw(st.dictionaries(ids, groups, max_size=3)),
         "teams": {},
         "prices": draw(st.dictionaries(job_types, prices, max_size=1)),
+        "webhooks": draw(webhooks),
     }
     if state["organizations"]:
         state["teams"] = draw(st.dictionaries(ids, teams, max_size=4))
@@ -158,12 +169,19 @@ def build(sql: psycopg.Connection[Any], state: dict[str, dict[str, Any]]) -> Non
             exact = amount / Decimal(2) if measure == "cost_usd" else amount
             insert("limits", measure=measure, per=per, amount=exact, is_hard=is_hard, alerts=alerts, **where)
 
+    def insert_webhooks(webhooks: dict[str, list[str]], **where: str) -> None:
+        for url, types in webhooks.items():
+            is_local = url.startswith("http:")
+            insert("webhooks", url=url, event_types=types, allow_http=is_local, allow_private=is_local, **where)
+
     insert_prices(state["prices"])
+    insert_webhooks(state["webhooks"])
     for id_, item in state["organizations"].items():
-        prices, limits = item.pop("prices"), item.pop("limits")
+        prices, limits, webhooks = (item.pop(name) for name in ("prices", "limits", "webhooks"))
         insert("organizations", organization_id=id_, **item | {"metadata": exact_json(item["metadata"])})
         insert_prices(prices, organization_id=id_)
         insert_limits(limits, organization_id=id_)
+        insert_webhooks(webhooks, organization_id=id_)
     for id_, item in state["model_groups"].items():
         models, prices = item.pop("models"), item.pop("prices")
         insert("model_groups", group_name=id_, **item)
@@ -172,7 +190,8 @@ def build(sql: psycopg.Connection[Any], state: dict[str, dict[str, Any]]) -> Non
             insert("model_group_models", group_name=id_, model_name=name, priority=2 * place, is_active=is_active)
     for id_, item in state["teams"].items():
         groups, credits_, schedule = item.pop("model_groups", ()), item.pop("credits"), item.pop("schedule")
-        prices, limits, overdraft, terms = (item.pop(name) for name in ("prices", "limits", "overdraft", "terms"))
+        prices, limits, terms = (item.pop(name) for name in ("prices", "limits", "terms"))
+        bounds = [item.pop("overdraft"), item.pop("low_credits")]
         group_prices, group_limits = (item.pop(name, {}) for name in ("group_prices", "group_limits"))
         insert("teams", team_id=id_, **item | {"metadata": exact_json(item["metadata"])})
         insert_prices(prices, team_id=id_)
@@ -180,7 +199,9 @@ def build(sql: psycopg.Connection[Any], state: dict[str, dict[str, Any]]) -> Non
         insert_limits(limits, team_id=id_)
         for group_name, limits_ in group_limits.items():
             insert_limits(limits_, team_id=id_, group_name=group_name)
-        sql.execute("UPDATE team_credits SET credits_overdraft = %s WHERE team_id = %s", [overdraft, id_])
+        sql.execute(
+            "UPDATE team_credits SET credits_overdraft = %s, low_credits = %s WHERE team_id = %s", [*bounds, id_]
+        )
         for group_name in groups:
             insert("team_model_groups", team_id=id_, group_name=group_name)
         for number, key in enumerate((f"opening:{id_}", None) if credits_ else ()):
@@ -198,16 +219,21 @@ def build(sql: psycopg.Connection[Any], state: dict[str, dict[str, Any]]) -> Non
             )
         if schedule:
             amount, (every, next_on), mode = schedule
-            bounds = {"credits_max": amount if mode == "add" else None, "rollover": amount if mode == "reset" else None}
+            most = {"credits_max": amount if mode == "add" else None, "rollover": amount if mode == "reset" else None}
             fields = {"credits_amount": amount, "every": every, "mode": mode, "next_on": next_on}
-            insert("credit_schedules", team_id=id_, **fields, **bounds)
+            insert("credit_schedules", team_id=id_, **fields, **most)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(state=states())
 def test_what_was_exported_is_there_again(
-    make_database: Callable[[str], str], template: str, run: Run, state: dict[str, dict[str, Any]]
+    make_database: Callable[[str], str],
+    template: str,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    state: dict[str, dict[str, Any]],
 ) -> None:
+    monkeypatch.setenv("SAASLLM_MASTER_KEYS", MASTER_KEY)
     make_database(template)
     with psycopg.connect(os.environ["SAASLLM_DATABASE_URL"]) as connection:
         build(connection, state)
@@ -228,7 +254,7 @@ def test_what_was_exported_is_there_again(
     assert run("credits", "verify").status == 0
 
 
-def test_a_part_of_it(tenant: Run) -> None:
+def test_a_part_of_it(tenant: Run, sql: psycopg.Connection[Any]) -> None:
     tenant("org", "create", "other")
     tenant("group", "create", "Other", "--model", "a/b")
     tenant("team", "create", "it", "--org", "other", "--group", "Echo", "--metadata", "a=no")
@@ -237,7 +263,7 @@ def test_a_part_of_it(tenant: Run) -> None:
     def ids(*options: str) -> list[list[str]]:
         manifest = yaml.safe_load(tenant("export", *options).out)
         keys = {"organizations": "organization_id", "model_groups": "group_name", "teams": "team_id"}
-        assert list(manifest) == [*keys, "prices"]
+        assert list(manifest) == [*keys, "prices", "webhooks"]
         return [[record[key] for record in manifest[section]] for section, key in keys.items()]
 
     assert ids() == [["acme", "other"], ["Down", "Echo", "Other"], ["hr", "it", "ops"]]
@@ -258,6 +284,18 @@ def test_a_part_of_it(tenant: Run) -> None:
         (price,) = yaml.safe_load(tenant("export", *part).out)["prices"]
         assert price.get("group_name") == priced
     assert len(yaml.safe_load(tenant("export").out)["prices"]) == 3
+    sql.execute("""
+        INSERT INTO webhooks (organization_id, url, event_types)
+        VALUES (NULL, 'https://a.example/', '{all}'), ('acme', 'https://a.example/', '{all}'),
+            ('other', 'https://a.example/', '{all}')
+    """)
+    for options, owners in (
+        ((), ["acme", "other", None]),
+        (("--org", "acme"), ["acme"]),
+        (("--team", "it"), ["other"]),
+    ):
+        found = yaml.safe_load(tenant("export", *options).out)["webhooks"]
+        assert [webhook.get("organization_id") for webhook in found] == owners
     assert "metadata: {a: 'no'}" in tenant("export", "--team", "it").out
     assert tenant("export", "--team", "none").status == 3
     assert tenant("export", "--org", "none").status == 3
@@ -265,7 +303,7 @@ def test_a_part_of_it(tenant: Run) -> None:
 
 
 def test_an_empty_database(saasllm: Run) -> None:
-    assert saasllm("export").out == "organizations: []\nmodel_groups: []\nteams: []\nprices: []\n"
+    assert saasllm("export").out == "organizations: []\nmodel_groups: []\nteams: []\nprices: []\nwebhooks: []\n"
     assert saasllm("apply", "-f", "-", stdin=saasllm("export").out).status == 0
 
 

@@ -4,8 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import reference
-from conftest import Result
+from conftest import MASTER_KEY, Result
+
+from saasllm_cli.settings import settings
 
 ORGANIZATION = ["organization_id", "name", "status", "metadata", "created_at", "updated_at"]
 JOB_PRICE = [
@@ -27,7 +30,7 @@ MODEL = ["model_name", {"prices": [["source", *PRICE]]}]
 CREDITS = ["credits_allocated", "credits_used", "credits_reserved", "credits_remaining", "credits_overdraft"]
 TEAM = [
     *("team_id", "organization_id", "team_alias", "status", "organization_status", "model_groups", *CREDITS),
-    *("metadata", "created_at", "updated_at", "schedule"),
+    *("low_credits", "metadata", "created_at", "updated_at", "schedule"),
 ]
 TEAM_WITH_PRICES = [*TEAM, "prices"]
 LIMIT = [
@@ -80,6 +83,15 @@ USAGE = [
     {"job_types": [["job_type", *JOBS_USED, "margin_usd"]]},
     {"models": [["resolved_model", *CALLS_USED]]},
 ]
+WEBHOOK = [
+    *("webhook_id", "organization_id", "url", "event_types", "status", "disabled_reason", "disabled_at"),
+    *("failing_since", "retry_at", "allow_http", "allow_private", "created_at", "updated_at"),
+]
+DELIVERY = [
+    *("delivery_id", "webhook_id", "event_id", "event_type", "organization_id", "status", "attempts", "attempted_at"),
+    *("duration_ms", "status_code", "error", "answer", "next_at", "created_at", "ended_at"),
+]
+EVENT = ["event_id", "event_type", "organization_id", "team_id", "sequence_no", "data", "created_at"]
 MIGRATION = ["migration", "status"]
 PROFILE = ["profile", "is_used", "protected", "database_url", "password_file", "data_dir"]
 
@@ -181,6 +193,20 @@ COMMANDS: dict[str, list[Any]] = {
     "team usage hr --by model": [["team_id", "organization_id", "resolved_model", *CALLS_USED]],
     "org usage acme --by category": [["organization_id", "category", "credits_deducted"]],
     "org usage acme --by team": [["organization_id", "team_id", *USED]],
+    "event list": [EVENT],
+    "event get EVENT": EVENT,
+    "webhook create --url http://127.0.0.1:9 --event all --allow-http --allow-private": [*WEBHOOK, "secret"],
+    "webhook get 1": WEBHOOK,
+    "webhook list": [WEBHOOK],
+    "webhook update 1 --event credits.low": WEBHOOK,
+    "webhook test 1": DELIVERY,
+    "webhook deliveries 1": [DELIVERY],
+    "webhook deliveries --attempts-of 1": [
+        ["attempt_id", "delivery_id", "attempted_at", "duration_ms", "status_code", "error", "answer"]
+    ],
+    "webhook replay 1 --since 1h": ["webhook_id", "deliveries"],
+    "webhook deliver": ["succeeded", "failed", "given_up", "events_removed"],
+    "webhook rotate 1": ["webhook_id", "secret", "previous_secret_expires_at"],
     "audit list": [
         [
             *("audit_id", "created_at", "actor", "role", "command", "noun", "action"),
@@ -194,11 +220,12 @@ COMMANDS: dict[str, list[Any]] = {
             "teams": [
                 [
                     *("team_id", "organization_id", "team_alias", "status", "model_groups", "credits", "overdraft"),
-                    *("schedule", "price", "limits", "metadata"),
+                    *("low_credits", "schedule", "price", "limits", "metadata"),
                 ]
             ]
         },
         "prices",
+        {"webhooks": [["url", "event_types", "allow_http", "allow_private"]]},
     ],
     "apply -f file.yaml": [
         {"totals": [["noun", "created", "changed", "unchanged", "differing", "suspended", "deleted"]]},
@@ -234,7 +261,11 @@ def keys(data: Any, like: list[Any]) -> list[Any]:
     return [{name: keys(value, nested[name])} if name in nested else name for name, value in data.items()]
 
 
-def test_the_keys_of_every_command(tenant: Callable[..., Result], migrated_database: str, home: Path, sql) -> None:
+def test_the_keys_of_every_command(
+    tenant: Callable[..., Result], migrated_database: str, home: Path, sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAASLLM_MASTER_KEYS", MASTER_KEY)
+    settings.cache_clear()
     (home / "file.yaml").write_text("organizations: [{organization_id: new}]")
     names = {"DATABASE": migrated_database}
     for command, expected in COMMANDS.items():
@@ -242,10 +273,12 @@ def test_the_keys_of_every_command(tenant: Callable[..., Result], migrated_datab
             sql.execute(BEFORE[command])
         words = [names.get(word, word) for word in command.split()]
         result = tenant(*words, "-o", "json")
-        assert result.status == (9 if command == "credits verify" else 0), (command, result.err)
+        assert result.status == (9 if command in ("credits verify", "webhook test 1") else 0), (command, result.err)
         assert keys(result.data, expected) == expected, command
         if command.startswith(("job run", "job create", "job submit")):
             names["JOB"] = result.data["job_id"]
+        if command == "event list":
+            names["EVENT"] = result.data[0]["event_id"]
         if command.startswith("job submit"):
             assert tenant("worker", "--once").status == 0
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import Result, start_process
+from conftest import MASTER_KEY, Result, start_process
 from test_batch import assert_paid, lines, prompts, results, until_written, words
 from test_job import credits_of
 from test_migrate import ALL, completed, wait_until
@@ -77,6 +77,7 @@ def test_a_page_is_the_same(
 ) -> None:
     """With two sessions: that of a lock, and one that nobody may keep between two transactions."""
     monkeypatch.setenv("SAASLLM_ACTOR", "ada")
+    monkeypatch.setenv("SAASLLM_MASTER_KEYS", MASTER_KEY)
     pool(2)
     assert played(page, home) == page.read_text(encoding="utf-8")
 

@@ -15,7 +15,7 @@ Run = Callable[..., Result]
 FIELDS = [
     *("team_id", "organization_id", "team_alias", "status", "organization_status", "model_groups"),
     *("credits_allocated", "credits_used", "credits_reserved", "credits_remaining", "credits_overdraft"),
-    *("metadata", "created_at", "updated_at", "schedule", "prices"),
+    *("low_credits", "metadata", "created_at", "updated_at", "schedule", "prices"),
 ]
 
 

@@ -9,7 +9,7 @@ from typer.models import TyperPath
 from saasllm_cli import database
 from saasllm_cli.commands.inputs import Output, Yes, confirm, noun, require_profile, some, tell_inactive
 from saasllm_cli.errors import CheckFailed, InvalidInput
-from saasllm_cli.manifests.apply import changes, compare, expired_credits, stage, write
+from saasllm_cli.manifests.apply import changes, compare, expired_credits, new_webhooks, stage, write
 from saasllm_cli.manifests.read import STDIN, SUFFIXES, Source, unreadable
 from saasllm_cli.output import note, progress, show, show_changes, waiting
 from saasllm_cli.settings import Format, settings
@@ -45,10 +45,11 @@ def apply(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of the files, for editors.")] = False,
     output: Output = None,
 ) -> None:
-    """Create and update organizations, model groups, teams and prices from files.
+    """Create and update organizations, model groups, teams, prices and webhooks from files.
 
     Either all changes are made or none. Anything the files do not name is left alone, and applying them again changes
     nothing. A team's `credits` are granted when it is created; if they differ later, that is shown but not applied.
+    Secrets of webhooks are not in the files: for that of a new one, run `saasllm webhook rotate`.
     """
     if schema:
         from saasllm_cli.manifests.definitions import schema as schema_
@@ -79,11 +80,14 @@ def apply(
             found = changes(db, MOST_SHOWN) if form is Format.TABLE else changes(db)
             found.read()  # it is told when it is done, and while it is told nobody waits for it
             expired = expired_credits(db)
+            webhooks = [] if diff else new_webhooks(db)
             inactive = [] if diff else [row["group_name"] for row in db.many("apply.inactive_groups")]
         _show(found, totals, form)
         tell_inactive(inactive)
         if expired:
             note(f"Warning: the opening credits of {some(expired)} have already expired.", team_ids=expired)
+        for webhook_id in webhooks:
+            note(f"To get the secret of webhook {webhook_id}, run: saasllm webhook rotate {webhook_id}")
     changed = sum(row[name] for row in totals for name in ("created", "changed", "suspended", "deleted"))
     differing = sum(row["differing"] for row in totals)
     if not changed and not (diff and differing):

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from saasllm_cli import database, definitions, embedded, migrations
+from saasllm_cli import database, definitions, embedded, encryption, migrations
 from saasllm_cli.commands.inputs import Output, counted, noun, some, some_rights
-from saasllm_cli.errors import CheckFailed, DatabaseUnavailable, limit_owner, limit_words
-from saasllm_cli.output import Row, progress, show
+from saasllm_cli.errors import CheckFailed, DatabaseUnavailable, InvalidInput, limit_owner, limit_words
+from saasllm_cli.output import Row, progress, show, timestamp
 from saasllm_cli.settings import settings
 
 app = noun()
@@ -18,6 +18,7 @@ OLDEST_VERSION = 14
 CLOCK_SECONDS = 2
 FREE_BYTES = 2**30
 UNPRICED_DAYS = 7
+WAITING_MINUTES = 5
 OK, WARNING, FAILED = "ok", "warning", "failed"
 RIGHTS = {"run jobs": "may_run_jobs", "administer": "may_administer", "migrate": "may_migrate"}
 
@@ -28,9 +29,9 @@ Check = dict[str, Any]
 def doctor(output: Output = None) -> None:
     """Check everything that jobs and cron depend on.
 
-    Checks the database and its role, migrations, the ledger, leases, allocations, workers, limits, charges, provider
-    keys (never showing their values), prices of models and disk space, and says how to fix what is wrong. Changes
-    nothing. Exit 9 if a check fails, 7 if the database cannot be used; warnings alone exit 0.
+    Checks the database and its role, migrations, the ledger, leases, allocations, workers, limits, charges, webhooks,
+    provider keys (never showing their values), prices of models and disk space, and says how to fix what is wrong.
+    Changes nothing. Exit 9 if a check fails, 7 if the database cannot be used; warnings alone exit 0.
     """
     checks: list[Check] = []
     unusable: DatabaseUnavailable | None = None
@@ -86,6 +87,7 @@ def _checks() -> Iterator[Check]:
         yield _workers(db)
         yield _limits(db)
         yield _charges(db)
+        yield from _webhooks(db)
         rows = db.many("doctor.models")
     models = [row["model_name"] for row in rows]
     yield _keys(models)
@@ -225,6 +227,41 @@ def _charges(db: database.Database) -> Check:
         hint = "For the cost, run: saasllm model set MODEL --input-usd-per-million USD --output-usd-per-million USD"
         return _check("charges", WARNING, message, hint)
     return _check("charges", OK, f"What each job of the last {UNPRICED_DAYS} days costs is known.")
+
+
+def _webhooks(db: database.Database) -> Iterator[Check]:
+    if rows := db.many("doctor.webhooks"):
+        told = [f"{row['webhook_id']} {row['status']} since {timestamp(row['since'])} ({row['url']})" for row in rows]
+        hint = "See: saasllm webhook deliveries WEBHOOK. When its endpoint works, run: saasllm webhook test WEBHOOK"
+        yield _check("webhooks", WARNING, f"Nothing arrives: {some(told)}.", hint)
+    else:
+        yield _check("webhooks", OK, "No webhook is failing.")
+    state = db.one("doctor.deliveries", minutes=WAITING_MINUTES)
+    if state["lacks_deliverer"]:
+        message = f"Events have been waiting to be delivered for more than {WAITING_MINUTES} minutes."
+        hint = "Run: saasllm worker. Or from cron, each minute: saasllm webhook deliver"
+        yield _check("deliveries", WARNING, message, hint)
+    if state["has_webhooks"] and state["may_sign"] and (check := _secrets(db)):
+        yield check
+
+
+def _secrets(db: database.Database) -> Check | None:
+    """Whether this process could sign what is sent to webhooks."""
+    try:
+        encryption.require_master_key()
+    except InvalidInput as error:
+        return _check("master key", WARNING, f"Nothing can be sent to webhooks from here. {error.message}", error.hint)
+    unreadable = []
+    for row in db.many("webhook.secrets"):
+        try:
+            encryption.decrypt(row["secret"], f"webhook {row['webhook_id']}")
+        except InvalidInput:
+            unreadable.append(str(row["webhook_id"]))
+    if not unreadable:
+        return None
+    message = f"The secrets of these webhooks cannot be decrypted: {some(list(dict.fromkeys(unreadable)))}."
+    hint = "Add their key to SAASLLM_MASTER_KEYS. If it is lost, run: saasllm webhook rotate WEBHOOK --keep 1s"
+    return _check("master key", WARNING, message, hint)
 
 
 def _keys(models: list[str]) -> Check:

@@ -29,9 +29,10 @@ def export(
         typer.Option("--output", "-o", help="Output format (default: $SAASLLM_OUTPUT if json or jsonl, else yaml)."),
     ] = None,
 ) -> None:
-    """Print organizations, model groups, teams and prices as a file for `saasllm apply`.
+    """Print organizations, model groups, teams, prices and webhooks as a file for `saasllm apply`.
 
-    Includes the teams' groups, schedules, limits, metadata and opening credits, but no credits bought or used since.
+    Includes the teams' groups, schedules, limits, metadata and opening credits, but no credits bought or used since
+    and no secrets.
     """
     if org and team:
         raise InvalidInput("usage", "--org and --team cannot be combined.", "Give only one of them.")

@@ -86,12 +86,16 @@ def set_(
     team: Team = None,
     group: Group = None,
     is_hard: Annotated[
-        bool, typer.Option("--hard/--soft", help="Refuse jobs once it is reached, or only show it in `limit list`.")
+        bool,
+        typer.Option("--hard/--soft", help="Refuse jobs once it is reached, or only record the event limit.reached."),
     ] = True,
     alert: Annotated[
         list[int],
         typer.Option(
-            parser=percent, metavar="PERCENT", help="Warn in `saasllm doctor` when this much is used; repeatable."
+            parser=percent,
+            metavar="PERCENT",
+            help="Record the event limit.alert, once a period, and warn in `saasllm doctor`, when this much is used; "
+            "repeatable.",
         ),
     ] = [],
     output: Output = None,

@@ -18,8 +18,10 @@ from saasllm_cli.commands.inputs import (
     Output,
     Since,
     TimeOrder,
+    Verbose,
     Yes,
     confirm_delete,
+    counted,
     lasting,
     missing_allowed,
     moment,
@@ -32,7 +34,8 @@ from saasllm_cli.commands.inputs import (
 )
 from saasllm_cli.database import Row
 from saasllm_cli.errors import CheckFailed, Interrupted, InvalidInput, not_found
-from saasllm_cli.output import note, progress, show, timestamp, waiting
+from saasllm_cli.output import note, progress, remark, show, timestamp, waiting
+from saasllm_cli.settings import Format, settings
 
 if TYPE_CHECKING:
     from saasllm_cli.webhooks.deliverer import Summary
@@ -91,6 +94,7 @@ def create(
     be recorded: see `saasllm event list --help`.
     """
     from saasllm_cli import encryption
+    from saasllm_cli.webhooks.secret import add_secret
 
     url = _checked(url, allow_http, allow_private)
     given = {
@@ -106,7 +110,7 @@ def create(
             raise not_found("organization", str(org))
         if created["webhook_id"] is None:
             return db.found("webhook.named", "webhook", url, organization_id=org, url=url), None
-        secret, _ = _add_secret(db, created["webhook_id"], timedelta())
+        secret, _ = add_secret(db, created["webhook_id"], timedelta())
         return db.get("webhook", created["webhook_id"]), secret
 
     with database.connect() as db:
@@ -262,9 +266,11 @@ def rotate(
     Until --keep is over, deliveries are signed by both secrets, so that their receiver can change over at any time. The
     new secret is shown when nothing that it has not signed is on its way any more.
     """
+    from saasllm_cli.webhooks.secret import add_secret
+
     with database.connect() as db:
         db.get("webhook", webhook_id)
-        secret, expires_at = db.transaction(lambda: _add_secret(db, webhook_id, keep))
+        secret, expires_at = db.transaction(lambda: add_secret(db, webhook_id, keep))
         until = time.monotonic() + LONGEST_UNDER_WAY
         with waiting("Waiting for deliveries that are on their way …"):
             time.sleep(0.5)  # those that were just begun are told of by now
@@ -281,7 +287,9 @@ def rotate(
     epilog="saasllm webhook deliveries 3 --status failed --since 7d\nsaasllm webhook deliveries --attempts-of 1207"
 )
 def deliveries(
-    webhook_id: Annotated[int | None, typer.Argument(**A_WEBHOOK, help="Webhook ID (default: of all).")] = None,
+    webhook_id: Annotated[
+        int | None, typer.Argument(**A_WEBHOOK | {"metavar": "[WEBHOOK]"}, help="Webhook ID (default: of all).")
+    ] = None,
     status: Annotated[Literal["pending", "succeeded", "failed"] | None, typer.Option(help="Filter by status.")] = None,
     event: Annotated[str | None, typer.Option("--event", **A_TYPE, help="Filter by event type.")] = None,
     attempts_of: Annotated[
@@ -353,11 +361,11 @@ def replay(
 
 
 @app.command(epilog="saasllm webhook deliver")
-def deliver(output: Output = None) -> None:
+def deliver(verbose: Verbose = False, output: Output = None) -> None:
     """Send what is due now, and remove old events.
 
-    Run it from cron, each minute, if no `saasllm worker` runs. Run at the same time by several, each event is sent by
-    one of them.
+    Run it from cron, each minute, if no `saasllm worker` runs: if nothing is due, it prints nothing. Run at the same
+    time by several, each event is sent by one of them.
     """
     import signal
 
@@ -378,10 +386,16 @@ def deliver(output: Output = None) -> None:
             deliverer.run()
         pruned = 0 if is_interrupted else session.ask(prune)
     done = deliverer.summary
-    show(
-        {"succeeded": done.succeeded, "failed": done.failed, "given_up": done.given_up, "events_removed": pruned},
-        output,
-    )
+    counts = {"succeeded": done.succeeded, "failed": done.failed, "given_up": done.given_up, "events_removed": pruned}
+    if (output or settings().output) is not Format.TABLE:
+        show(counts, output)
+    elif any(counts.values()):
+        note(
+            f"{done.succeeded} delivered, {done.failed} failed and tried again later, {done.given_up} given up; "
+            f"{counted(pruned, 'old event')} removed."
+        )
+    elif not is_interrupted:
+        remark("Nothing is due.", verbose)
     if is_interrupted:
         raise Interrupted("interrupted", "Interrupted. What was not sent is sent next time.")
 
@@ -416,19 +430,6 @@ def _checked(url: str, allow_http: bool, allow_private: bool) -> str:
     except OSError as error:
         note(f"Warning: {parsed.host} cannot be resolved now: {error.strerror or error}.")
     return str(parsed)
-
-
-def _add_secret(db: database.Database, webhook_id: int, keep: timedelta) -> tuple[str, datetime | None]:
-    """A new secret, and when the one before it expires."""
-    import base64
-    import secrets
-
-    from saasllm_cli.encryption import encrypt
-
-    secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
-    stored = encrypt(secret, f"webhook {webhook_id}")
-    added = db.one("webhook.add_secret", webhook_id=webhook_id, secret=stored, keep=keep)
-    return secret, added["previous_secret_expires_at"]
 
 
 def _tell_missed(webhook_id: int, since: datetime) -> None:

@@ -2,6 +2,9 @@
 one transaction of the caller's."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
 
 from saasllm_cli.database import NEAR, Database, Row, Rows
 from saasllm_cli.errors import Conflict, InvalidFiles
@@ -10,6 +13,7 @@ from saasllm_cli.manifests.read import MOST_ERRORS, Record, Source, did_you_mean
 
 WAIT_SECONDS = 3600
 TOLD_EVERY = 1000  # records
+MOST_RESOLVED = 32  # names at once
 EVERY_CHANGE = 10**18
 # In this order: what is referred to comes first, and teams are locked by their update before their groups change.
 WRITES = (
@@ -24,6 +28,8 @@ WRITES = (
     "apply.remove_schedules",
     "apply.set_schedules",
     "apply.set_prices",
+    "apply.update_webhooks",
+    "apply.create_webhooks",
 )
 
 # What jobs wait for, too. One that begins or ends locks the table of jobs, then its team's balance, then the counters
@@ -32,7 +38,7 @@ WRITES = (
 # then the balances, then the limits. Where limits only go, the table is locked, too: their counters go with them, and
 # not in the order in which a job locks some of these. All of it comes late, as jobs stand still from then on. What
 # stands above locks nothing that a job waits for: of a team, a job needs only its key.
-WRITES_BESIDE_JOBS = ("apply.set_overdrafts", "apply.remove_limits", "apply.set_limits")
+WRITES_BESIDE_JOBS = ("apply.set_bounds", "apply.remove_limits", "apply.set_limits")
 
 
 def stage(db: Database, sources: list[Source], on_progress: Callable[[str], None]) -> None:
@@ -72,6 +78,34 @@ def compare(db: Database, sources: list[Source], is_pruning: bool) -> None:
     if is_pruning:
         db.none("apply.compare_pruned")
     db.none("apply.analyze_change")
+    if _has_private_target(db, sources):
+        raise _invalid(sources)
+
+
+def _has_private_target(db: Database, sources: list[Source]) -> bool:
+    """Whether a webhook that is new leads where events may not be sent; the sources know it then. A name that cannot be
+    resolved now is checked when something is sent there."""
+    targets = db.many("apply.webhook_targets")
+    if not targets:
+        return False
+    with ThreadPoolExecutor(MOST_RESOLVED) as threads:
+        found = list(threads.map(_why_private, [row["url"] for row in targets]))
+    for row, why in zip(targets, found, strict=True):
+        if why is not None:
+            message = f"{why}: give a URL on the internet or, if you mean it, set allow_private: true"
+            sources[row["source"]].refuse(row["document"], (row["section"], row["place"], "url"), message)
+    return any(found)
+
+
+def _why_private(url: str) -> str | None:
+    from saasllm_cli.webhooks.addresses import Forbidden, resolve, target
+
+    with suppress(OSError):
+        try:
+            resolve(target(url, allow_http=True), allow_private=False)
+        except Forbidden as error:
+            return str(error)
+    return None
 
 
 def _compare_references(db: Database, sources: list[Source]) -> bool:
@@ -123,6 +157,7 @@ def write(
         on_progress("Writing …")
         for name in WRITES:
             db.none(name)
+        _make_secrets(db)
         if expired := expired_credits(db):
             db.one("credits.expire", team_ids=expired, is_listing=False)
         if db.one("apply.limits")["are_changed"]:
@@ -136,6 +171,18 @@ def write(
     busy = Conflict("apply_running", "Another `saasllm apply` has been running for an hour.", "Try again later.")
     db.hold("apply", busy, WAIT_SECONDS, on_wait)
     return db.transaction(work)
+
+
+def _make_secrets(db: Database) -> None:
+    if created := new_webhooks(db):
+        from saasllm_cli.webhooks.secret import add_secret
+
+        for webhook_id in created:
+            add_secret(db, webhook_id, timedelta())
+
+
+def new_webhooks(db: Database) -> list[int]:
+    return [row["webhook_id"] for row in db.many("apply.new_webhooks")]
 
 
 def expired_credits(db: Database) -> list[str]:

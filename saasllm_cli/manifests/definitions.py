@@ -26,6 +26,7 @@ from saasllm_cli.rules import (
     DAY,
     DECIMALS,
     DEFAULT_PRIORITY,
+    EVENT_TYPES,
     IDENTIFIER,
     LONGEST_NAME,
     METADATA_BYTES,
@@ -34,6 +35,7 @@ from saasllm_cli.rules import (
     MOST_ALERTS,
     MOST_CREDITS,
     MOST_RATE,
+    MOST_THRESHOLDS,
     expiry,
     is_label,
     is_storable,
@@ -43,6 +45,8 @@ from saasllm_cli.rules import (
 TOO_LARGE = "it is larger than 64 KiB: store large data elsewhere and refer to it"
 MOST_COPIES = 1_000_000
 UNLIMITED = "unlimited"
+ALL = "all"
+SUBSCRIPTIONS = [ALL, *EVENT_TYPES]
 NUMBER = "{n}"  # in the strings of a record with a count: which of them it is
 IGNORED = re.compile(r"^(x-|\.)")  # keys beside the sections: a place for anchors
 # In an editor the id of a template is none yet.
@@ -154,6 +158,12 @@ Rate = Annotated[
     WithJsonSchema({"type": "number", "minimum": 0, "maximum": MOST_RATE}),
 ]
 Overdraft = Annotated[Credits | Literal["unlimited"], BeforeValidator(_bounded)]
+Thresholds = Annotated[
+    list[Annotated[int, Field(ge=-MOST_CREDITS, le=MOST_CREDITS)]],
+    Field(max_length=MOST_THRESHOLDS),
+    AfterValidator(_once),
+    AfterValidator(lambda thresholds: sorted(thresholds, reverse=True)),
+]
 
 
 class _Object(BaseModel):
@@ -425,6 +435,9 @@ class Team(_Object):
         description="Credits to start with. To add more later, use `saasllm credits add`.",
     )
     overdraft: Overdraft = Field(0, description="How far below zero the team may go: credits, or unlimited.")
+    low_credits: Thresholds = Field(
+        [], description="Record the event credits.low when the team's credits fall to these."
+    )
     schedule: Annotated[Schedule, _with(credits_max=None, rollover=None)] | None = Field(
         None, description="Credits to grant each period; null for none."
     )
@@ -434,8 +447,57 @@ class Team(_Object):
     count: Count = None  # type: ignore[assignment]
 
 
+def _target(url: str) -> str:
+    """As it is stored. Whether it may be http, and where it leads, comes later."""
+    from saasllm_cli.webhooks.addresses import target
+
+    try:
+        return str(target(_storable(url), allow_http=True))
+    except ValueError as error:
+        raise _refused(str(error).rstrip(".")) from None
+
+
+def _subscribed_type(value: str) -> str:
+    if value not in SUBSCRIPTIONS:
+        raise _refused(f"{value!r} is not an event type: use {ALL}, or {', '.join(EVENT_TYPES)}")
+    return value
+
+
+def _subscription(types: list[str]) -> list[str]:
+    if ALL in types and len(types) > 1:
+        raise _refused(f"{ALL} includes every other type: give it alone")
+    return sorted(types)
+
+
+SubscribedType = Annotated[
+    str, AfterValidator(_subscribed_type), WithJsonSchema({"type": "string", "enum": SUBSCRIPTIONS})
+]
+
+
+class Webhook(_Object):
+    """Where events are sent. Its secret is in no file: to get one, use `saasllm webhook rotate`."""
+
+    organization_id: Identifier = Field(
+        None,  # type: ignore[assignment]
+        description="Send only events of this organization (default: of all).",
+    )
+    url: Annotated[str, AfterValidator(_target)] = Field(description="Where to send events.")
+    event_types: Annotated[
+        list[SubscribedType], Field(min_length=1), AfterValidator(_once), AfterValidator(_subscription)
+    ] = Field(description="Event types to send, or all.")
+    allow_http: bool = Field(False, description="Allow an http:// URL, whose deliveries anyone on the way can read.")
+    allow_private: bool = Field(False, description="Allow addresses that are not on the internet, such as localhost.")
+    count: Count = None  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _is_https(self) -> "Webhook":
+        if self.url.startswith("http:") and not self.allow_http:
+            raise _refused("its url must begin with https://; to allow http, set allow_http: true")
+        return self
+
+
 class Manifest(_Object):
-    """Tenants of saasllm: organizations, model groups, teams and prices, in any order and in any number of files."""
+    """Tenants of saasllm: organizations, model groups, teams, prices and webhooks, in any order and number of files."""
 
     model_config = ConfigDict(json_schema_extra={"patternProperties": {IGNORED.pattern: {}}})
 
@@ -444,6 +506,7 @@ class Manifest(_Object):
     model_groups: list[ModelGroup] = []
     teams: list[Team] = []
     prices: list[ScopedPrice] = []
+    webhooks: list[Webhook] = []
 
 
 def _scope(fields: dict[str, Any]) -> str | None:
@@ -453,12 +516,19 @@ def _scope(fields: dict[str, Any]) -> str | None:
     return where + what if fields else None
 
 
+def _destination(fields: dict[str, Any]) -> str | None:
+    """What a webhook is for, as the view `webhook_records` says it; None of one that is wrong."""
+    names = ("organization_id", "url")
+    return " ".join(f"{name}={fields[name]}" for name in names if name in fields) if "url" in fields else None
+
+
 # By the section: what its records are called, their definition and what is their id.
 SECTIONS: dict[str, tuple[str, type[_Object], Callable[[dict[str, Any]], str | None]]] = {
     "organizations": ("organization", Organization, lambda fields: fields.get("organization_id")),
     "model_groups": ("group", ModelGroup, lambda fields: fields.get("group_name")),
     "teams": ("team", Team, lambda fields: fields.get("team_id")),
     "prices": ("price", ScopedPrice, _scope),
+    "webhooks": ("webhook", Webhook, _destination),
 }
 # By the field of a record.
 PARTS: dict[str | int, type[_Object]] = {

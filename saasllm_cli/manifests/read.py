@@ -27,7 +27,7 @@ SUFFIXES = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".jsonl": "lines",
 STDIN = "stdin"
 MOST_ERRORS = 100
 TOO_DEEP = f"it is nested more than {MOST_NESTED} levels deep"
-NO_SECTION = "it contains no organizations, model_groups, teams or prices"
+NO_SECTION = "it contains no organizations, model_groups, teams, prices or webhooks"
 SCOPE = ("organization_id", "group_name", "team_id", "job_type")
 REFERENCES = (*SCOPE, "model_groups", "limits")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -86,7 +86,9 @@ def _sections(source: "Source") -> Iterator[tuple[int, str, list[Any]]]:
         if content is None:
             continue
         if not isinstance(content, dict):
-            source.refuse(document, (), "it must be a mapping with organizations, model_groups, teams and prices")
+            source.refuse(
+                document, (), "it must be a mapping with organizations, model_groups, teams, prices and webhooks"
+            )
             continue
         for section, items in content.items():
             if isinstance(section, str) and IGNORED.match(section):

@@ -29,7 +29,7 @@ def target(url: str, allow_http: bool) -> httpx.URL:
     if len(url) > LONGEST_URL:
         raise ValueError(f"it is longer than {LONGEST_URL} characters.")
     try:
-        parsed = httpx.URL(url)
+        parsed = httpx.URL(str(httpx.URL(url)))  # twice: the port of HTTPS:// is only then known as that of https://
         port = parsed.port
     except (httpx.InvalidURL, ValueError) as error:
         raise ValueError(f"it is not a URL: {error}.") from None

@@ -119,6 +119,13 @@ SELECT
         'overdraft', (
             SELECT coalesce(to_jsonb(credits_overdraft), '"unlimited"') FROM team_credits WHERE team_id = t.team_id
         ),
+        'low_credits', ARRAY(
+            SELECT DISTINCT threshold
+            FROM team_credits c
+            CROSS JOIN LATERAL unnest(c.low_credits) AS threshold
+            WHERE c.team_id = t.team_id
+            ORDER BY threshold DESC
+        ),
         'schedule', (
             SELECT jsonb_build_object(
                 'credits_amount', credits_amount, 'every', every, 'mode', mode, 'credits_max', credits_max,
@@ -181,3 +188,17 @@ SELECT
 FROM job_prices p
 WHERE closed_at IS NULL
   AND (group_name IS NULL OR EXISTS (SELECT FROM model_groups g WHERE g.group_name = p.group_name));
+
+-- Without their secrets, and without what has come of them.
+CREATE VIEW webhook_records AS
+SELECT
+    coalesce('organization_id=' || organization_id || ' ', '') || 'url=' || url AS id,
+    organization_id,
+    jsonb_strip_nulls(
+        jsonb_build_object(
+            'organization_id', organization_id, 'url', url,
+            'event_types', ARRAY(SELECT DISTINCT event_type COLLATE "C" FROM unnest(event_types) AS event_type ORDER BY 1),
+            'allow_http', allow_http, 'allow_private', allow_private
+        )
+    ) AS record
+FROM webhooks;

@@ -13,9 +13,12 @@ GRANT SELECT ON
     team_details, credit_details, job_details, job_refusal_details, llm_call_details, organization_records,
     model_group_records, team_records, price_records, limit_records, purges_of_transaction, checked_balances,
     current_balances, callable_groups, limit_details, margin_parts, job_queue, job_answers, workers, duties,
-    worker_details, events, event_counters, limit_alerts, webhooks, webhook_states,
-    webhook_deliveries, webhook_attempts, webhook_details, webhook_delivery_details
+    worker_details, events, event_counters, limit_alerts, webhooks, webhook_states, webhook_deliveries,
+    webhook_attempts, webhook_details, webhook_delivery_details, webhook_records
 TO saasllm_admin, saasllm_runner, saasllm_readonly;
+-- But at secrets, even encrypted, only who signs by them.
+GRANT SELECT (secret_id, webhook_id, created_at, expires_at) ON webhook_secrets TO saasllm_readonly;
+GRANT SELECT ON webhook_secrets TO saasllm_admin, saasllm_runner;
 
 -- saasllm_runner runs jobs: it reserves credits, enters what jobs cost, and counts them, also those that were refused.
 -- It moves balances only as the ledger says, and the ledger takes nothing else from whoever may not change teams.
@@ -51,7 +54,6 @@ GRANT UPDATE (next_at, done_at, worker_id) ON duties TO saasllm_runner;
 GRANT INSERT (event_id, event_type, organization_id, team_id, data) ON events TO saasllm_runner;
 GRANT UPDATE (is_dispatched, sequence_no) ON events TO saasllm_runner;
 GRANT DELETE ON events TO saasllm_runner;
-GRANT SELECT ON webhook_secrets TO saasllm_admin, saasllm_runner;
 GRANT INSERT, UPDATE ON event_counters TO saasllm_runner;
 GRANT INSERT, DELETE ON limit_alerts TO saasllm_runner;
 GRANT UPDATE (disabled_at, disabled_reason, failing_since, retry_at) ON webhook_states TO saasllm_runner;

@@ -53,7 +53,7 @@ team AS (
 ),
 -- What may be referred to, as one list: of two NOT EXISTS the planner thinks that the second is left with few rows.
 known AS (
-    SELECT noun, id FROM staged WHERE noun <> 'price'
+    SELECT noun, id FROM staged WHERE noun NOT IN ('price', 'webhook')
     UNION ALL
     SELECT 'team', team_id FROM teams
     UNION ALL
@@ -75,7 +75,7 @@ wanted AS (
     SELECT source, document, section, place, field, NULL, NULL, split_part(field, '_', 1), value
     FROM staged
     CROSS JOIN LATERAL jsonb_each_text(fields) AS f (field, value)
-    WHERE noun = 'price' AND field IN ('organization_id', 'team_id', 'group_name')
+    WHERE noun IN ('price', 'webhook') AND field IN ('organization_id', 'team_id', 'group_name')
     UNION ALL
     SELECT source, document, section, place, 'organization_id', NULL, NULL, 'organization', organization_id
     FROM team
@@ -147,7 +147,8 @@ LEFT JOIN organization_records o ON s.noun = 'organization' AND o.organization_i
 LEFT JOIN model_group_records g ON s.noun = 'group' AND g.group_name = s.id
 LEFT JOIN team_records t ON s.noun = 'team' AND t.team_id = s.id
 LEFT JOIN price_records p ON s.noun = 'price' AND p.id = s.id
-CROSS JOIN LATERAL (SELECT coalesce(o.record, g.record, t.record, p.record) AS record) AS existing
+LEFT JOIN webhook_records w ON s.noun = 'webhook' AND w.id = s.id
+CROSS JOIN LATERAL (SELECT coalesce(o.record, g.record, t.record, p.record, w.record) AS record) AS existing
 LEFT JOIN LATERAL (
     SELECT jsonb_object_agg(field, old) AS before, jsonb_object_agg(field, new) AS after
     FROM (
@@ -243,7 +244,7 @@ SELECT
     count(*) FILTER (WHERE action = 'differ') AS differing,
     count(*) FILTER (WHERE action = 'suspend') AS suspended,
     count(*) FILTER (WHERE action = 'delete') AS deleted
-FROM (VALUES (1, 'organization'), (2, 'group'), (3, 'team'), (4, 'price')) AS nouns (place, noun)
+FROM (VALUES (1, 'organization'), (2, 'group'), (3, 'team'), (4, 'price'), (5, 'webhook')) AS nouns (place, noun)
 LEFT JOIN change USING (noun)
 GROUP BY place, noun
 ORDER BY place;
@@ -251,7 +252,10 @@ ORDER BY place;
 -- name: changes(row_limit) :many
 SELECT noun, id, action, before, after
 FROM change
-ORDER BY CASE noun WHEN 'organization' THEN 1 WHEN 'group' THEN 2 WHEN 'team' THEN 3 ELSE 4 END, id, action DESC
+ORDER BY
+    CASE noun WHEN 'organization' THEN 1 WHEN 'group' THEN 2 WHEN 'team' THEN 3 WHEN 'price' THEN 4 ELSE 5 END,
+    id,
+    action DESC
 LIMIT %(row_limit)s;
 
 -- name: inactive_groups() :many
@@ -442,6 +446,48 @@ CROSS JOIN LATERAL jsonb_to_record(w.price) AS a (
 WHERE w.price <> 'null'
 ORDER BY place;
 
+-- name: webhook_targets() :many
+-- Where those are to lead that are new, or that may no longer lead everywhere.
+SELECT s.source, s.document, s.section, s.place, s.fields ->> 'url' AS url
+FROM change c
+JOIN staged s USING (noun, id)
+WHERE noun = 'webhook'
+  AND NOT coalesce((s.fields -> 'allow_private')::boolean, false)
+  AND (c.action = 'create' OR c.after ? 'allow_private')
+ORDER BY s.source, s.document, s.place;
+
+-- name: update_webhooks() :none
+UPDATE webhooks w
+SET event_types = CASE
+        WHEN after ? 'event_types' THEN ARRAY(SELECT jsonb_array_elements_text(after -> 'event_types'))
+        ELSE w.event_types
+    END,
+    allow_http = coalesce((after -> 'allow_http')::boolean, w.allow_http),
+    allow_private = coalesce((after -> 'allow_private')::boolean, w.allow_private),
+    updated_at = now()
+FROM change
+JOIN staged s USING (noun, id)
+WHERE noun = 'webhook'
+  AND action = 'update'
+  AND (w.organization_id, w.url) IS NOT DISTINCT FROM (s.fields ->> 'organization_id', s.fields ->> 'url');
+
+-- name: create_webhooks() :none
+INSERT INTO webhooks (organization_id, url, event_types, allow_http, allow_private)
+SELECT
+    after ->> 'organization_id', after ->> 'url', ARRAY(SELECT jsonb_array_elements_text(after -> 'event_types')),
+    coalesce((after -> 'allow_http')::boolean, false), coalesce((after -> 'allow_private')::boolean, false)
+FROM change
+WHERE noun = 'webhook' AND action = 'create'
+ORDER BY id;
+
+-- name: new_webhooks() :many
+SELECT w.webhook_id
+FROM change
+JOIN webhooks w
+    ON coalesce(w.organization_id, '') = coalesce(after ->> 'organization_id', '') AND w.url = after ->> 'url'
+WHERE noun = 'webhook' AND action = 'create'
+ORDER BY w.webhook_id;
+
 -- name: limits() :one
 -- Whether some are set or removed.
 SELECT EXISTS (
@@ -451,23 +497,32 @@ SELECT EXISTS (
 -- name: lock_jobs() :none
 LOCK TABLE ONLY jobs IN SHARE ROW EXCLUSIVE MODE;
 
--- name: set_overdrafts() :none
--- In the order in which all others lock balances.
+-- name: set_bounds() :none
+-- How far balances may go, and at which they are low; in the order in which all others lock them.
 WITH wanted AS (
-    SELECT id, nullif(after ->> 'overdraft', 'unlimited')::bigint AS credits_overdraft
+    SELECT
+        id, after ? 'overdraft' AS has_overdraft, nullif(after ->> 'overdraft', 'unlimited')::bigint AS overdraft,
+        CASE
+            WHEN after ? 'low_credits' THEN ARRAY(SELECT jsonb_array_elements_text(after -> 'low_credits')::bigint)
+        END AS low_credits
     FROM change
-    WHERE noun = 'team' AND action IN ('create', 'update') AND after ? 'overdraft'
+    WHERE noun = 'team' AND action IN ('create', 'update') AND after ?| ARRAY['overdraft', 'low_credits']
 ),
 balance AS (
-    SELECT c.team_id, wanted.credits_overdraft
+    SELECT
+        c.team_id,
+        CASE WHEN wanted.has_overdraft THEN wanted.overdraft ELSE c.credits_overdraft END AS credits_overdraft,
+        coalesce(wanted.low_credits, c.low_credits) AS low_credits
     FROM wanted
     JOIN team_credits c ON c.team_id = wanted.id
-    WHERE c.credits_overdraft IS DISTINCT FROM wanted.credits_overdraft
+    WHERE (wanted.has_overdraft AND c.credits_overdraft IS DISTINCT FROM wanted.overdraft)
+       OR c.low_credits <> wanted.low_credits
     ORDER BY c.team_id
     FOR UPDATE OF c
 )
 UPDATE team_credits c
-SET credits_overdraft = balance.credits_overdraft
+SET credits_overdraft = balance.credits_overdraft,
+    low_credits = balance.low_credits
 FROM balance
 WHERE c.team_id = balance.team_id;
 

@@ -42,7 +42,11 @@ FROM (
         ('credit_transactions', 'transaction_id', (SELECT max(transaction_id) FROM credit_transactions)),
         ('audit_log', 'audit_id', (SELECT max(audit_id) FROM audit_log)),
         ('job_refusals', 'refusal_id', (SELECT max(refusal_id) FROM job_refusals)),
-        ('workers', 'worker_id', (SELECT max(worker_id) FROM workers))
+        ('workers', 'worker_id', (SELECT max(worker_id) FROM workers)),
+        ('webhooks', 'webhook_id', (SELECT max(webhook_id) FROM webhooks)),
+        ('webhook_secrets', 'secret_id', (SELECT max(secret_id) FROM webhook_secrets)),
+        ('webhook_deliveries', 'delivery_id', (SELECT max(delivery_id) FROM webhook_deliveries)),
+        ('webhook_attempts', 'attempt_id', (SELECT max(attempt_id) FROM webhook_attempts))
 ) AS numbered (name, id, highest)
 CROSS JOIN LATERAL (SELECT pg_get_serial_sequence('public.' || name, id)::regclass AS sequence OFFSET 0) AS its
 WHERE CASE
@@ -50,8 +54,8 @@ WHERE CASE
 END;
 
 -- name: rights(tables) :one
--- The tables of saasllm that the role may not read, or not in full, what it may do, and who may make objects beside
--- them.
+-- The tables of saasllm that the role may not read (of one, not each reads the secrets), or not in full, what it may do,
+-- and who may make objects beside them.
 SELECT
     ARRAY(
         SELECT c.oid::regclass::text
@@ -59,7 +63,7 @@ SELECT
         WHERE c.relnamespace = 'public'::regnamespace
           AND c.relkind = 'r'
           AND c.relname = ANY (%(tables)s)
-          AND (NOT has_table_privilege(c.oid, 'SELECT') OR row_security_active(c.oid))
+          AND (NOT has_any_column_privilege(c.oid, 'SELECT') OR row_security_active(c.oid))
         ORDER BY c.relname
     ) AS unreadable,
     pg_has_role(t.relowner, 'USAGE') AS may_migrate,
@@ -160,6 +164,37 @@ SELECT
     ) AS model_names
 FROM jobs j
 WHERE j.is_unpriced AND j.created_at > now() - %(days)s * interval '1 day';
+
+-- name: webhooks() :many
+-- Those that do not work: disabled for what came of their deliveries, or failing; the longest first.
+SELECT webhook_id, url, status, failing_since, coalesce(failing_since, disabled_at) AS since
+FROM webhook_details
+WHERE status = 'failing' OR disabled_reason <> 'by_hand'
+ORDER BY since, webhook_id;
+
+-- name: deliveries(minutes) :one
+-- Whether there are webhooks, whether the role may read what signs for them, and whether one has waited so long for an
+-- event, or for a delivery that is due. Of one that fails, deliveries are slow.
+SELECT
+    EXISTS (SELECT FROM webhooks) AS has_webhooks,
+    has_column_privilege('webhook_secrets', 'secret', 'SELECT') AS may_sign,
+    EXISTS (
+        SELECT
+        FROM events e
+        CROSS JOIN LATERAL webhooks_for(e.organization_id::text, e.event_type) w
+        JOIN webhook_states s USING (webhook_id)
+        WHERE NOT e.is_dispatched
+          AND e.created_at < now() - %(minutes)s * interval '1 minute'
+          AND e.created_at >= w.created_at
+          AND s.disabled_at IS NULL
+    ) OR EXISTS (
+        SELECT
+        FROM webhook_deliveries d
+        JOIN webhook_states s USING (webhook_id)
+        WHERE d.status = 'pending'
+          AND d.next_at < now() - %(minutes)s * interval '1 minute'
+          AND num_nonnulls(s.disabled_at, s.failing_since, s.retry_at) = 0
+    ) AS lacks_deliverer;
 
 -- name: models() :many
 -- The models that jobs may call, and whether they have a price of our own.

@@ -58,3 +58,15 @@ WHERE NOT is_short
       ELSE true
   END
 ORDER BY id COLLATE "C";
+
+-- name: webhooks(organization_id, team_id) :many
+-- Of a part, not those that get the events of all.
+SELECT record
+FROM webhook_records
+WHERE CASE
+    WHEN %(organization_id)s::text IS NOT NULL THEN organization_id = %(organization_id)s
+    WHEN %(team_id)s::text IS NOT NULL
+        THEN organization_id = (SELECT organization_id FROM teams WHERE team_id = %(team_id)s)
+    ELSE true
+END
+ORDER BY id COLLATE "C";
