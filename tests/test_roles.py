@@ -614,10 +614,11 @@ def test_no_function_acts_with_the_rights_of_its_owner(tenant: Run, as_role: As,
         CREATE CAST (pg_temp.wrapped AS bigint) WITH FUNCTION pg_temp.unwrap(pg_temp.wrapped) AS IMPLICIT;
         CREATE TABLE pg_temp.fake (
             team_id text, credits_allocated bigint, credits_used bigint, credits_reserved pg_temp.wrapped,
-            credits_remaining bigint, last_entry_no bigint, last_hold_no bigint
+            credits_remaining bigint, credits_overdraft bigint, low_credits bigint[], last_entry_no bigint,
+            last_hold_no bigint
         );
         CREATE TRIGGER fake BEFORE UPDATE ON pg_temp.fake FOR EACH ROW EXECUTE FUNCTION public.guard_balance();
-        INSERT INTO pg_temp.fake VALUES ('hr', 10, 0, row(0), 10, 1, 0);
+        INSERT INTO pg_temp.fake VALUES ('hr', 10, 0, row(0), 10, 0, '{}', 1, 0);
         UPDATE pg_temp.fake SET credits_remaining = 9;
     """)
     assert set(reader.execute("SELECT as_role FROM pg_temp.acted").fetchall()) == {("saasllm_readonly_user",)}

@@ -254,12 +254,12 @@ def _complete_job(incomplete: str) -> list[str]:
     return []
 
 
-def _id_of(kind: str, name: IdName) -> UUID:
+def _id_of(kind: str, query: str, name: IdName) -> UUID:
     """The id itself; of a beginning, that of the one whose id begins so."""
     if name.low == name.high:
         return name.low
     with database.connect() as db:
-        found = db.many(f"{kind}.named", low=name.low, high=name.high, row_limit=MOST_CANDIDATES + 1)
+        found = db.many(query, low=name.low, high=name.high, row_limit=MOST_CANDIDATES + 1)
     if not found:
         raise not_found(kind, name.text)
     if len(found) > 1:
@@ -273,8 +273,8 @@ def _id_of(kind: str, name: IdName) -> UUID:
     return id_
 
 
-job_id_of = partial(_id_of, "job")
-event_id_of = partial(_id_of, "event")
+job_id_of = partial(_id_of, "job", "job.named")
+event_id_of = partial(_id_of, "event", "event.named")
 
 
 def number(value: str) -> int:
