@@ -70,7 +70,8 @@ class Settings(BaseSettings):
     output: Format = Format.TABLE
     log_format: Literal["text", "json"] = "text"
     keep_answers: timedelta = timedelta(days=7)  # of jobs that workers ran
-    keep_events: timedelta = timedelta(days=30)
+    # Who runs jobs may remove no younger ones.
+    keep_events: timedelta = Field(default=timedelta(days=30), ge=timedelta(days=1))
     master_keys: SecretStr | None = None  # that encrypt secrets in the database, separated by commas
     master_key_file: Path | None = None
     keep_content: int = Field(default=0, ge=0, le=1_000_000)  # how many characters of each prompt and each answer
