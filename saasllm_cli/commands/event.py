@@ -29,6 +29,7 @@ from saasllm_cli.settings import Format, settings
 app = noun()
 
 POLL_SECONDS = 1.0
+MOST = 100
 COLUMNS = ("created_at", "event_type", "organization_id", "team_id", "sequence_no", "event_id")
 ESSENTIAL = ("event_type", "created_at", "team_id", "event_id")
 
@@ -61,7 +62,7 @@ def list_(
     after: Annotated[
         IdName | None, typer.Option(parser=event_name, metavar="ID", help="Show the page after this ID.")
     ] = None,
-    limit: Limit = 100,
+    limit: Limit = MOST,
     output: Output = None,
 ) -> None:
     """List events.
@@ -73,8 +74,8 @@ def list_(
     """
     filters = {"event_types": type_ or None, "organization_id": org, "team_id": team}
     if follow:
-        if after is not None or sort != "newest":
-            raise InvalidInput("usage", "--follow goes with --since, not with --after or --sort.", "Omit them.")
+        if after is not None or sort != "newest" or limit != MOST:
+            raise InvalidInput("usage", "--follow cannot be combined with --after, --limit or --sort.", "Omit them.")
         _follow(filters, since, _printer(output))
     after_id = None if after is None else event_id_of(after)
     with database.connect() as db:

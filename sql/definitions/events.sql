@@ -49,8 +49,8 @@ LANGUAGE sql STABLE PARALLEL SAFE AS $$
 $$;
 
 
--- Jobs that have ended; and always what could not be charged for one. No more of their texts and metadata than any
--- endpoint takes: 16 kB in all.
+-- Jobs that have ended; and always what could not be charged for one. No more of their texts than any
+-- endpoint takes, and neither metadata nor groups where they are too large: 16 kB in all, whatever a job has.
 CREATE FUNCTION tell_of_jobs(ended uuid[]) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
@@ -61,8 +61,11 @@ BEGIN
         j.organization_id,
         j.team_id,
         jsonb_build_object(
-            'job_id', j.job_id, 'team_id', j.team_id, 'job_type', j.job_type, 'status', j.status,
-            'external_task_id', left(j.external_task_id, 255), 'model_groups_used', j.model_groups_used[1:20],
+            'job_id', j.job_id, 'team_id', j.team_id, 'job_type', left(j.job_type, 255), 'status', j.status,
+            'external_task_id', left(j.external_task_id, 255),
+            'model_groups_used', CASE
+                WHEN octet_length(to_jsonb(j.model_groups_used)::text) <= 3072 THEN j.model_groups_used
+            END,
             'credits_charged', j.credits_charged, 'credits_short', j.credits_short,
             'error_message', left(j.error_message, 500),
             'metadata', CASE WHEN octet_length(j.metadata::text) <= 6144 THEN j.metadata END,
@@ -93,7 +96,8 @@ BEGIN
         jsonb_build_object(
             'transaction_id', e.transaction_id, 'team_id', e.team_id, 'entry_no', e.entry_no,
             'transaction_type', e.transaction_type, 'credits_amount', e.credits_amount,
-            'credits_after', e.credits_after, 'job_id', e.job_id, 'source', e.source, 'period', e.period,
+            'credits_after', e.credits_after, 'job_id', e.job_id, 'source', e.source,
+            'period', left(e.period, 255),
             'category', e.category, 'expires_at', public.utc(e.expires_at), 'grant_id', e.grant_id,
             'created_at', public.utc(e.created_at)
         )
@@ -137,7 +141,7 @@ BEGIN
           AND (was.credits_remaining > threshold OR threshold <> ALL (was.low_credits))
         UNION ALL
         SELECT 'credits.exhausted', '{}'
-        WHERE was.credits_remaining + was.credits_overdraft > 0
+        WHERE (was.credits_remaining + was.credits_overdraft <= 0) IS NOT TRUE -- or without a bound
           AND is_now.credits_remaining + is_now.credits_overdraft <= 0
     ) AS told
     WHERE t.team_id = is_now.team_id;

@@ -248,6 +248,12 @@ BEGIN
             END
             USING ERRCODE = 'SL011', HINT = 'See: saasllm limit list';
     END IF;
+    IF of_period <> public.limit_period(of_limit.per, now()) THEN
+        -- A job of an earlier time: what it is told by is how it stands now.
+        SELECT s.counted
+        INTO counted
+        FROM public.limit_state(of_limit.limit_id, of_limit.measure, of_limit.per, of_limit.amount, now()) AS s;
+    END IF;
     PERFORM public.tell_of_limit(of_limit, counted);
 END
 $$;

@@ -3,15 +3,17 @@
 
 -- Gives new events their number in their organization, and a delivery for each webhook that wants them; says how many
 -- there were. One does it at a time, so that the numbers have no gaps and follow the order of what happened one after
--- the other.
+-- the other: whoever has the row of this duty, which nobody can lock who may not do it.
 CREATE FUNCTION dispatch_events(most integer) RETURNS bigint
 LANGUAGE plpgsql SET search_path = public, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
 DECLARE
     dispatched bigint;
 BEGIN
-    IF NOT EXISTS (SELECT FROM events WHERE NOT is_dispatched)
-        OR NOT pg_try_advisory_xact_lock(hashtext('saasllm dispatch'), 0)
-    THEN
+    IF NOT EXISTS (SELECT FROM events WHERE NOT is_dispatched) THEN
+        RETURN 0;
+    END IF;
+    PERFORM FROM duties WHERE duty = 'dispatch' FOR UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
         RETURN 0;
     END IF;
 

@@ -29,6 +29,8 @@ CREATE TABLE event_counters (
     last_no         bigint     NOT NULL
 ) WITH (fillfactor = 50);
 
+INSERT INTO duties (duty) VALUES ('dispatch');
+
 -- Of which a team's credits.low tells: whenever they fall to one of these.
 ALTER TABLE team_credits
     ADD COLUMN low_credits bigint[] NOT NULL DEFAULT '{}',

@@ -41,11 +41,15 @@ LIMIT %(row_limit)s;
 SELECT pg_current_snapshot()::text AS snapshot;
 
 -- name: news(snapshot, event_types, organization_id, team_id) :many
--- What has been committed since a snapshot was taken: whatever the order in which transactions end, none is missed.
+-- What has been committed since a snapshot was taken: whatever the order in which transactions end, none is missed. An
+-- event that came with a restore is none: its transaction's number may be still to come here, and is then later than
+-- that of the transaction that wrote the row.
 SELECT event_id, event_type, organization_id, team_id, sequence_no, data, created_at
 FROM events
 WHERE transaction >= pg_snapshot_xmin(%(snapshot)s::text::pg_snapshot)
+  AND transaction < pg_snapshot_xmax(pg_current_snapshot())
   AND NOT pg_visible_in_snapshot(transaction, %(snapshot)s::text::pg_snapshot)
+  AND age(transaction::xid) >= age(xmin)
   AND (%(event_types)s::text[] IS NULL OR event_type = ANY (%(event_types)s::text[]))
   AND (%(organization_id)s::text IS NULL OR organization_id = %(organization_id)s)
   AND (%(team_id)s::text IS NULL OR team_id = %(team_id)s)
@@ -66,7 +70,7 @@ WITH event AS (
             WHERE d.event_id = e.event_id AND d.status = 'pending' AND s.disabled_at IS NULL
             LIMIT 1 -- looked up for each, and not all of them for these few
         ) AS awaited ON true
-        WHERE e.event_id < first_id(statement_timestamp() - %(keep)s::interval) AND awaited.event_id IS NULL
+        WHERE e.event_id < first_id(now() - %(keep)s::interval) AND awaited.event_id IS NULL
         ORDER BY e.event_id
         LIMIT %(row_limit)s
     ))
