@@ -197,7 +197,11 @@ _IDS = {"organization": "organization_id", "team": "team_id", "group": "group_na
 
 def not_found(noun: str, name: str) -> NotFound:
     command = _COMMANDS.get(noun, noun)
-    lists = {"transaction": "credits transactions TEAM", "grant": "credits grants TEAM"}
+    lists = {
+        "transaction": "credits transactions TEAM",
+        "grant": "credits grants TEAM",
+        "delivery": "webhook deliveries",
+    }
     hint = f"See: saasllm {lists.get(noun, f'{command} list')}"
     error = NotFound(f"{noun}_not_found", f"{noun.capitalize()} {name} not found.", hint)
     error.noun, error.name = noun, name
