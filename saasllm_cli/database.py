@@ -81,6 +81,12 @@ DEADLOCK_SECONDS = 30.0  # in which a transaction that meets the jobs of a busy 
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 # The names of the unique indexes of what is done once.
 ONCE = ("_idempotency_key", "_once_a_job", "jobs_pkey")
+# What was removed in the moment in which it was to count, or to be told of: asked again, it is not there.
+REMOVED = (
+    "limit_counters_limit_id_fkey",
+    "webhook_deliveries_webhook_id_fkey",
+    "webhook_deliveries_event_id_fkey",
+)
 # The tables whose rows are numbered by a sequence alone.
 NUMBERED = (
     *("credit_transactions_pkey", "audit_log_pkey", "job_refusals_pkey", "workers_pkey", "webhooks_pkey"),
@@ -386,11 +392,7 @@ def _passes(error: psycopg.Error) -> bool:
         isinstance(error, DEADLOCKS)
         # Another process has just done the same: asked again, it finds its row.
         or (isinstance(error, psycopg.errors.UniqueViolation) and str(error.diag.constraint_name).endswith(ONCE))
-        # A limit was removed in the moment in which it was to count: asked again, it is not there.
-        or (
-            isinstance(error, psycopg.errors.ForeignKeyViolation)
-            and error.diag.constraint_name == "limit_counters_limit_id_fkey"
-        )
+        or (isinstance(error, psycopg.errors.ForeignKeyViolation) and error.diag.constraint_name in REMOVED)
         # A function was taken away by a migration in the moment in which it was to be called.
         or (isinstance(error, psycopg.errors.InternalError_) and "cache lookup failed" in str(error))
     )

@@ -70,21 +70,23 @@ def _master_keys() -> "MultiFernet":
             "Secrets, such as those of webhooks, are stored encrypted only, and no master key is set.",
             f"Set SAASLLM_MASTER_KEYS or SAASLLM_MASTER_KEY_FILE. {HOW_TO_MAKE}",
         )
-    return _parsed(text, name)
+    return _made_of(text, name)
 
 
 @cache
-def _parsed(text: str, name: str) -> "MultiFernet":
+def _made_of(text: str, name: str) -> "MultiFernet":
     from cryptography.fernet import Fernet, MultiFernet
 
-    keys = text.replace(",", "\n").split()
     try:
         # As openssl writes it, or as Fernet does.
-        decoded = [base64.b64decode(key.replace("-", "+").replace("_", "/"), validate=True) for key in keys]
+        keys = [
+            base64.b64decode(key.replace("-", "+").replace("_", "/"), validate=True)
+            for key in text.replace(",", " ").split()
+        ]
     except ValueError:
-        decoded = []
-    if not decoded or any(len(key) != KEY_BYTES for key in decoded):
+        keys = []
+    if not keys or any(len(key) != KEY_BYTES for key in keys):
         raise InvalidInput(
             "invalid_master_key", f"{name} is not a key of {KEY_BYTES} bytes in base64, or several.", HOW_TO_MAKE
         )
-    return MultiFernet([Fernet(base64.urlsafe_b64encode(key)) for key in decoded])
+    return MultiFernet([Fernet(base64.urlsafe_b64encode(key)) for key in keys])

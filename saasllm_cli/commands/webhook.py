@@ -33,7 +33,7 @@ from saasllm_cli.commands.inputs import (
     unique,
 )
 from saasllm_cli.database import Row
-from saasllm_cli.errors import CheckFailed, Interrupted, InvalidInput, not_found
+from saasllm_cli.errors import CheckFailed, Conflict, Interrupted, InvalidInput, not_found
 from saasllm_cli.output import note, progress, remark, show, timestamp, waiting
 from saasllm_cli.settings import Format, settings
 
@@ -116,6 +116,8 @@ def create(
     with database.connect() as db:
         webhook, secret = db.transaction(work)
     if secret is None:
+        if not if_not_exists:
+            raise _exists(webhook)
         same_or_conflict("webhook", f"for {url}", webhook, given, if_not_exists)
         show(webhook, output)
         return
@@ -182,6 +184,10 @@ def update(
         changes["url"] = None if url is None else checked
 
     def work() -> Row:
+        is_other = url is not None and changes["url"] != before["url"]
+        named = {"organization_id": before["organization_id"], "url": changes["url"]}
+        if is_other and (other := db.maybe("webhook.named", **named)):
+            raise _exists(other)
         db.found(
             "webhook.update",
             *("webhook", str(webhook_id)),
@@ -222,21 +228,23 @@ def test(webhook_id: WebhookId, output: Output = None) -> None:
     import asyncio
 
     from saasllm_cli.webhooks import deliverer
+    from saasllm_cli.webhooks.attempt import require_secrets
+
+    def work() -> Row:
+        lease = {"lease_seconds": deliverer.LEASE_SECONDS}
+        delivery = db.found("webhook.test", "webhook", str(webhook_id), webhook_id=webhook_id, **lease)
+        require_secrets(delivery)
+        return delivery
 
     with database.connect() as db:
         webhook = db.get("webhook", webhook_id)
-        delivery = db.found(
-            "webhook.test",
-            *("webhook", str(webhook_id)),
-            webhook_id=webhook_id,
-            lease_seconds=deliverer.LEASE_SECONDS,
-        )
+        delivery = db.transaction(work)
     with waiting("Sending …"):
         result = asyncio.run(deliverer.attempt_once(delivery))
     enabled = None
     with database.connect() as db:
         deliverer.record(db, [result])
-        shown = db.one("webhook.delivery", delivery_id=delivery["delivery_id"])
+        shown = db.found("webhook.delivery", "webhook", str(webhook_id), delivery_id=delivery["delivery_id"])
         if result["error"] is None and webhook["disabled_reason"] not in (None, "by_hand"):
             enabled = db.maybe("webhook.enable", webhook_id=webhook_id)
     show(shown, output)
@@ -308,9 +316,8 @@ def deliveries(
     """
     with database.connect() as db:
         if attempts_of is not None:
+            db.found("webhook.delivery", "delivery", str(attempts_of), delivery_id=attempts_of)
             attempts = db.many("webhook.attempts", delivery_id=attempts_of)
-            if not attempts:
-                raise not_found("delivery", str(attempts_of))
             show(attempts, output, ("attempted_at", "duration_ms", "status_code", "error", "answer"))
             return
         found = db.stream(
@@ -404,6 +411,16 @@ def _progress(done: "Summary", under_way: int) -> None:
     progress(f"{under_way} on their way · {done.succeeded} delivered, {done.failed + done.given_up} failed")
 
 
+def _exists(webhook: Row) -> Conflict:
+    webhook_id = webhook["webhook_id"]
+    return Conflict(
+        "webhook_exists",
+        f"Webhook {webhook_id} for {webhook['url']} already exists.",
+        f"To change it, run: saasllm webhook update {webhook_id}",
+        webhook_id=webhook_id,
+    )
+
+
 def _subscription(event: list[str]) -> list[str]:
     types = sorted(unique(event, "--event"))
     if ALL in types and len(types) > 1:
@@ -418,13 +435,13 @@ def _checked(url: str, allow_http: bool, allow_private: bool) -> str:
     try:
         parsed = target(url, allow_http)
     except ValueError as error:
-        raise InvalidInput("invalid_url", f"--url {url!r}: {error}", "See: saasllm webhook create --help") from None
+        raise InvalidInput("invalid_url", f"Invalid --url: {error}", "See: saasllm webhook create --help") from None
     try:
         resolve(parsed, allow_private)
     except Forbidden as error:
         raise InvalidInput(
             "private_address",
-            f"--url {url!r}: {error}.",
+            f"Invalid --url: {error}.",
             "Give a URL on the internet; or, if you mean it, add --allow-private.",
         ) from None
     except OSError as error:

@@ -329,8 +329,10 @@ class _Worker:
 
     def _deliver(self) -> None:
         """In a thread of its own: events to webhooks."""
-        with suppress(SaasllmError):
+        try:
             self._deliverer.run()
+        except SaasllmError as error:
+            self._on_note(f"webhooks: {error.in_one_line}")
 
 
 def _is_open(settled: database.Row | None) -> bool:

@@ -348,7 +348,8 @@ def _expiry(value: str) -> str:
     try:
         at, _ = expiry(value)
     except ValueError as error:
-        raise _refused(str(error).rstrip(".")) from None
+        message = str(error)
+        raise _refused(message[0].lower() + message[1:].rstrip(".")) from None
     return value if at is None else at.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
@@ -454,7 +455,8 @@ def _target(url: str) -> str:
     try:
         return str(target(_storable(url), allow_http=True))
     except ValueError as error:
-        raise _refused(str(error).rstrip(".")) from None
+        message = str(error)
+        raise _refused(message[0].lower() + message[1:].rstrip(".")) from None
 
 
 def _subscribed_type(value: str) -> str:

@@ -17,7 +17,13 @@ PORTS = {"https": 443, "http": 80}
 RESOLVERS = 64  # threads: one that waits for a name server holds up no other
 UNICAST = IPv6Network("2000::/3")
 NAT64 = IPv6Network("64:ff9b::/96")
-RELAYS = IPv4Network("192.88.99.0/24")  # of 6to4: what is behind them, nobody knows
+# What Python takes for public, or did in some version.
+NOT_PUBLIC = (
+    IPv4Network("192.0.0.0/24"),  # of protocols; 192.0.0.192 is Oracle's metadata
+    IPv4Network("192.88.99.0/24"),  # relays of 6to4: what is behind them, nobody knows
+    IPv4Network("168.63.129.16/32"),  # Azure's own, which each of its machines reaches
+    IPv6Network("3fff::/20"),  # documentation
+)
 
 
 class Forbidden(Exception):
@@ -25,32 +31,35 @@ class Forbidden(Exception):
 
 
 def target(url: str, allow_http: bool) -> httpx.URL:
-    """The URL of a webhook, normalized. ValueError says what is wrong with it, and how to correct it."""
-    if len(url) > LONGEST_URL:
-        raise ValueError(f"it is longer than {LONGEST_URL} characters.")
+    """The URL of a webhook, normalized. ValueError says what is wrong with it, and repeats nothing of it: it may hold a
+    password."""
     try:
-        parsed = httpx.URL(str(httpx.URL(url)))  # twice: the port of HTTPS:// is only then known as that of https://
-        port = parsed.port
-    except (httpx.InvalidURL, ValueError) as error:
-        raise ValueError(f"it is not a URL: {error}.") from None
+        parsed = httpx.URL(str(httpx.URL(url)))  # the second time, the scheme's own port goes
+        port = PORTS.get(parsed.scheme) if parsed.port is None else parsed.port
+    except (httpx.InvalidURL, ValueError):
+        raise ValueError("It must be a URL such as https://example.com/hooks.") from None
     if parsed.scheme not in PORTS or not parsed.host or url.split("://")[0].lower() != parsed.scheme:
-        raise ValueError("it must be a URL such as https://example.com/hooks.")
+        raise ValueError("It must be a URL such as https://example.com/hooks.")
     if parsed.userinfo:
-        raise ValueError("it must not contain credentials: deliveries are signed instead.")
-    if parsed.fragment:
-        raise ValueError("it must not contain a fragment (#...): that is never sent.")
-    if port == 0:
-        raise ValueError("it has port 0.")
+        raise ValueError("It must not contain credentials: deliveries are signed instead.")
+    if "#" in url:
+        raise ValueError("It must not contain a fragment (#...), which is never sent.")
+    if port not in range(1, 65536):
+        raise ValueError("Its port must be a number from 1 to 65535.")
+    if len(str(parsed)) > LONGEST_URL:
+        raise ValueError(f"It must be at most {LONGEST_URL} characters long.")
     if parsed.scheme == "http" and not allow_http:
-        raise ValueError("it must begin with https://; to allow http, add --allow-http.")
+        raise ValueError("It must begin with https://. To allow http, add --allow-http.")
     return parsed
 
 
 def is_public(address: str) -> bool:
     """Whether an address is one of the internet; one that leads to another, only where that is."""
     ip = ip_address(address.partition("%")[0])
+    if any(ip in network for network in NOT_PUBLIC):
+        return False
     if isinstance(ip, IPv4Address):
-        return ip.is_global and not ip.is_multicast and not ip.is_reserved and ip not in RELAYS
+        return ip.is_global and not ip.is_multicast and not ip.is_reserved
     if ip in NAT64:
         return is_public(str(IPv4Address(ip.packed[-4:])))
     return ip in UNICAST and ip.is_global and all(map(is_public, _within(ip)))

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import random
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator
@@ -18,6 +20,7 @@ from standardwebhooks import Webhook
 
 from saasllm_cli import encryption
 from saasllm_cli.database import Row
+from saasllm_cli.errors import InvalidInput
 from saasllm_cli.rules import storable
 from saasllm_cli.webhooks.addresses import Forbidden, Resolver, target
 
@@ -43,26 +46,28 @@ class _Endpoint:
 
 class Sender:
     """Sends deliveries: by a transport alone, which follows no redirects, keeps no cookies, and asks no environment for
-    a proxy. Connections are kept by webhook, so that none passes from one host to another."""
+    a proxy. Connections are kept by webhook and URL, so that none passes from one host to another."""
 
     def __init__(self) -> None:
         self._tls = ssl.create_default_context()
         self._resolver = Resolver()
-        self._endpoints: dict[int, _Endpoint] = {}
+        self._endpoints: dict[tuple[int, str], _Endpoint] = {}
 
     async def attempt(self, delivery: Row) -> Row:
         """Tries a delivery once, and says what came of it, as `webhook.record` takes it."""
         attempted_at, began = datetime.now(UTC), time.monotonic()
         answer = _Answer()
         try:
-            async with self._transport(delivery["webhook_id"]) as transport:
+            async with self._transport(delivery["webhook_id"], delivery["url"]) as transport:
                 answer = await self._send(transport, delivery, attempted_at)
-        except TimeoutError:
+        except httpx.ConnectTimeout:
+            answer.error = f"no connection within {CONNECT_SECONDS:g} s"
+        except (TimeoutError, httpx.TimeoutException):
             answer.error = f"no answer within {ANSWER_SECONDS:g} s"
         except Forbidden as error:
             answer.error = f"{error}: nothing was sent"
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-            answer.error = " ".join(str(error).split()) or type(error).__name__
+        except Exception as error:  # whatever an endpoint brings about, it is this attempt that fails, and no other
+            answer.error = _words(error)
         duration_ms = round((time.monotonic() - began) * 1000)
         is_gone = answer.status_code == GONE
         return {
@@ -117,12 +122,13 @@ class Sender:
         raise AssertionError
 
     @asynccontextmanager
-    async def _transport(self, webhook_id: int) -> AsyncIterator[httpx.AsyncHTTPTransport]:
-        if webhook_id not in self._endpoints:
+    async def _transport(self, webhook_id: int, url: str) -> AsyncIterator[httpx.AsyncHTTPTransport]:
+        key = (webhook_id, url)
+        if key not in self._endpoints:
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_SECONDS)
             transport = httpx.AsyncHTTPTransport(verify=self._tls, trust_env=False, limits=limits)
-            self._endpoints[webhook_id] = _Endpoint(transport)
-        endpoint = self._endpoints[webhook_id]
+            self._endpoints[key] = _Endpoint(transport)
+        endpoint = self._endpoints[key]
         endpoint.attempts += 1
         try:
             yield endpoint.transport
@@ -131,9 +137,9 @@ class Sender:
             endpoint.used_at = time.monotonic()
 
     async def close_idle(self, seconds: float = IDLE_SECONDS) -> None:
-        for webhook_id, endpoint in list(self._endpoints.items()):
+        for key, endpoint in list(self._endpoints.items()):
             if endpoint.attempts == 0 and time.monotonic() - endpoint.used_at >= seconds:
-                del self._endpoints[webhook_id]
+                del self._endpoints[key]
                 await endpoint.transport.aclose()
 
     async def close(self) -> None:
@@ -150,7 +156,12 @@ class _Answer:
 
 
 def require_secrets(delivery: Row) -> None:
-    """`InvalidInput` where what signs it cannot be decrypted."""
+    """`InvalidInput` where nothing signs it, or what does cannot be decrypted."""
+    if not delivery["secrets"]:
+        webhook_id = delivery["webhook_id"]
+        raise InvalidInput(
+            "no_secret", f"Webhook {webhook_id} has no secret.", f"Run: saasllm webhook rotate {webhook_id}"
+        )
     for secret in delivery["secrets"]:
         _signer(secret, f"webhook {delivery['webhook_id']}")
 
@@ -197,6 +208,27 @@ async def _answer(response: httpx.Response) -> _Answer:
                     break
     answer.text = storable(body.decode(errors="replace")) or None
     return answer
+
+
+def _words(error: BaseException) -> str:
+    """Why there is no answer: what the system says, which stands behind what libraries make of it."""
+    behind: BaseException | None = error
+    while behind is not None:
+        match behind:
+            case ssl.SSLCertVerificationError():
+                return f"TLS: {behind.verify_message.rstrip('.')}"
+            case ssl.SSLError(reason=str(reason)):
+                return f"TLS: {reason.replace('_', ' ').lower()}"
+            case socket.gaierror(strerror=str(reason)):
+                return reason
+            case OSError(errno=int(number)):  # what asyncio makes of it has no words for people
+                return os.strerror(number)
+        behind = behind.__cause__ or behind.__context__
+    if "disconnected without" in str(error) or isinstance(error, httpx.NetworkError):
+        return "the connection was closed without an answer"
+    if isinstance(error, httpx.RemoteProtocolError):
+        return f"the answer is not HTTP: {error}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _reason(status: int) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from saasllm_cli.webhooks.attempt import Sender
 
 T = TypeVar("T")
-Ask = Callable[[Callable[[database.Database], T]], T]
+Ask = Callable[[Callable[[database.Database], T], float | None], T]
 
 MOST_EACH = 16  # attempts at once for a webhook
 LEASE_SECONDS = 60.0  # longer than an attempt takes
@@ -46,7 +46,8 @@ class Summary:
 class Deliverer:
     """Delivers what is due until it is told to `stop`; or, once, until nothing is due any more.
 
-    `ask` does work with the database, perhaps twice; `on_note` is told what an operator should know.
+    `ask` does work with the database, perhaps twice, and tries for so many seconds where it is away; `on_note` is told
+    what an operator should know.
     """
 
     def __init__(
@@ -65,7 +66,8 @@ class Deliverer:
         self._sender: Sender | None = None  # once there is something to send
         self._attempts: dict[asyncio.Task[Row], Row] = {}  # under way, of which delivery
         self._results: list[Row] = []  # to be recorded
-        self._unreadable: set[int] = set()  # webhooks whose secret this process cannot decrypt
+        self._unreadable: dict[int, float] = {}  # webhooks whose secret this process cannot decrypt; until when
+        self._unsent: list[Row] = []  # what it had claimed of them, to be left to others
         self._told = ""
 
     def stop(self) -> None:
@@ -106,6 +108,9 @@ class Deliverer:
         dispatched, claims = await self._in_thread(self._claim)
         for delivery in claims:
             self._begin(delivery)
+        if self._unsent:
+            await self._release(self._unsent)
+            self._unsent = []
         self._on_progress(self.summary, len(self._attempts))
         return not dispatched and not claims
 
@@ -128,6 +133,7 @@ class Deliverer:
             return dispatched, []  # it has no need of one
         encryption.require_master_key()
         busy = Counter(delivery["webhook_id"] for delivery in self._attempts.values())
+        self._unreadable = {each: until for each, until in self._unreadable.items() if until > time.monotonic()}
         busy |= dict.fromkeys(self._unreadable, MOST_EACH)
         limits = {"most_each": MOST_EACH, "lease_seconds": LEASE_SECONDS}
         return dispatched, db.many(
@@ -140,8 +146,9 @@ class Deliverer:
 
         try:
             require_secrets(delivery)
-        except SaasllmError as error:  # for a process that has the key: when its claim ends
-            self._unreadable.add(delivery["webhook_id"])
+        except SaasllmError as error:  # for a process that has the key
+            self._unreadable[delivery["webhook_id"]] = time.monotonic() + LEASE_SECONDS
+            self._unsent.append(delivery)
             self._tell(error.in_one_line)
             return
         self._sender = self._sender or Sender()
@@ -168,23 +175,28 @@ class Deliverer:
         """Lets what is under way end, if it does so soon, and leaves the rest to others."""
         if self._attempts:
             await asyncio.wait(self._attempts, timeout=STOP_SECONDS)
-        claims = []
         for task, delivery in self._attempts.items():
             if task.done():
                 self._results.append(task.result())
             else:
                 task.cancel()
-                claims.append({name: delivery[name] for name in ("delivery_id", "claim_no")})
+                self._unsent.append(delivery)
         await asyncio.gather(*self._attempts, return_exceptions=True)
         if self._sender:
             await self._sender.close()
         if self._results:
             await self._in_thread(lambda db: self._record(db, self._results))
-        if claims:
-            await self._in_thread(lambda db: db.none("webhook.release", claims=database.exact_json(claims)))
+        if self._unsent:
+            await self._release(self._unsent)
+
+    async def _release(self, deliveries: list[Row]) -> None:
+        claims = [{name: each[name] for name in ("delivery_id", "claim_no")} for each in deliveries]
+        await self._in_thread(lambda db: db.none("webhook.release", claims=database.exact_json(claims)))
 
     async def _in_thread(self, work: Callable[[database.Database], T]) -> T:
-        return await asyncio.to_thread(self._ask, work)  # type: ignore[arg-type]
+        # Whoever is to end, or goes on anyway, does not wait long for it.
+        seconds = None if self._is_once and not self._is_stopping.is_set() else AWAY_SECONDS
+        return await asyncio.to_thread(self._ask, work, seconds)  # type: ignore[arg-type]
 
     def _tell(self, text: str) -> None:
         """The same thing not each time."""
@@ -202,9 +214,8 @@ REASONS = {
 
 async def attempt_once(delivery: Row) -> Row:
     """Tries a delivery that is claimed, and will not be tried again, and says what came of it."""
-    from saasllm_cli.webhooks.attempt import Sender, require_secrets
+    from saasllm_cli.webhooks.attempt import Sender
 
-    require_secrets(delivery)
     sender = Sender()
     try:
         return await sender.attempt(delivery) | {"retry_seconds": None}

@@ -83,12 +83,16 @@ RETURNING s.webhook_id, before.disabled_at;
 DELETE FROM webhooks WHERE webhook_id = %(webhook_id)s RETURNING webhook_id;
 
 -- name: add_secret(webhook_id, secret, keep) :one
--- From now on it signs, and the one before it as well for as long as that is kept; older ones end.
+-- From now on it signs, and those before it as well for as long as they are kept: no longer than was said before. What
+-- signs no more is removed.
 WITH former AS (
     UPDATE webhook_secrets
-    SET expires_at = CASE WHEN expires_at IS NULL THEN now() + %(keep)s::interval ELSE now() END
+    SET expires_at = least(expires_at, now() + %(keep)s::interval)
     WHERE webhook_id = %(webhook_id)s AND (expires_at IS NULL OR expires_at > now())
     RETURNING expires_at
+),
+ended AS (
+    DELETE FROM webhook_secrets WHERE webhook_id = %(webhook_id)s AND expires_at <= now()
 ),
 secret AS (
     INSERT INTO webhook_secrets (webhook_id, secret) VALUES (%(webhook_id)s, %(secret)s)
@@ -285,7 +289,7 @@ CROSS JOIN LATERAL (
     WHERE webhook_id = d.webhook_id AND (expires_at IS NULL OR expires_at > now())
 ) AS secret;
 
--- name: delivery(delivery_id) :one
+-- name: delivery(delivery_id) :maybe
 SELECT * FROM webhook_delivery_details WHERE delivery_id = %(delivery_id)s;
 
 -- name: deliveries(webhook_id, status, event_type, since, sort, after, row_limit) :many
