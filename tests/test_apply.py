@@ -1184,7 +1184,7 @@ BROKEN = {
             "5:59: webhooks[3].secret: unknown field: use one of organization_id, url, event_types, allow_http, "
             "allow_private, count",
             "6:3: webhooks[4]: its url must begin with https://; to allow http, set allow_http: true",
-            "7:4: webhooks[5].url: it must not contain a fragment (#...): that is never sent",
+            "7:4: webhooks[5].url: it must not contain a fragment (#...), which is never sent",
             "7:31: webhooks[5].event_types: all is listed twice",
             f"8:4: webhooks[6].organization_id: 'a b' {NO_ID}",
             "8:51: webhooks[6].event_types: it must be a list",

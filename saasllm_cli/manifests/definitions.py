@@ -348,8 +348,7 @@ def _expiry(value: str) -> str:
     try:
         at, _ = expiry(value)
     except ValueError as error:
-        message = str(error)
-        raise _refused(message[0].lower() + message[1:].rstrip(".")) from None
+        raise _refused(str(error).rstrip(".")) from None
     return value if at is None else at.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
