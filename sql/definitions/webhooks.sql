@@ -50,10 +50,12 @@ BEGIN
         INSERT INTO webhook_deliveries (event_id, webhook_id)
         SELECT e.event_id, w.webhook_id
         FROM numbered e
-        CROSS JOIN LATERAL webhooks_for(e.organization_id::text, e.event_type) w
+        CROSS JOIN LATERAL webhooks_for(e.organization_id::text, e.event_type) wanting
+        JOIN webhooks w USING (webhook_id)
         JOIN webhook_states s USING (webhook_id)
         WHERE s.disabled_at IS NULL AND e.created_at >= w.created_at
         ORDER BY e.event_id, w.webhook_id
+        FOR KEY SHARE OF w -- one that is deleted meanwhile is passed over
         ON CONFLICT DO NOTHING
     )
     SELECT count(*) INTO dispatched FROM numbered;
