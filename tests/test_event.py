@@ -499,6 +499,25 @@ def test_many_at_once_tell_of_a_limit_once(tenant: Run, sql: Sql) -> None:
     assert sorted(alerts) == [("day", 50), ("day", 100), ("minute", 10), ("minute", 50), ("minute", 100)]
 
 
+def test_two_that_are_refused_at_once_tell_of_it_once(tenant: Run, sql: Sql) -> None:
+    """Which no row of a counter keeps apart."""
+    set_limit(tenant, "jobs", "day", 0)
+    refuse = "SELECT tell_of_limit(l, 0, is_refusing => true) FROM limits l"
+
+    def other() -> None:
+        with psycopg.connect(os.environ["SAASLLM_DATABASE_URL"]) as connection:
+            connection.execute(refuse)
+
+    with ThreadPoolExecutor() as pool:
+        with sql.transaction():
+            sql.execute(refuse)
+            waiting = pool.submit(other)
+            time.sleep(0.3)
+            assert not waiting.done()
+        waiting.result()
+    assert len(told(sql, "limit.reached")) == 1
+
+
 def test_a_job_of_a_period_that_is_over_tells_nothing_of_this_one(tenant: Run, sql: Sql) -> None:
     """Also where it goes on only now."""
     passed(tenant, "group create Other --model offline/echo")
