@@ -58,6 +58,7 @@ GRANT INSERT, UPDATE ON event_counters TO saasllm_runner;
 GRANT INSERT, DELETE ON limit_alerts TO saasllm_runner;
 GRANT UPDATE (disabled_at, disabled_reason, failing_since, retry_at) ON webhook_states TO saasllm_runner;
 GRANT INSERT, UPDATE ON webhook_deliveries TO saasllm_runner;
+GRANT UPDATE (updated_at) ON webhooks TO saasllm_runner; -- to lock them, while it makes their deliveries
 GRANT INSERT ON webhook_attempts TO saasllm_runner;
 
 -- saasllm_admin does all but change the schema. The ledger and the audit log only grow: what leaves them, leaves with
