@@ -364,7 +364,7 @@ def deliver(output: Output = None) -> None:
     """Send what is due now, and remove old events.
 
     Run it from cron, each minute, if no `saasllm worker` runs. Run at the same time by several, each event is sent by
-    one of them.
+    one of them. When an endpoint fails, what else is due there waits for the next run.
     """
     import signal
 
