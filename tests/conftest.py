@@ -3,6 +3,7 @@
 The server is the embedded one, or another version's with `--postgres-bin /usr/lib/postgresql/15/bin`.
 """
 
+import base64
 import gc
 import json
 import os
@@ -28,6 +29,7 @@ import typer.main
 from forked import Forked, servers
 from provider import Provider
 from psycopg.rows import dict_row
+from receiver import Receiver
 
 from saasllm_cli import cli, database, embedded, migrations
 from saasllm_cli.jobs import runner
@@ -403,3 +405,42 @@ def provider(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[Provider]:
         monkeypatch.setenv("OPENAI_BASE_URL", provider.url)
         monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret-key")
         yield provider
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    """An endpoint for webhooks."""
+    with Receiver() as receiver:
+        yield receiver
+
+
+def master_key(letter: str = "k") -> str:
+    return base64.b64encode(letter.encode() * 32).decode()
+
+
+@pytest.fixture
+def use_master_keys(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets the master keys; there is one from the beginning."""
+
+    def use(*keys: str) -> None:
+        monkeypatch.setenv("SAASLLM_MASTER_KEYS", ",".join(keys))
+        settings.cache_clear()
+        if attempt := sys.modules.get("saasllm_cli.webhooks.attempt"):
+            attempt._signer.cache_clear()
+
+    use(master_key())
+    return use
+
+
+@pytest.fixture
+def hook(tenant: Callable[..., Result], receiver: Receiver, use_master_keys: Callable[..., None]) -> Callable[..., int]:
+    """Creates a webhook that points to a path of the receiver, and gives its number."""
+
+    def hook(path: str = "/ok", *options: str, event: str = "all", url: str = "") -> int:
+        words = ("--url", url or receiver.url + path, "--event", event, "--allow-http", "--allow-private", *options)
+        created = tenant("webhook", "create", *words, "-o", "json")
+        assert created.status == 0, created.err
+        receiver.secrets.append(created.data["secret"])
+        return int(created.data["webhook_id"])
+
+    return hook

@@ -25,8 +25,11 @@ from types import MappingProxyType
 from typing import IO, Any
 
 FOLDER = "TESTS_FORKS"  # names the sockets' folder to all processes of the tests
-NOUNS = ("apply", "credits", "event", "export", "group", "job", "migrate", "profile", "team", "worker")
-PROGRAM = ("saasllm_cli.cli", "saasllm_cli.jobs.worker", *(f"saasllm_cli.commands.{noun}" for noun in NOUNS))
+NOUNS = ("apply", "credits", "event", "export", "group", "job", "migrate", "profile", "team", "webhook", "worker")
+PROGRAM = (
+    *("saasllm_cli.cli", "saasllm_cli.jobs.worker", "saasllm_cli.webhooks.attempt"),
+    *(f"saasllm_cli.commands.{noun}" for noun in NOUNS),
+)
 LOADED = {"program": PROGRAM, "litellm": (*PROGRAM, "litellm")}
 NUMBER = 4  # bytes of a process's id, and of its exit status
 

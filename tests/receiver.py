@@ -149,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
                 until = datetime.now(UTC) + timedelta(seconds=int(seconds))
                 self._answer(503, b"", {"Retry-After": format_datetime(until, usegmt=True)})
             case ["bomb", *_]:
-                self._answer(200, gzip.compress(bytes(50_000_000)), {"Content-Encoding": "gzip"})
+                self._answer(200, gzip.compress(bytes(10_000_000), 1), {"Content-Encoding": "gzip"})
             case ["nasty", *_]:
                 self._answer(500, NASTY)
             case ["hang", *_]:

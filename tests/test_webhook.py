@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from itertools import product
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import Result
+from conftest import Result, master_key
 from receiver import Receiver
 from standardwebhooks import Webhook
 
@@ -55,21 +55,9 @@ PUBLIC_ADDRESSES = [
 ]
 
 
-def key(letter: str = "k") -> str:
-    return base64.b64encode(letter.encode() * 32).decode()
-
-
 @pytest.fixture(autouse=True)
-def master_key(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sets the master keys; there is one from the beginning."""
-
-    def give(*keys: str) -> None:
-        monkeypatch.setenv("SAASLLM_MASTER_KEYS", ",".join(keys))
-        settings.cache_clear()
-        attempt._signer.cache_clear()
-
-    give(key())
-    return give
+def with_master_key(use_master_keys: Callable[..., None]) -> None:
+    """There is one."""
 
 
 @pytest.fixture
@@ -89,12 +77,6 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 
 
 @pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    with Receiver() as receiver:
-        yield receiver
-
-
-@pytest.fixture
 def create(tenant: Run, names: dict[str, list[str]]) -> Callable[..., Any]:
     """Creates a webhook, and gives it with its secret."""
 
@@ -104,18 +86,6 @@ def create(tenant: Run, names: dict[str, list[str]]) -> Callable[..., Any]:
         return result.data
 
     return create
-
-
-@pytest.fixture
-def listening(create: Callable[..., Any], receiver: Receiver) -> Callable[[str], int]:
-    """Creates a webhook that points to the receiver."""
-
-    def listening(path: str = "/ok") -> int:
-        made = create(receiver.url + path, "--allow-http", "--allow-private")
-        receiver.secrets.append(made["secret"])
-        return int(made["webhook_id"])
-
-    return listening
 
 
 @pytest.fixture
@@ -395,9 +365,9 @@ def test_dns_that_changes_its_mind(
 
 
 def test_no_proxy_of_the_environment_is_used(
-    tenant: Run, listening: Callable[[str], int], receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+    tenant: Run, hook: Callable[..., int], receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listening("/ok")
+    hook("/ok")
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     assert tenant("webhook", "test", 1).status == 0
@@ -433,12 +403,12 @@ def test_without_a_master_key(
 
 
 @pytest.mark.parametrize(
-    "value", ["secret-words", base64.b64encode(b"short").decode(), f"{key()},secret-words", ",", "é"]
+    "value", ["secret-words", base64.b64encode(b"short").decode(), f"{master_key()},secret-words", ",", "é"]
 )
 def test_what_is_no_master_key(
-    debugged: Run, names: dict[str, list[str]], master_key: Callable[..., None], value: str
+    debugged: Run, names: dict[str, list[str]], use_master_keys: Callable[..., None], value: str
 ) -> None:
-    master_key(value)
+    use_master_keys(value)
     result = debugged("webhook", "create", "--url", URL, "--event", "all")
     assert result.status == 2
     assert "SAASLLM_MASTER_KEYS is not a key of 32 bytes in base64" in result.err
@@ -446,10 +416,10 @@ def test_what_is_no_master_key(
 
 
 def test_master_keys_that_change(
-    tenant: Run, sql: Sql, listening: Callable[[str], int], receiver: Receiver, master_key: Callable[..., None]
+    tenant: Run, sql: Sql, hook: Callable[..., int], receiver: Receiver, use_master_keys: Callable[..., None]
 ) -> None:
-    listening("/ok")
-    master_key(key("n"))
+    hook("/ok")
+    use_master_keys(master_key("n"))
     result = tenant("webhook", "test", 1, "-o", "json")
     refused(result, 2, "cannot_decrypt", "The secret of webhook 1 cannot be decrypted by the master keys.")
     assert tenant("credits", "add", "hr", 1).status == 0
@@ -457,20 +427,20 @@ def test_master_keys_that_change(
     assert (held.status, held.data["succeeded"]) == (0, 0)
     assert "The secret of webhook 1 cannot be decrypted" in held.err
     # Another process, which has the key, need not wait for it.
-    master_key(key("n"), key())
+    use_master_keys(master_key("n"), master_key())
     assert tenant("webhook", "deliver", "-o", "json").data["succeeded"] == 1
     # The new one encrypts, so that the old one can go when all secrets are rotated.
     receiver.secrets.append(tenant("webhook", "rotate", 1, "-o", "json").data["secret"])
-    master_key(key("n"))
+    use_master_keys(master_key("n"))
     sql.execute("UPDATE webhook_secrets SET expires_at = now() WHERE expires_at IS NOT NULL")
     assert tenant("webhook", "test", 1).status == 0
     assert not receiver.refused
 
 
 def test_a_master_key_in_a_file(
-    tenant: Run, home: Path, listening: Callable[[str], int], monkeypatch: pytest.MonkeyPatch
+    tenant: Run, home: Path, hook: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listening("/ok")
+    hook("/ok")
     monkeypatch.delenv("SAASLLM_MASTER_KEYS")
     attempt._signer.cache_clear()
     path = home / "master.key"
@@ -483,7 +453,7 @@ def test_a_master_key_in_a_file(
         refused(result, 2, "invalid_master_key", told, "master.key")
         assert "secret-words" not in result.err
     urlsafe = base64.urlsafe_b64encode(b"k" * 32).decode()
-    path.write_text(f"{key('n')}\n{urlsafe}\n")
+    path.write_text(f"{master_key('n')}\n{urlsafe}\n")
     assert tenant("webhook", "test", 1).status == 0
 
 
@@ -505,12 +475,12 @@ def test_a_secret_is_shown_once_and_nowhere_else(
     tenant: Run,
     debugged: Run,
     sql: Sql,
-    listening: Callable[[str], int],
+    hook: Callable[..., int],
     receiver: Receiver,
 ) -> None:
-    listening("/status-500")
+    hook("/status-500")
     rotated = tenant("webhook", "rotate", 1, "-o", "json")
-    secrets = [*receiver.secrets, rotated.data["secret"], key()]
+    secrets = [*receiver.secrets, rotated.data["secret"], master_key()]
     receiver.secrets[:] = secrets[:2]
     assert "not shown again" in rotated.err
     told = []
@@ -539,9 +509,9 @@ def test_a_secret_is_shown_once_and_nowhere_else(
     assert "gAAAA" not in text  # nor encrypted
 
 
-def test_rotation(tenant: Run, sql: Sql, listening: Callable[[str], int], receiver: Receiver) -> None:
+def test_rotation(tenant: Run, sql: Sql, hook: Callable[..., int], receiver: Receiver) -> None:
     """All secrets that may still be used sign, and none that is over."""
-    listening("/ok")
+    hook("/ok")
     known = receiver.secrets[:]
 
     def signers() -> list[bool]:
@@ -582,8 +552,8 @@ def test_rotation(tenant: Run, sql: Sql, listening: Callable[[str], int], receiv
     assert [row["is_last"] for row in left] == [False, True]
 
 
-def test_an_answer_is_shown_harmless(tenant: Run, listening: Callable[[str], int]) -> None:
-    listening("/nasty")
+def test_an_answer_is_shown_harmless(tenant: Run, hook: Callable[..., int]) -> None:
+    hook("/nasty")
     shown = tenant("webhook", "test", 1)
     assert "[31mred" in shown.out
     listed = tenant("webhook", "deliveries", "--attempts-of", 1)

@@ -372,7 +372,8 @@ def deliver(verbose: Verbose = False, output: Output = None) -> None:
     """Send what is due now, and remove old events.
 
     Run it from cron, each minute, if no `saasllm worker` runs: if nothing is due, it prints nothing. Run at the same
-    time by several, each event is sent by one of them.
+    time by several, each event is sent by one of them. When an endpoint fails, what else is due there waits for the
+    next run.
     """
     import signal
 

@@ -44,7 +44,8 @@ class Summary:
 
 
 class Deliverer:
-    """Delivers what is due until it is told to `stop`; or, once, until nothing is due any more.
+    """Delivers what is due until it is told to `stop`; or, once, until nothing is due any more, or only of endpoints
+    that fail: started each minute, they would pile up there.
 
     `ask` does work with the database, perhaps twice, and tries for so many seconds where it is away; `on_note` is told
     what an operator should know.
@@ -66,6 +67,7 @@ class Deliverer:
         self._sender: Sender | None = None  # once there is something to send
         self._attempts: dict[asyncio.Task[Row], Row] = {}  # under way, of which delivery
         self._results: list[Row] = []  # to be recorded
+        self._failing: set[int] = set()  # webhooks, as it has seen
         self._unreadable: dict[int, float] = {}  # webhooks whose secret this process cannot decrypt; until when
         self._unsent: list[Row] = []  # what it had claimed of them, to be left to others
         self._told = ""
@@ -124,6 +126,7 @@ class Deliverer:
             else:
                 self.summary.failed += 1
         for row in rows:
+            (self._failing.add if row["is_failing"] else self._failing.discard)(row["webhook_id"])
             if row["disabled_reason"]:
                 self._on_note(f"Webhook {row['webhook_id']} is disabled: {REASONS[row['disabled_reason']]}.")
 
@@ -134,7 +137,7 @@ class Deliverer:
         encryption.require_master_key()
         busy = Counter(delivery["webhook_id"] for delivery in self._attempts.values())
         self._unreadable = {each: until for each, until in self._unreadable.items() if until > time.monotonic()}
-        busy |= dict.fromkeys(self._unreadable, MOST_EACH)
+        busy |= dict.fromkeys({*self._unreadable, *(self._failing if self._is_once else ())}, MOST_EACH)
         limits = {"most_each": MOST_EACH, "lease_seconds": LEASE_SECONDS}
         return dispatched, db.many(
             "webhook.claim", busy_webhooks=list(busy), busy_attempts=list(busy.values()), **limits

@@ -252,7 +252,9 @@ CROSS JOIN LATERAL (
 ) AS new
 WHERE s.webhook_id = state.webhook_id
 RETURNING
-    s.webhook_id, CASE WHEN state.disabled_at IS NULL THEN new.reason END AS disabled_reason;
+    s.webhook_id,
+    s.failing_since IS NOT NULL AS is_failing,
+    CASE WHEN state.disabled_at IS NULL THEN new.reason END AS disabled_reason;
 
 -- name: release(claims) :none
 -- What was claimed and not tried after all is due for others.
