@@ -1,7 +1,6 @@
 """One attempt to deliver an event: signed as Standard Webhooks say, sent, and what came of it."""
 
 import asyncio
-import json
 import os
 import random
 import socket
@@ -19,7 +18,7 @@ import httpx
 from standardwebhooks import Webhook
 
 from saasllm_cli import encryption
-from saasllm_cli.database import Row
+from saasllm_cli.database import Row, exact_json
 from saasllm_cli.errors import InvalidInput
 from saasllm_cli.rules import storable
 from saasllm_cli.webhooks.addresses import Forbidden, Resolver, target
@@ -176,7 +175,7 @@ def body_of(delivery: Row) -> str:
         "sequence_no": delivery["sequence_no"],
         "data": delivery["data"],
     }
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":"), default=float)
+    return exact_json(body)
 
 
 def _signatures(delivery: Row, at: datetime, body: str) -> str:
