@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -485,6 +486,7 @@ def raw_connection() -> Iterator[Connection]:
     # The statements are made for it: at a higher one, the role's, those that meet would be refused.
     connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
     connection.adapters.register_dumper(dict, _JsonbDumper)
+    sys.set_int_max_str_digits(0)  # PostgreSQL has longer ones in JSON than Python reads unless told to
     psycopg.types.json.set_json_loads(partial(json.loads, parse_float=Decimal), connection)
     # Not psycopg's own exit: it would roll back first, and wait for ever for a stream that was left half read.
     with closing(connection), translated_errors(connection):

@@ -7,6 +7,7 @@ terminal should get), `noise` (no HTTP), `wait-200` (ok, after so many ms). Anyt
 """
 
 import gzip
+import json
 import socket
 import ssl
 import struct
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import IPv4Address
@@ -81,10 +83,11 @@ class Receiver:
         """Whether it is verified by one of the secrets, as its reader would."""
         for secret in self.secrets:
             try:
-                content = Webhook(secret).verify(body.decode(), headers)
+                Webhook(secret).verify(body.decode(), headers)
             except WebhookVerificationError as error:
                 reason = str(error)
             else:
+                content = json.loads(body, parse_float=Decimal)
                 self.seen.append(Seen(path, headers["webhook-id"], headers, content, time.time()))
                 return True
         self.refused.append(reason if self.secrets else "no secret")

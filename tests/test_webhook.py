@@ -5,6 +5,7 @@ import base64
 import socket
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from conftest import Result, master_key
 from receiver import Receiver
 from standardwebhooks import Webhook
+from test_limit import begin, settle
 
 from saasllm_cli import cli, database
 from saasllm_cli.settings import settings
@@ -550,6 +552,21 @@ def test_rotation(tenant: Run, sql: Sql, hook: Callable[..., int], receiver: Rec
     rotate()
     left = sql.execute("SELECT expires_at IS NULL AS is_last FROM webhook_secrets ORDER BY secret_id").fetchall()
     assert [row["is_last"] for row in left] == [False, True]
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 5000, "1" + "0" * 400 + ".5", "0.1234567890123456789"])
+def test_numbers_arrive_as_they_are(
+    tenant: Run, sql: Sql, hook: Callable[..., int], receiver: Receiver, number: str
+) -> None:
+    """PostgreSQL has longer ones in JSON than Python reads or a float holds; an application may write each."""
+    hook()
+    job = begin()
+    sql.execute("UPDATE jobs SET metadata = %s WHERE job_id = %s", [f'{{"n": {number}}}', job])
+    settle(job)
+    assert tenant("webhook", "deliver").status == 0
+    (seen,) = [seen for seen in receiver.seen if seen.body["type"] == "job.completed"]
+    assert seen.body["data"]["metadata"]["n"] == Decimal(number)
+    assert tenant("event", "get", seen.id, "-o", "json").status == tenant("job", "get", job).status == 0
 
 
 def test_an_answer_is_shown_harmless(tenant: Run, hook: Callable[..., int]) -> None:
