@@ -568,7 +568,7 @@ def test_list_and_get(tenant: Run, sql: Sql) -> None:
         ("event get 01a217af-497b-78e9-b76f-3a5488bc141a", 3, "not found"),
         ("event get x", 2, "'x' is not an event ID"),
         ("event list --after x", 2, "'x' is not an event ID"),
-        ("event list --type job.done", 2, "'job.done' is not an event type. Known are: job.completed, "),
+        ("event list --type job.done", 2, "'job.done' is not an event type. Known types: job.completed, "),
         ("event list --type all", 2, "'all' is not an event type"),
         ("event list --org no", 3, "Organization no not found"),
         ("event list --team no", 3, "Team no not found"),
