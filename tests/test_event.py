@@ -707,7 +707,9 @@ def test_follow_by_filter_and_in_each_form(tenant: Run, sql: Sql, start: Callabl
         following(start, sql, "--since", "1h", "--type", "team.suspended", "--type", "credits.added") as at_terminal,
     ):
         assert of_org.event()["event_type"] == "organization.created"
-        assert "credits.added" in at_terminal.line()
+        added = at_terminal.line()
+        assert "  credits.added         hr  " in added
+        assert "credits_after=10, credits_amount=10, " in added  # as in a table
         passed(tenant, "team suspend hr")
         passed(tenant, "team resume hr")
         passed(tenant, "team suspend hr")

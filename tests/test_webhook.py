@@ -298,6 +298,11 @@ def test_private_addresses_are_refused_when_it_is_created(tenant: Run) -> None:
     assert "--allow-private" in told.err
 
 
+def test_no_name_is_resolved_for_what_is_refused_anyway(tenant: Run) -> None:
+    told = tenant("webhook", "create", "--url", "https://hooks.invalid/", "--event", "all", "--event", "job.failed")
+    assert (told.status, told.err) == (2, "Error: --event all includes every other type.\nGive it alone.\n")
+
+
 def test_names_of_private_addresses_are_refused(
     tenant: Run, create: Callable[..., Any], names: dict[str, list[str]]
 ) -> None:
