@@ -67,7 +67,7 @@ def _master_keys() -> "MultiFernet":
     else:
         raise InvalidInput(
             "no_master_key",
-            "Secrets, such as those of webhooks, are stored encrypted only, and no master key is set.",
+            "No master key is set, and the secrets of webhooks are stored only encrypted.",
             f"Set SAASLLM_MASTER_KEYS or SAASLLM_MASTER_KEY_FILE. {HOW_TO_MAKE}",
         )
     return _made_of(text, name)
@@ -87,6 +87,8 @@ def _made_of(text: str, name: str) -> "MultiFernet":
         keys = []
     if not keys or any(len(key) != KEY_BYTES for key in keys):
         raise InvalidInput(
-            "invalid_master_key", f"{name} is not a key of {KEY_BYTES} bytes in base64, or several.", HOW_TO_MAKE
+            "invalid_master_key",
+            f"Invalid {name}: it must hold keys of {KEY_BYTES} bytes in base64, separated by commas.",
+            HOW_TO_MAKE,
         )
     return MultiFernet([Fernet(base64.urlsafe_b64encode(key)) for key in keys])

@@ -209,10 +209,10 @@ def show_changes(changes: "Rows") -> None:
         before, after = change["before"] or {}, change["after"] or {}
         words = [sign, change["noun"], change["id"]]
         if change["action"] == "create":
-            given = {f"{name}={_cell(value)}": value for name, value in after.items()}
+            given = {f"{name}={cell(value)}": value for name, value in after.items()}
             words += [word for word, value in given.items() if value != change["id"] and word not in change["id"]]
             after = {}
-        lines = [f"    {name}: {_cell(before[name])} -> {_cell(value)}{remark}" for name, value in after.items()]
+        lines = [f"    {name}: {cell(before[name])} -> {cell(value)}{remark}" for name, value in after.items()]
         for line in (" ".join(words), *lines):
             print_line(f"\x1b[{colour}m{harmless(line)}{RESET}" if _is_styled(sys.stdout) else harmless(line))
     if next(changes, None) is not None:
@@ -464,10 +464,10 @@ def _plain(number: int | Decimal) -> str:
 def _field(name: str, value: Any) -> str:
     if value is None and name in ABSENT:
         return ABSENT[name]
-    return price_in_words(value) if name in PRICES and isinstance(value, dict) else _cell(value)
+    return price_in_words(value) if name in PRICES and isinstance(value, dict) else cell(value)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     """A value as it is read in a table: lists without their brackets, times to the second."""
     match value:
         case datetime():
@@ -476,14 +476,14 @@ def _cell(value: Any) -> str:
             return "-"
         case [{"model_name": _}, *_]:
             return ", ".join(
-                _cell(item["model_name"]) + " (inactive)" * (item.get("is_active") is False) for item in value
+                cell(item["model_name"]) + " (inactive)" * (item.get("is_active") is False) for item in value
             )
         case [dict(), *_]:
-            return "; ".join(map(_cell, value))
+            return "; ".join(map(cell, value))
         case list():
-            return ", ".join(map(_cell, value))
+            return ", ".join(map(cell, value))
         case dict():
-            return ", ".join(f"{key}={_cell(item)}" for key, item in value.items())
+            return ", ".join(f"{key}={cell(item)}" for key, item in value.items())
         case _:
             return _text(value)
 

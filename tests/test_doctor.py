@@ -181,7 +181,7 @@ def test_webhooks_that_do_not_work(tenant: Run, sql: Sql, monkeypatch: pytest.Mo
     assert (status, message) == ("warning", "The secrets of these webhooks cannot be decrypted: 1, 2, 4, 5.")
     assert hint.startswith("Add their key to SAASLLM_MASTER_KEYS.")
     use_key("no key")
-    assert "SAASLLM_MASTER_KEYS is not a key of 32 bytes" in told()["master key"][1]
+    assert "Invalid SAASLLM_MASTER_KEYS: it must hold keys of 32 bytes" in told()["master key"][1]
     use_key("")
     status, message, hint = told()["master key"]
     assert (status, message.split(". ")[0]) == ("warning", "Nothing can be sent to webhooks from here")

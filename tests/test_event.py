@@ -588,7 +588,7 @@ def test_list_and_get(tenant: Run, sql: Sql) -> None:
         ("event get 01a217af-497b-78e9-b76f-3a5488bc141a", 3, "not found"),
         ("event get x", 2, "'x' is not an event ID"),
         ("event list --after x", 2, "'x' is not an event ID"),
-        ("event list --type job.done", 2, "'job.done' is not an event type. Known are: job.completed, "),
+        ("event list --type job.done", 2, "'job.done' is not an event type. Known types: job.completed, "),
         ("event list --type all", 2, "'all' is not an event type"),
         ("event list --org no", 3, "Organization no not found"),
         ("event list --team no", 3, "Team no not found"),
@@ -727,7 +727,9 @@ def test_follow_by_filter_and_in_each_form(tenant: Run, sql: Sql, start: Callabl
         following(start, sql, "--since", "1h", "--type", "team.suspended", "--type", "credits.added") as at_terminal,
     ):
         assert of_org.event()["event_type"] == "organization.created"
-        assert "credits.added" in at_terminal.line()
+        added = at_terminal.line()
+        assert "  credits.added         hr  " in added
+        assert "credits_after=10, credits_amount=10, " in added  # as in a table
         passed(tenant, "team suspend hr")
         passed(tenant, "team resume hr")
         passed(tenant, "team suspend hr")

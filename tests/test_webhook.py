@@ -266,8 +266,13 @@ def test_private_addresses_are_refused_when_it_is_created(tenant: Run) -> None:
             allowed.append((host, result))
     assert not allowed
     told = tenant("webhook", "create", "--url", "https://0x7f.1/", "--event", "all")
-    assert told.err.startswith("Error: Invalid --url: 0x7f.1 (127.0.0.1) is not a public address.\n")
+    assert told.err.startswith("Error: Invalid URL: 0x7f.1 (127.0.0.1) is not a public address.\n")
     assert "--allow-private" in told.err
+
+
+def test_no_name_is_resolved_for_what_is_refused_anyway(tenant: Run) -> None:
+    told = tenant("webhook", "create", "--url", "https://hooks.invalid/", "--event", "all", "--event", "job.failed")
+    assert (told.status, told.err) == (2, "Error: --event all includes every other type.\nGive it alone.\n")
 
 
 def test_names_of_private_addresses_are_refused(
@@ -320,7 +325,7 @@ def test_private_addresses_are_refused_at_delivery(
     for host, result in asyncio.run(attempts()).items():
         reasons = ["is not a public address: nothing was sent"]
         if host in NOWHERE or host[0] == "0":  # some of these are no URL, or no name
-            reasons += ["Name or service not known", "It must be a URL such as https://example.com/hooks."]
+            reasons += ["Name or service not known", "it must be a URL such as https://example.com/hooks"]
         assert result["error"].endswith(tuple(reasons)), (host, result)
         assert result["status_code"] is None
     # As it comes out at the end.
@@ -392,7 +397,7 @@ def test_without_a_master_key(
     for words in needing:
         result = tenant("webhook", *words, "-o", "json")
         refused(
-            result, 2, "no_master_key", "no master key is set", "SAASLLM_MASTER_KEY_FILE", "openssl rand -base64 32"
+            result, 2, "no_master_key", "No master key is set", "SAASLLM_MASTER_KEY_FILE", "openssl rand -base64 32"
         )
     assert sql.execute("SELECT count(*) FROM webhook_secrets").fetchall() == before
     assert sql.execute("SELECT count(*) AS n FROM events WHERE event_type = 'webhook.test'").fetchall() == [{"n": 0}]
@@ -413,7 +418,7 @@ def test_what_is_no_master_key(
     use_master_keys(value)
     result = debugged("webhook", "create", "--url", URL, "--event", "all")
     assert result.status == 2
-    assert "SAASLLM_MASTER_KEYS is not a key of 32 bytes in base64" in result.err
+    assert "Invalid SAASLLM_MASTER_KEYS: it must hold keys of 32 bytes" in result.err
     assert value == "," or value not in result.err
 
 
@@ -448,7 +453,11 @@ def test_a_master_key_in_a_file(
     path = home / "master.key"
     monkeypatch.setenv("SAASLLM_MASTER_KEY_FILE", "~/master.key")
     settings.cache_clear()
-    for content, told in [(None, "No such file"), (b"\xff\xfe", "not a text file"), (b"secret-words", "is not a key")]:
+    for content, told in [
+        (None, "No such file"),
+        (b"\xff\xfe", "not a text file"),
+        (b"secret-words", "it must hold keys of 32 bytes"),
+    ]:
         if content is not None:
             path.write_bytes(content)
         result = tenant("webhook", "test", 1, "-o", "json")

@@ -49,7 +49,7 @@ def apply(
 
     Either all changes are made or none. Anything the files do not name is left alone, and applying them again changes
     nothing. A team's `credits` are granted when it is created; if they differ later, that is shown but not applied.
-    Secrets of webhooks are not in the files: for that of a new one, run `saasllm webhook rotate`.
+    The files hold no secrets: to get that of a new webhook, run `saasllm webhook rotate`.
     """
     if schema:
         from saasllm_cli.manifests.definitions import schema as schema_

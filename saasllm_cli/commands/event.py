@@ -22,7 +22,7 @@ from saasllm_cli.commands.inputs import (
 )
 from saasllm_cli.database import Row
 from saasllm_cli.errors import InvalidInput
-from saasllm_cli.output import harmless, print_line, show, timestamp
+from saasllm_cli.output import cell, harmless, print_line, show
 from saasllm_cli.rules import EVENT_TYPES
 from saasllm_cli.settings import Format, settings
 
@@ -36,7 +36,7 @@ ESSENTIAL = ("event_type", "created_at", "team_id", "event_id")
 
 def event_type(value: str) -> str:
     if value not in EVENT_TYPES:
-        raise typer.BadParameter(f"{value!r} is not an event type. Known are: {', '.join(EVENT_TYPES)}.")
+        raise typer.BadParameter(f"{value!r} is not an event type. Known types: {', '.join(EVENT_TYPES)}.")
     return value
 
 
@@ -67,7 +67,7 @@ def list_(
 ) -> None:
     """List events.
 
-    Some types are recorded only while a webhook wants them: job.completed, job.failed, job.cancelled,
+    Some types are recorded only while a webhook subscribes to them: job.completed, job.failed, job.cancelled,
     credits.allocated and credits.expired. Events are kept for 30 days: see SAASLLM_KEEP_EVENTS.
 
     --follow starts with the events since --since, else with the next one, and prints JSON as one object per line.
@@ -152,6 +152,9 @@ def _printer(output: Format | None) -> Callable[[list[Row]], None]:
 def _in_words(event: Row) -> str:
     """One line, whose widths do not depend on what follows."""
     where = event["team_id"] or event["organization_id"] or "-"
-    given = {name: value for name, value in event["data"].items() if value not in (None, {}, []) and value != where}
-    words = " ".join(f"{name}={value}" for name, value in given.items() if not name.endswith("_at"))
-    return f"{timestamp(event['created_at'])[:19]}Z  {event['event_type']:<20}  {where}  {words}"
+    told = {
+        name: value
+        for name, value in event["data"].items()
+        if value not in (None, {}, [], where) and not name.endswith("_at")
+    }
+    return f"{cell(event['created_at'])}  {event['event_type']:<20}  {where}  {cell(told)}"

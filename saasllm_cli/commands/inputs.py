@@ -366,7 +366,7 @@ def same_or_conflict(
         raise Conflict(
             f"{kind}_differs",
             f"{kind.capitalize()} {name} already exists with different values for: {', '.join(different)}.",
-            "Give the same values (`get` shows them), or choose another ID.",
+            "Give the same values: `get` shows the present ones.",
         )
 
 

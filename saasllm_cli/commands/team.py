@@ -222,8 +222,7 @@ def update(
     """Update a team.
 
     --low-credits replaces all earlier thresholds; none removes them. Metadata is merged: keys that you do not name keep
-    their values. To change the team's groups, use `saasllm team
-    assign`; to change its credits, `saasllm credits`.
+    their values. To change the team's groups, use `saasllm team assign`; to change its credits, `saasllm credits`.
     """
     changes = {"overdraft": overdraft, "low_credits": low_credits}
     require_some({"alias": alias, **changes, "metadata": metadata, "unset_metadata": unset_metadata})

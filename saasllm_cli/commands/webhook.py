@@ -88,21 +88,17 @@ def create(
     """Create a webhook, and show its secret once.
 
     Deliveries are signed as Standard Webhooks specify: give the secret to whoever verifies them. It is stored
-    encrypted, by the master key in SAASLLM_MASTER_KEYS or SAASLLM_MASTER_KEY_FILE.
+    encrypted with the master key in SAASLLM_MASTER_KEYS or SAASLLM_MASTER_KEY_FILE.
 
-    Deliveries are made by `saasllm worker` and `saasllm webhook deliver`. An event type that no webhook wants may not
-    be recorded: see `saasllm event list --help`.
+    Deliveries are made by `saasllm worker` and `saasllm webhook deliver`. What happened before the webhook was created
+    is not sent.
     """
     from saasllm_cli import encryption
     from saasllm_cli.webhooks.secret import add_secret
 
-    url = _checked(url, allow_http, allow_private)
-    given = {
-        "event_types": _subscription(event),
-        "allow_http": allow_http,
-        "allow_private": allow_private,
-    }
+    given = {"event_types": _subscription(event), "allow_http": allow_http, "allow_private": allow_private}
     encryption.require_master_key()
+    url = _checked(url, allow_http, allow_private)
 
     def work() -> tuple[Row, str | None]:
         created = db.one("webhook.create", organization_id=org, url=url, **given)
@@ -118,7 +114,7 @@ def create(
     if secret is None:
         if not if_not_exists:
             raise _exists(webhook)
-        same_or_conflict("webhook", f"for {url}", webhook, given, if_not_exists)
+        same_or_conflict("webhook", f"{webhook['webhook_id']} for {url}", webhook, given, if_not_exists)
         show(webhook, output)
         return
     show({**webhook, "secret": secret}, output)
@@ -136,7 +132,7 @@ def get(webhook_id: WebhookId, output: Output = None) -> None:
 @app.command("list", epilog="saasllm webhook list --org org_acme_corp")
 def list_(
     org: OrgFilter = None,
-    event: Annotated[str | None, typer.Option("--event", **A_TYPE, help="Filter by a type that they want.")] = None,
+    event: Annotated[str | None, typer.Option("--event", **A_TYPE, help="Filter by event type.")] = None,
     after: AfterNumber = None,
     limit: Limit = 100,
     output: Output = None,
@@ -157,15 +153,15 @@ def update(
     url: Annotated[str | None, typer.Option("--url", metavar="URL", help="New URL.")] = None,
     event: Annotated[
         list[str],
-        typer.Option("--event", **A_SUBSCRIPTION, help="Event type to send, instead of the present ones; repeatable."),
+        typer.Option(
+            "--event", **A_SUBSCRIPTION, help="New event type to send, replacing all earlier ones; repeatable."
+        ),
     ] = [],
     allow_http: Annotated[bool | None, typer.Option("--allow-http/--no-allow-http", help=ALLOW_HTTP)] = None,
     allow_private: Annotated[
         bool | None, typer.Option("--allow-private/--no-allow-private", help=ALLOW_PRIVATE)
     ] = None,
-    enable: Annotated[
-        bool | None, typer.Option("--enable/--disable", help="Send events again, or no more for now.")
-    ] = None,
+    enable: Annotated[bool | None, typer.Option("--enable/--disable", help="Resume or stop sending events.")] = None,
     output: Output = None,
 ) -> None:
     """Update a webhook, or disable or enable it.
@@ -173,28 +169,26 @@ def update(
     While a webhook is disabled, nothing is sent to it. Enabled again, it gets what was waiting, and new events; for
     those in between, see `saasllm webhook replay`.
     """
-    changes: Row = {"url": url, "event_types": _subscription(event) or None, "allow_http": allow_http}
-    require_some({**changes, "allow_private": allow_private, "enable": enable})
+    changes = {
+        "url": url,
+        "event_types": _subscription(event) or None,
+        "allow_http": allow_http,
+        "allow_private": allow_private,
+    }
+    require_some({**changes, "enable": enable})
     with database.connect() as db:
         before = db.get("webhook", webhook_id)
-    new = {name: before[name] if value is None else value for name, value in changes.items()}
     if (url, allow_http, allow_private) != (None, None, None):
-        is_private_allowed = before["allow_private"] if allow_private is None else allow_private
-        checked = _checked(new["url"], new["allow_http"], is_private_allowed)
+        new = before | {name: value for name, value in changes.items() if value is not None}
+        checked = _checked(new["url"], new["allow_http"], new["allow_private"])
         changes["url"] = None if url is None else checked
 
     def work() -> Row:
-        is_other = url is not None and changes["url"] != before["url"]
-        named = {"organization_id": before["organization_id"], "url": changes["url"]}
-        if is_other and (other := db.maybe("webhook.named", **named)):
-            raise _exists(other)
-        db.found(
-            "webhook.update",
-            *("webhook", str(webhook_id)),
-            webhook_id=webhook_id,
-            allow_private=allow_private,
-            **changes,
-        )
+        if changes["url"] not in (None, before["url"]):
+            named = {"organization_id": before["organization_id"], "url": changes["url"]}
+            if other := db.maybe("webhook.named", **named):
+                raise _exists(other)
+        db.found("webhook.update", "webhook", str(webhook_id), webhook_id=webhook_id, **changes)
         if enable is False:
             db.maybe("webhook.disable", webhook_id=webhook_id)
         return (db.maybe("webhook.enable", webhook_id=webhook_id) if enable else None) or {}
@@ -209,7 +203,7 @@ def update(
 
 @app.command(epilog="saasllm webhook delete 3 --yes")
 def delete(webhook_id: WebhookId, if_exists: IfExists = False, yes: Yes = False) -> None:
-    """Delete a webhook, and what was still to be sent to it."""
+    """Delete a webhook and its deliveries, sent or not."""
     with missing_allowed(if_exists):
         require("webhook", str(webhook_id))
         confirm_delete(f"webhook {webhook_id}", yes)
@@ -222,8 +216,8 @@ def delete(webhook_id: WebhookId, if_exists: IfExists = False, yes: Yes = False)
 def test(webhook_id: WebhookId, output: Output = None) -> None:
     """Send a test event now, and show what the endpoint answers.
 
-    Sends webhook.test, once. If the webhook was disabled because of failures and the test succeeds, it is enabled
-    again.
+    Sends the event webhook.test, once. If the webhook was disabled because of failures, a test that succeeds enables
+    it again.
     """
     import asyncio
 
@@ -265,14 +259,14 @@ def rotate(
     webhook_id: WebhookId,
     keep: Annotated[
         timedelta,
-        typer.Option(parser=lasting, metavar="TIME", help="How long the previous secret signs, too: 24h, 7d."),
+        typer.Option(parser=lasting, metavar="TIME", help="How long the previous secret signs as well: 24h, 7d."),
     ] = "24h",  # type: ignore[assignment] # as it would be typed
     output: Output = None,
 ) -> None:
     """Replace a webhook's secret, and show the new one once.
 
-    Until --keep is over, deliveries are signed by both secrets, so that their receiver can change over at any time. The
-    new secret is shown when nothing that it has not signed is on its way any more.
+    Until --keep is over, deliveries are signed with both secrets, so that their receiver can switch at any time. The
+    new secret is shown as soon as no delivery without its signature is on its way.
     """
     from saasllm_cli.webhooks.secret import add_secret
 
@@ -312,7 +306,7 @@ def deliveries(
 ) -> None:
     """List deliveries, each with its last attempt.
 
-    A failed attempt is repeated up to nine times within about three days. After that, a delivery has failed.
+    A failed attempt is repeated up to nine times within about three days. After that, the delivery has failed.
     """
     with database.connect() as db:
         if attempts_of is not None:
@@ -332,8 +326,8 @@ def deliveries(
             limit=limit,
         )
         columns = (
-            *("delivery_id", "status", "event_type", "attempts", "status_code", "error", "attempted_at"),
-            *("next_at", "webhook_id", "event_id"),
+            *("delivery_id", "webhook_id", "status", "event_type", "attempts", "status_code", "error"),
+            *("attempted_at", "next_at", "event_id"),
         )
         show(found, output, columns, essential=("delivery_id", "status", "event_type", "error", "status_code"))
 
@@ -348,7 +342,7 @@ def replay(
             parser=moment,
             metavar="WHEN",
             show_default=False,
-            help="From when on: 7d (7 days ago), 2026-11-01 or an RFC 3339 time.",
+            help="Start of what was missed: 7d (7 days ago), 2026-11-01 or an RFC 3339 time.",
         ),
     ],
     output: Output = None,
@@ -371,9 +365,8 @@ def replay(
 def deliver(verbose: Verbose = False, output: Output = None) -> None:
     """Send what is due now, and remove old events.
 
-    Run it from cron, each minute, if no `saasllm worker` runs: if nothing is due, it prints nothing. Run at the same
-    time by several, each event is sent by one of them. When an endpoint fails, what else is due there waits for the
-    next run.
+    Run it from cron every minute if no `saasllm worker` runs: if nothing is due, it prints nothing. Several may run at
+    once. When an endpoint fails, what else is due there waits for the next run.
     """
     import signal
 
@@ -399,13 +392,13 @@ def deliver(verbose: Verbose = False, output: Output = None) -> None:
         show(counts, output)
     elif any(counts.values()):
         note(
-            f"{done.succeeded} delivered, {done.failed} failed and tried again later, {done.given_up} given up; "
+            f"{done.succeeded} delivered, {done.failed} to be retried, {done.given_up} given up; "
             f"{counted(pruned, 'old event')} removed."
         )
     elif not is_interrupted:
         remark("Nothing is due.", verbose)
     if is_interrupted:
-        raise Interrupted("interrupted", "Interrupted. What was not sent is sent next time.")
+        raise Interrupted("interrupted", "Interrupted. The next run sends the rest.")
 
 
 def _progress(done: "Summary", under_way: int) -> None:
@@ -436,14 +429,14 @@ def _checked(url: str, allow_http: bool, allow_private: bool) -> str:
     try:
         parsed = target(url, allow_http)
     except ValueError as error:
-        raise InvalidInput("invalid_url", f"Invalid --url: {error}", "See: saasllm webhook create --help") from None
+        raise InvalidInput("invalid_url", f"Invalid URL: {error}.", "Correct it, or see --help.") from None
     try:
         resolve(parsed, allow_private)
     except Forbidden as error:
         raise InvalidInput(
             "private_address",
-            f"Invalid --url: {error}.",
-            "Give a URL on the internet; or, if you mean it, add --allow-private.",
+            f"Invalid URL: {error}.",
+            "Give a URL on the internet or, if you mean it, add --allow-private.",
         ) from None
     except OSError as error:
         note(f"Warning: {parsed.host} cannot be resolved now: {error.strerror or error}.")

@@ -454,8 +454,7 @@ def _target(url: str) -> str:
     try:
         return str(target(_storable(url), allow_http=True))
     except ValueError as error:
-        message = str(error)
-        raise _refused(message[0].lower() + message[1:].rstrip(".")) from None
+        raise _refused(str(error)) from None
 
 
 def _subscribed_type(value: str) -> str:

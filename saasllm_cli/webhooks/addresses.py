@@ -31,25 +31,25 @@ class Forbidden(Exception):
 
 
 def target(url: str, allow_http: bool) -> httpx.URL:
-    """The URL of a webhook, normalized. ValueError says what is wrong with it, and repeats nothing of it: it may hold a
-    password."""
+    """The URL of a webhook, normalized. `ValueError` says what is wrong with it, and repeats nothing of it: it may hold
+    a password."""
     try:
         parsed = httpx.URL(str(httpx.URL(url)))  # the second time, the scheme's own port goes
         port = PORTS.get(parsed.scheme) if parsed.port is None else parsed.port
     except (httpx.InvalidURL, ValueError):
-        raise ValueError("It must be a URL such as https://example.com/hooks.") from None
+        raise ValueError("it must be a URL such as https://example.com/hooks") from None
     if parsed.scheme not in PORTS or not parsed.host or url.split("://")[0].lower() != parsed.scheme:
-        raise ValueError("It must be a URL such as https://example.com/hooks.")
+        raise ValueError("it must be a URL such as https://example.com/hooks")
     if parsed.userinfo:
-        raise ValueError("It must not contain credentials: deliveries are signed instead.")
+        raise ValueError("it must not contain credentials: deliveries are signed instead")
     if "#" in url:
-        raise ValueError("It must not contain a fragment (#...), which is never sent.")
+        raise ValueError("it must not contain a fragment (#...), which is never sent")
     if port not in range(1, 65536):
-        raise ValueError("Its port must be a number from 1 to 65535.")
+        raise ValueError("its port must be a number from 1 to 65535")
     if len(str(parsed)) > LONGEST_URL:
-        raise ValueError(f"It must be at most {LONGEST_URL} characters long.")
+        raise ValueError(f"it must be at most {LONGEST_URL} characters long")
     if parsed.scheme == "http" and not allow_http:
-        raise ValueError("It must begin with https://. To allow http, add --allow-http.")
+        raise ValueError("it must begin with https://, unless you add --allow-http")
     return parsed
 
 

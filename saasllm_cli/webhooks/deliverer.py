@@ -211,7 +211,6 @@ class Deliverer:
 REASONS = {
     "gone": "its endpoint answered 410 Gone",
     "failing": "nothing could be delivered to it for five days",
-    "by_hand": "by hand",
 }
 
 

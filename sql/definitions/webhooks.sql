@@ -20,14 +20,15 @@ BEGIN
     WITH new AS (
         SELECT
             event_id, organization_id,
-            row_number() OVER (PARTITION BY organization_id ORDER BY event_id) AS place
+            row_number() OVER (PARTITION BY organization_id ORDER BY event_id) AS place,
+            count(*) OVER (PARTITION BY organization_id) AS events
         FROM (
             SELECT event_id, organization_id FROM events WHERE NOT is_dispatched ORDER BY event_id LIMIT most
         ) AS oldest
     ),
     counter AS (
         INSERT INTO event_counters AS c (organization_id, last_no)
-        SELECT organization_id, max(place)
+        SELECT organization_id, max(events)
         FROM new
         WHERE organization_id IS NOT NULL
         GROUP BY organization_id
@@ -38,11 +39,9 @@ BEGIN
     numbered AS (
         UPDATE events e
         SET is_dispatched = true,
-            sequence_no = counter.last_no - of_organization.events + new.place
+            sequence_no = counter.last_no - new.events + new.place
         FROM new
         LEFT JOIN counter USING (organization_id)
-        LEFT JOIN (SELECT organization_id, max(place) AS events FROM new GROUP BY organization_id) AS of_organization
-            USING (organization_id)
         WHERE e.event_id = new.event_id
         RETURNING e.event_id, e.event_type, e.organization_id, e.created_at
     ),
