@@ -23,7 +23,6 @@ from test_job import job_run
 from test_limit import begin, call, set_limit, settle
 from test_roles import as_role as as_role
 from test_roles import refused
-from test_submit import until_waiting
 
 from saasllm_cli import database
 from saasllm_cli.errors import LimitReached
@@ -962,20 +961,3 @@ def test_a_time_to_keep_events_that_is_none(tenant: Run, monkeypatch: pytest.Mon
     result = tenant("event", "list")
     assert result.status == 2
     assert "Setting SAASLLM_KEEP_EVENTS is invalid: " in result.err
-
-
-def test_a_webhook_that_is_deleted_meanwhile_holds_up_no_event(tenant: Run, sql: Sql) -> None:
-    webhook = subscribe(sql, "all")
-    passed(tenant, "team suspend hr")
-    url = os.environ["SAASLLM_DATABASE_URL"]
-    with (
-        psycopg.connect(url) as deleting,
-        psycopg.connect(url, autocommit=True) as dispatching,
-        ThreadPoolExecutor() as pool,
-    ):
-        deleting.execute("DELETE FROM webhooks WHERE webhook_id = %s", [webhook])
-        dispatched = pool.submit(dispatching.execute, "SELECT dispatch_events(100)")
-        until_waiting(sql, 1)
-        deleting.commit()
-        assert dispatched.result().fetchone() > (0,)
-    assert sql.execute("SELECT 1 FROM webhook_deliveries").fetchone() is None
