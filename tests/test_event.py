@@ -481,6 +481,19 @@ def test_a_limit_of_another_amount_is_told_again(tenant: Run, sql: Sql) -> None:
     assert told_of(sql, "alert", "limit.alert", "limit.reached") == [50, 100, 50, 100]
 
 
+def test_a_limit_that_is_changed_while_a_job_begins_is_told_again(tenant: Run, sql: Sql) -> None:
+    set_limit(tenant, "jobs", "day", 2, "--alert", 50)
+    with psycopg.connect(os.environ["SAASLLM_DATABASE_URL"]) as other:
+        other.execute(
+            "INSERT INTO jobs (job_id, team_id, organization_id, job_type, status, credits_held, lease_expires_at)"
+            " VALUES (new_id(), 'hr', 'acme', 'app', 'pending', 1, now() + interval '1 minute')"
+        )
+        sql.execute("UPDATE limits SET amount = 4")
+    assert told_of(sql, "alert", "limit.alert") == [50]
+    begin()
+    assert told_of(sql, "amount", "limit.alert") == [2, 4]
+
+
 def test_many_at_once_tell_of_a_limit_once(tenant: Run, sql: Sql) -> None:
     passed(tenant, "credits add hr 100")
     set_limit(tenant, "jobs", "minute", 10, "--soft", "--alert", 10, "--alert", 50)

@@ -161,8 +161,8 @@ CREATE TRIGGER team_credits_tell AFTER UPDATE OF low_credits, credits_overdraft 
     FOR EACH ROW EXECUTE FUNCTION tell_of_threshold();
 
 
--- A limit is used to one of its alerts, or reached (that is 100 percent): told once a period. For the triggers of jobs,
--- whose settings hold for it. Jobs at once have no period: of those it is an hour.
+-- A limit is used to one of its alerts, or reached (that is 100 percent): told once a period, of each amount that it has
+-- in it. For the triggers of jobs, whose settings hold for it. Jobs at once have no period: of those it is an hour.
 CREATE FUNCTION tell_of_limit(of_limit limits, counted numeric, is_refusing boolean DEFAULT false) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -177,7 +177,10 @@ DECLARE
           AND NOT EXISTS (
               SELECT
               FROM public.limit_alerts told
-              WHERE told.limit_id = of_limit.limit_id AND told.period_start = since AND told.alert = alert.alert
+              WHERE told.limit_id = of_limit.limit_id
+                AND told.period_start = since
+                AND told.amount = of_limit.amount
+                AND told.alert = alert.alert
           )
         ORDER BY alert
     );
@@ -186,8 +189,8 @@ BEGIN
         RETURN;
     END IF;
     WITH told AS (
-        INSERT INTO public.limit_alerts (limit_id, period_start, alert)
-        SELECT of_limit.limit_id, since, alert FROM unnest(new_alerts) AS alert
+        INSERT INTO public.limit_alerts (limit_id, period_start, amount, alert)
+        SELECT of_limit.limit_id, since, of_limit.amount, alert FROM unnest(new_alerts) AS alert
         ON CONFLICT DO NOTHING
         RETURNING alert
     )
@@ -212,18 +215,6 @@ BEGIN
     WHERE limit_id = of_limit.limit_id AND period_start < since - interval '1 day' AND since > 'epoch';
 END
 $$;
-
--- A limit of another amount is reached again.
-CREATE FUNCTION forget_alerts() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    DELETE FROM ONLY public.limit_alerts WHERE limit_id = NEW.limit_id;
-    RETURN NULL;
-END
-$$;
-
-CREATE TRIGGER limits_forget_alerts AFTER UPDATE ON limits
-    FOR EACH ROW WHEN (OLD.amount <> NEW.amount) EXECUTE FUNCTION forget_alerts();
 
 
 -- Organizations and teams that come and go, or may run no jobs for a time: as their records say.

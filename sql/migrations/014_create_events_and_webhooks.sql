@@ -39,12 +39,13 @@ ALTER TABLE team_credits
         AND -1000000000000000 <= ALL (low_credits) AND 1000000000000000 >= ALL (low_credits)
     );
 
--- Which alerts of a limit were told in which period.
+-- Which alerts of a limit were told in which period: of each amount, so that one that was changed is told again.
 CREATE TABLE limit_alerts (
     limit_id     bigint      NOT NULL REFERENCES limits ON DELETE CASCADE,
     period_start timestamptz NOT NULL,
-    alert        integer     NOT NULL, -- in percent of the amount
-    PRIMARY KEY (limit_id, period_start, alert),
+    amount       numeric     NOT NULL,
+    alert        integer     NOT NULL, -- in percent of it
+    PRIMARY KEY (limit_id, period_start, amount, alert),
     CONSTRAINT limit_alerts_time CHECK (period_start >= '1970-01-01' AND period_start < '9999-01-01')
 );
 
