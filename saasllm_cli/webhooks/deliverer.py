@@ -87,10 +87,10 @@ class Deliverer:
             while not self._is_stopping.is_set():
                 try:
                     is_idle = await self._step()
-                except SaasllmError as error:
+                except Exception as error:  # whatever it is, a worker delivers on when it is over
                     if self._is_once:
                         raise
-                    self._tell(error.in_one_line)
+                    self._tell(error.in_one_line if isinstance(error, SaasllmError) else f"{error!r}")
                     await self._sleep(AWAY_SECONDS)
                     continue
                 if is_idle and self._is_once and not self._attempts:

@@ -216,6 +216,17 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION forget_alerts() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    DELETE FROM ONLY public.limit_alerts WHERE limit_id = OLD.limit_id;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER limits_forget_alerts AFTER DELETE ON limits
+    FOR EACH ROW EXECUTE FUNCTION forget_alerts();
+
 
 -- Organizations and teams that come and go, or may run no jobs for a time: as their records say.
 CREATE FUNCTION tell_of_records() RETURNS trigger

@@ -265,6 +265,8 @@ LANGUAGE plpgsql AS $$
 DECLARE
     job     record;
     counted numeric;
+    limits  public.limits[] := '{}';
+    counts  numeric[] := '{}'; -- of each of them
 BEGIN
     FOR job IN
         SELECT
@@ -322,7 +324,12 @@ BEGIN
         ELSIF job.period_start <> public.limit_period((job.of_limit).per, now()) THEN
             counted := NULL; -- that period is over
         END IF;
-        PERFORM public.tell_of_limit(job.of_limit, counted);
+        limits := limits || job.of_limit;
+        counts := counts || counted;
+    END LOOP;
+    -- When it has all of its counters: others that tell of the same limit may have one that it still needs.
+    FOR number IN 1 .. cardinality(limits) LOOP
+        PERFORM public.tell_of_limit(limits[number], counts[number]);
     END LOOP;
 END
 $$;

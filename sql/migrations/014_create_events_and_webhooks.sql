@@ -39,9 +39,10 @@ ALTER TABLE team_credits
         AND -1000000000000000 <= ALL (low_credits) AND 1000000000000000 >= ALL (low_credits)
     );
 
--- Which alerts of a limit were told in which period: of each amount, so that one that was changed is told again.
+-- Which alerts of a limit were told in which period: of each amount, so that one that was changed is told again. No
+-- foreign key: whoever removes the limit would wait for a job that counts towards it, and that job for him.
 CREATE TABLE limit_alerts (
-    limit_id     bigint      NOT NULL REFERENCES limits ON DELETE CASCADE,
+    limit_id     bigint      NOT NULL,
     period_start timestamptz NOT NULL,
     amount       numeric     NOT NULL,
     alert        integer     NOT NULL, -- in percent of it
