@@ -124,7 +124,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.receiver.connections[self.client_address] += 1
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.rfile.read(length := int(self.headers["Content-Length"]))
+        if len(body) < length:  # whoever sent it was killed
+            self.close_connection = True
+            return
         headers = {name.lower(): value for name, value in self.headers.items()}
         if not self.receiver.accept(self.path, headers, body):
             self._answer(401, b"wrong signature")

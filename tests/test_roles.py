@@ -14,6 +14,7 @@ import psycopg
 import pytest
 import reference
 from conftest import Result, charged_job, end_grant, open_jobs
+from receiver import Receiver
 
 from saasllm_cli import database
 from saasllm_cli.errors import Conflict
@@ -174,6 +175,42 @@ def test_the_runner_runs_jobs(tenant: Run, as_role: As, sql: Sql, home: Path) ->
     doctor = {check["check"]: check for check in tenant("doctor", "-o", "json").data}
     assert doctor["role"]["status"] == "ok"
     assert "it may read, run jobs." in doctor["role"]["message"]
+
+
+def test_the_runner_delivers_what_others_have_subscribed_to(
+    tenant: Run, as_role: As, sql: Sql, hook: Callable[..., int], receiver: Receiver
+) -> None:
+    hook("/ok", event="job.completed")
+    hook("/status-410", event="job.completed")
+    sql.execute(
+        "INSERT INTO events (event_id, event_type, data, created_at)"
+        " SELECT first_id(at), 'a.b', '{}', at FROM (SELECT now() - interval '99 d' AS at) AS old"
+    )
+    runner = as_role("saasllm_runner")
+    all_pass(
+        tenant,
+        "job run --team hr --group Echo --prompt hi",
+        "webhook deliver",
+        "webhook list",
+        "webhook get 1",
+        "webhook deliveries 1",
+        "event list",
+    )
+    assert [seen.path for seen in receiver.seen] == ["/ok", "/status-410"]
+    assert tenant("webhook", "get", 2, "-o", "json").data["disabled_reason"] == "gone"
+    assert sql.execute("SELECT FROM events WHERE event_type = 'a.b'").rowcount == 0
+    none_pass(
+        tenant,
+        "webhook create --url https://127.0.0.1/ --event all --allow-private",
+        "webhook update 1 --event all",
+        "webhook delete 1 --yes",
+        "webhook rotate 1",
+        "webhook test 1",
+    )
+    with refused():
+        runner.execute("UPDATE webhook_secrets SET secret = 'mine'")
+    with refused("an event of the last day"):
+        runner.execute("DELETE FROM events")
 
 
 def test_the_runner_administers_nothing(tenant: Run, as_role: As) -> None:

@@ -90,7 +90,8 @@ class Deliverer:
                 except Exception as error:  # whatever it is, a worker delivers on when it is over
                     if self._is_once:
                         raise
-                    self._tell(error.in_one_line if isinstance(error, SaasllmError) else f"{error!r}")
+                    if not (isinstance(error, SaasllmError) and error.code in database.AWAY):  # the worker tells of that
+                        self._tell(error.in_one_line if isinstance(error, SaasllmError) else f"{error!r}")
                     await self._sleep(AWAY_SECONDS)
                     continue
                 if is_idle and self._is_once and not self._attempts:
