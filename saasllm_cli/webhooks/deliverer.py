@@ -90,8 +90,7 @@ class Deliverer:
                 except Exception as error:  # whatever it is, a worker delivers on when it is over
                     if self._is_once:
                         raise
-                    if not (isinstance(error, SaasllmError) and error.code in database.AWAY):  # the worker tells of that
-                        self._tell(error.in_one_line if isinstance(error, SaasllmError) else f"{error!r}")
+                    self._tell_error(error)
                     await self._sleep(AWAY_SECONDS)
                     continue
                 if is_idle and self._is_once and not self._attempts:
@@ -201,6 +200,12 @@ class Deliverer:
         # Whoever is to end, or goes on anyway, does not wait long for it.
         seconds = None if self._is_once and not self._is_stopping.is_set() else AWAY_SECONDS
         return await asyncio.to_thread(self._ask, work, seconds)  # type: ignore[arg-type]
+
+    def _tell_error(self, error: Exception) -> None:
+        if not isinstance(error, SaasllmError):
+            self._tell(repr(error))
+        elif error.code not in database.AWAY:  # which the worker tells
+            self._tell(error.in_one_line)
 
     def _tell(self, text: str) -> None:
         """The same thing not each time."""
