@@ -3,7 +3,8 @@
 The path says what happens, unless `faults` gives that path another: `ok`, `status-500`, `moved-301`, `later-2` (429,
 come back in so many seconds), `until-2` (the same as a date), `hang`, `cut` and `reset` (no answer), `cut-headers`,
 `cut-body`, `drip-headers`, `drip-body`, `endless` (a body), `headers` (without an end), `bomb` (gzip), `nasty` (what no
-terminal should get), `noise` (no HTTP), `wait-200` (ok, after so many ms). Anything after a second dash is free.
+terminal should get), `noise` (no HTTP), `wait-200` (ok, after so many ms), `queued-200` (the
+same, and only then it is verified). Anything after a second dash is free.
 """
 
 import gzip
@@ -129,18 +130,21 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         headers = {name.lower(): value for name, value in self.headers.items()}
+        fault = self.receiver.faults.get(self.path, self.path.strip("/"))
+        if fault.startswith("queued-"):
+            time.sleep(int(fault.split("-")[1]) / 1000)
         if not self.receiver.accept(self.path, headers, body):
             self._answer(401, b"wrong signature")
             return
         self.receiver.begin(self.path)
         try:
-            self._do(self.receiver.faults.get(self.path, self.path.strip("/")))
+            self._do(fault)
         finally:
             self.receiver.end(self.path)
 
     def _do(self, fault: str) -> None:
         match fault.split("-"):
-            case ["ok", *_]:
+            case ["ok" | "queued", *_]:
                 self._answer(200, b"thanks")
             case ["status", status, *_]:
                 self._answer(int(status), b"" if status == "204" else f"status {status}".encode())
