@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -96,6 +95,7 @@ NUMBERED = (
 DEADLOCKS = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 OVERTAKEN = (psycopg.errors.UniqueViolation, psycopg.errors.ForeignKeyViolation)
 LONGEST_COMMAND = 1000
+LONGEST_INT = 4000  # digits
 # What a database that was never migrated has not: the check, or the records that it reads.
 NOT_MIGRATED = r"\b(require_migrations|saasllm_migrations|saasllm_definitions)\b"
 AWAY = ("database_unreachable", "database_busy")  # perhaps only for a while
@@ -153,6 +153,11 @@ class _PatientConnection(psycopg.Connection[Row]):
                 wanted = gen.send(ready)
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
+
+
+def _integer(text: str) -> int | Decimal:
+    """PostgreSQL has longer ones in JSON than Python makes an int of, which takes time."""
+    return int(text) if len(text) <= LONGEST_INT else Decimal(text)
 
 
 class _JsonbDumper(JsonbDumper):
@@ -486,8 +491,7 @@ def raw_connection() -> Iterator[Connection]:
     # The statements are made for it: at a higher one, the role's, those that meet would be refused.
     connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
     connection.adapters.register_dumper(dict, _JsonbDumper)
-    sys.set_int_max_str_digits(0)  # PostgreSQL has longer ones in JSON than Python reads unless told to
-    psycopg.types.json.set_json_loads(partial(json.loads, parse_float=Decimal), connection)
+    psycopg.types.json.set_json_loads(partial(json.loads, parse_float=Decimal, parse_int=_integer), connection)
     # Not psycopg's own exit: it would roll back first, and wait for ever for a stream that was left half read.
     with closing(connection), translated_errors(connection):
         yield connection

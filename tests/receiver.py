@@ -84,11 +84,11 @@ class Receiver:
         """Whether it is verified by one of the secrets, as its reader would."""
         for secret in self.secrets:
             try:
-                Webhook(secret).verify(body.decode(), headers)
+                Webhook(secret).verify(body.decode(), headers, json_parse=False)
             except WebhookVerificationError as error:
                 reason = str(error)
             else:
-                content = json.loads(body, parse_float=Decimal)
+                content = json.loads(body, parse_float=Decimal, parse_int=lambda digits: int(Decimal(digits)))
                 self.seen.append(Seen(path, headers["webhook-id"], headers, content, time.time()))
                 return True
         self.refused.append(reason if self.secrets else "no secret")
