@@ -33,6 +33,8 @@ NOUNS = {
     "credits": "Manage teams' credits and the ledger behind them.",
     "job": "Run jobs: call a model for a team, charge credits on success.",
     "worker": "Run submitted jobs, on as many machines as you like.",
+    "credential": "Store the provider keys of organizations and teams, encrypted.",
+    "key": "Manage teams' virtual keys at a LiteLLM proxy.",
     "event": "Show what has happened: jobs, credits, limits.",
     "webhook": "Send events to your customers' endpoints, or your own.",
     "apply": "Create and update tenants, prices and webhooks from files.",

@@ -73,6 +73,7 @@ GET = {
     "group": ("group.get", "group_name"),
     "job": ("job.get", "job_id"),
     "webhook": ("webhook.get", "webhook_id"),
+    "credential": ("credential.get", "credential_id"),
     "event": ("event.get", "event_id"),
 }
 NEAR = {"organization": "org.near", "team": "team.near", "group": "group.near"}
@@ -80,7 +81,7 @@ TRIES = 5
 DEADLOCK_SECONDS = 30.0  # in which a transaction that meets the jobs of a busy team finds a gap
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 # The names of the unique indexes of what is done once.
-ONCE = ("_idempotency_key", "_once_a_job", "jobs_pkey")
+ONCE = ("_idempotency_key", "_once_a_job", "jobs_pkey", "credentials_once")
 # What was removed in the moment in which it was to count, or to be told of: asked again, it is not there.
 REMOVED = (
     "limit_counters_limit_id_fkey",
@@ -90,7 +91,8 @@ REMOVED = (
 # The tables whose rows are numbered by a sequence alone.
 NUMBERED = (
     *("credit_transactions_pkey", "audit_log_pkey", "job_refusals_pkey", "workers_pkey", "webhooks_pkey"),
-    *("webhook_secrets_pkey", "webhook_deliveries_pkey", "webhook_attempts_pkey"),
+    *("webhook_secrets_pkey", "webhook_deliveries_pkey", "webhook_attempts_pkey", "credentials_pkey"),
+    "proxy_keys_pkey",
 )
 DEADLOCKS = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 OVERTAKEN = (psycopg.errors.UniqueViolation, psycopg.errors.ForeignKeyViolation)

@@ -6,39 +6,48 @@ can be replaced. What is encrypted is bound to what it belongs to: copied to ano
 
 import base64
 import json
+import secrets
+from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from saasllm_cli.errors import InvalidInput
 from saasllm_cli.settings import settings
 
 if TYPE_CHECKING:
-    from cryptography.fernet import MultiFernet
+    from cryptography.fernet import Fernet
 
 KEY_BYTES = 32
-HOW_TO_MAKE = "Make one with: openssl rand -base64 32"
+HOW_TO_MAKE = "Make one with: saasllm credential generate-key"
+
+
+def new_master_key() -> str:
+    return base64.b64encode(secrets.token_bytes(KEY_BYTES)).decode()
 
 
 def encrypt(secret: str, owner: str) -> str:
     """As it is stored, for what is named `owner`, such as `webhook 3`; `InvalidInput` where there is no master key."""
-    return _master_keys().encrypt(json.dumps([owner, secret]).encode()).decode()
+    return _master_keys()[0].encrypt(json.dumps([owner, secret]).encode()).decode()
 
 
 def decrypt(stored: str, owner: str) -> str:
     """`InvalidInput` where there is no master key, or none by which this was encrypted for that owner."""
-    from cryptography.fernet import InvalidToken
+    return _decrypted(stored, owner)[0]
 
-    try:
-        found, secret = json.loads(_master_keys().decrypt(stored.encode()))
-    except InvalidToken:
-        found, secret = None, ""
-    if found != owner:
-        raise InvalidInput(
-            "cannot_decrypt",
-            f"The secret of {owner} cannot be decrypted by the master keys.",
-            "Add the key by which it was encrypted to SAASLLM_MASTER_KEYS.",
-        )
-    return str(secret)
+
+def rewrapped(stored: str, owner: str) -> str | None:
+    """As it is stored by the first master key; None where it is already. Raises as `decrypt`."""
+    secret, number = _decrypted(stored, owner)
+    return encrypt(secret, owner) if number else None
+
+
+def credential_owner(credential: Mapping[str, Any]) -> str:
+    """What a credential's value is bound to, so that it is of no use elsewhere: its owner, its provider, and where it
+    is sent."""
+    team, organization, api_base = credential["team_id"], credential["organization_id"], credential["api_base"]
+    owner = f"team {team} of {organization}" if team else f"organization {organization}" if organization else "all"
+    at = f" at {api_base}" if api_base else ""
+    return f"the {credential['provider']} credential of {owner}{at}"
 
 
 def has_master_key() -> bool:
@@ -50,7 +59,25 @@ def require_master_key() -> None:
     _master_keys()
 
 
-def _master_keys() -> "MultiFernet":
+def _decrypted(stored: str, owner: str) -> tuple[str, int]:
+    """The secret, and which of the master keys has decrypted it."""
+    from cryptography.fernet import InvalidToken
+
+    for number, key in enumerate(_master_keys()):
+        try:
+            found, secret = json.loads(key.decrypt(stored.encode()))
+        except InvalidToken:
+            continue
+        if found == owner:
+            return str(secret), number
+    raise InvalidInput(
+        "cannot_decrypt",
+        f"The secret of {owner} cannot be decrypted by the master keys.",
+        "Add the key by which it was encrypted to SAASLLM_MASTER_KEYS.",
+    )
+
+
+def _master_keys() -> "list[Fernet]":
     given, file = settings().master_keys, settings().master_key_file
     name = "SAASLLM_MASTER_KEYS"
     if given is not None:
@@ -67,15 +94,15 @@ def _master_keys() -> "MultiFernet":
     else:
         raise InvalidInput(
             "no_master_key",
-            "No master key is set, and the secrets of webhooks are stored only encrypted.",
+            "No master key is set, and secrets are stored only encrypted.",
             f"Set SAASLLM_MASTER_KEYS or SAASLLM_MASTER_KEY_FILE. {HOW_TO_MAKE}",
         )
     return _made_of(text, name)
 
 
 @cache
-def _made_of(text: str, name: str) -> "MultiFernet":
-    from cryptography.fernet import Fernet, MultiFernet
+def _made_of(text: str, name: str) -> "list[Fernet]":
+    from cryptography.fernet import Fernet
 
     try:
         # As openssl writes it, or as Fernet does.
@@ -91,4 +118,4 @@ def _made_of(text: str, name: str) -> "MultiFernet":
             f"Invalid {name}: it must hold keys of {KEY_BYTES} bytes in base64, separated by commas.",
             HOW_TO_MAKE,
         )
-    return MultiFernet([Fernet(base64.urlsafe_b64encode(key)) for key in keys])
+    return [Fernet(base64.urlsafe_b64encode(key)) for key in keys]

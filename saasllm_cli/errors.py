@@ -199,6 +199,7 @@ _IDS = {
     "job": "job_id",
     "event": "event_id",
     "webhook": "webhook_id",
+    "credential": "credential_id",
 }
 
 

@@ -6,6 +6,7 @@ stronger one of these places gives comes before it.
 """
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -74,12 +75,20 @@ class Settings(BaseSettings):
     keep_events: timedelta = Field(default=timedelta(days=30), ge=timedelta(days=1))
     master_keys: SecretStr | None = None  # that encrypt secrets in the database, separated by commas
     master_key_file: Path | None = None
+    proxy_url: str | None = None  # of a LiteLLM proxy, at which teams have virtual keys
     keep_content: int = Field(default=0, ge=0, le=1_000_000)  # how many characters of each prompt and each answer
 
     @field_validator("database_url", mode="before")
     @classmethod
     def _without_newline(cls, value: Any) -> Any:  # as it comes where it was read from a file
         return value.strip() or None if isinstance(value, str) else value
+
+    @field_validator("proxy_url")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^/\s@?#]+(/[^\s@?#]*)?", value):
+            raise ValueError("it must be a URL such as https://proxy.example.com, without credentials")
+        return value and value.rstrip("/")
 
     @field_validator("keep_answers", "keep_events", mode="before")
     @classmethod

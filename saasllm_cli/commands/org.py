@@ -100,6 +100,13 @@ def list_(
 def update(
     organization_id: OrganizationId,
     name: Annotated[str | None, typer.Option(parser=label, metavar="TEXT", help="New display name.")] = None,
+    own_keys_only: Annotated[
+        bool | None,
+        typer.Option(
+            "--own-keys-only/--no-own-keys-only",
+            help="Call models only with its own keys, see `saasllm credential`, and never with yours.",
+        ),
+    ] = None,
     metadata: Metadata = [],
     unset_metadata: UnsetMetadata = [],
     output: Output = None,
@@ -108,13 +115,14 @@ def update(
 
     Metadata is merged: keys that you do not name keep their values.
     """
-    require_some({"name": name, "metadata": metadata, "unset_metadata": unset_metadata})
+    require_some({"name": name, "own_keys_only": own_keys_only, "metadata": metadata, "unset_metadata": unset_metadata})
     with database.connect() as db:
         db.found(
             "org.update",
             *("organization", organization_id),
             organization_id=organization_id,
             name=name,
+            own_keys_only=own_keys_only,
             metadata=merged(metadata),
             unset_metadata=unset_metadata,
         )
@@ -216,4 +224,9 @@ def _set_status(organization_id: str, status: str, output: Format | None) -> Non
             status=status,
         )
         organization = db.get("organization", organization_id)
+        has_keys = db.many("key.tokens", organization_id=organization_id, team_id=None)
     show(organization, output)
+    if has_keys:
+        from saasllm_cli.commands.key import change_proxy
+
+        change_proxy(organization_id=organization_id)

@@ -47,16 +47,23 @@ def _purge(noun: str, key: str, redact: bool) -> None:
     """Removes the organization or the team, and says what was removed."""
     scope = _scope(noun, key)
 
+    keys: list[database.Row] = []
+
     def work() -> database.Row:
         if noun == "organization":  # locked, no team comes to it any more
             db.found("org.lock", noun, key, organization_id=key)
         if not db.many("team.lock_to_purge", **scope) and noun == "team":
             raise not_found(noun, key)
+        keys[:] = db.many("key.tokens", **scope)
         return db.one("team.purge", **scope, is_redacting=redact)
 
     with waiting("Purging …"), database.connect() as db:
         removed = db.transaction(work)["removed"]
     note(f"Purged {noun} {key}: {_told(removed)}.", **scope | removed)
+    if keys:
+        from saasllm_cli.commands.key import change_proxy
+
+        change_proxy(**scope, gone=[row["token"] for row in keys])
 
 
 def _scope(noun: str, key: str) -> dict[str, str | None]:

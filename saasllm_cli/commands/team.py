@@ -98,13 +98,17 @@ def create(
     priority: Priority = None,
     expires: Expires = None,
     overdraft: Overdraft = None,
+    with_key: Annotated[
+        bool, typer.Option("--with-key", help="Create its key at the proxy, too, and show it once.")
+    ] = False,
     metadata: Metadata = [],
     if_not_exists: IfNotExists = False,
     output: Output = None,
 ) -> None:
     """Create a team.
 
-    --category, --priority and --expires are those of the credits to start with, as in `saasllm credits add`.
+    --category, --priority and --expires are those of the credits to start with, as in `saasllm credits add`; --with-key
+    does what `saasllm key create` does.
     """
     if not credits_ and (category, priority, expires) != (None, None, None):
         raise InvalidInput(
@@ -123,7 +127,14 @@ def create(
         "metadata": merged(metadata) if metadata else None,
     }
 
+    key: str | None = None
+    if with_key:
+        from saasllm_cli.commands.key import SAVE, add_key, change_proxy, require_keys
+
+        require_keys()
+
     def work() -> database.Row:
+        nonlocal key
         result = db.one(
             "team.create",
             team_id=team_id,
@@ -139,10 +150,12 @@ def create(
         )
         if result["created"] and overdraft is not None:
             _set_overdraft(db, team_id, overdraft)
+        if result["created"] and with_key:
+            key = add_key(db, team_id)
         return result
 
     with database.connect() as db:
-        result = work() if overdraft is None else db.transaction(work)
+        result = work() if overdraft is None and not with_key else db.transaction(work)
         if not result["organization_exists"]:
             raise not_found("organization", org)
         if missing := result["missing_groups"]:
@@ -159,7 +172,12 @@ def create(
                 "unlimited" if team["credits_overdraft"] is None else str(team["credits_overdraft"])
             )
             same_or_conflict("team", team_id, existing, given, if_not_exists)
-    show(team, output)
+            if with_key:
+                key = db.transaction(lambda: add_key(db, team_id))
+    show({**team, "key": key} if key else team, output)
+    if key:
+        note(SAVE)
+        change_proxy(team_id=team_id)
 
 
 @app.command(epilog="saasllm team get team_engineering -o json | jq .credits_remaining")
@@ -324,6 +342,7 @@ def delete(
             return
         confirm_delete(f"team {team_id}", yes)
         with database.connect() as db:
+            keys = db.many("key.tokens", organization_id=None, team_id=team_id)
             result = db.one("team.delete", team_id=team_id)
             if not result["deleted"]:
                 db.get("team", team_id)
@@ -337,6 +356,10 @@ def delete(
                     jobs=result["jobs"],
                 )
         note(f"Deleted team {team_id}.", team_id=team_id)
+        if keys:
+            from saasllm_cli.commands.key import change_proxy
+
+            change_proxy(team_id=team_id, gone=[row["token"] for row in keys])
 
 
 @app.command(epilog="saasllm team usage team_engineering --from 2026-01 --to 2026-06 -o csv")
@@ -401,4 +424,9 @@ def _set_status(team_id: str, status: str, output: Format | None) -> None:
     with database.connect() as db:
         db.found("team.set_status", "team", team_id, team_id=team_id, status=status)
         team = db.get("team", team_id)
+        has_keys = db.many("key.tokens", organization_id=None, team_id=team_id)
     show(team, output)
+    if has_keys:
+        from saasllm_cli.commands.key import change_proxy
+
+        change_proxy(team_id=team_id)

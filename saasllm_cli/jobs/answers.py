@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, TypeAlias
 
+from saasllm_cli.jobs.models import Key
 from saasllm_cli.rules import with_texts
 
 MOST_TOKENS = 2**31 - 1  # what a column of the database holds
@@ -90,7 +91,9 @@ class ModelFailed(Exception):
 
 
 # One call of one model, without a retry: the model, the messages, the seconds for each read (a deadline is the
-# caller's), the parameters, and where the answer is to be streamed to, if it is. Raises `ModelFailed`.
+# caller's), the parameters, where the answer is to be streamed to, if it is, and the key, where it is not the
+# environment's. Raises `ModelFailed`.
 Complete: TypeAlias = Callable[
-    [str, Sequence[dict[str, Any]], float, Mapping[str, Any], Callable[[str], None] | None], Awaitable[Answer]
+    [str, Sequence[dict[str, Any]], float, Mapping[str, Any], Callable[[str], None] | None, Key | None],
+    Awaitable[Answer],
 ]

@@ -8,20 +8,24 @@ import sys
 import time
 from bisect import insort
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
+from saasllm_cli.errors import SaasllmError
 from saasllm_cli.jobs import chat, offline, schemas
 from saasllm_cli.jobs.answers import Answer, Complete, ModelFailed, sane, storable
+from saasllm_cli.jobs.models import Key, Models
 from saasllm_cli.jobs.prices import Prices, cost
 from saasllm_cli.jobs.signals import signals
 from saasllm_cli.settings import settings
 
 T = TypeVar("T")
+# A model, and the credential that it is called with: what a provider says of one key does not hold for another.
+Lane: TypeAlias = tuple[str, int | None]
 
 LLM = "saasllm_cli.jobs.llm"
 TRIES = 4  # of a model whose rate limit says when to come back
@@ -70,22 +74,22 @@ class Call:
     error: str | None = None
     prompt: str | None = None
     answer: str | None = None
+    credential_id: int | None = None
 
 
 def ask(
-    models: Sequence[str],
+    models: Models,
     request: CallRequest,
     calls: list[Call],
     on_progress: Callable[[str], None],
     on_text: Callable[[str], None] | None = None,
-    prices: Prices = None,
 ) -> Answer | None:
     """The first answer of the models, or None; each attempt is added to `calls` as it is made.
 
     With `on_text` the answer is streamed to it; what has been shown of it is not followed by another model's. A model
-    that has one of the `prices` costs by that, any other as litellm says.
+    that has a price of our own costs by that, any other as litellm says.
     """
-    return run_calls(ask_models(models, request, calls, time.monotonic(), on_progress, on_text, prices))
+    return run_calls(ask_models(models, request, calls, time.monotonic(), on_progress, on_text))
 
 
 def run_calls(calls: Coroutine[Any, Any, T]) -> T:
@@ -109,23 +113,55 @@ def provider(model: str, on_progress: Callable[[str], None] = lambda _: None) ->
     return llm.complete
 
 
+def credential(
+    model: str, keys: Mapping[str, Any] | None, on_progress: Callable[[str], None] = lambda _: None
+) -> Mapping[str, Any] | None:
+    """Which of the keys the model is called with, as it is stored. litellm says whose model it is."""
+    if keys is None or provider(model, on_progress) is offline.complete:
+        return None
+    from saasllm_cli.jobs.llm import provider_of
+
+    found: Mapping[str, Any] | None = keys["own"].get(provider_of(model))
+    return found
+
+
+def key(model: str, keys: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -> Key | None:
+    """The key itself; None where it is the environment's. Raises `ModelFailed` where that may not be used, or the
+    team's own cannot be decrypted: another is not used instead."""
+    if stored is not None:
+        from saasllm_cli.encryption import credential_owner, decrypt
+
+        try:
+            return Key(stored["credential_id"], decrypt(stored["secret"], credential_owner(stored)), stored["api_base"])
+        except SaasllmError as error:
+            raise ModelFailed(error.message) from None
+    if keys is not None and keys.get("own_keys_only") and not model.startswith(offline.PREFIX):
+        from saasllm_cli.jobs.llm import provider_of
+
+        organization = keys["own_keys_only"]
+        raise ModelFailed(f"organization {organization} uses only its own keys, and has none for {provider_of(model)}")
+    return None
+
+
 async def ask_models(
-    models: Sequence[str],
+    models: Models,
     request: CallRequest,
     calls: list[Call],
     started: float,
     on_progress: Callable[[str], None] = lambda _: None,
     on_text: Callable[[str], None] | None = None,
-    prices: Prices = None,
     traffic: "Traffic | None" = None,
 ) -> Answer | None:
     """As `ask`; `started` is by the monotonic clock. Of many requests at once, `traffic` keeps them off busy models."""
+    stored = {model: credential(model, models.keys, on_progress) for model in models.names}
+    lanes: list[Lane] = [(model, own["credential_id"] if own else None) for model, own in stored.items()]
     deadline = time.monotonic() + request.timeout
     tries: Counter[str] = Counter()
     # When each is to be tried; those whose rate limit says when to come back come after the others.
-    todo = [(0.0, index, model) for index, model in enumerate(traffic.open(models) if traffic else models)]
+    todo = [(0.0, index, lane) for index, lane in enumerate(traffic.open(lanes) if traffic else lanes)]
     while todo and time.monotonic() < deadline:  # to check an answer by its schema may have taken longer
-        ready_at, index, model = todo.pop(0)
+        ready_at, index, lane = todo.pop(0)
+        model = lane[0]
         if (pause := ready_at - time.monotonic()) > 0:
             on_progress(f"Waiting {pause:.0f} s for the rate limit of {model} …")
             await asyncio.sleep(pause)
@@ -137,11 +173,17 @@ async def ask_models(
         seconds = (deadline - began) / (len(todo) + 1)
         call = Call(request.group_name, model, len(calls) + 1, began - started, purpose=request.purpose)
         call.prompt = _kept(json.dumps(request.messages, ensure_ascii=False))
+        call.credential_id = lane[1]
         calls.append(call)
         tries[model] += 1
         on_progress(f"Waiting for {model} …")
         try:
-            return await _attempt(call, request, complete, seconds, on_text, prices, traffic)
+            own = key(model, models.keys, stored[model])
+        except ModelFailed as failure:  # it was not asked
+            call.error = storable(str(failure))
+            continue
+        try:
+            return await _attempt(call, request, complete, seconds, own, on_text, models.prices, traffic)
         except ModelFailed as failure:
             if failure.is_final:
                 return None
@@ -151,7 +193,7 @@ async def ask_models(
             if pause_asked is not None and tries[model] < TRIES:
                 ready_at = time.monotonic() + max(pause_asked, SHORTEST_PAUSE)
                 if ready_at < deadline:
-                    insort(todo, (ready_at, index, model))
+                    insort(todo, (ready_at, index, lane))
     return None
 
 
@@ -160,6 +202,7 @@ async def _attempt(
     request: CallRequest,
     complete: Complete,
     seconds: float,
+    own: Key | None,
     on_text: Callable[[str], None] | None,
     prices: Prices,
     traffic: "Traffic | None",
@@ -168,20 +211,20 @@ async def _attempt(
 
     The call gets what was used for it, and its error.
     """
-    model = call.resolved_model
+    model, lane = call.resolved_model, (call.resolved_model, call.credential_id)
     began = time.monotonic()
     shown = _Shown(on_text)
     try:
-        async with asyncio.timeout(seconds), traffic.turn(model) if traffic else nullcontext():
+        async with asyncio.timeout(seconds), traffic.turn(lane) if traffic else nullcontext():
             # The timeout of the whole, for that is the same for many calls, and litellm keeps a client with its
             # connections for each timeout.
             told = await complete(
-                model, request.messages, request.timeout, request.parameters, shown if on_text else None
+                model, request.messages, request.timeout, request.parameters, shown if on_text else None, own
             )
     except TimeoutError:
         call.error = f"no answer within {seconds:.0f} s"
         if traffic:
-            traffic.failed(model)
+            traffic.failed(lane)
         raise ModelFailed(call.error, is_final=shown.is_begun) from None
     except (asyncio.CancelledError, KeyboardInterrupt):
         call.error = "interrupted"
@@ -192,7 +235,7 @@ async def _attempt(
         failure.is_final |= shown.is_begun
         call.error = storable(str(failure))
         if traffic and not failure.is_final:
-            traffic.failed(model, failure.is_rate_limit, failure.retry_after)
+            traffic.failed(lane, failure.is_rate_limit, failure.retry_after)
         raise
     finally:
         call.latency_ms = round((time.monotonic() - began) * 1000)
@@ -207,9 +250,9 @@ async def _attempt(
     call.answer = _kept(answer.content)
     call.error = _emptiness(answer)
     if traffic and call.error:
-        traffic.failed(model)
+        traffic.failed(lane)
     elif traffic:
-        traffic.answered(model)
+        traffic.answered(lane)
     is_withheld = call.error is not None and answer.finish_reason == CONTENT_FILTER
     # Tools are called before the answer comes.
     if call.error is None and (schema := request.json_schema) is not None and not answer.tool_calls:
@@ -257,7 +300,7 @@ class _Lane:
 
 
 class Traffic:
-    """Keeps many requests at once off a model that is busy or broken.
+    """Keeps many requests at once off a model that is busy or broken, for each credential that it is called with.
 
     One that says it is asked too much (429) is asked by half as many at once, and by one more after each round that it
     answers; and not at all until the time that it says. One that has failed often in a row, also by a 429 that says no
@@ -266,19 +309,18 @@ class Traffic:
 
     def __init__(self, concurrency: int) -> None:
         self._concurrency = concurrency
-        self._lanes: dict[str, _Lane] = {}
+        self._lanes: dict[Lane, _Lane] = {}
         self._changed = asyncio.Condition()
         self._waiting = 0
-        self._just_closed: dict[str, float] = {}
+        self._just_closed: dict[Lane, float] = {}
 
-    def open(self, models: Sequence[str]) -> list[str]:
+    def open(self, models: Sequence[Lane]) -> list[Lane]:
         """The models that are not passed over now; if all are, the one whose time comes first."""
         now = time.monotonic()
         lanes = {model: self._lane(model) for model in models}
         found = [model for model in models if lanes[model].closed_until <= now]
         found = found or [min(models, key=lambda model: lanes[model].closed_until)]
-        for model in models:
-            lane = lanes[model]
+        for model, lane in lanes.items():
             if model not in found:
                 lane.passed_over += 1
             elif lane.failures >= FAILURES:
@@ -288,10 +330,13 @@ class Traffic:
     @property
     def passed_over(self) -> dict[str, int]:
         """How often each model was passed over."""
-        return {model: lane.passed_over for model, lane in self._lanes.items() if lane.passed_over}
+        counts: Counter[str] = Counter()
+        for (model, _), lane in self._lanes.items():
+            counts[model] += lane.passed_over
+        return {model: times for model, times in counts.items() if times}
 
     @asynccontextmanager
-    async def turn(self, model: str) -> AsyncIterator[None]:
+    async def turn(self, model: Lane) -> AsyncIterator[None]:
         """Waits until the model takes another call."""
         lane = self._lane(model)
         if lane.running >= int(lane.limit):
@@ -310,12 +355,12 @@ class Traffic:
                 async with self._changed:
                     self._changed.notify_all()
 
-    def answered(self, model: str) -> None:
+    def answered(self, model: Lane) -> None:
         lane = self._lane(model)
         lane.failures, lane.closed_until = 0, 0
         lane.limit = min(lane.limit + 1 / lane.limit, self._concurrency)
 
-    def failed(self, model: str, is_rate_limit: bool = False, retry_after: float | None = None) -> None:
+    def failed(self, model: Lane, is_rate_limit: bool = False, retry_after: float | None = None) -> None:
         lane, now = self._lane(model), time.monotonic()
         if is_rate_limit and now - lane.halved_at > SHORTEST_PAUSE:  # once for all that were under way
             lane.limit, lane.halved_at = max(lane.limit / 2, 1), now
@@ -328,7 +373,7 @@ class Traffic:
         if lane.failures >= FAILURES:
             lane.closed_until = now + CLOSED_SECONDS
 
-    def just_closed(self) -> dict[str, float]:
+    def just_closed(self) -> dict[Lane, float]:
         """The models that, since it was asked last, a provider has said to leave alone; each with the seconds until
         when."""
         now = time.monotonic()
@@ -336,13 +381,13 @@ class Traffic:
         self._just_closed.clear()
         return closed
 
-    def close(self, models: dict[str, float]) -> None:
+    def close(self, models: dict[Lane, float]) -> None:
         """What a provider has said to another process."""
         for model, seconds in models.items():
             lane = self._lane(model)
             lane.closed_until = max(lane.closed_until, time.monotonic() + seconds)
 
-    def _lane(self, model: str) -> _Lane:
+    def _lane(self, model: Lane) -> _Lane:
         return self._lanes.setdefault(model, _Lane(self._concurrency))
 
 

@@ -7,20 +7,21 @@ from datetime import UTC, date, datetime
 from saasllm_cli import allocation, database
 from saasllm_cli.errors import DatabaseUnavailable, SaasllmError
 from saasllm_cli.jobs import runner
+from saasllm_cli.settings import settings
 from saasllm_cli.webhooks import deliverer
 
 PRUNE_CHUNK = 1000
 
 
 # How often each is due, and how long one worker has it to itself: should it die, another does it then. In seconds.
-PACES: dict[str, tuple[float, float]] = {"sweep": (5, 10), "allocate": (60, 300), "prune": (60, 60)}
+PACES: dict[str, tuple[float, float]] = {"sweep": (5, 10), "allocate": (60, 300), "prune": (60, 60), "keys": (60, 300)}
 
 
 class Duties:
     """The duties of one worker; `on_note` is told what was done and what went wrong."""
 
     def __init__(self, on_note: Callable[[str], None]) -> None:
-        self._names = list(PACES)
+        self._names = [name for name in PACES if name != "keys" or settings().proxy_url is not None]
         self._on_note = on_note
         self._told: dict[str, str] = {}
 
@@ -69,7 +70,18 @@ def _do(duty: str, db: database.Database, now: datetime, done_at: datetime | Non
             while db.one("worker.prune", row_limit=PRUNE_CHUNK)["answers"] == PRUNE_CHUNK:
                 pass
             deliverer.prune(db)
+        case "keys":
+            return _sync_keys()
     return ""
+
+
+def _sync_keys() -> str:
+    from saasllm_cli import proxy  # with what it speaks HTTP by
+
+    differences = proxy.sync()
+    told = [f"mended at the proxy: {mended}"] if (mended := sum(each.error is None for each in differences)) else []
+    told += [f"{each.key_alias}: {each.error}" for each in differences if each.error]
+    return "; ".join(told)
 
 
 def _allocate(today: date, done_at: datetime | None) -> str:

@@ -19,6 +19,8 @@ from typing import Any
 from dotenv import load_dotenv
 
 from saasllm_cli.jobs.answers import Answer, ModelFailed, count
+from saasllm_cli.jobs.models import Key
+from saasllm_cli.settings import settings
 
 load_dotenv(".env")  # the providers' keys; the environment wins
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or the import fetches the prices over the network
@@ -79,6 +81,7 @@ PACE = re.compile(
     re.IGNORECASE,
 )
 URL = re.compile(r"https?://\S+")
+SHARED = 8  # characters in a row that an error and a key have in common are the key's
 LONGEST_PAUSE = 86400.0  # seconds: no deadline is longer
 LOOKS_LIKE_A_KEY = re.compile(r"\b(sk|pk|gsk|AIza|xai|hf)[-_][\w*.-]{6,}")
 
@@ -89,14 +92,17 @@ async def complete(
     timeout: float,
     parameters: Mapping[str, Any],
     on_text: Callable[[str], None] | None,
+    key: Key | None = None,
 ) -> Answer:
     """Calls the model once, without a retry. `timeout` is in seconds, and per read: a deadline is the caller's.
 
-    With `on_text` the answer is streamed to it. Raises `ModelFailed`.
+    With `on_text` the answer is streamed to it, with a `key` the environment's is not used. Raises `ModelFailed`.
     """
-    if not _has_provider(model):
+    if provider_of(model) is None:
         raise ModelFailed("litellm knows no provider for this name; write it as PROVIDER/MODEL")
     options = {"model": model, "messages": list(messages), "timeout": timeout, "max_retries": 0, "num_retries": 0}
+    if key is not None:
+        options |= {"api_key": key.api_key, "api_base": _api_base(model, key)}
     if "tools" in parameters:
         options["_skip_mcp_handler"] = True  # it looks for tools of MCP servers, by a package that is not installed
     try:
@@ -109,22 +115,27 @@ async def complete(
         return replace(_answer(model, response), not_sent=not_sent)
     except Exception as error:
         if _ends_the_job(error):
-            raise ModelFailed(_reason(error), is_final=True) from error
+            raise ModelFailed(_reason(error, key), is_final=True) from error
         is_rate_limit = isinstance(error, exceptions.RateLimitError) and not _is_used_up(error)
         raise ModelFailed(
-            missing_key(model) or _reason(error),
+            (None if key else missing_key(model)) or _reason(error, key),
             is_rate_limit=is_rate_limit,
             retry_after=_retry_after(error) if is_rate_limit else None,
         ) from error
 
 
 @cache
-def _has_provider(model: str) -> bool:
+def provider_of(model: str) -> str | None:
+    """The provider of a model by litellm's name for it; None where it knows none."""
     try:
-        litellm.get_llm_provider(model)
+        return str(litellm.get_llm_provider(model)[1])
     except Exception:
-        return False
-    return True
+        return None
+
+
+def _api_base(model: str, key: Key) -> str | None:
+    """Where it is sent: a team's key of the proxy to ours."""
+    return key.api_base or (settings().proxy_url if provider_of(model) == "litellm_proxy" else None)
 
 
 def _not_sent(model: str, parameters: Mapping[str, Any]) -> tuple[str, ...]:
@@ -275,7 +286,7 @@ def _text(error: Exception) -> str:
     return f"{text} - {getattr(error, 'body', '')}" if re.search(r"Error code: \d+$", text) else text
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, key: Key | None) -> str:
     """One bounded line of the error, with its status and without a key."""
     if isinstance(original := getattr(error, "original_exception", None), Exception):  # of a stream
         error = original
@@ -284,7 +295,21 @@ def _reason(error: Exception) -> str:
     for name, value in os.environ.items():
         if len(value) >= 8 and SECRET_NAME.search(name):
             text = text.replace(value, "***")
+    if key is not None:
+        text = _without(text, key.api_key)
     text = LOOKS_LIKE_A_KEY.sub("***", text).replace("\0", "").encode(errors="replace").decode()
     status = getattr(error, "status_code", None)
     name = type(error).__name__
     return f"{status or ''} {name}: {text or 'no message'}".strip()[:LONGEST_ERROR]
+
+
+def _without(text: str, secret: str) -> str:
+    """The text without what it shares with the secret: providers repeat keys, in part, cut off, or encoded."""
+    length = min(SHARED, len(secret))
+    pieces = {secret[start : start + length] for start in range(len(secret) - length + 1)}
+    shown = [True] * len(text)
+    for start in range(len(text) - length + 1):
+        if text[start : start + length] in pieces:
+            shown[start : start + length] = [False] * length
+    kept = "".join(char if is_shown else "\0" for char, is_shown in zip(text, shown, strict=True))
+    return re.sub("\0+", "***", kept)

@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 from saasllm_cli.jobs.answers import Answer, ModelFailed
+from saasllm_cli.jobs.models import Key
 
 PREFIX = "offline/"
 CHARACTERS_PER_TOKEN = 4
@@ -23,6 +24,7 @@ async def complete(
     _timeout: float,  # it answers at once
     _parameters: Mapping[str, Any],  # and obeys none
     on_text: Callable[[str], None] | None,
+    _key: Key | None = None,
 ) -> Answer:
     """Answers as the model's name says; a stream comes word by word."""
     content = _said(model.removeprefix(PREFIX).partition("/")[0], messages)

@@ -1,5 +1,5 @@
 """The processes that call the models, each so many at once, and what goes through the pipes between them and this one:
-there the jobs' ids, models, requests and prices, back their answers and calls, several in a message. Threads wait at
+there the jobs' ids, models and requests, back their answers and calls, several in a message. Threads wait at
 the pipes: a process that is stopped, perhaps within a message, stops no other.
 """
 
@@ -19,7 +19,7 @@ from typing import Any, Final
 from saasllm_cli.context import profile_flag
 from saasllm_cli.errors import SaasllmError
 from saasllm_cli.jobs.calls import Call, CallRequest, Traffic, ask_models, run_calls
-from saasllm_cli.jobs.prices import Prices
+from saasllm_cli.jobs.models import Models
 from saasllm_cli.jobs.signals import UNINTERRUPTED, signals
 
 GATHER_SECONDS = 0.05  # in which a process's results become one message
@@ -83,7 +83,7 @@ class Pool:
         Thread(target=_write, args=(ours, outbox), daemon=True).start()
 
     def send(self, tasks: list[Any]) -> None:
-        """Shares the tasks among the processes: jobs' ids, models, requests and prices."""
+        """Shares the tasks among the processes: jobs' ids, models and requests."""
         shares = defaultdict(list)
         for task in tasks:
             pipe = min(self._processes, key=lambda pipe: len(self._processes[pipe].jobs))
@@ -186,12 +186,12 @@ def _work(pipe: Connection, concurrency: int, profile: str | None) -> None:
             messages.put((results.copy(), dict(traffic.passed_over), traffic.just_closed()))
             results.clear()
 
-        async def answer(job_id: str, models: list[str], request: CallRequest, prices: Prices) -> None:
+        async def answer(job_id: str, models: Models, request: CallRequest) -> None:
             calls: list[Call] = []
             started = time.monotonic()
             async with limit:
                 try:
-                    answer = await ask_models(models, request, calls, started, prices=prices, traffic=traffic)
+                    answer = await ask_models(models, request, calls, started, traffic=traffic)
                     error = None if answer else "; ".join(f"{call.resolved_model}: {call.error}" for call in calls)
                 except Exception as unexpected:
                     answer, error = None, f"Unexpected {type(unexpected).__name__}."

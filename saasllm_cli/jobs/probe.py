@@ -7,12 +7,14 @@ from typing import Any
 
 from saasllm_cli.jobs.answers import ModelFailed
 from saasllm_cli.jobs.calls import provider, run_calls
+from saasllm_cli.jobs.models import Key
 
 PROBE = [{"role": "user", "content": "Reply with the word OK."}]
 
 
-def probe(models: Sequence[str], seconds: float) -> list[dict[str, Any]]:
-    """Asks all at once, each for at most `seconds`: `model_name`, `answered`, `latency_ms`, `error`."""
+def probe(models: Sequence[str], seconds: float, key: Key | None = None) -> list[dict[str, Any]]:
+    """Asks all at once, each for at most `seconds`, with the key or the environment's: `model_name`, `answered`,
+    `latency_ms`, `error`."""
 
     async def ask(model: str) -> dict[str, Any]:
         complete = provider(model)  # before the time runs: it may have to load litellm
@@ -20,7 +22,7 @@ def probe(models: Sequence[str], seconds: float) -> list[dict[str, Any]]:
         error = None
         try:
             async with asyncio.timeout(seconds):
-                await complete(model, PROBE, seconds, {}, None)
+                await complete(model, PROBE, seconds, {}, None, key)
         except TimeoutError:
             error = f"no answer within {seconds:.0f} s"
         except ModelFailed as failure:

@@ -33,6 +33,7 @@ from saasllm_cli.errors import (
 )
 from saasllm_cli.jobs.answers import Answer
 from saasllm_cli.jobs.calls import Call, CallRequest, ask
+from saasllm_cli.jobs.models import models_of
 from saasllm_cli.jobs.signals import UNINTERRUPTED, interrupt, signals
 
 T = TypeVar("T")
@@ -139,7 +140,7 @@ def run(
             if begun["outcome"] == "key_in_use":
                 return _first_result(begun["existing_job_id"])
             on_begun(job_id, begun["credits_held"])
-            answer = ask(begun["model_names"], request.call, calls, on_progress, on_text, begun["model_prices"])
+            answer = ask(models_of(begun), request.call, calls, on_progress, on_text)
             with signals(UNINTERRUPTED):
                 result = _settled(job_id, request.team_id, answer, calls)
     except KeyboardInterrupt:
@@ -219,7 +220,7 @@ def call(
 
     try:
         with signals({signal.SIGTERM: interrupt}):
-            answer = ask(started["model_names"], request, calls, on_progress, on_text, started["model_prices"])
+            answer = ask(models_of(started), request, calls, on_progress, on_text)
     except KeyboardInterrupt:
         with suppress(SaasllmError), signals(UNINTERRUPTED):
             record()

@@ -23,6 +23,7 @@ from saasllm_cli import database
 from saasllm_cli.errors import DatabaseUnavailable, InvalidInput, LimitReached, SaasllmError
 from saasllm_cli.jobs import runner
 from saasllm_cli.jobs.duties import Duties
+from saasllm_cli.jobs.models import models_of
 from saasllm_cli.jobs.pool import Pool
 from saasllm_cli.jobs.queue import call_request
 from saasllm_cli.jobs.runner import settle_many, settlement, until_no_other_overtakes
@@ -190,7 +191,7 @@ class _Worker:
             except InvalidInput as error:
                 self._end(job_id, {"error": error.message}, [])
             else:
-                tasks.append((job_id, row["model_names"], request, row["model_prices"]))
+                tasks.append((job_id, models_of(row), request))
         self._pool.send(tasks)
         self._look_at = 0 if rows else time.monotonic() + POLL_SECONDS
 

@@ -1,6 +1,6 @@
--- Who changed what: every change of an organization, a team, a group, an assignment, a schedule, a price, a limit or a
--- webhook, written by the database in the transaction of the change, whatever client makes it. Times in the records are
--- in UTC, whatever the session's zone.
+-- Who changed what: every change of an organization, a team, a group, an assignment, a schedule, a price, a limit, a
+-- webhook, a credential or a key, written by the database in the transaction of the change, whatever client makes it.
+-- Times in the records are in UTC, whatever the session's zone.
 
 
 -- The audit log is append-only. (A purge may redact what it keeps of its tenant: purge.sql.)
@@ -181,6 +181,26 @@ CREATE TRIGGER webhooks_audit_delete AFTER DELETE ON webhooks
     REFERENCING OLD TABLE AS old_rows
     FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('webhook', 'webhook_id');
 
+CREATE TRIGGER credentials_audit_create AFTER INSERT ON credentials
+    REFERENCING NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('credential', 'credential_id');
+CREATE TRIGGER credentials_audit_update AFTER UPDATE ON credentials
+    REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('credential', 'credential_id');
+CREATE TRIGGER credentials_audit_delete AFTER DELETE ON credentials
+    REFERENCING OLD TABLE AS old_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('credential', 'credential_id');
+
+CREATE TRIGGER proxy_keys_audit_create AFTER INSERT ON proxy_keys
+    REFERENCING NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('key', 'key_id');
+CREATE TRIGGER proxy_keys_audit_update AFTER UPDATE ON proxy_keys
+    REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('key', 'key_id');
+CREATE TRIGGER proxy_keys_audit_delete AFTER DELETE ON proxy_keys
+    REFERENCING OLD TABLE AS old_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_rows('key', 'key_id');
+
 
 -- A group is one thing with its models, though they are rows of another table: what it is now is compared with what
 -- the last record says, so that one statement that changes both, or replaces the models, writes one record.
@@ -320,6 +340,10 @@ CREATE TRIGGER job_prices_no_truncate BEFORE TRUNCATE ON job_prices
 CREATE TRIGGER limits_no_truncate BEFORE TRUNCATE ON limits
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();
 CREATE TRIGGER webhooks_no_truncate BEFORE TRUNCATE ON webhooks
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();
+CREATE TRIGGER credentials_no_truncate BEFORE TRUNCATE ON credentials
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();
+CREATE TRIGGER proxy_keys_no_truncate BEFORE TRUNCATE ON proxy_keys
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();
 CREATE TRIGGER credit_schedules_no_truncate BEFORE TRUNCATE ON credit_schedules
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_truncate();

@@ -1,7 +1,7 @@
 -- The shape in which people and scripts meet the records: column for column what a command shows.
 
 CREATE VIEW organization_details AS
-SELECT organization_id, name, status, metadata, created_at, updated_at FROM organizations;
+SELECT organization_id, name, status, own_keys_only, metadata, created_at, updated_at FROM organizations;
 
 -- With what a job of the usual type costs there everywhere; NULL where no price says so.
 CREATE VIEW model_group_details AS
@@ -141,6 +141,7 @@ SELECT
     finish_reason,
     error,
     created_at,
+    credential_id,
     prompt,
     answer
 FROM llm_calls;

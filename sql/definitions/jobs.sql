@@ -345,16 +345,16 @@ CREATE TRIGGER jobs_have_no_parent AFTER DELETE ON jobs
 CREATE FUNCTION call_rows(calls jsonb) RETURNS TABLE (
     model_group_used text, resolved_model text, attempt integer, prompt_tokens integer, completion_tokens integer,
     total_tokens integer, cost_usd numeric, latency_ms integer, purpose text, finish_reason text, error text,
-    prompt text, answer text, began interval
+    prompt text, answer text, credential_id bigint, began interval
 )
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
     SELECT
         model_group_used, resolved_model, attempt, prompt_tokens, completion_tokens, total_tokens, cost_usd,
-        latency_ms, purpose, finish_reason, error, prompt, answer, began * interval '1 second'
+        latency_ms, purpose, finish_reason, error, prompt, answer, credential_id, began * interval '1 second'
     FROM jsonb_to_recordset(calls) AS call (
         model_group_used text, resolved_model text, attempt integer, prompt_tokens integer, completion_tokens integer,
         total_tokens integer, cost_usd numeric, latency_ms integer, purpose text, finish_reason text, error text,
-        prompt text, answer text, began double precision
+        prompt text, answer text, credential_id bigint, began double precision
     )
     ORDER BY attempt
 $$;
@@ -379,7 +379,8 @@ CROSS JOIN LATERAL (
 -- for that.
 CREATE FUNCTION job_scope(
     of_team text, of_group text,
-    OUT team_id text, OUT organization_id text, OUT model_names text[], OUT model_prices jsonb, OUT refusal text
+    OUT team_id text, OUT organization_id text, OUT model_names text[], OUT model_prices jsonb, OUT model_keys jsonb,
+    OUT refusal text
 )
 LANGUAGE plpgsql STABLE SET plan_cache_mode = force_generic_plan AS $$
 #variable_conflict use_column
@@ -389,6 +390,7 @@ BEGIN
         t.organization_id,
         g.model_names,
         g.model_prices,
+        keys_of(t.team_id, t.organization_id),
         CASE
             WHEN t.team_id IS NULL THEN 'team_not_found'
             WHEN of_group IS NOT NULL AND g.group_name IS NULL THEN 'group_not_found'
@@ -399,7 +401,7 @@ BEGIN
             WHEN g.status <> 'active' THEN 'group_inactive'
             WHEN of_group IS NOT NULL AND g.model_names IS NULL THEN 'no_active_model'
         END
-    INTO team_id, organization_id, model_names, model_prices, refusal
+    INTO team_id, organization_id, model_names, model_prices, model_keys, refusal
     FROM (VALUES (of_team, of_group)) AS asked (team_id, group_name)
     LEFT JOIN teams t ON t.team_id = asked.team_id
     LEFT JOIN organizations o ON o.organization_id = t.organization_id

@@ -11,7 +11,7 @@
 CREATE FUNCTION begin_jobs(of_team text, of_group text, new_jobs jsonb, lease_seconds double precision DEFAULT NULL)
 RETURNS TABLE (
     job_id uuid, outcome text, limit_reached jsonb, credits_held bigint, organization_id text, model_names text[],
-    model_prices jsonb, existing_job_id uuid, existing_status text, existing_request_hash text
+    model_prices jsonb, model_keys jsonb, existing_job_id uuid, existing_status text, existing_request_hash text
 )
 LANGUAGE plpgsql SET search_path = public, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
 #variable_conflict use_column
@@ -169,6 +169,7 @@ BEGIN
         scope.organization_id,
         scope.model_names,
         scope.model_prices,
+        scope.model_keys,
         known.job_id,
         known.status,
         known.request_hash
@@ -261,7 +262,7 @@ $$;
 CREATE FUNCTION take_jobs(of_worker bigint, most integer, lease_seconds double precision, with_suspect boolean)
 RETURNS TABLE (
     job_id uuid, team_id text, group_name text, request jsonb, purpose text, timeout_seconds integer,
-    is_suspect boolean, model_names text[], model_prices jsonb
+    is_suspect boolean, model_names text[], model_prices jsonb, model_keys jsonb
 )
 LANGUAGE plpgsql SET search_path = public, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
 SET enable_mergejoin = off AS $$
@@ -348,7 +349,7 @@ BEGIN
 
     RETURN QUERY
     WITH turn AS (
-        SELECT turn.*, g.model_names, g.model_prices
+        SELECT turn.*, g.model_names, g.model_prices, keys_of(turn.team_id, turn.organization_id) AS model_keys
         FROM unnest(teams, organizations, groups) AS turn (team_id, organization_id, group_name)
         CROSS JOIN LATERAL (
             SELECT model_names, model_prices FROM callable_groups WHERE group_name = turn.group_name OFFSET 0
@@ -361,7 +362,7 @@ BEGIN
         WHERE l.per = 'concurrent'
     ),
     locked AS (
-        SELECT turn.team_id, turn.group_name, turn.model_names, turn.model_prices, q.*
+        SELECT turn.team_id, turn.group_name, turn.model_names, turn.model_prices, turn.model_keys, q.*
         FROM turn
         CROSS JOIN LATERAL (
             SELECT q.job_id, q.priority, q.queue_no, q.losses >= 2 AS is_suspect
@@ -429,7 +430,7 @@ BEGIN
     )
     SELECT
         chosen.job_id, chosen.team_id, chosen.group_name, taken.request, taken.purpose, taken.timeout_seconds,
-        chosen.is_suspect, chosen.model_names, chosen.model_prices
+        chosen.is_suspect, chosen.model_names, chosen.model_prices, chosen.model_keys
     FROM chosen
     JOIN taken USING (job_id)
     JOIN started USING (job_id)

@@ -14,11 +14,13 @@ GRANT SELECT ON
     model_group_records, team_records, price_records, limit_records, purges_of_transaction, checked_balances,
     current_balances, callable_groups, limit_details, margin_parts, job_queue, job_answers, workers, duties,
     worker_details, events, event_counters, limit_alerts, webhooks, webhook_states, webhook_deliveries,
-    webhook_attempts, webhook_details, webhook_delivery_details, webhook_records
+    webhook_attempts, webhook_details, webhook_delivery_details, webhook_records, credentials, credential_details,
+    proxy_keys, key_details, team_limits, wanted_keys, installation
 TO saasllm_admin, saasllm_runner, saasllm_readonly;
--- But at secrets, even encrypted, only who signs by them.
+-- But at secrets, even encrypted, only who signs or calls models by them.
 GRANT SELECT (secret_id, webhook_id, created_at, expires_at) ON webhook_secrets TO saasllm_readonly;
-GRANT SELECT ON webhook_secrets TO saasllm_admin, saasllm_runner;
+GRANT SELECT (credential_id) ON credential_secrets TO saasllm_readonly;
+GRANT SELECT ON webhook_secrets, credential_secrets TO saasllm_admin, saasllm_runner;
 
 -- saasllm_runner runs jobs: it reserves credits, enters what jobs cost, and counts them, also those that were refused.
 -- It moves balances only as the ledger says, and the ledger takes nothing else from whoever may not change teams.
@@ -34,7 +36,7 @@ GRANT INSERT (team_id, group_name, reason, refusals) ON job_refusals TO saasllm_
 GRANT UPDATE (refusals, last_at) ON job_refusals TO saasllm_runner;
 GRANT INSERT (
     job_id, team_id, model_group_used, resolved_model, attempt, prompt_tokens, completion_tokens, total_tokens,
-    cost_usd, latency_ms, purpose, finish_reason, error, prompt, answer, created_at
+    cost_usd, latency_ms, purpose, finish_reason, error, prompt, answer, credential_id, created_at
 ) ON llm_calls TO saasllm_runner;
 GRANT INSERT (
     team_id, organization_id, entry_no, job_id, transaction_type, credits_amount, credits_before, credits_after, reason,
@@ -67,7 +69,7 @@ GRANT INSERT, UPDATE, DELETE ON
     organizations, model_groups, model_group_models, model_prices, job_prices, limits, limit_counters, teams,
     team_model_groups, team_credits, credit_grants, credit_uses, credit_schedules, jobs, job_refusals, llm_calls,
     job_queue, job_answers, workers, duties, events, event_counters, limit_alerts, webhooks, webhook_states,
-    webhook_secrets, webhook_deliveries, webhook_attempts
+    webhook_secrets, webhook_deliveries, webhook_attempts, credentials, credential_secrets, proxy_keys
 TO saasllm_admin;
 -- Not the number, the time and the role of an entry, which the database gives it.
 GRANT INSERT (

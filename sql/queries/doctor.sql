@@ -46,7 +46,9 @@ FROM (
         ('webhooks', 'webhook_id', (SELECT max(webhook_id) FROM webhooks)),
         ('webhook_secrets', 'secret_id', (SELECT max(secret_id) FROM webhook_secrets)),
         ('webhook_deliveries', 'delivery_id', (SELECT max(delivery_id) FROM webhook_deliveries)),
-        ('webhook_attempts', 'attempt_id', (SELECT max(attempt_id) FROM webhook_attempts))
+        ('webhook_attempts', 'attempt_id', (SELECT max(attempt_id) FROM webhook_attempts)),
+        ('credentials', 'credential_id', (SELECT max(credential_id) FROM credentials)),
+        ('proxy_keys', 'key_id', (SELECT max(key_id) FROM proxy_keys))
 ) AS numbered (name, id, highest)
 CROSS JOIN LATERAL (SELECT pg_get_serial_sequence('public.' || name, id)::regclass AS sequence OFFSET 0) AS its
 WHERE CASE

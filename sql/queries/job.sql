@@ -7,13 +7,14 @@
 -- condition that failed, and nothing is done. A key in use gives the job that has it; a job that is there already was
 -- begun by the same request, whose answer was lost. Without a group it is pending: its calls follow. Where the balance
 -- is not that of the last entry, nothing could be charged: no model is paid for that. With the models come their
--- prices.
+-- prices and keys.
 WITH request AS (
     SELECT
         scope.team_id,
         scope.organization_id,
         scope.model_names,
         scope.model_prices,
+        scope.model_keys,
         terms.price_id,
         coalesce(mine.credits_held, terms.credits_held) AS credits_held,
         terms.limit_reached,
@@ -61,6 +62,7 @@ SELECT
     limit_record(request.limit_reached) AS limit_reached,
     request.model_names,
     request.model_prices,
+    request.model_keys,
     request.existing_job_id,
     request.existing_status,
     request.existing_request_hash,
@@ -184,6 +186,7 @@ SELECT
     organization_id,
     model_names,
     model_prices,
+    keys_of(team_id::text, organization_id::text) AS model_keys,
     credits_held,
     credits_held_before,
     limit_record((SELECT limit_id FROM reached)) AS limit_reached,
@@ -204,12 +207,12 @@ RETURNING lease_expires_at;
 -- The calls of one request, once: their times tell whether they are there already.
 INSERT INTO llm_calls (
     job_id, team_id, model_group_used, resolved_model, attempt, prompt_tokens, completion_tokens, total_tokens,
-    cost_usd, latency_ms, purpose, finish_reason, error, prompt, answer, created_at
+    cost_usd, latency_ms, purpose, finish_reason, error, prompt, answer, credential_id, created_at
 )
 SELECT
     job.job_id, job.team_id, call.model_group_used, call.resolved_model, call.attempt, call.prompt_tokens,
     call.completion_tokens, call.total_tokens, call.cost_usd, call.latency_ms, call.purpose, call.finish_reason,
-    call.error, call.prompt, call.answer, %(started_at)s::timestamptz + call.began
+    call.error, call.prompt, call.answer, call.credential_id, %(started_at)s::timestamptz + call.began
 FROM jobs job, call_rows(%(calls)s) AS call
 WHERE job.job_id = %(job_id)s
   AND NOT EXISTS (
@@ -263,12 +266,12 @@ job AS (
 calls AS (
     INSERT INTO llm_calls (
         job_id, team_id, model_group_used, resolved_model, attempt, prompt_tokens, completion_tokens, total_tokens,
-        cost_usd, latency_ms, purpose, finish_reason, error, prompt, answer, created_at
+        cost_usd, latency_ms, purpose, finish_reason, error, prompt, answer, credential_id, created_at
     )
     SELECT
         job.job_id, job.team_id, call.model_group_used, call.resolved_model, call.attempt, call.prompt_tokens,
         call.completion_tokens, call.total_tokens, call.cost_usd, call.latency_ms, call.purpose, call.finish_reason,
-        call.error, call.prompt, call.answer, job.started_at + call.began
+        call.error, call.prompt, call.answer, call.credential_id, job.started_at + call.began
     FROM job, call_rows(%(calls)s) AS call
     RETURNING call_id
 ),
@@ -380,12 +383,12 @@ answer AS (
 calls AS (
     INSERT INTO llm_calls (
         job_id, team_id, model_group_used, resolved_model, attempt, prompt_tokens, completion_tokens, total_tokens,
-        cost_usd, latency_ms, purpose, finish_reason, error, prompt, answer, created_at
+        cost_usd, latency_ms, purpose, finish_reason, error, prompt, answer, credential_id, created_at
     )
     SELECT
         job.job_id, job.team_id, call.model_group_used, call.resolved_model, call.attempt, call.prompt_tokens,
         call.completion_tokens, call.total_tokens, call.cost_usd, call.latency_ms, call.purpose, call.finish_reason,
-        call.error, call.prompt, call.answer, job.started_at + call.began
+        call.error, call.prompt, call.answer, call.credential_id, job.started_at + call.began
     FROM job, call_rows(job.calls) AS call
     RETURNING call_id
 ),

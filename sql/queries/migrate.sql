@@ -176,7 +176,8 @@ BEGIN
             VALUES
                 ('credit_transactions', 'transaction_id'), ('audit_log', 'audit_id'), ('job_refusals', 'refusal_id'),
                 ('workers', 'worker_id'), ('webhooks', 'webhook_id'), ('webhook_secrets', 'secret_id'),
-                ('webhook_deliveries', 'delivery_id'), ('webhook_attempts', 'attempt_id')
+                ('webhook_deliveries', 'delivery_id'), ('webhook_attempts', 'attempt_id'),
+                ('credentials', 'credential_id'), ('proxy_keys', 'key_id')
         ) AS numbered (name, id)
     LOOP
         CONTINUE WHEN NOT has_sequence_privilege(numbered.sequence, 'UPDATE');

@@ -48,10 +48,11 @@ ORDER BY
     organization_id
 LIMIT %(row_limit)s;
 
--- name: update(organization_id, name, metadata, unset_metadata) :maybe
+-- name: update(organization_id, name, own_keys_only, metadata, unset_metadata) :maybe
 -- What is not given stays; metadata is merged, key by key.
 UPDATE organizations
 SET name = coalesce(%(name)s, name),
+    own_keys_only = coalesce(%(own_keys_only)s, own_keys_only),
     metadata = (metadata || %(metadata)s::jsonb) - %(unset_metadata)s::text[],
     updated_at = now()
 WHERE organization_id = %(organization_id)s

@@ -18,6 +18,7 @@ from saasllm_cli.errors import Interrupted, InvalidInput, LimitReached, SaasllmE
 from saasllm_cli.jobs.batch.journal import MAKE_ROOM, Journal, is_locked
 from saasllm_cli.jobs.batch.reader import Reader
 from saasllm_cli.jobs.batch.tasks import CONFLICT, ELSEWHERE, BatchRequest, Task, running_elsewhere
+from saasllm_cli.jobs.models import models_of
 from saasllm_cli.jobs.pool import GATHER_SECONDS, Pool
 from saasllm_cli.jobs.runner import (
     SWEEP_CHUNK,
@@ -227,7 +228,7 @@ class _Batch:
                 outcome = "begun"  # when it was asked before, and the answer was lost
             if outcome == "begun" and not task.result:
                 assert task.request
-                begun.append((job_id, row["model_names"], task.request.call, row["model_prices"]))
+                begun.append((job_id, models_of(row), task.request.call))
                 continue
             del self._running[job_id]
             match outcome:
