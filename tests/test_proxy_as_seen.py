@@ -1,12 +1,11 @@
 """What a LiteLLM proxy answers, asked of the double on loopback, and of a real one where there is one."""
 
 import secrets
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import httpx
 import pytest
-from llm_proxy import ANSWER, LLMProxy, Missing, Running, real_proxy, token_of
+from llm_proxy import ANSWER, LLMProxy, Running, token_of
 
 MASTER = "{master}"
 FULL: dict[str, Any] = {
@@ -294,22 +293,10 @@ CASES: dict[str, list[Step]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def real() -> Iterator[Running]:
-    try:
-        with real_proxy() as proxy:
-            yield proxy
-    except Missing as missing:
-        pytest.skip(str(missing))
-
-
-@pytest.fixture(params=["double", "real"])
-def proxy(request: pytest.FixtureRequest) -> Iterator[LLMProxy | Running]:
-    if request.param == "real":
-        yield request.getfixturevalue("real")
-        return
-    with LLMProxy() as double:
-        yield double
+@pytest.fixture(params=["llm_proxy", "real_llm_proxy"], ids=["double", "real"])
+def proxy(request: pytest.FixtureRequest) -> LLMProxy | Running:
+    running: LLMProxy | Running = request.getfixturevalue(request.param)
+    return running
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -364,3 +351,44 @@ def lacking(wanted: Any, got: Any, place: str = "answer") -> str:
         parts = (lacking(*pair, f"{place}[]") for pair in zip(wanted, got, strict=True))
         return next((part for part in parts if part), "")
     return "" if wanted == got or (wanted is None and place == "answer") else f"{place}: {got!r}, not {wanted!r}"
+
+
+def test_the_double_fails_on_demand(llm_proxy: LLMProxy) -> None:
+    master = {"Authorization": f"Bearer {llm_proxy.master_key}"}
+
+    def make(alias: str) -> int:
+        with httpx.Client(timeout=0.3) as client:
+            return client.post(f"{llm_proxy.url}/key/generate", json={"key_alias": alias}, headers=master).status_code
+
+    llm_proxy.fail("status-503", "/key/generate", times=1)
+    assert [make("a"), make("a")] == [503, 200]
+    llm_proxy.fail("cut", times=1)
+    llm_proxy.fail("lost", times=1)
+    llm_proxy.fail("slow-0.01", times=1)
+    llm_proxy.fail("status-500", "/v1")
+    with pytest.raises(httpx.RemoteProtocolError):
+        make("b")
+    with pytest.raises(httpx.RemoteProtocolError):
+        make("c")
+    assert make("d") == 200
+    llm_proxy.fail("hang", times=1)
+    with pytest.raises(httpx.ReadTimeout):
+        make("e")
+    assert {row["key_alias"] for row in llm_proxy.keys.values()} == {"a", "c", "d"}
+    assert [request.body["key_alias"] for request in llm_proxy.requests] == ["a", "a", "b", "c", "d", "e"]
+    assert {request.authorization for request in llm_proxy.requests} == {master["Authorization"]}
+
+
+def test_the_double_is_away_and_comes_back_with_its_keys(llm_proxy: LLMProxy) -> None:
+    headers = {"Authorization": f"Bearer {llm_proxy.master_key}"}
+    with httpx.Client(base_url=llm_proxy.url, headers=headers, timeout=5) as client:
+        key = client.post("/key/generate", json={"models": ["fake"]}).json()["key"]
+        llm_proxy.stop()
+        with pytest.raises(httpx.TransportError):
+            client.get("/key/list")
+        llm_proxy.start()
+        assert client.get("/key/list").json()["keys"] == [token_of(key)]
+        answer = client.post("/chat/completions", json=CHAT, headers={"Authorization": f"Bearer {key}"})
+        assert answer.json()["usage"]["total_tokens"] == 30
+    assert llm_proxy.asked("/chat")[0].messages == CHAT["messages"]
+    assert llm_proxy.asked("/chat")[0].authorization == f"Bearer {key}"
