@@ -21,10 +21,9 @@ from saasllm_cli import database
 from saasllm_cli.database import Row
 from saasllm_cli.encryption import credential_owner, decrypt
 from saasllm_cli.errors import InvalidInput, NoAnswer, SaasllmError
+from saasllm_cli.rules import KEY_PREFIX
 from saasllm_cli.settings import settings
 
-PREFIX = "sk-"  # or the proxy takes it for no key
-SHORTEST_VALUE = 16
 NO_MODELS = ["no-default-models"]  # an empty list would stand for all
 FIELDS = (
     *("key_alias", "models", "max_budget", "budget_duration", "rpm_limit", "tpm_limit", "max_parallel_requests"),
@@ -63,7 +62,7 @@ class Difference:
 
 
 def new_value() -> str:
-    return PREFIX + secrets.token_urlsafe(32)
+    return KEY_PREFIX + secrets.token_urlsafe(32)
 
 
 def token_of(value: str) -> str:

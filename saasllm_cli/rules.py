@@ -154,3 +154,22 @@ def with_texts(value: Any, changed: Callable[[str], str]) -> Any:
 
 # litellm's names of the providers whose models take a key by the call, and then no other.
 CREDENTIAL_PROVIDERS = ("anthropic", "azure", "gemini", "groq", "hosted_vllm", "litellm_proxy", "mistral", "openai")
+LONGEST_CREDENTIAL = 10_000
+SHORTEST_TOLD = 16  # of a shorter one, four characters would tell too much
+KEY_PREFIX = "sk-"  # of a virtual key, or the proxy takes it for none
+SHORTEST_KEY = 16
+
+
+def is_credential(value: str) -> bool:
+    """Whether it can be a provider's key: one word, which a header can hold."""
+    return 0 < len(value) <= LONGEST_CREDENTIAL and value.isascii() and value.isprintable() and " " not in value
+
+
+def is_key(value: str) -> bool:
+    """Whether it can be a virtual key of the proxy."""
+    return is_credential(value) and value.startswith(KEY_PREFIX) and len(value) >= SHORTEST_KEY
+
+
+def last_four(value: str) -> str | None:
+    """What is told of a key."""
+    return value[-4:] if len(value) >= SHORTEST_TOLD else None

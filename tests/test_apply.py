@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import psycopg
 import pytest
 import yaml
 from conftest import MASTER_KEY, Result, assert_sound, open_jobs, start_process
+from llm_proxy import LLMProxy
 
-from saasllm_cli.encryption import decrypt
+from saasllm_cli.encryption import credential_owner, decrypt, new_master_key
+from saasllm_cli.errors import InvalidInput
 from saasllm_cli.manifests import apply as manifests
 from saasllm_cli.manifests.definitions import schema
 from saasllm_cli.rules import EVENT_TYPES
@@ -25,6 +28,7 @@ from saasllm_cli.settings import settings
 Run = Callable[..., Result]
 Sql = psycopg.Connection[dict[str, Any]]
 
+OPTIONAL = ("price", "webhook", "credential", "key")
 ACME = """\
 organizations:
 - organization_id: org_acme
@@ -83,7 +87,7 @@ def totals(report: Any) -> dict[str, dict[str, int]]:
     return {
         row["noun"]: {name: value for name, value in row.items() if name != "noun" and value}
         for row in report["totals"]
-        if row["noun"] not in ("price", "webhook") or any(value for name, value in row.items() if name != "noun")
+        if row["noun"] not in OPTIONAL or any(value for name, value in row.items() if name != "noun")
     }
 
 
@@ -453,6 +457,312 @@ webhooks:
     assert "low_credits" in tenant("audit", "list", "--team", "hr", "-o", "json").out
 
 
+CREDENTIALS = """\
+organizations: [{organization_id: acme, own_keys_only: true}, {organization_id: new}]
+teams: [{team_id: "t{n}", organization_id: new, count: 2}]
+credentials:
+- {organization_id: acme, provider: openai, api_base: "https://a.example/v1/", from_env: CANARY_ORG}
+- {team_id: "t{n}", provider: gemini, from_env: "CANARY_{n}", count: 2}
+- {provider: litellm_proxy, from_env: CANARY_MASTER}
+keys:
+- {team_id: hr}
+- {team_id: t1, from_env: CANARY_KEY}
+"""
+IN_NO_FILE = "keys are in no file: name the environment variable that holds it with from_env"
+CANARIES = {
+    "CANARY_ORG": "sk-canary-of-acme-0001",
+    "CANARY_1": "canary-1",
+    "CANARY_2": " sk-canary-of-t2-0003\n",
+    "CANARY_MASTER": "sk-canary-master-0004",
+    "CANARY_KEY": "sk-canary-key-of-t1-0005",
+}
+
+
+@pytest.fixture
+def canaries(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**CANARIES, "SAASLLM_MASTER_KEYS": MASTER_KEY}.items():
+        monkeypatch.setenv(name, value)
+    settings.cache_clear()
+
+
+def values_of(sql: Sql) -> dict[str, str]:
+    """What is stored, decrypted, as far as it can be."""
+    rows = sql.execute(
+        "SELECT organization_id, team_id, provider, api_base, secret FROM credential_secrets JOIN credentials USING"
+        " (credential_id) WHERE removed_at IS NULL ORDER BY credential_id"
+    )
+    found = {}
+    for row in rows:
+        with suppress(InvalidInput):
+            value = decrypt(row["secret"], credential_owner(row))
+            found[f"{row['team_id'] or row['organization_id']} {row['provider']}"] = value
+    return found
+
+
+@pytest.mark.usefixtures("canaries")
+def test_credentials_and_keys(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = tenant("apply", "-f", "-", "--diff", stdin=CREDENTIALS)
+    assert shown.status == 9
+    lines = shown.out.partition("noun ")[0].splitlines()
+    assert lines[:2] == ["~ organization acme", "    own_keys_only: false -> true"]
+    assert lines[5:] == [
+        "+ credential organization_id=acme provider=openai api_base=https://a.example/v1 from_env=CANARY_ORG",
+        "+ credential provider=litellm_proxy from_env=CANARY_MASTER",
+        "+ credential team_id=t1 provider=gemini from_env=CANARY_1",
+        "+ credential team_id=t2 provider=gemini from_env=CANARY_2",
+        "+ key hr",
+        "+ key t1 from_env=CANARY_KEY",
+    ]
+    monkeypatch.delenv("SAASLLM_MASTER_KEYS")
+    settings.cache_clear()
+    no_key = tenant("apply", "-f", "-", "-o", "json", stdin=CREDENTIALS)
+    assert (no_key.status, no_key.error["code"], no_key.out) == (2, "no_master_key", "")
+    assert values_of(sql) == {}
+    monkeypatch.setenv("SAASLLM_MASTER_KEYS", MASTER_KEY)
+    settings.cache_clear()
+
+    told = tenant("apply", "-f", "-", stdin=CREDENTIALS)
+    assert (told.status, told.out) == (0, shown.out)
+    assert told.err == "To get a key of team hr, run: saasllm key rotate hr\n"
+    stored = values_of(sql)
+    made = stored.pop("hr litellm_proxy")
+    assert made.startswith("sk-")
+    assert stored == {
+        "acme openai": "sk-canary-of-acme-0001",
+        "t1 gemini": "canary-1",
+        "t2 gemini": "sk-canary-of-t2-0003",
+        "None litellm_proxy": "sk-canary-master-0004",
+        "t1 litellm_proxy": "sk-canary-key-of-t1-0005",
+    }
+    assert [row["last_four"] for row in tenant("credential", "list", "-o", "json").data] == [
+        *("0001", "0004", None, "0003", made[-4:], "0005"),
+    ]
+    assert [row["team_id"] for row in tenant("key", "list", "-o", "json").data] == ["hr", "t1"]
+    assert tenant("org", "get", "acme", "-o", "json").data["own_keys_only"] is True
+
+    # Nothing of them is told, and another time there is nothing to do.
+    state = sql.execute("SELECT * FROM credential_secrets ORDER BY 1").fetchall()
+    assert tenant("apply", "-f", "-", stdin=CREDENTIALS).err == "Nothing to change.\n"
+    forms = [tenant("export", "-o", form).out for form in ("yaml", "json", "jsonl")]
+    for exported in forms:
+        assert applied(tenant, exported, "--prune")["changes"] == []
+    assert sql.execute("SELECT * FROM credential_secrets ORDER BY 1").fetchall() == state
+    audit = tenant("audit", "list", "--limit", "all", "-o", "json")
+    records = [row for row in audit.data if row["noun"] in ("credential", "key")]
+    assert [row["noun"] for row in records].count("credential") == 6
+    assert {row["action"] for row in records} == {"create"}
+    assert all(row["actor"] and row["command"] == "saasllm apply -f -" for row in records)
+    for text in (*forms, shown.out, audit.out):
+        assert "canary" not in text
+        assert made not in text
+    assert "from_env" not in "".join(forms)
+
+
+@pytest.mark.usefixtures("canaries")
+def test_what_is_told_of_changed_credentials_and_keys(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) -> None:
+    applied(tenant, CREDENTIALS)
+    monkeypatch.setenv("CANARY_ORG", "sk-canary-of-acme-0011")
+    monkeypatch.setenv("CANARY_KEY", "sk-canary-key-of-t1-0015")
+    changed = """\
+organizations: [{organization_id: acme, own_keys_only: false}]
+credentials:
+- {organization_id: acme, provider: openai, from_env: CANARY_ORG}
+- {team_id: t1, provider: gemini, api_base: "https://b.example"}
+- {team_id: t2, provider: gemini, api_base: "https://b.example", from_env: CANARY_2}
+keys:
+- {team_id: t1, from_env: CANARY_KEY}
+"""
+    shown = tenant("apply", "-f", "-", "--diff", stdin=changed)
+    assert shown.status == 9
+    assert shown.out.partition("noun ")[0].splitlines() == [
+        "~ organization acme",
+        "    own_keys_only: true -> false",
+        "~ credential organization_id=acme provider=openai",
+        "    value: stored -> from CANARY_ORG",
+        "~ credential team_id=t1 provider=gemini",
+        "    api_base: - -> https://b.example",
+        "~ credential team_id=t2 provider=gemini",
+        "    api_base: - -> https://b.example",
+        "~ key t1",
+        "    value: stored -> from CANARY_KEY",
+    ]
+    assert (tenant("apply", "-f", "-", stdin=changed).out, tenant("apply", "-f", "-", stdin=changed).err) == (
+        shown.out,
+        "Nothing to change.\n",
+    )
+    stored = values_of(sql)  # each bound to where it is sent now
+    assert stored["acme openai"] == "sk-canary-of-acme-0011"
+    assert (stored["t1 gemini"], stored["t2 gemini"]) == ("canary-1", "sk-canary-of-t2-0003")
+    assert stored["t1 litellm_proxy"] == "sk-canary-key-of-t1-0015"
+    bases = {row["provider"]: row["api_base"] for row in tenant("credential", "list", "-o", "json").data}
+    assert bases["openai"] == "https://a.example/v1"  # it was not named
+    former, current = tenant("key", "list", "--team", "t1", "-o", "json").data
+    assert (former["status"], former["last_four"], current["status"]) == ("expiring", "0005", "active")
+    left = datetime.fromisoformat(former["expires_at"]) - datetime.fromisoformat(current["created_at"])
+    assert left == timedelta(hours=24)
+    both = applied(tenant, changed.replace("https://b.example", "https://c.example").replace("_2}", "_1}"))
+    assert changes(both)[1][3:] == (
+        {"api_base": "https://b.example", "value": "stored"},
+        {"api_base": "https://c.example", "value": "from CANARY_1"},
+    )
+
+    # What cannot be decrypted is set anew, where it is known.
+    monkeypatch.setenv("SAASLLM_MASTER_KEYS", new_master_key())
+    settings.cache_clear()
+    elsewhere = changed.replace("https://b.example", "https://d.example")
+    refused = tenant("apply", "-f", "-", stdin=elsewhere)
+    assert (refused.status, refused.err.splitlines()[1:-1]) == (
+        2,
+        [
+            "stdin:4:3: credentials[1].from_env: what is stored cannot be decrypted: name the environment variable "
+            "that holds the key"
+        ],
+    )
+    known = elsewhere.replace('d.example"}', 'd.example", from_env: CANARY_1}')
+    shown = tenant("apply", "-f", "-", stdin=known)
+    assert shown.status == 0, shown.err
+    assert shown.out.count("    value: cannot be decrypted -> from CANARY_") == 4
+    assert sorted(values_of(sql)) == ["acme openai", "t1 gemini", "t1 litellm_proxy", "t2 gemini"]
+    assert tenant("apply", "-f", "-", stdin=known).err == "Nothing to change.\n"
+    assert len(tenant("key", "list", "--team", "t1", "-o", "json").data) == 2  # it is the same key
+
+
+@pytest.mark.usefixtures("canaries")
+def test_a_credential_or_key_that_cannot_be_set_changes_nothing(
+    tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applied(tenant, CREDENTIALS)
+    for name, value in {"EMPTY": " ", "TWO": "canary two", "LONG": "c" * 10_001, "SHORT": "sk-canary"}.items():
+        monkeypatch.setenv(name, value)
+    before = sql.execute("SELECT count(*) AS n FROM audit_log").fetchone()
+    for text, told in (
+        (
+            """\
+teams: [{team_id: hr, organization_id: acme, team_alias: Other}]
+credentials:
+- {team_id: hr, provider: openai, from_env: UNSET}
+- {team_id: hr, provider: openai, from_env: EMPTY}
+- {team_id: hr, provider: gemini, from_env: TWO}
+- {team_id: hr, provider: mistral, from_env: LONG}
+- {team_id: hr, provider: opena, from_env: CANARY_1}
+- {team_id: hr, provider: openai, value: canary}
+- {team_id: hr, provider: openai, api_key: canary}
+- {team_id: hr, provider: openai, from_env: sk-canary}
+- {team_id: hr, organization_id: acme, provider: openai}
+- {provider: openai, from_env: CANARY_1}
+- {provider: litellm_proxy, api_base: "https://a.example"}
+- {team_id: hr, provider: openai, api_base: "https://a:canary@a.example"}
+keys:
+- {team_id: hr, from_env: SHORT}
+- {team_id: t2, key: sk-canary}
+""",
+            [
+                "3:35: credentials[0].from_env: UNSET is not set in the environment",
+                "4:35: credentials[1].from_env: EMPTY is empty",
+                "5:35: credentials[2].from_env: TWO must hold one word of at most 10000 letters, digits and "
+                "punctuation characters",
+                "6:36: credentials[3].from_env: LONG must hold one word of at most 10000 letters, digits and "
+                "punctuation characters",
+                "7:17: credentials[4].provider: 'opena' is not a provider whose models take a key of their own: did "
+                "you mean openai?",
+                f"8:35: credentials[5].value: {IN_NO_FILE}",
+                f"9:35: credentials[6].api_key: {IN_NO_FILE}",
+                "10:35: credentials[7].from_env: it must be the name of an environment variable, which holds the key",
+                "11:3: credentials[8]: give only one of organization_id and team_id",
+                "12:3: credentials[9]: it needs an organization_id or a team_id; only the master key of litellm_proxy "
+                "has neither",
+                "13:3: credentials[10]: the proxy's URL is not set here: set SAASLLM_PROXY_URL, and leave out api_base",
+                "14:35: credentials[11].api_base: it must not contain credentials: deliveries are signed instead",
+                "16:17: keys[0].from_env: SHORT must begin with sk- and have at least 16 characters",
+                f"17:17: keys[1].key: {IN_NO_FILE}",
+            ],
+        ),
+        (
+            """\
+teams: [{team_id: hr, organization_id: acme, team_alias: Other}]
+credentials:
+- {team_id: hrr, provider: openai, from_env: CANARY_1}
+- {team_id: hr, provider: litellm_proxy, from_env: CANARY_1}
+- {organization_id: acme, provider: openai}
+- {organization_id: acme, provider: openai}
+- {team_id: t2, provider: litellm_proxy, from_env: CANARY_1}
+keys:
+- {team_id: t22}
+- {team_id: t2}
+""",
+            [
+                "3:4: credentials[0].team_id: team hrr not found in the files or in the database: did you mean hr?",
+                "4:3: credentials[1]: the litellm_proxy credential of team hr is its key: give it in keys",
+                "6:3: credentials[3]: organization_id=acme provider=openai is defined more than once",
+                "7:3: credentials[4]: the litellm_proxy credential of team t2 is its key: give it in keys",
+                "9:4: keys[0].team_id: team t22 not found in the files or in the database: did you mean t2?",
+            ],
+        ),
+        (
+            """\
+teams: [{team_id: hr, organization_id: acme, team_alias: Other}]
+credentials:
+- {team_id: hr, provider: openai}
+- {team_id: hr, provider: gemini, from_env: CANARY_1}
+keys:
+- {team_id: hr, from_env: CANARY_KEY}
+- {team_id: t2, from_env: CANARY_ORG}
+- {team_id: t1, from_env: CANARY_ORG}
+""",
+            [
+                "3:3: credentials[0].from_env: it is new: name the environment variable that holds the key",
+                "6:17: keys[0].from_env: CANARY_KEY holds a key that is or was another one already",
+                "7:17: keys[1].from_env: CANARY_ORG holds a key that is or was another one already",
+            ],
+        ),
+    ):
+        for options in ((), ("--diff",)):
+            refused = tenant("apply", "-f", "-", *options, stdin=text)
+            assert (refused.status, refused.out) == (2, "")
+            assert refused.err.splitlines()[1:-1] == [f"stdin:{line}" for line in told]
+            assert "canary" not in refused.err
+    assert sql.execute("SELECT count(*) AS n FROM audit_log").fetchone() == before
+
+    sql.execute("DELETE FROM proxy_keys WHERE team_id = 't1'")
+    refused = tenant("apply", "-f", "-", stdin="keys: [{team_id: t1}]")
+    assert refused.err.splitlines()[1] == (
+        "stdin:1:8: keys[0]: team t1 has a litellm_proxy credential of its own: to use a key of ours instead, run: "
+        "saasllm credential remove --team t1 --provider litellm_proxy"
+    )
+
+
+@pytest.mark.usefixtures("canaries")
+def test_the_proxy_is_told_what_was_applied(
+    tenant: Run, sql: Sql, llm_proxy: LLMProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAASLLM_PROXY_URL", llm_proxy.url)
+    monkeypatch.setenv("CANARY_MASTER", llm_proxy.master_key)
+    settings.cache_clear()
+    assert tenant("apply", "-f", "-", "--diff", stdin=CREDENTIALS).status == 9
+    assert llm_proxy.requests == []
+    assert tenant("apply", "-f", "-", stdin=CREDENTIALS).status == 0
+    assert sorted(key["key_alias"].partition("-")[0] for key in llm_proxy.keys.values()) == ["hr", "t1"]
+    asked = len(llm_proxy.requests)
+    assert tenant("apply", "-f", "-", stdin=CREDENTIALS).err == "Nothing to change.\n"
+    assert len(llm_proxy.requests) == asked
+    suspended = "teams: [{team_id: hr, organization_id: acme, status: suspended}]"
+    assert tenant("apply", "-f", "-", stdin=suspended).status == 0
+    assert [key["blocked"] for key in llm_proxy.keys.values() if key["key_alias"].startswith("hr")] == [True]
+
+    llm_proxy.fail("status-500")
+    away = tenant("apply", "-f", "-", stdin=suspended.replace("suspended", "active"))
+    assert away.status == 9
+    assert "    status: suspended -> active" in away.out
+    assert "This is done, but not yet at the proxy: " in away.err
+    assert tenant("team", "get", "hr", "-o", "json").data["status"] == "active"
+    llm_proxy.faults.clear()
+    # The last keys go with their teams, there too.
+    emptied = "organizations: [{organization_id: acme}, {organization_id: new}]"
+    sql.execute("DELETE FROM proxy_keys WHERE team_id = 'hr'")
+    assert tenant("apply", "-f", "-", "--prune", "--yes", stdin=emptied).status == 0
+    assert llm_proxy.keys == {}
+
+
 def test_a_changed_price_is_another_version(tenant: Run, sql: Sql) -> None:
     for credits_ in (5, 5, 6):
         applied(
@@ -662,7 +972,10 @@ def test_nothing_to_apply_is_an_error(tenant: Run, home: Path, text: str, name: 
             result = tenant("apply", *words, *options, stdin=text)
             assert (result.status, result.out) == (2, "")
             shown = "stdin" if name == "-" else name
-            assert f"{shown}: it contains no organizations, model_groups, teams, prices or webhooks" in result.err
+            assert (
+                f"{shown}: it contains no organizations, model_groups, teams, prices, webhooks, credentials or keys"
+                in result.err
+            )
     assert tenant("org", "get", "new").status == 3
     assert tenant("apply", "-f", "-", stdin="teams: []").err == "Nothing to change.\n"
 
@@ -715,7 +1028,7 @@ def test_files_folders_and_forms(tenant: Run, home: Path) -> None:
 
 NO_ID = "is not a valid ID: use up to 128 letters, digits, '.', '_' and '-', starting with a letter or digit"
 NOWHERE = "not found in the files or in the database: did you mean"
-NO_FIELD = "unknown field: use one of organizations, model_groups, teams, prices, webhooks"
+NO_FIELD = "unknown field: use one of organizations, model_groups, teams, prices, webhooks, credentials, keys"
 ORG = "organizations: [{organization_id: o}]\n"
 # What is in the file, and what is told of it, without the name of the file.
 BROKEN = {
@@ -723,9 +1036,12 @@ BROKEN = {
     "a tab": ("teams:\n\t- a", ["2:1: it is not valid YAML: found character that cannot start any token"]),
     "no mapping": (
         "- a\n- b\n",
-        ["1:1: it must be a mapping with organizations, model_groups, teams, prices and webhooks"],
+        ["1:1: it must be a mapping with organizations, model_groups, teams, prices, webhooks, credentials and keys"],
     ),
-    "a text": ("tenants", ["1:1: it must be a mapping with organizations, model_groups, teams, prices and webhooks"]),
+    "a text": (
+        "tenants",
+        ["1:1: it must be a mapping with organizations, model_groups, teams, prices, webhooks, credentials and keys"],
+    ),
     "an unknown section": (
         "tems: []\ngroups: []\n",
         [
@@ -742,8 +1058,8 @@ BROKEN = {
     "a field of nothing": (
         "organizations:\n- organization_id: o\n  zzz: 1\n",
         [
-            "3:3: organizations[0].zzz: unknown field: use one of organization_id, name, status, price, limits, "
-            "metadata, count"
+            "3:3: organizations[0].zzz: unknown field: use one of organization_id, name, status, own_keys_only, price, "
+            "limits, metadata, count"
         ],
     ),
     "a missing id": ("model_groups:\n- models: [a]\n", ["2:3: model_groups[0].group_name: it is required"]),
@@ -899,8 +1215,8 @@ BROKEN = {
         "organizations: [{organization_id: o, schedule: null}]\nteams:\n"
         "- {team_id: hr, organization_id: acme, models: []}\n",
         [
-            "1:38: organizations[0].schedule: unknown field: use one of organization_id, name, status, price, limits, "
-            "metadata, count",
+            "1:38: organizations[0].schedule: unknown field: use one of organization_id, name, status, own_keys_only, "
+            "price, limits, metadata, count",
             "3:40: teams[0].models: unknown field: did you mean model_groups?",
         ],
     ),
@@ -1335,6 +1651,7 @@ def test_the_schema_is_that_of_the_files(saasllm: Run) -> None:
     validator.validate(yaml.safe_load(ACME.replace("2030-01-01", "'2030-01-01'")))
     validator.validate(yaml.safe_load(PRICED.replace("1e6", "1000000")))
     validator.validate(yaml.safe_load(WEBHOOKS))
+    validator.validate(yaml.safe_load(CREDENTIALS))
     validator.validate(yaml.safe_load(ENDING.replace("2130-01-01", "'2130-01-01'")))
     for wrong in (
         {"prices": [{"credits": -1}]},
@@ -1346,6 +1663,10 @@ def test_the_schema_is_that_of_the_files(saasllm: Run) -> None:
         {"teams": [{"team_id": "a", "organization_id": "b", "low_credits": 5}]},
         {"webhooks": [{"url": "https://a.example"}]},
         {"webhooks": [{"url": "https://a.example", "event_types": ["any"]}]},
+        {"credentials": [{"organization_id": "acme"}]},
+        {"credentials": [{"organization_id": "acme", "provider": "openai", "value": "x"}]},
+        {"credentials": [{"organization_id": "acme", "provider": "openai", "from_env": "sk-x"}]},
+        {"keys": [{}]},
         {"tems": []},
         {"teams": [{"team_id": "a"}]},
         {"organizations": [{"organization_id": "a b"}]},

@@ -263,7 +263,7 @@ def test_a_part_of_it(tenant: Run, sql: psycopg.Connection[Any]) -> None:
     def ids(*options: str) -> list[list[str]]:
         manifest = yaml.safe_load(tenant("export", *options).out)
         keys = {"organizations": "organization_id", "model_groups": "group_name", "teams": "team_id"}
-        assert list(manifest) == [*keys, "prices", "webhooks"]
+        assert list(manifest) == [*keys, "prices", "webhooks", "credentials", "keys"]
         return [[record[key] for record in manifest[section]] for section, key in keys.items()]
 
     assert ids() == [["acme", "other"], ["Down", "Echo", "Other"], ["hr", "it", "ops"]]
@@ -303,7 +303,8 @@ def test_a_part_of_it(tenant: Run, sql: psycopg.Connection[Any]) -> None:
 
 
 def test_an_empty_database(saasllm: Run) -> None:
-    assert saasllm("export").out == "organizations: []\nmodel_groups: []\nteams: []\nprices: []\nwebhooks: []\n"
+    sections = ("organizations", "model_groups", "teams", "prices", "webhooks", "credentials", "keys")
+    assert saasllm("export").out == "".join(f"{section}: []\n" for section in sections)
     assert saasllm("apply", "-f", "-", stdin=saasllm("export").out).status == 0
 
 

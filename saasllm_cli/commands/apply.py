@@ -45,11 +45,12 @@ def apply(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of the files, for editors.")] = False,
     output: Output = None,
 ) -> None:
-    """Create and update organizations, model groups, teams, prices and webhooks from files.
+    """Create and update organizations, model groups, teams, prices, webhooks, credentials and keys from files.
 
     Either all changes are made or none. Anything the files do not name is left alone, and applying them again changes
     nothing. A team's `credits` are granted when it is created; if they differ later, that is shown but not applied.
-    The files hold no secrets: to get that of a new webhook, run `saasllm webhook rotate`.
+    The files hold no secrets: to get that of a new webhook, run `saasllm webhook rotate`, and `saasllm key rotate` for
+    a key. Credentials are read from the environment variables that the files name.
     """
     if schema:
         from saasllm_cli.manifests.definitions import schema as schema_
@@ -62,6 +63,7 @@ def apply(
     form = output or settings().output
     with waiting("Reading …"), database.connect() as db:
         with db.whole():
+            had_keys = not diff and db.one("apply.has_keys")["has_keys"]
             stage(db, sources, progress)
             to_prune = None
             if diff or prune:
@@ -81,6 +83,8 @@ def apply(
             found.read()  # it is told when it is done, and while it is told nobody waits for it
             expired = expired_credits(db)
             webhooks = [] if diff else new_webhooks(db)
+            keys = [] if diff else [row["team_id"] for row in db.many("apply.made_keys")]
+            has_keys = not diff and (had_keys or db.one("apply.has_keys")["has_keys"])
             inactive = [] if diff else [row["group_name"] for row in db.many("apply.inactive_groups")]
         _show(found, totals, form)
         tell_inactive(inactive)
@@ -88,6 +92,8 @@ def apply(
             note(f"Warning: the opening credits of {some(expired)} have already expired.", team_ids=expired)
         for webhook_id in webhooks:
             note(f"To get the secret of webhook {webhook_id}, run: saasllm webhook rotate {webhook_id}")
+        for team_id in keys:
+            note(f"To get a key of team {team_id}, run: saasllm key rotate {team_id}", team_id=team_id)
     changed = sum(row[name] for row in totals for name in ("created", "changed", "suspended", "deleted"))
     differing = sum(row["differing"] for row in totals)
     if not changed and not (diff and differing):
@@ -100,6 +106,10 @@ def apply(
             if changed
             else "Opening credits are granted only once. To add more, run: saasllm credits add TEAM AMOUNT",
         )
+    elif has_keys and settings().proxy_url is not None:
+        from saasllm_cli.commands.key import change_proxy
+
+        change_proxy()
 
 
 def _files(name: str) -> list[str]:

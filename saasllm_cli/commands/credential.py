@@ -27,14 +27,11 @@ from saasllm_cli.commands.inputs import (
 from saasllm_cli.database import Row
 from saasllm_cli.errors import CheckFailed, Conflict, InvalidInput, NoAnswer, NotFound, SaasllmError, not_found
 from saasllm_cli.output import note, print_line, progress, show, waiting
-from saasllm_cli.rules import CREDENTIAL_PROVIDERS
+from saasllm_cli.rules import CREDENTIAL_PROVIDERS, LONGEST_CREDENTIAL, is_credential, last_four
 
 app = noun()
 
 PROXY = "litellm_proxy"
-LONGEST_VALUE = 10_000
-# Of a shorter one, four characters would tell too much.
-SHORTEST_TOLD = 16
 REWRAPPED = 500  # in one transaction
 
 
@@ -116,9 +113,9 @@ def set_(
     value = _value(from_env, f"Key of {scope.owner} for {provider}")
 
     def work() -> Row:
-        last_four = value[-4:] if len(value) >= SHORTEST_TOLD else None
         secret = encryption.encrypt(value, encryption.credential_owner({**owner, "api_base": api_base}))
-        found = db.one("credential.set", **scope._asdict(), api_base=api_base, last_four=last_four, secret=secret)
+        told = {"last_four": last_four(value), "secret": secret}
+        found = db.one("credential.set", **scope._asdict(), api_base=api_base, **told)
         for noun_, key in (("organization", org), ("team", team)):
             if not found[f"{noun_}_exists"]:
                 raise not_found(noun_, str(key))
@@ -370,16 +367,16 @@ def _value(from_env: str | None, question: str) -> str:
         given = asked(question, "--from-env NAME", lambda text, err: typer.prompt(text, hide_input=True, err=err))
     else:
         try:
-            given = sys.stdin.read(LONGEST_VALUE + 2)
+            given = sys.stdin.read(LONGEST_CREDENTIAL + 2)
         except UnicodeDecodeError:
             given = "\0"
     value = given.strip()
     if not value:
         raise InvalidInput("no_value", "The key is empty.", "Give it on stdin, or with --from-env NAME.")
-    if len(value) > LONGEST_VALUE or not value.isascii() or not value.isprintable() or " " in value:
+    if not is_credential(value):
         raise InvalidInput(
             "invalid_value",
-            f"The key must be one word of at most {LONGEST_VALUE} letters, digits and punctuation characters.",
+            f"The key must be one word of at most {LONGEST_CREDENTIAL} letters, digits and punctuation characters.",
             "Give the key alone, as the provider shows it.",
         )
     return value

@@ -29,10 +29,11 @@ def export(
         typer.Option("--output", "-o", help="Output format (default: $SAASLLM_OUTPUT if json or jsonl, else yaml)."),
     ] = None,
 ) -> None:
-    """Print organizations, model groups, teams, prices and webhooks as a file for `saasllm apply`.
+    """Print organizations, model groups, teams, prices, webhooks, credentials and keys for `saasllm apply`.
 
     Includes the teams' groups, schedules, limits, metadata and opening credits, but no credits bought or used since
-    and no secrets.
+    and no secrets. To apply the file to another database, name in it the environment variables that hold the
+    credentials, with from_env.
     """
     if org and team:
         raise InvalidInput("usage", "--org and --team cannot be combined.", "Give only one of them.")

@@ -27,6 +27,7 @@ from saasllm_cli.commands.inputs import (
 from saasllm_cli.database import Database, Row
 from saasllm_cli.errors import CheckFailed, Conflict, InvalidInput, NotFound, SaasllmError
 from saasllm_cli.output import note, progress, remark, show, waiting
+from saasllm_cli.rules import KEY_PREFIX, SHORTEST_KEY, is_key
 from saasllm_cli.settings import Format, settings
 
 app = noun()
@@ -281,14 +282,12 @@ def _stored(db: Database, team_id: str, value: str) -> Row:
 
 
 def _value(from_env: str) -> str:
-    from saasllm_cli import proxy
-
     value = os.environ.get(from_env, "").strip()
-    if not value.startswith(proxy.PREFIX) or len(value) < proxy.SHORTEST_VALUE or not value.isascii():
+    if not is_key(value):
         raise InvalidInput(
             "invalid_value",
             f"{from_env} is not set to a key that the proxy would take.",
-            f"It must begin with {proxy.PREFIX} and have at least {proxy.SHORTEST_VALUE} characters.",
+            f"It must begin with {KEY_PREFIX} and have at least {SHORTEST_KEY} characters.",
         )
     return value
 

@@ -3,10 +3,12 @@
 What a record does not name is left as it is, or has its default where the record is new.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, date
 from decimal import Decimal
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -23,11 +25,14 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticCustomError
 
 from saasllm_cli.rules import (
+    CREDENTIAL_PROVIDERS,
     DAY,
     DECIMALS,
     DEFAULT_PRIORITY,
     EVENT_TYPES,
     IDENTIFIER,
+    KEY_PREFIX,
+    LONGEST_CREDENTIAL,
     LONGEST_NAME,
     METADATA_BYTES,
     METADATA_DEPTH,
@@ -36,7 +41,10 @@ from saasllm_cli.rules import (
     MOST_CREDITS,
     MOST_RATE,
     MOST_THRESHOLDS,
+    SHORTEST_KEY,
     expiry,
+    is_credential,
+    is_key,
     is_label,
     is_storable,
     plain,
@@ -47,6 +55,8 @@ MOST_COPIES = 1_000_000
 UNLIMITED = "unlimited"
 ALL = "all"
 SUBSCRIPTIONS = [ALL, *EVENT_TYPES]
+PROXY = "litellm_proxy"
+VARIABLE = r"^([A-Za-z_]|\{n\})([A-Za-z0-9_]|\{n\})*$"
 NUMBER = "{n}"  # in the strings of a record with a count: which of them it is
 IGNORED = re.compile(r"^(x-|\.)")  # keys beside the sections: a place for anchors
 # In an editor the id of a template is none yet.
@@ -309,6 +319,9 @@ class Organization(_Object):
     organization_id: Identifier
     name: Name = Field(None, description="Display name (default: the ID).")  # type: ignore[assignment]
     status: Activity = "active"
+    own_keys_only: bool = Field(
+        False, description="Call models only with keys of the organization and its teams, never with yours."
+    )
     price: Price | None = Field(None, description="What a job of the organization costs; null for none.")
     limits: Annotated[Limits, AfterValidator(_without_groups)] = []
     metadata: Metadata = {}
@@ -496,8 +509,99 @@ class Webhook(_Object):
         return self
 
 
+def _provider(value: str) -> str:
+    if value not in CREDENTIAL_PROVIDERS:
+        near = get_close_matches(value, CREDENTIAL_PROVIDERS, 1)
+        meant = f"did you mean {near[0]}?" if near else "use litellm's name, such as openai, anthropic or gemini"
+        raise _refused(f"{value!r} is not a provider whose models take a key of their own: {meant}")
+    return value
+
+
+def _endpoint(url: str) -> str:
+    from saasllm_cli.webhooks.addresses import target
+
+    try:
+        target(_storable(url), allow_http=True)
+    except ValueError as error:
+        raise _refused(str(error)) from None
+    return url.rstrip("/")
+
+
+def value_of(variable: str) -> str:
+    return os.environ.get(variable, "").strip()
+
+
+def _given(variable: str) -> str:
+    """The name of a variable that is set; what it holds is never repeated, nor what may be a key in its place."""
+    if not re.fullmatch(VARIABLE, variable):
+        raise _refused("it must be the name of an environment variable, which holds the key")
+    if variable not in os.environ:
+        raise _refused(f"{variable} is not set in the environment")
+    if not value_of(variable):
+        raise _refused(f"{variable} is empty")
+    return variable
+
+
+def _given_credential(variable: str) -> str:
+    if not is_credential(value_of(variable)):
+        raise _refused(
+            f"{variable} must hold one word of at most {LONGEST_CREDENTIAL} letters, digits and punctuation characters"
+        )
+    return variable
+
+
+def _given_key(variable: str) -> str:
+    if not is_key(value_of(variable)):
+        raise _refused(f"{variable} must begin with {KEY_PREFIX} and have at least {SHORTEST_KEY} characters")
+    return variable
+
+
+Variable = Annotated[str, AfterValidator(_given), WithJsonSchema({"type": "string", "pattern": VARIABLE})]
+
+
+class Credential(_Object):
+    """A provider key of an organization or a team; or of neither, the master key of the proxy."""
+
+    organization_id: Identifier = Field(None, description="Organization whose key it is.")  # type: ignore[assignment]
+    team_id: Identifier = Field(None, description="Team whose key it is.")  # type: ignore[assignment]
+    provider: Annotated[
+        str, AfterValidator(_provider), WithJsonSchema({"type": "string", "enum": list(CREDENTIAL_PROVIDERS)})
+    ] = Field(description="Provider, as litellm names it.")
+    api_base: Annotated[str, AfterValidator(_endpoint)] | None = Field(
+        None, description="Endpoint of its own; null for the provider's."
+    )
+    from_env: Annotated[Variable, AfterValidator(_given_credential)] = Field(
+        None,  # type: ignore[assignment]
+        description="Environment variable that holds the key; required for a new credential.",
+    )
+    count: Count = None  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _has_one_owner(self) -> "Credential":
+        given = self.model_fields_set & {"organization_id", "team_id"}
+        if len(given) > 1:
+            raise _refused("give only one of organization_id and team_id")
+        if not given and self.provider != PROXY:
+            raise _refused(f"it needs an organization_id or a team_id; only the master key of {PROXY} has neither")
+        if not given and self.api_base is not None:
+            raise _refused("the proxy's URL is not set here: set SAASLLM_PROXY_URL, and leave out api_base")
+        return self
+
+
+class TeamKey(_Object):
+    """A team's key at the LiteLLM proxy. Its value is in no file: to get one, use `saasllm key rotate`."""
+
+    team_id: Identifier
+    from_env: Annotated[Variable, AfterValidator(_given_key)] = Field(
+        None,  # type: ignore[assignment]
+        description="Environment variable that holds the key (default: a new one is made).",
+    )
+    count: Count = None  # type: ignore[assignment]
+
+
 class Manifest(_Object):
-    """Tenants of saasllm: organizations, model groups, teams, prices and webhooks, in any order and number of files."""
+    """Tenants of saasllm: organizations, model groups, teams, prices, webhooks, credentials and keys, in any order and
+    number of files."""
 
     model_config = ConfigDict(json_schema_extra={"patternProperties": {IGNORED.pattern: {}}})
 
@@ -507,6 +611,8 @@ class Manifest(_Object):
     teams: list[Team] = []
     prices: list[ScopedPrice] = []
     webhooks: list[Webhook] = []
+    credentials: list[Credential] = []
+    keys: list[TeamKey] = []
 
 
 def _scope(fields: dict[str, Any]) -> str | None:
@@ -522,6 +628,12 @@ def _destination(fields: dict[str, Any]) -> str | None:
     return " ".join(f"{name}={fields[name]}" for name in names if name in fields) if "url" in fields else None
 
 
+def _owner(fields: dict[str, Any]) -> str | None:
+    """Whose a credential is and for what, as the view `credential_records` says it; None of one that is wrong."""
+    names = ("team_id", "organization_id", "provider")
+    return " ".join(f"{name}={fields[name]}" for name in names if name in fields) if "provider" in fields else None
+
+
 # By the section: what its records are called, their definition and what is their id.
 SECTIONS: dict[str, tuple[str, type[_Object], Callable[[dict[str, Any]], str | None]]] = {
     "organizations": ("organization", Organization, lambda fields: fields.get("organization_id")),
@@ -529,6 +641,8 @@ SECTIONS: dict[str, tuple[str, type[_Object], Callable[[dict[str, Any]], str | N
     "teams": ("team", Team, lambda fields: fields.get("team_id")),
     "prices": ("price", ScopedPrice, _scope),
     "webhooks": ("webhook", Webhook, _destination),
+    "credentials": ("credential", Credential, _owner),
+    "keys": ("key", TeamKey, lambda fields: fields.get("team_id")),
 }
 # By the field of a record.
 PARTS: dict[str | int, type[_Object]] = {
@@ -541,8 +655,9 @@ PARTS: dict[str | int, type[_Object]] = {
 
 
 def in_order(fields: dict[str, Any], definition: type[_Object]) -> dict[str, Any]:
-    """The fields, which the database sorts in its own way, as they stand in the definition."""
-    ordered = {name: fields[name] for name in definition.model_fields if name in fields}
+    """The fields, which the database sorts in its own way, as they stand in the definition; what else is told of them
+    comes last."""
+    ordered = {name: fields[name] for name in definition.model_fields if name in fields} | fields
     for name, part in PARTS.items():
         match ordered.get(str(name)):
             case dict() as value:

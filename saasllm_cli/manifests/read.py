@@ -27,9 +27,10 @@ SUFFIXES = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".jsonl": "lines",
 STDIN = "stdin"
 MOST_ERRORS = 100
 TOO_DEEP = f"it is nested more than {MOST_NESTED} levels deep"
-NO_SECTION = "it contains no organizations, model_groups, teams, prices or webhooks"
+NO_SECTION = "it contains no organizations, model_groups, teams, prices, webhooks, credentials or keys"
 SCOPE = ("organization_id", "group_name", "team_id", "job_type")
 REFERENCES = (*SCOPE, "model_groups", "limits")
+VALUES = ("value", "api_key", "key", "secret")  # as which a key may be given where none is to be
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -87,7 +88,7 @@ def _sections(source: "Source") -> Iterator[tuple[int, str, list[Any]]]:
             continue
         if not isinstance(content, dict):
             source.refuse(
-                document, (), "it must be a mapping with organizations, model_groups, teams, prices and webhooks"
+                document, (), f"it must be a mapping with {', '.join([*SECTIONS][:-1])} and {[*SECTIONS][-1]}"
             )
             continue
         for section, items in content.items():
@@ -282,6 +283,8 @@ def _message(error: ErrorDetails, definition: type[BaseModel]) -> str:
         case "missing":
             return "it is required"
         case "extra_forbidden":
+            if "from_env" in definition.model_fields and error["loc"][-1] in VALUES:
+                return "keys are in no file: name the environment variable that holds it with from_env"
             if len(error["loc"]) > 1:
                 definition = PARTS[error["loc"][0]]
             return _unknown(str(error["loc"][-1]), definition.model_fields)

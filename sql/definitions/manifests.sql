@@ -47,7 +47,7 @@ CREATE VIEW organization_records AS
 SELECT
     organization_id,
     jsonb_build_object(
-        'organization_id', organization_id, 'name', name, 'status', status,
+        'organization_id', organization_id, 'name', name, 'status', status, 'own_keys_only', own_keys_only,
         'price', (
             SELECT price_record(p)
             FROM job_prices p
@@ -202,3 +202,24 @@ SELECT
         )
     ) AS record
 FROM webhooks;
+
+-- Without their values. What a team's key at the proxy is, is no credential of its own.
+CREATE VIEW credential_records AS
+SELECT
+    coalesce('team_id=' || team_id || ' ', 'organization_id=' || organization_id || ' ', '') || 'provider=' || provider
+        AS id,
+    organization_id,
+    team_id,
+    credential_id,
+    jsonb_strip_nulls(
+        jsonb_build_object(
+            'organization_id', CASE WHEN team_id IS NULL THEN organization_id END, 'team_id', team_id
+        )
+    ) || jsonb_build_object('provider', provider, 'api_base', api_base) AS record
+FROM credentials c
+WHERE removed_at IS NULL AND NOT EXISTS (SELECT FROM proxy_keys k WHERE k.credential_id = c.credential_id);
+
+CREATE VIEW key_records AS
+SELECT team_id AS id, credential_id, token, jsonb_build_object('team_id', team_id) AS record
+FROM proxy_keys
+WHERE expires_at IS NULL;

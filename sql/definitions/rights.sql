@@ -15,7 +15,7 @@ GRANT SELECT ON
     current_balances, callable_groups, limit_details, margin_parts, job_queue, job_answers, workers, duties,
     worker_details, events, event_counters, limit_alerts, webhooks, webhook_states, webhook_deliveries,
     webhook_attempts, webhook_details, webhook_delivery_details, webhook_records, credentials, credential_details,
-    proxy_keys, key_details, team_limits, wanted_keys, installation
+    proxy_keys, key_details, team_limits, wanted_keys, installation, credential_records, key_records
 TO saasllm_admin, saasllm_runner, saasllm_readonly;
 -- But at secrets, even encrypted, only who signs or calls models by them.
 GRANT SELECT (secret_id, webhook_id, created_at, expires_at) ON webhook_secrets TO saasllm_readonly;

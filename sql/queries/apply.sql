@@ -53,7 +53,7 @@ team AS (
 ),
 -- What may be referred to, as one list: of two NOT EXISTS the planner thinks that the second is left with few rows.
 known AS (
-    SELECT noun, id FROM staged WHERE noun NOT IN ('price', 'webhook')
+    SELECT noun, id FROM staged WHERE noun IN ('organization', 'group', 'team')
     UNION ALL
     SELECT 'team', team_id FROM teams
     UNION ALL
@@ -75,7 +75,7 @@ wanted AS (
     SELECT source, document, section, place, field, NULL, NULL, split_part(field, '_', 1), value
     FROM staged
     CROSS JOIN LATERAL jsonb_each_text(fields) AS f (field, value)
-    WHERE noun IN ('price', 'webhook') AND field IN ('organization_id', 'team_id', 'group_name')
+    WHERE noun IN ('price', 'webhook', 'credential', 'key') AND field IN ('organization_id', 'team_id', 'group_name')
     UNION ALL
     SELECT source, document, section, place, 'organization_id', NULL, NULL, 'organization', organization_id
     FROM team
@@ -114,6 +114,22 @@ CROSS JOIN LATERAL (
 JOIN staged s ON s.noun = whole.noun AND s.id = whole.id AND s.fields ? 'price'
 WHERE p.noun = 'price'
 UNION
+SELECT source, document, section, place, 'credential_is_key', NULL, NULL, NULL, fields ->> 'team_id'
+FROM staged s
+WHERE noun = 'credential'
+  AND fields ->> 'provider' = 'litellm_proxy'
+  AND (
+      EXISTS (SELECT FROM key_records k WHERE k.id = s.fields ->> 'team_id')
+      OR EXISTS (SELECT FROM staged k WHERE k.noun = 'key' AND k.id = s.fields ->> 'team_id')
+  )
+UNION
+SELECT source, document, section, place, 'key_is_credential', NULL, NULL, NULL, id
+FROM staged s
+WHERE noun = 'key'
+  AND EXISTS (
+      SELECT FROM credential_records c WHERE c.team_id = s.id AND c.record ->> 'provider' = 'litellm_proxy'
+  )
+UNION
 SELECT
     source, document, section, place, 'overdraft_too_low', 'overdraft', NULL, NULL,
     (c.credits_reserved - c.credits_remaining)::text
@@ -148,7 +164,11 @@ LEFT JOIN model_group_records g ON s.noun = 'group' AND g.group_name = s.id
 LEFT JOIN team_records t ON s.noun = 'team' AND t.team_id = s.id
 LEFT JOIN price_records p ON s.noun = 'price' AND p.id = s.id
 LEFT JOIN webhook_records w ON s.noun = 'webhook' AND w.id = s.id
-CROSS JOIN LATERAL (SELECT coalesce(o.record, g.record, t.record, p.record, w.record) AS record) AS existing
+LEFT JOIN credential_records c ON s.noun = 'credential' AND c.id = s.id
+LEFT JOIN key_records k ON s.noun = 'key' AND k.id = s.id
+CROSS JOIN LATERAL (
+    SELECT coalesce(o.record, g.record, t.record, p.record, w.record, c.record, k.record) AS record
+) AS existing
 LEFT JOIN LATERAL (
     SELECT jsonb_object_agg(field, old) AS before, jsonb_object_agg(field, new) AS after
     FROM (
@@ -180,7 +200,7 @@ LEFT JOIN LATERAL (
                 ELSE s.fields
             END
         )
-        WHERE key <> 'credits' OR s.noun <> 'team'
+        WHERE (key <> 'credits' OR s.noun <> 'team') AND key <> 'from_env'
     ) AS compared
     WHERE old IS DISTINCT FROM new
 ) AS difference ON existing.record IS NOT NULL
@@ -244,7 +264,8 @@ SELECT
     count(*) FILTER (WHERE action = 'differ') AS differing,
     count(*) FILTER (WHERE action = 'suspend') AS suspended,
     count(*) FILTER (WHERE action = 'delete') AS deleted
-FROM (VALUES (1, 'organization'), (2, 'group'), (3, 'team'), (4, 'price'), (5, 'webhook')) AS nouns (place, noun)
+FROM unnest(ARRAY['organization', 'group', 'team', 'price', 'webhook', 'credential', 'key'])
+    WITH ORDINALITY AS nouns (noun, place)
 LEFT JOIN change USING (noun)
 GROUP BY place, noun
 ORDER BY place;
@@ -253,7 +274,7 @@ ORDER BY place;
 SELECT noun, id, action, before, after
 FROM change
 ORDER BY
-    CASE noun WHEN 'organization' THEN 1 WHEN 'group' THEN 2 WHEN 'team' THEN 3 WHEN 'price' THEN 4 ELSE 5 END,
+    array_position(ARRAY['organization', 'group', 'team', 'price', 'webhook', 'credential', 'key'], noun),
     id,
     action DESC
 LIMIT %(row_limit)s;
@@ -276,8 +297,10 @@ WHERE noun = 'team'
 ORDER BY id;
 
 -- name: create_organizations() :none
-INSERT INTO organizations (organization_id, name, status, metadata)
-SELECT id, coalesce(after ->> 'name', id), coalesce(after ->> 'status', 'active'), coalesce(after -> 'metadata', '{}')
+INSERT INTO organizations (organization_id, name, status, own_keys_only, metadata)
+SELECT
+    id, coalesce(after ->> 'name', id), coalesce(after ->> 'status', 'active'),
+    coalesce((after -> 'own_keys_only')::boolean, false), coalesce(after -> 'metadata', '{}')
 FROM change
 WHERE noun = 'organization' AND action = 'create'
 ORDER BY id;
@@ -286,6 +309,7 @@ ORDER BY id;
 UPDATE organizations o
 SET name = coalesce(after ->> 'name', o.name),
     status = coalesce(after ->> 'status', o.status),
+    own_keys_only = coalesce((after -> 'own_keys_only')::boolean, o.own_keys_only),
     metadata = coalesce(after -> 'metadata', o.metadata),
     updated_at = now()
 FROM change
@@ -487,6 +511,67 @@ JOIN webhooks w
     ON coalesce(w.organization_id, '') = coalesce(after ->> 'organization_id', '') AND w.url = after ->> 'url'
 WHERE noun = 'webhook' AND action = 'create'
 ORDER BY w.webhook_id;
+
+-- name: credential_values() :many
+-- The credentials and keys whose values are to be set or compared: those that are new, that are to be sent elsewhere,
+-- or that a variable holds. What they are to be, and of what is there its `credential_id` and a key's `token`.
+SELECT
+    s.noun, s.id, s.source, s.document, s.section, s.place, c.action, s.fields ->> 'from_env' AS from_env,
+    s.fields ->> 'organization_id' AS organization_id, s.fields ->> 'team_id' AS team_id,
+    coalesce(s.fields ->> 'provider', 'litellm_proxy') AS provider,
+    CASE WHEN s.fields ? 'api_base' THEN s.fields ->> 'api_base' ELSE r.record ->> 'api_base' END AS api_base,
+    coalesce(r.credential_id, k.credential_id) AS credential_id, k.token
+FROM staged s
+LEFT JOIN change c ON c.noun = s.noun AND c.id = s.id
+LEFT JOIN credential_records r ON s.noun = 'credential' AND r.id = s.id
+LEFT JOIN key_records k ON s.noun = 'key' AND k.id = s.id
+WHERE s.noun IN ('credential', 'key') AND (s.fields ? 'from_env' OR c.action IS NOT NULL)
+ORDER BY s.noun, s.id;
+
+-- name: stored_values(credential_ids) :many
+-- What is stored of them, with what it is bound to.
+SELECT c.credential_id, c.organization_id, c.team_id, c.provider, c.api_base, s.secret
+FROM credential_secrets s
+JOIN credentials c USING (credential_id)
+WHERE s.credential_id = ANY (%(credential_ids)s::bigint[]);
+
+-- name: keys_with(tokens) :many
+SELECT team_id, token FROM proxy_keys WHERE token = ANY (%(tokens)s::text[]);
+
+-- name: change_values(nouns, ids, before, after) :none
+-- Values that differ: what is told of them in their place.
+WITH differing AS (
+    SELECT noun, id, jsonb_build_object('value', old) AS before, jsonb_build_object('value', new) AS after
+    FROM unnest(%(nouns)s::text[], %(ids)s::text[], %(before)s::text[], %(after)s::text[]) AS v (noun, id, old, new)
+),
+known AS (
+    UPDATE pg_temp.change c
+    SET before = c.before || d.before,
+        after = c.after || d.after
+    FROM differing d
+    WHERE c.noun = d.noun AND c.id = d.id
+    RETURNING c.noun, c.id
+)
+INSERT INTO pg_temp.change (noun, id, action, before, after)
+SELECT noun, id, 'update', before, after
+FROM differing d
+WHERE NOT EXISTS (SELECT FROM known WHERE known.noun = d.noun AND known.id = d.id);
+
+-- name: replace_secret(credential_id, secret) :many
+UPDATE credential_secrets
+SET secret = %(secret)s
+WHERE credential_id = %(credential_id)s
+RETURNING credential_id;
+
+-- name: made_keys() :many
+-- The teams whose new keys were made here.
+SELECT id AS team_id
+FROM change
+WHERE noun = 'key' AND action = 'create' AND NOT after ? 'from_env'
+ORDER BY id;
+
+-- name: has_keys() :one
+SELECT EXISTS (SELECT FROM proxy_keys) AS has_keys;
 
 -- name: limits() :one
 -- Whether some are set or removed.

@@ -70,3 +70,23 @@ WHERE CASE
     ELSE true
 END
 ORDER BY id COLLATE "C";
+
+-- name: credentials(organization_id, team_id) :many
+-- Of a part, not the master key of the proxy.
+SELECT record
+FROM credential_records
+WHERE CASE
+    WHEN %(organization_id)s::text IS NOT NULL THEN organization_id = %(organization_id)s
+    WHEN %(team_id)s::text IS NOT NULL
+        THEN coalesce(team_id, %(team_id)s) = %(team_id)s
+            AND organization_id = (SELECT organization_id FROM teams WHERE team_id = %(team_id)s)
+    ELSE true
+END
+ORDER BY id COLLATE "C";
+
+-- name: keys(organization_id, team_id) :many
+SELECT record
+FROM key_records k
+JOIN teams t ON t.team_id = k.id
+WHERE t.organization_id = coalesce(%(organization_id)s, t.organization_id) AND k.id = coalesce(%(team_id)s, k.id)
+ORDER BY k.id COLLATE "C";
