@@ -83,6 +83,7 @@ organizations = st.fixed_dictionaries(
     {
         "name": labels,
         "status": st.sampled_from(["active", "suspended"]),
+        "own_keys_only": st.booleans(),
         "metadata": metadata,
         "prices": st.dictionaries(job_types, prices, max_size=2),
         "limits": limits,
@@ -296,6 +297,33 @@ def test_a_part_of_it(tenant: Run, sql: psycopg.Connection[Any]) -> None:
     ):
         found = yaml.safe_load(tenant("export", *options).out)["webhooks"]
         assert [webhook.get("organization_id") for webhook in found] == owners
+    sql.execute("""
+        INSERT INTO credentials (organization_id, team_id, provider, api_base)
+        VALUES ('acme', NULL, 'openai', 'https://a.example'), ('other', NULL, 'openai', NULL),
+            ('other', 'it', 'gemini', NULL), ('other', 'ops', 'gemini', NULL), (NULL, NULL, 'litellm_proxy', NULL),
+            ('other', 'ops', 'litellm_proxy', NULL), ('other', 'it', 'litellm_proxy', NULL)
+    """)
+    sql.execute("UPDATE credentials SET removed_at = now() WHERE (team_id, provider) = ('it', 'gemini')")
+    sql.execute("""
+        INSERT INTO proxy_keys (team_id, credential_id, token)
+        SELECT team_id, credential_id, encode(sha256(team_id::bytea), 'hex')
+        FROM credentials
+        WHERE team_id IS NOT NULL AND provider = 'litellm_proxy'
+    """)
+    acme = {"organization_id": "acme", "provider": "openai", "api_base": "https://a.example"}
+    other = {"organization_id": "other", "provider": "openai", "api_base": None}
+    ops = {"team_id": "ops", "provider": "gemini", "api_base": None}
+    master = {"provider": "litellm_proxy", "api_base": None}
+    for options, credentials, teams in (
+        ((), [acme, other, master, ops], ["it", "ops"]),
+        (("--org", "acme"), [acme], []),
+        (("--org", "other"), [other, ops], ["it", "ops"]),
+        (("--team", "it"), [other], ["it"]),
+    ):
+        exported = tenant("export", *options).out
+        found = yaml.safe_load(exported)
+        assert (found["credentials"], found["keys"]) == (credentials, [{"team_id": team} for team in teams])
+        assert tenant("apply", "-f", "-", "--diff", stdin=exported).err == "No differences.\n"
     assert "metadata: {a: 'no'}" in tenant("export", "--team", "it").out
     assert tenant("export", "--team", "none").status == 3
     assert tenant("export", "--org", "none").status == 3
