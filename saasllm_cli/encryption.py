@@ -50,6 +50,11 @@ def credential_owner(credential: Mapping[str, Any]) -> str:
     return f"the {credential['provider']} credential of {owner}{at}"
 
 
+def webhook_owner(secret: Mapping[str, Any]) -> str:
+    """What the secret of a webhook is bound to."""
+    return f"webhook {secret['webhook_id']}"
+
+
 def has_master_key() -> bool:
     return settings().master_keys is not None or settings().master_key_file is not None
 

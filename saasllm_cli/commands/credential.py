@@ -95,7 +95,7 @@ def set_(
     ] = None,
     output: Output = None,
 ) -> None:
-    """Set a provider key of an organization or a team, or replace it.
+    """Set or replace a provider key.
 
     The key is read from stdin; at a terminal, it is asked for. It is stored encrypted with the master key in
     SAASLLM_MASTER_KEYS or SAASLLM_MASTER_KEY_FILE, and never shown again.
@@ -247,12 +247,12 @@ def rewrap(output: Output = None) -> None:
     counts = {"rewrapped": 0, "unchanged": 0, "failed": 0}
     failed: list[str] = []
     with database.connect() as db, waiting("Encrypting …"):
-        for kind, id_, owner_of in (
-            ("secrets", "credential_id", encryption.credential_owner),
-            ("webhook_secrets", "secret_id", lambda row: f"webhook {row['webhook_id']}"),
+        for listed, replaced, id_, owner_of in (
+            ("credential.secrets", "credential.replace_secrets", "credential_id", encryption.credential_owner),
+            ("credential.webhook_secrets", "credential.replace_webhook_secrets", "secret_id", encryption.webhook_owner),
         ):
             after = 0
-            while rows := db.many(f"credential.{kind}", after=after, row_limit=REWRAPPED):
+            while rows := db.many(listed, after=after, row_limit=REWRAPPED):
                 after = rows[-1][id_]
                 new: list[tuple[int, str, str]] = []
                 for row in rows:
@@ -266,8 +266,7 @@ def rewrap(output: Output = None) -> None:
                 written = 0
                 if new:
                     ids, before, secrets = map(list, zip(*new, strict=True))
-                    parameters = {f"{id_}s": ids, "before": before, "secrets": secrets}
-                    written = len(db.many(f"credential.replace_{kind}", **parameters))
+                    written = len(db.many(replaced, **{f"{id_}s": ids}, before=before, secrets=secrets))
                 counts["rewrapped"] += written
                 counts["unchanged"] += len(rows) - written
                 progress(f"{counts['rewrapped']} encrypted …")
