@@ -82,6 +82,50 @@ URL = re.compile(r"https?://\S+")
 LONGEST_PAUSE = 86400.0  # seconds: no deadline is longer
 LOOKS_LIKE_A_KEY = re.compile(r"\b(sk|pk|gsk|AIza|xai|hf)[-_][\w*.-]{6,}")
 
+# How the environment names its account: the first wins.
+ACCOUNT_HEADERS = {
+    "OPENAI_ORGANIZATION": "OpenAI-Organization",
+    "OPENAI_ORG_ID": "OpenAI-Organization",
+    "OPENAI_PROJECT_ID": "OpenAI-Project",
+}
+ACCOUNT_OPTIONS = {
+    "AZURE_AD_TOKEN": "azure_ad_token",
+    "AZURE_OPENAI_AD_TOKEN": "azure_ad_token",
+    "AZURE_USERNAME": "azure_username",
+    "AZURE_PASSWORD": "azure_password",
+}
+
+
+def take_account() -> dict[str, dict[str, Any]]:
+    """What names the environment's account beside a key, as options by provider, taken out of the environment.
+
+    From there it would be sent with a tenant's own key, or instead of it, and OpenAI's to every provider that speaks
+    its API.
+    """
+    headers: dict[str, str] = {}
+    for line in os.environ.pop("OPENAI_CUSTOM_HEADERS", "").splitlines():
+        name, colon, value = line.partition(":")
+        if colon:
+            headers[name.strip()] = value.strip()
+    headers = _taken(ACCOUNT_HEADERS) | headers
+    taken: dict[str, dict[str, Any]] = {}
+    if headers:
+        taken |= {provider: {"extra_headers": headers} for provider in ("openai", "text-completion-openai")}
+    if options := _taken(ACCOUNT_OPTIONS):
+        taken |= dict.fromkeys(("azure", "azure_ai", "azure_text"), options)
+    return taken
+
+
+def _taken(names: Mapping[str, str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for variable, name in names.items():
+        if value := os.environ.pop(variable, ""):
+            found.setdefault(name, value)
+    return found
+
+
+ENVIRONMENT_ACCOUNT = take_account()
+
 
 async def complete(
     model: str,
@@ -97,6 +141,7 @@ async def complete(
     if not _has_provider(model):
         raise ModelFailed("litellm knows no provider for this name; write it as PROVIDER/MODEL")
     options = {"model": model, "messages": list(messages), "timeout": timeout, "max_retries": 0, "num_retries": 0}
+    options |= ENVIRONMENT_ACCOUNT.get(litellm.get_llm_provider(model)[1], {})
     if "tools" in parameters:
         options["_skip_mcp_handler"] = True  # it looks for tools of MCP servers, by a package that is not installed
     try:
