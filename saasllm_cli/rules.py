@@ -65,7 +65,7 @@ CREDENTIAL_PROVIDERS: dict[str, str | None] = {
     "fireworks_ai": "https://api.fireworks.ai/inference/v1",
     "friendliai": "https://api.friendli.ai/serverless/v1",
     "galadriel": "https://api.galadriel.com/v1",
-    "gemini": "https://generativelanguage.googleapis.com/v1alpha",
+    "gemini": "https://generativelanguage.googleapis.com/v1beta",
     "github": "https://models.inference.ai.azure.com",
     "groq": "https://api.groq.com/openai/v1",
     "helicone": "https://ai-gateway.helicone.ai",
