@@ -219,7 +219,7 @@ COMMANDS: dict[str, list[Any]] = {
     "credential set --provider litellm_proxy --from-env MASTER": CREDENTIAL,
     "credential set --org o --provider openai --api-base URL --from-env VALUE": CREDENTIAL,
     "credential list": [CREDENTIAL],
-    "credential test --org o --provider openai --model openai/x --yes": [
+    "credential test --org o --provider openai --model openai/ok --yes": [
         *("credential_id", "model_name", "answered", "latency_ms", "error")
     ],
     "credential rewrap": ["rewrapped", "unchanged", "failed"],
