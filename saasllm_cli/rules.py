@@ -152,8 +152,6 @@ def with_texts(value: Any, changed: Callable[[str], str]) -> Any:
     return value
 
 
-# litellm's names of the providers whose models take a key by the call, and then no other.
-CREDENTIAL_PROVIDERS = ("anthropic", "azure", "gemini", "groq", "hosted_vllm", "litellm_proxy", "mistral", "openai")
 LONGEST_CREDENTIAL = 10_000
 SHORTEST_TOLD = 16  # of a shorter one, four characters would tell too much
 KEY_PREFIX = "sk-"  # of a virtual key, or the proxy takes it for none

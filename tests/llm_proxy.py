@@ -571,7 +571,7 @@ def _start(script: Path, folder: Path) -> str:
         started = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if started.returncode == 0:
             return started.stdout
-    raise AssertionError(started.stdout + started.stderr)
+    raise Missing(f"the real LiteLLM proxy could not be started: {(started.stdout + started.stderr)[-500:]}")
 
 
 def _read(told: Path) -> Running:

@@ -535,7 +535,7 @@ def test_credentials_and_keys(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyP
         "t1 litellm_proxy": "sk-canary-key-of-t1-0005",
     }
     assert [row["last_four"] for row in tenant("credential", "list", "-o", "json").data] == [
-        *("0001", "0004", None, "0003", made[-4:], "0005"),
+        *("0001", None, "0003", "0004", made[-4:], "0005"),
     ]
     assert [row["team_id"] for row in tenant("key", "list", "-o", "json").data] == ["hr", "t1"]
     assert tenant("org", "get", "acme", "-o", "json").data["own_keys_only"] is True
@@ -652,6 +652,8 @@ credentials:
 - {provider: openai, from_env: CANARY_1}
 - {provider: litellm_proxy, api_base: "https://a.example"}
 - {team_id: hr, provider: openai, api_base: "https://a:canary@a.example"}
+- {team_id: hr, provider: azure, api_base: null}
+- {team_id: hr, provider: azure_text, from_env: CANARY_1}
 keys:
 - {team_id: hr, from_env: SHORT}
 - {team_id: t2, key: sk-canary}
@@ -663,7 +665,7 @@ keys:
                 "punctuation characters",
                 "6:36: credentials[3].from_env: LONG must hold one word of at most 10000 letters, digits and "
                 "punctuation characters",
-                "7:17: credentials[4].provider: 'opena' is not a provider whose models take a key of their own: did "
+                "7:17: credentials[4].provider: 'opena' is not a provider that takes a key with each call: did "
                 "you mean openai?",
                 f"8:35: credentials[5].value: {IN_NO_FILE}",
                 f"9:35: credentials[6].api_key: {IN_NO_FILE}",
@@ -673,8 +675,10 @@ keys:
                 "has neither",
                 "13:3: credentials[10]: the proxy's URL is not set here: set SAASLLM_PROXY_URL, and leave out api_base",
                 "14:35: credentials[11].api_base: it must not contain credentials: deliveries are signed instead",
-                "16:17: keys[0].from_env: SHORT must begin with sk- and have at least 16 characters",
-                f"17:17: keys[1].key: {IN_NO_FILE}",
+                "15:3: credentials[12]: models of azure have no address that is known: give it as api_base",
+                "16:17: credentials[13].provider: 'azure_text' has the keys of azure: use that",
+                "18:17: keys[0].from_env: SHORT must begin with sk- and have at least 16 characters",
+                f"19:17: keys[1].key: {IN_NO_FILE}",
             ],
         ),
         (
@@ -703,7 +707,7 @@ keys:
 teams: [{team_id: hr, organization_id: acme, team_alias: Other}]
 credentials:
 - {team_id: hr, provider: openai}
-- {team_id: hr, provider: gemini, from_env: CANARY_1}
+- {team_id: hr, provider: azure, from_env: CANARY_1}
 keys:
 - {team_id: hr, from_env: CANARY_KEY}
 - {team_id: t2, from_env: CANARY_ORG}
@@ -711,6 +715,7 @@ keys:
 """,
             [
                 "3:3: credentials[0].from_env: it is new: name the environment variable that holds the key",
+                "4:3: credentials[1]: models of azure have no address that is known: give it as api_base",
                 "6:17: keys[0].from_env: CANARY_KEY holds a key that is or was another one already",
                 "7:17: keys[1].from_env: CANARY_ORG holds a key that is or was another one already",
             ],

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from saasllm_cli.database import NEAR, Database, Row, Rows
 from saasllm_cli.errors import Conflict, InvalidFiles, InvalidInput
-from saasllm_cli.manifests.definitions import PROXY, SECTIONS, TOO_LARGE, in_order, value_of
+from saasllm_cli.manifests.definitions import PROXY, SECTIONS, TOO_LARGE, has_address, in_order, value_of
 from saasllm_cli.manifests.read import MOST_ERRORS, Record, Source, did_you_mean, invalid, records
 from saasllm_cli.rules import last_four
 
@@ -129,6 +129,9 @@ def _compare_values(db: Database, sources: list[Source]) -> Values:
             why = "it is new" if is_new else "what is stored cannot be decrypted"
             _refuse_value(row, sources, f"{why}: name the environment variable that holds the key")
             continue
+        if row["api_base"] is None and not has_address(row["provider"]):
+            message = f"models of {row['provider']} have no address that is known: give it as api_base"
+            sources[row["source"]].refuse(row["document"], (row["section"], row["place"]), message)
         if not is_new and value != old:
             before = "stored" if old is not None else "cannot be decrypted"
             differing.append((row["noun"], row["id"], before, f"from {row['from_env']}"))

@@ -24,8 +24,8 @@ from pydantic import (
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticCustomError
 
+from saasllm_cli.jobs.providers import ADDRESSES, ALIASES
 from saasllm_cli.rules import (
-    CREDENTIAL_PROVIDERS,
     DAY,
     DECIMALS,
     DEFAULT_PRIORITY,
@@ -510,10 +510,12 @@ class Webhook(_Object):
 
 
 def _provider(value: str) -> str:
-    if value not in CREDENTIAL_PROVIDERS:
-        near = get_close_matches(value, CREDENTIAL_PROVIDERS, 1)
+    if value in ALIASES:
+        raise _refused(f"{value!r} has the keys of {ALIASES[value]}: use that")
+    if value not in ADDRESSES:
+        near = get_close_matches(value, ADDRESSES, 1)
         meant = f"did you mean {near[0]}?" if near else "use litellm's name, such as openai, anthropic or gemini"
-        raise _refused(f"{value!r} is not a provider whose models take a key of their own: {meant}")
+        raise _refused(f"{value!r} is not a provider that takes a key with each call: {meant}")
     return value
 
 
@@ -559,14 +561,18 @@ def _given_key(variable: str) -> str:
 Variable = Annotated[str, AfterValidator(_given), WithJsonSchema({"type": "string", "pattern": VARIABLE})]
 
 
+def has_address(provider: str) -> bool:
+    return ADDRESSES[provider] is not None or provider == PROXY
+
+
 class Credential(_Object):
     """A provider key of an organization or a team; or of neither, the master key of the proxy."""
 
     organization_id: Identifier = Field(None, description="Organization whose key it is.")  # type: ignore[assignment]
     team_id: Identifier = Field(None, description="Team whose key it is.")  # type: ignore[assignment]
-    provider: Annotated[
-        str, AfterValidator(_provider), WithJsonSchema({"type": "string", "enum": list(CREDENTIAL_PROVIDERS)})
-    ] = Field(description="Provider, as litellm names it.")
+    provider: Annotated[str, AfterValidator(_provider), WithJsonSchema({"type": "string", "enum": list(ADDRESSES)})] = (
+        Field(description="Provider, as litellm names it.")
+    )
     api_base: Annotated[str, AfterValidator(_endpoint)] | None = Field(
         None, description="Endpoint of its own; null for the provider's."
     )
@@ -585,6 +591,8 @@ class Credential(_Object):
             raise _refused(f"it needs an organization_id or a team_id; only the master key of {PROXY} has neither")
         if not given and self.api_base is not None:
             raise _refused("the proxy's URL is not set here: set SAASLLM_PROXY_URL, and leave out api_base")
+        if "api_base" in self.model_fields_set and self.api_base is None and not has_address(self.provider):
+            raise _refused(f"models of {self.provider} have no address that is known: give it as api_base")
         return self
 
 

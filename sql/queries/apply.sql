@@ -526,7 +526,7 @@ LEFT JOIN change c ON c.noun = s.noun AND c.id = s.id
 LEFT JOIN credential_records r ON s.noun = 'credential' AND r.id = s.id
 LEFT JOIN key_records k ON s.noun = 'key' AND k.id = s.id
 WHERE s.noun IN ('credential', 'key') AND (s.fields ? 'from_env' OR c.action IS NOT NULL)
-ORDER BY s.noun, s.id;
+ORDER BY s.noun, s.source, s.document, s.place, s.id;
 
 -- name: stored_values(credential_ids) :many
 -- What is stored of them, with what it is bound to.
