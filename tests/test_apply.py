@@ -717,7 +717,7 @@ keys:
                 "3:3: credentials[0].from_env: it is new: name the environment variable that holds the key",
                 "4:3: credentials[1]: models of azure have no address that is known: give it as api_base",
                 "6:17: keys[0].from_env: CANARY_KEY holds a key that is or was another one already",
-                "7:17: keys[1].from_env: CANARY_ORG holds a key that is or was another one already",
+                "8:17: keys[2].from_env: CANARY_ORG holds a key that is or was another one already",
             ],
         ),
     ):
