@@ -236,7 +236,7 @@ COMMANDS: dict[str, list[Any]] = {
         ]
     ],
     "export": [
-        {"organizations": [["organization_id", "name", "status", "price", "limits", "metadata"]]},
+        {"organizations": [["organization_id", "name", "status", "own_keys_only", "price", "limits", "metadata"]]},
         {"model_groups": [["group_name", "display_name", "description", "status", "price", "models"]]},
         {
             "teams": [
@@ -248,6 +248,8 @@ COMMANDS: dict[str, list[Any]] = {
         },
         "prices",
         {"webhooks": [["url", "event_types", "allow_http", "allow_private"]]},
+        {"credentials": [["provider", "api_base"]]},
+        {"keys": [["team_id"]]},
     ],
     "apply -f file.yaml": [
         {"totals": [["noun", "created", "changed", "unchanged", "differing", "suspended", "deleted"]]},
