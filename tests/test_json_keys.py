@@ -248,7 +248,7 @@ COMMANDS: dict[str, list[Any]] = {
         },
         "prices",
         {"webhooks": [["url", "event_types", "allow_http", "allow_private"]]},
-        {"credentials": [["provider", "api_base"]]},
+        {"credentials": [["organization_id", "provider", "api_base"]]},
         {"keys": [["team_id"]]},
     ],
     "apply -f file.yaml": [
