@@ -1,6 +1,7 @@
 """Keys: a team's virtual keys at a LiteLLM proxy."""
 
 import os
+import re
 from datetime import timedelta
 from typing import Annotated
 
@@ -123,6 +124,7 @@ def rotate(
     previous: list[str] = []
 
     def work() -> Row:
+        _lock(db, team_id)
         rotated = db.maybe("key.rotate", team_id=team_id, grace=grace, **_stored(db, team_id, value))
         if rotated is None:
             raise _none(team_id)
@@ -168,8 +170,13 @@ def delete(team_id: TeamId, if_exists: IfExists = False, yes: Yes = False) -> No
             note(f"Team {team_id} has no key. Nothing was deleted.")
             return
     confirm_delete(f"the keys of team {team_id}", yes)
+
+    def work() -> list[Row]:
+        _lock(db, team_id)
+        return db.many("key.delete", team_id=team_id)
+
     with database.connect() as db:
-        gone = db.many("key.delete", team_id=team_id)
+        gone = db.transaction(work)
     note(f"Deleted {counted(len(gone), 'key')} of team {team_id}.", team_id=team_id)
     change_proxy(team_id=team_id, gone=[row["token"] for row in gone])
 
@@ -223,9 +230,16 @@ def add_key(db: Database, team_id: str, from_env: str | None = None) -> str | No
     from saasllm_cli import proxy
 
     value = proxy.new_value() if from_env is None else _value(from_env)
+    _lock(db, team_id)
     created = db.one("key.create", team_id=team_id, **_stored(db, team_id, value))
     if created["key_id"] is not None:
         return value
+    if not created["has_credential"]:
+        raise Conflict(
+            "key_used",
+            f"{from_env} holds a key that is used already, by this or another team.",
+            "Give each team a key of its own, or omit --from-env.",
+        )
     if db.maybe("key.of", team_id=team_id) is None:
         raise Conflict(
             "credential_exists",
@@ -260,14 +274,23 @@ def change_proxy(organization_id: str | None = None, team_id: str | None = None,
 
 def _set_blocked(team_id: str, is_blocked: bool, output: Format | None) -> None:
     require_keys()
+
+    def work() -> list[Row]:
+        _lock(db, team_id)
+        return db.many("key.set_blocked", team_id=team_id, is_blocked=is_blocked)
+
     with database.connect() as db:
-        if not db.many("key.set_blocked", team_id=team_id, is_blocked=is_blocked):
-            db.get("team", team_id)
+        if not db.transaction(work):
             raise _none(team_id)
         key = db.found("key.of", "key", team_id, team_id=team_id)
     del key["token"]
     show(key, output)
     change_proxy(team_id=team_id)
+
+
+def _lock(db: Database, team_id: str) -> None:
+    """So that of two who change the team's keys at once the second sees what the first has done."""
+    db.found("team.lock", "team", team_id, team_id=team_id)
 
 
 def _stored(db: Database, team_id: str, value: str) -> Row:
@@ -281,14 +304,12 @@ def _stored(db: Database, team_id: str, value: str) -> Row:
 
 
 def _value(from_env: str) -> str:
-    from saasllm_cli import proxy
-
     value = os.environ.get(from_env, "").strip()
-    if not value.startswith(proxy.PREFIX) or len(value) < proxy.SHORTEST_VALUE or not value.isascii():
+    if not re.fullmatch(r"sk-[!-~]{13,1000}", value):
         raise InvalidInput(
             "invalid_value",
             f"{from_env} is not set to a key that the proxy would take.",
-            f"It must begin with {proxy.PREFIX} and have at least {proxy.SHORTEST_VALUE} characters.",
+            "It must begin with sk-, and be one word of 16 letters, digits and punctuation characters or more.",
         )
     return value
 
