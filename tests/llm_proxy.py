@@ -551,17 +551,27 @@ def real_proxy() -> Iterator[Running]:
 
 
 def _started(script: Path, folder: Path, users: int) -> Running:
+    """Started by the first that needs it; whoever uses it holds the lock with the others."""
     told = folder / "up"
     while True:
-        fcntl.flock(users, fcntl.LOCK_EX)
-        if not (told.exists() and _is_ready(_read(told).url)):
-            words = ["bash", str(script), str(folder / "proxy"), str(_free_port()), str(_free_port())]
-            started = subprocess.run(words, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
-            assert started.returncode == 0, started.stdout
-            told.write_text(started.stdout)
-        fcntl.flock(users, fcntl.LOCK_SH)  # in between another may have ended it
-        if _is_ready(_read(told).url):
-            return _read(told)
+        for lock in (fcntl.LOCK_SH, fcntl.LOCK_EX):
+            fcntl.flock(users, lock)
+            if told.exists() and _is_ready((running := _read(told)).url):
+                if lock == fcntl.LOCK_SH:
+                    return running
+                break  # another has started it meanwhile
+        else:
+            told.write_text(_start(script, folder))
+
+
+def _start(script: Path, folder: Path) -> str:
+    for seconds in (0, 5, 10):  # the database of one that was stopped just now may still be ending
+        time.sleep(seconds)
+        words = ["bash", str(script), str(folder / "proxy"), str(_free_port()), str(_free_port())]
+        started = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if started.returncode == 0:
+            return started.stdout
+    raise Missing(f"the real LiteLLM proxy could not be started: {(started.stdout + started.stderr)[-500:]}")
 
 
 def _read(told: Path) -> Running:

@@ -267,10 +267,13 @@ def test_a_key_needs_a_proxy_and_master_keys(
 
     told = tenant("key", "sync")
     assert (told.status, "saasllm credential set --provider litellm_proxy" in told.err) == (2, True)
+    told = tenant("key", "create", "hr")
+    assert (told.status, "The master key of the proxy is not set." in told.err) == (2, True)
+    assert sql.execute("SELECT FROM proxy_keys").rowcount == 0
+    assert set_master_key(tenant, "sk-wrong-master-key").status == 0
     created = tenant("key", "create", "hr", "-o", "json")
     assert (created.status, created.data["status"]) == (9, "active")
-    assert "This is done, but not yet at the proxy: The master key of the proxy is not set." in created.err
-    assert set_master_key(tenant, "sk-wrong-master-key").status == 0
+    assert "This is done, but not yet at the proxy: The proxy at http" in created.err
     told = tenant("key", "sync")
     assert (told.status, "401" in told.err, "Correct its master key" in told.err) == (8, True, True)
     assert "sk-wrong" not in told.err
@@ -755,7 +758,7 @@ def test_jobs_call_by_their_teams_keys(
             f"job batch in.jsonl --out {team}.jsonl --team {team} --group Proxy",
             f"job submit --team {team} --group Proxy --prompt {team}",
         )
-    tenant("--debug", "worker", "--once")
+    passes(tenant, "worker --once")
     assert callers(double) == {team: {f"Bearer {key}"} for team, key in keys.items()}
     calls = sql.execute(
         "SELECT j.team_id, array_agg(DISTINCT credential_id) AS ids, count(*) AS number"
