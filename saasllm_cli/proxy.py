@@ -263,11 +263,11 @@ class _Proxy:
         while True:
             told = self._list(page=page, size=PAGE, sort_by="token", sort_order="asc")
             tokens = [key["token"] for key in told]
-            if any(token < last for token in tokens):  # it would go on forever
-                raise _away(NO_LIST)
             found |= zip(tokens, told, strict=True)
-            if len(told) < PAGE or tokens[-1] == last:
+            if len(told) < PAGE:
                 return found
+            if tokens[-1] <= last:  # it would go on forever
+                raise _away(NO_LIST)
             page, last = page + 1, tokens[-1]
 
     def some(self, tokens: Iterable[str]) -> dict[str, Row]:

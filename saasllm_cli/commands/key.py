@@ -58,7 +58,9 @@ def create(
     limits of the key.
 
     The key is stored encrypted with the master key in SAASLLM_MASTER_KEYS or SAASLLM_MASTER_KEY_FILE. If the proxy
-    cannot be reached, the key is created there by the next `saasllm key sync`, or by `saasllm worker`; exit 9.
+    cannot be reached, the key is created there by the next `saasllm key sync`, or by `saasllm worker`.
+
+    Exit 9 if the key could not be created at the proxy yet.
     """
     require_keys()
     with database.connect() as db:
@@ -144,7 +146,8 @@ def rotate(
 def block(team_id: TeamId, output: Output = None) -> None:
     """Block a team's keys.
 
-    The proxy refuses them until they are unblocked. The team's jobs go on, but for models named litellm_proxy/MODEL.
+    The proxy refuses them until they are unblocked. The team's jobs go on, except with models named
+    litellm_proxy/MODEL.
     """
     _set_blocked(team_id, True, output)
 
@@ -208,6 +211,7 @@ def sync(
         raise CheckFailed(
             "proxy_differs",
             f"{counted(len(differences), 'key')} differed; {len(failed)} could not be mended: {failed[0].error}",
+            "Correct it at the proxy, and run again: saasllm key sync",
         )
     number = counted(len(differences), "key")
     if dry_run:
