@@ -9,6 +9,7 @@ What the proxy's API answers was seen at LiteLLM 1.108: null takes a limit away,
 
 import hashlib
 import json
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -348,7 +349,8 @@ class _Proxy:
         try:
             response, content = self._sent(path, body, parameters)
         except httpx.RequestError as error:
-            self._away = _away(self._masked(str(error) or type(error).__name__, body))
+            reason = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+            self._away = _away(self._masked(reason, body))
             raise self._away from None  # its request holds the master key
         try:
             told = json.loads(content)

@@ -217,7 +217,7 @@ def sync(
     if dry_run:
         raise CheckFailed("proxy_differs", f"{number} would be changed at the proxy.", "Run: saasllm key sync")
     raise CheckFailed(
-        "proxy_differs", f"{number} differed at the proxy, and {'is' if number == '1 key' else 'are'} mended."
+        "proxy_differs", f"{number} differed at the proxy and {'was' if number == '1 key' else 'were'} mended."
     )
 
 
