@@ -167,6 +167,7 @@ def _mend(
         for each in done:
             made = wanted[each.token]
             now = _told(made) | {"token": each.token, "metadata": made["metadata"], "expires": made["expires_at"]}
+            there[each.token] = now
             found = _difference(now, fresh[each.token]) if each.token in fresh else _gone(now)
             if found:
                 todo.append(found)

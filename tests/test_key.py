@@ -434,7 +434,8 @@ STRANGE: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {
     "an array": says([1, 2]),
     "keys that are hashes": says({"keys": ["a" * 64]}),
     "keys without tokens": says({"keys": [{"token": None}]}),
-    "keys of other types": says({"keys": [{"token": "a" * 64, "metadata": "text", "expires": 5}]}),
+    "metadata that is a text": says({"keys": [{"token": "a" * 64, "metadata": "text"}]}),
+    "a time that is a number": says({"keys": [{"token": "a" * 64, "expires": 5}]}),
     "a time that is none": says({"keys": [{"token": "a" * 64, "expires": "tomorrow"}]}),
     "nested without an end": says(b"[" * 100_000),
     "not UTF-8": says(b"\xff\xfe\xfd"),
@@ -964,3 +965,33 @@ def test_syncing_beside_all_that_changes_keys(tenant: Run, sql: Sql, double: LLM
     assert in_order(tenant)
     assert double.keys.keys() == before.keys() | wanted
     assert theirs(double) == before
+
+
+@pytest.mark.parametrize("path", ["/key/update", "/key/generate"])
+def test_what_is_changed_while_another_mends_is_not_undone(
+    path: str, tenant: Run, double: LLMProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = token_of(create(tenant))
+    if path == "/key/update":
+        double.keys[token]["blocked"] = True  # by others, so that whoever suspends finds nothing to do
+        words = ["team", "suspend", "hr"]
+    else:
+        del double.keys[token]
+        words = ["key", "delete", "hr", "--yes"]
+    reply = double.reply
+    statuses: list[int] = []
+
+    def interfering(request: Any) -> dict[str, Any]:
+        if request.path == path and not statuses:
+            statuses.append(-1)
+            process = start_process(*words)
+            process.communicate(PATIENCE_SECONDS)
+            statuses[0] = process.returncode
+        return reply(request)
+
+    monkeypatch.setattr(double, "reply", interfering)
+    found = tenant("key", "sync", "-o", "json")
+    assert (found.status, statuses) == (9, [0]), found.err
+    assert [row["error"] for row in found.data] == [None, None]
+    assert token not in double.keys or (path == "/key/update" and double.keys[token]["blocked"])
+    assert in_order(tenant)
