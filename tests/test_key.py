@@ -967,24 +967,29 @@ def test_syncing_beside_all_that_changes_keys(tenant: Run, sql: Sql, double: LLM
     assert theirs(double) == before
 
 
-@pytest.mark.parametrize("path", ["/key/update", "/key/generate"])
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("/key/update", "team suspend hr"),
+        ("/key/update", "key delete hr --yes"),
+        ("/key/generate", "key delete hr --yes"),
+    ],
+)
 def test_what_is_changed_while_another_mends_is_not_undone(
-    path: str, tenant: Run, double: LLMProxy, monkeypatch: pytest.MonkeyPatch
+    path: str, line: str, tenant: Run, double: LLMProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = token_of(create(tenant))
     if path == "/key/update":
         double.keys[token]["blocked"] = True  # by others, so that whoever suspends finds nothing to do
-        words = ["team", "suspend", "hr"]
     else:
         del double.keys[token]
-        words = ["key", "delete", "hr", "--yes"]
     reply = double.reply
     statuses: list[int] = []
 
     def interfering(request: Any) -> dict[str, Any]:
         if request.path == path and not statuses:
             statuses.append(-1)
-            process = start_process(*words)
+            process = start_process(*line.split())
             process.communicate(PATIENCE_SECONDS)
             statuses[0] = process.returncode
         return reply(request)
@@ -993,5 +998,5 @@ def test_what_is_changed_while_another_mends_is_not_undone(
     found = tenant("key", "sync", "-o", "json")
     assert (found.status, statuses) == (9, [0]), found.err
     assert [row["error"] for row in found.data] == [None, None]
-    assert token not in double.keys or (path == "/key/update" and double.keys[token]["blocked"])
+    assert [row["blocked"] for row in double.keys.values()] == ([True] if "suspend" in line else [])
     assert in_order(tenant)
