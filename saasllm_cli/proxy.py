@@ -8,7 +8,10 @@ What the proxy's API answers was seen at LiteLLM 1.108: null takes a limit away,
 """
 
 import hashlib
+import json
+import re
 import secrets
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -33,12 +36,19 @@ PAGE = 100  # the most that it lists
 AT_ONCE = 8
 ROUNDS = 5  # where others change a key at the same time
 SECONDS = 10.0  # for an answer
+CHANGE_SECONDS, SYNC_SECONDS = 30.0, 60.0  # in which it is told what it can be; the rest is left to the next sync
+LARGEST_ANSWER = 100_000_000  # bytes
 EXPIRY_SECONDS = 120  # by which an expiry may differ: it is told as a duration
 LONGEST_REASON = 300
+NO_LIST = "it lists its keys as no LiteLLM proxy does"
 
 
 class Refused(SaasllmError):
     """The proxy refuses a change of one key."""
+
+
+class Missing(Refused):
+    """It does not have the key."""
 
 
 @dataclass(slots=True)
@@ -105,24 +115,35 @@ def sync(
     with database.connect() as db:
         master_key = master_key_of(db)
         installation = str(db.one("key.installation")["installation_id"])
-    is_whole = organization_id is team_id is None
-    with _Proxy(master_key) as proxy:
-        # What is there is read first: a key that is made meanwhile is written to the database before.
-        there = proxy.keys() if is_whole else {}
+
+    def wanted() -> dict[str, Row]:
         with database.connect() as db:
-            wanted = db.many("key.wanted", organization_id=organization_id, team_id=team_id)
-        if not is_whole:
-            there = proxy.some([*(row["token"] for row in wanted), *gone])
-            orphans = set(gone) & there.keys()
-        else:
-            ours = {token for token, key in there.items() if _installation(key) == installation}
-            orphans = ours - {row["token"] for row in wanted}
-        differences = [_gone(there[token]) for token in sorted(orphans)]
-        differences += filter(None, (_difference(there.get(row["token"]), row) for row in wanted))
+            rows = db.many("key.wanted", organization_id=organization_id, team_id=team_id)
+        return {row["token"]: row for row in rows}
+
+    is_whole = organization_id is team_id is None
+    seconds = SYNC_SECONDS if is_whole else CHANGE_SECONDS
+    with _Proxy(master_key, seconds) as proxy:
+        tokens = _suspects(proxy.keys(), wanted(), installation) if is_whole else {*wanted(), *gone}
+        if not tokens:
+            return []
+        # Much may have been changed while pages were read, and one that is removed moves another to a page before:
+        # those that seem to differ are asked for again.
+        there = proxy.some(tokens)
+        rows = {token: row for token, row in wanted().items() if token in tokens}
+        differences = [_gone(there[token]) for token in sorted(there.keys() - rows.keys())]
+        differences += filter(None, (_difference(there.get(token), row) for token, row in rows.items()))
         if dry_run or not differences:
             return differences
-        _mend(proxy, there, differences, {row["token"]: row for row in wanted}, on_progress)
+        _mend(proxy, there, differences, rows, on_progress)
     return differences
+
+
+def _suspects(there: dict[str, Row], wanted: dict[str, Row], installation: str) -> set[str]:
+    """Those of ours that are not as they are wanted. What is there is read first: a key that is made meanwhile is
+    written to the database before."""
+    ours = {token for token, key in there.items() if key["metadata"].get("saasllm_installation") == installation}
+    return (ours - wanted.keys()) | {token for token, row in wanted.items() if _difference(there.get(token), row)}
 
 
 def _mend(
@@ -147,6 +168,7 @@ def _mend(
         for each in done:
             made = wanted[each.token]
             now = _told(made) | {"token": each.token, "metadata": made["metadata"], "expires": made["expires_at"]}
+            there[each.token] = now
             found = _difference(now, fresh[each.token]) if each.token in fresh else _gone(now)
             if found:
                 todo.append(found)
@@ -157,8 +179,6 @@ def _mend(
 def _difference(there: Mapping[str, Any] | None, wanted: Row) -> Difference | None:
     told = {"token": wanted["token"], "key_id": wanted["key_id"], "team_id": wanted["team_id"]}
     if there is None:
-        if wanted["expires_at"] is not None:  # it was replaced, and its value is not known any more
-            return None
         return Difference("create", **told, key_alias=wanted["key_alias"])
     if changes := _changes(there, wanted):
         fields = sorted("expires" if name == "duration" else name for name in changes)
@@ -167,7 +187,7 @@ def _difference(there: Mapping[str, Any] | None, wanted: Row) -> Difference | No
 
 
 def _gone(there: Mapping[str, Any]) -> Difference:
-    metadata = there.get("metadata") or {}
+    metadata = there["metadata"]
     key_id, team_id = metadata.get("saasllm_key_id"), metadata.get("saasllm_team_id")
     return Difference(
         "delete",
@@ -181,44 +201,48 @@ def _gone(there: Mapping[str, Any]) -> Difference:
 def _changes(there: Mapping[str, Any], wanted: Row) -> Row:
     """What of a key is otherwise at the proxy, in the form in which it takes it."""
     new = _told(wanted)
-    old = {**there, "models": sorted(there.get("models") or []), "blocked": bool(there.get("blocked"))}
-    changes: Row = {name: new[name] for name in FIELDS if old.get(name) != new[name]}
-    metadata = there.get("metadata") or {}
+    changes: Row = {name: new[name] for name in FIELDS if there.get(name) != new[name]}
+    metadata = there["metadata"]
     if any(metadata.get(name) != value for name, value in wanted["metadata"].items()):
         changes["metadata"] = {**metadata, **wanted["metadata"]}  # it is replaced as a whole
-    expires, expires_at = there.get("expires"), wanted["expires_at"]
-    expires = datetime.fromisoformat(expires) if isinstance(expires, str) else expires
+    expires, expires_at = there["expires"], wanted["expires_at"]
     is_same = expires is expires_at is None or (
         expires is not None and expires_at is not None and abs((expires - expires_at).total_seconds()) < EXPIRY_SECONDS
     )
     if not is_same:
-        left = expires_at and max(1, round((expires_at - datetime.now(UTC)).total_seconds()))
-        changes["duration"] = left and f"{left}s"
+        changes["duration"] = _duration(expires_at)
     return changes
+
+
+def _duration(expires_at: datetime | None) -> str | None:
+    """Until then."""
+    return f"{max(1, round((expires_at - datetime.now(UTC)).total_seconds()))}s" if expires_at else None
 
 
 def _told(wanted: Row) -> Row:
     told = {name: wanted[name] for name in FIELDS}
-    for name, convert in (
-        ("max_budget", float),
-        ("rpm_limit", int),
-        ("tpm_limit", int),
-        ("max_parallel_requests", int),
-    ):
+    for name in ("max_budget", "rpm_limit", "tpm_limit", "max_parallel_requests"):
         if told[name] is not None:
-            told[name] = convert(told[name])
+            told[name] = float(told[name]) if name == "max_budget" else int(told[name])
     return told | {"models": sorted(wanted["models"]) or NO_MODELS}
 
 
-def _installation(key: Mapping[str, Any]) -> Any:
-    metadata = key.get("metadata")
-    return metadata.get("saasllm_installation") if isinstance(metadata, dict) else None
+def _read(key: Any) -> Row:
+    """A key as the proxy lists it, so that it can be compared; `ValueError` and its like where it is none."""
+    models, metadata, expires = key.get("models") or [], key.get("metadata") or {}, key.get("expires")
+    if not isinstance(key["token"], str) or not isinstance(metadata, dict):
+        raise ValueError
+    expires = expires and datetime.fromisoformat(expires)
+    read = {"metadata": metadata, "expires": expires and (expires if expires.tzinfo else expires.replace(tzinfo=UTC))}
+    return {**key, **read, "models": sorted(map(str, models)), "blocked": bool(key.get("blocked"))}
 
 
 class _Proxy:
     """Its API, as far as it is used."""
 
-    def __init__(self, master_key: str) -> None:
+    def __init__(self, master_key: str, seconds: float) -> None:
+        self._master_key = master_key
+        self._until = time.monotonic() + seconds
         self._http = httpx.Client(
             base_url=str(settings().proxy_url),
             headers={"Authorization": f"Bearer {master_key}"},
@@ -226,7 +250,8 @@ class _Proxy:
             trust_env=False,
             limits=httpx.Limits(max_connections=AT_ONCE),
         )
-        self._away: NoAnswer | None = None
+        self._failures = 0
+        self._away: NoAnswer | None = None  # why nothing more is asked
 
     def __enter__(self) -> "_Proxy":
         return self
@@ -237,15 +262,18 @@ class _Proxy:
     def keys(self) -> dict[str, Row]:
         """All that it has, by their tokens. In their order, so that one that is made meanwhile moves no other."""
         found: dict[str, Row] = {}
-        page = 1
+        page, last = 1, ""
         while True:
             told = self._list(page=page, size=PAGE, sort_by="token", sort_order="asc")
-            found |= {key["token"]: key for key in told}
+            tokens = [key["token"] for key in told]
+            found |= zip(tokens, told, strict=True)
             if len(told) < PAGE:
                 return found
-            page += 1
+            if tokens[-1] <= last:  # it would go on forever
+                raise _away(NO_LIST)
+            page, last = page + 1, tokens[-1]
 
-    def some(self, tokens: list[str]) -> dict[str, Row]:
+    def some(self, tokens: Iterable[str]) -> dict[str, Row]:
         """Those of them that it has."""
         with ThreadPoolExecutor(AT_ONCE) as threads:
             return {key["token"]: key for told in threads.map(self._named, tokens) for key in told}
@@ -257,16 +285,12 @@ class _Proxy:
         wanted: Mapping[str, Row],
         on_progress: Callable[[str], None],
     ) -> None:
-        """Does what is to be done; what fails is told in each. Where the proxy is away, the rest is left."""
+        """Does what is to be done; what fails is told in each."""
 
         def do(each: Difference) -> None:
             try:
-                if self._away:
-                    raise self._away
                 self._do(each, there.get(each.token), wanted.get(each.token))
             except SaasllmError as error:
-                if isinstance(error, NoAnswer):
-                    self._away = error
                 each.error = error.message
 
         with ThreadPoolExecutor(AT_ONCE) as threads:
@@ -283,16 +307,20 @@ class _Proxy:
             case _:
                 assert wanted is not None
                 changes = _changes(there, wanted) if there else _told(wanted)
-                self._ask("/key/update", {"key": difference.token, **changes})
+                try:
+                    self._ask("/key/update", {"key": difference.token, **changes})
+                except Missing:  # it was removed meanwhile, here too or only there
+                    self._create(wanted)
 
     def _create(self, wanted: Row) -> None:
         with database.connect() as db:
             stored = db.maybe("key.secret", key_id=wanted["key_id"])
-        if stored is None:  # it was deleted or replaced meanwhile
+        if stored is None:  # it was deleted meanwhile
             return
         value = decrypt(stored["secret"], credential_owner(stored))
         try:
-            self._ask("/key/generate", {"key": value, **_told(wanted), "metadata": wanted["metadata"]})
+            body = {"key": value, **_told(wanted), "metadata": wanted["metadata"]}
+            self._ask("/key/generate", body | {"duration": _duration(wanted["expires_at"])})
         except Refused:
             # Its own alias counts as another's, where another process has just made it.
             if not (made := self._named(wanted["token"])):
@@ -301,43 +329,76 @@ class _Proxy:
                 self._ask("/key/update", {"key": wanted["token"], **changes})
 
     def _named(self, token: str) -> list[Row]:
-        return self._list(key_hash=token, page=1, size=PAGE)
+        told = self._list(key_hash=token, page=1, size=PAGE)
+        if any(key["token"] != token for key in told):
+            raise _away(NO_LIST)
+        return told
 
     def _list(self, **parameters: Any) -> list[Row]:
         told = self._ask("/key/list", parameters={**parameters, "return_full_object": "true"})
-        keys = told.get("keys")
-        if not isinstance(keys, list) or not all(isinstance(key, dict) and key.get("token") for key in keys):
-            raise _away("it lists its keys as no LiteLLM proxy does")
-        return keys
+        try:
+            return [_read(key) for key in told["keys"]]
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise _away(NO_LIST) from None
 
     def _ask(
         self, path: str, body: Row | None = None, parameters: Row | None = None, or_missing: bool = False
     ) -> Mapping[str, Any]:
+        if self._away is None and time.monotonic() > self._until:
+            self._away = _away("it takes too long")
+        if self._away:
+            raise self._away
         try:
-            response = self._http.request("GET" if body is None else "POST", path, json=body, params=parameters)
-        except httpx.TransportError as error:
-            raise _away(str(error) or type(error).__name__) from None  # its request holds the master key
-        if response.status_code == 404 and or_missing:
-            return {}
+            response, content = self._sent(path, body, parameters)
+        except httpx.RequestError as error:
+            reason = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+            self._away = _away(self._masked(reason, body))
+            raise self._away from None  # its request holds the master key
         try:
-            told = response.json()
-        except ValueError:
+            told = json.loads(content)
+        except (ValueError, RecursionError):
             told = None
+        status = response.status_code
         if response.is_success and isinstance(told, dict):
             return told
-        reason = f"{response.status_code} {_reason(told) or response.reason_phrase}"
-        if response.status_code in (401, 403):
-            raise _away(reason, "Correct its master key: saasllm credential set --provider litellm_proxy")
-        if 400 <= response.status_code < 500 and path != "/key/list":
-            raise Refused("proxy_refused", reason)
-        raise _away(reason)
+        if status == 404 and or_missing:
+            return {}
+        reason = f"{status} {self._masked(_reason(told), body) or response.reason_phrase}".strip()
+        if status in (401, 403):
+            self._away = _away(reason, "Correct its master key: saasllm credential set --provider litellm_proxy")
+            raise self._away
+        if 400 <= status < 500 and path != "/key/list":
+            raise (Missing if status == 404 else Refused)("proxy_refused", reason)
+        away = _away("it does not answer as a LiteLLM proxy does" if response.is_success else reason)
+        self._failures += 1
+        if self._failures >= AT_ONCE:  # it is not about one key
+            self._away = away
+        raise away
+
+    def _sent(self, path: str, body: Row | None, parameters: Row | None) -> tuple[httpx.Response, bytes]:
+        """What it answers, in bounded time and size."""
+        until = time.monotonic() + SECONDS
+        content = bytearray()
+        method = "GET" if body is None else "POST"
+        with self._http.stream(method, path, json=body, params=parameters) as response:
+            for part in response.iter_bytes():
+                content += part
+                if len(content) > LARGEST_ANSWER or time.monotonic() > until:
+                    raise httpx.ReadTimeout("its answer does not end")
+        return response, bytes(content)
+
+    def _masked(self, text: str, body: Row | None) -> str:
+        """Without what it was sent, and cut."""
+        for secret in (self._master_key, (body or {}).get("key")):
+            text = text.replace(secret, "***") if secret else text
+        return text[:LONGEST_REASON]
 
 
 def _reason(told: Any) -> str:
-    """What the proxy says is wrong: its own words, which repeat no key."""
+    """What the proxy says is wrong, in its own words."""
     error = told.get("error", told.get("detail")) if isinstance(told, dict) else None
     text = error.get("message") if isinstance(error, dict) else error
-    return " ".join(str(text or "").split())[:LONGEST_REASON]
+    return " ".join(str(text or "").split())
 
 
 def _away(reason: str, hint: str | None = None) -> NoAnswer:

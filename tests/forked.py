@@ -25,7 +25,20 @@ from types import MappingProxyType
 from typing import IO, Any
 
 FOLDER = "TESTS_FORKS"  # names the sockets' folder to all processes of the tests
-NOUNS = ("apply", "credits", "event", "export", "group", "job", "migrate", "profile", "team", "webhook", "worker")
+NOUNS = (
+    "apply",
+    "credits",
+    "event",
+    "export",
+    "group",
+    "job",
+    "key",
+    "migrate",
+    "profile",
+    "team",
+    "webhook",
+    "worker",
+)
 PROGRAM = (
     *("saasllm_cli.cli", "saasllm_cli.jobs.worker", "saasllm_cli.webhooks.attempt"),
     *(f"saasllm_cli.commands.{noun}" for noun in NOUNS),

@@ -58,7 +58,9 @@ def create(
     limits of the key.
 
     The key is stored encrypted with the master key in SAASLLM_MASTER_KEYS or SAASLLM_MASTER_KEY_FILE. If the proxy
-    cannot be reached, the key is created there by the next `saasllm key sync`, or by `saasllm worker`; exit 9.
+    cannot be reached, the key is created there by the next `saasllm key sync`, or by `saasllm worker`.
+
+    Exit 9 if the key could not be created at the proxy yet.
     """
     require_keys()
     with database.connect() as db:
@@ -124,6 +126,7 @@ def rotate(
     previous: list[str] = []
 
     def work() -> Row:
+        _lock(db, team_id)
         rotated = db.maybe("key.rotate", team_id=team_id, grace=grace, **_stored(db, team_id, value))
         if rotated is None:
             raise _none(team_id)
@@ -143,7 +146,8 @@ def rotate(
 def block(team_id: TeamId, output: Output = None) -> None:
     """Block a team's keys.
 
-    The proxy refuses them until they are unblocked. The team's jobs go on, but for models named litellm_proxy/MODEL.
+    The proxy refuses them until they are unblocked. The team's jobs go on, except with models named
+    litellm_proxy/MODEL.
     """
     _set_blocked(team_id, True, output)
 
@@ -169,8 +173,13 @@ def delete(team_id: TeamId, if_exists: IfExists = False, yes: Yes = False) -> No
             note(f"Team {team_id} has no key. Nothing was deleted.")
             return
     confirm_delete(f"the keys of team {team_id}", yes)
+
+    def work() -> list[Row]:
+        _lock(db, team_id)
+        return db.many("key.delete", team_id=team_id)
+
     with database.connect() as db:
-        gone = db.many("key.delete", team_id=team_id)
+        gone = db.transaction(work)
     note(f"Deleted {counted(len(gone), 'key')} of team {team_id}.", team_id=team_id)
     change_proxy(team_id=team_id, gone=[row["token"] for row in gone])
 
@@ -202,12 +211,13 @@ def sync(
         raise CheckFailed(
             "proxy_differs",
             f"{counted(len(differences), 'key')} differed; {len(failed)} could not be mended: {failed[0].error}",
+            "Correct it at the proxy, and run again: saasllm key sync",
         )
     number = counted(len(differences), "key")
     if dry_run:
         raise CheckFailed("proxy_differs", f"{number} would be changed at the proxy.", "Run: saasllm key sync")
     raise CheckFailed(
-        "proxy_differs", f"{number} differed at the proxy, and {'is' if number == '1 key' else 'are'} mended."
+        "proxy_differs", f"{number} differed at the proxy and {'was' if number == '1 key' else 'were'} mended."
     )
 
 
@@ -224,9 +234,16 @@ def add_key(db: Database, team_id: str, from_env: str | None = None) -> str | No
     from saasllm_cli import proxy
 
     value = proxy.new_value() if from_env is None else _value(from_env)
+    _lock(db, team_id)
     created = db.one("key.create", team_id=team_id, **_stored(db, team_id, value))
     if created["key_id"] is not None:
         return value
+    if not created["has_credential"]:
+        raise Conflict(
+            "key_used",
+            f"{from_env} holds a key that is used already, by this or another team.",
+            "Give each team a key of its own, or omit --from-env.",
+        )
     if db.maybe("key.of", team_id=team_id) is None:
         raise Conflict(
             "credential_exists",
@@ -261,14 +278,23 @@ def change_proxy(organization_id: str | None = None, team_id: str | None = None,
 
 def _set_blocked(team_id: str, is_blocked: bool, output: Format | None) -> None:
     require_keys()
+
+    def work() -> list[Row]:
+        _lock(db, team_id)
+        return db.many("key.set_blocked", team_id=team_id, is_blocked=is_blocked)
+
     with database.connect() as db:
-        if not db.many("key.set_blocked", team_id=team_id, is_blocked=is_blocked):
-            db.get("team", team_id)
+        if not db.transaction(work):
             raise _none(team_id)
         key = db.found("key.of", "key", team_id, team_id=team_id)
     del key["token"]
     show(key, output)
     change_proxy(team_id=team_id)
+
+
+def _lock(db: Database, team_id: str) -> None:
+    """So that of two who change the team's keys at once the second sees what the first has done."""
+    db.found("team.lock", "team", team_id, team_id=team_id)
 
 
 def _stored(db: Database, team_id: str, value: str) -> Row:

@@ -92,8 +92,11 @@ SELECT
         AS rpm_limit,
     (SELECT amount FROM team_limits l WHERE l.team_id = k.team_id AND (l.measure, l.per) = ('tokens', 'minute'))
         AS tpm_limit,
-    (SELECT amount FROM team_limits l WHERE l.team_id = k.team_id AND (l.measure, l.per) = ('jobs', 'concurrent'))
-        AS max_parallel_requests,
+    (
+        SELECT least(amount, 2147483647) -- the most that it can count to
+        FROM team_limits l
+        WHERE l.team_id = k.team_id AND (l.measure, l.per) = ('jobs', 'concurrent')
+    ) AS max_parallel_requests,
     k.status IN ('blocked', 'suspended') AS blocked,
     k.expires_at,
     jsonb_build_object(

@@ -1,7 +1,7 @@
 -- Virtual keys of teams at a LiteLLM proxy: written here first, and made there as it is written here.
 
 -- name: create(team_id, token, last_four, secret) :one
--- The key of a team that has none; its value is the team's credential for the proxy.
+-- The key of a team that has none, and of no other; its value is the team's credential for the proxy.
 WITH owner AS (
     SELECT
         t.team_id,
@@ -13,13 +13,14 @@ WITH owner AS (
               AND coalesce(c.team_id, '') = t.team_id
               AND c.provider = 'litellm_proxy'
               AND c.removed_at IS NULL
-        ) AS has_credential
+        ) AS has_credential,
+        EXISTS (SELECT FROM proxy_keys k WHERE k.token = %(token)s) AS is_used
     FROM teams t
     WHERE t.team_id = %(team_id)s
 ),
 credential AS (
     INSERT INTO credentials (organization_id, team_id, provider, last_four)
-    SELECT organization_id, team_id, 'litellm_proxy', %(last_four)s FROM owner WHERE NOT has_credential
+    SELECT organization_id, team_id, 'litellm_proxy', %(last_four)s FROM owner WHERE NOT has_credential AND NOT is_used
     RETURNING credential_id
 ),
 stored AS (
@@ -30,10 +31,11 @@ key AS (
     SELECT %(team_id)s, credential_id, %(token)s FROM credential
     RETURNING key_id
 )
-SELECT (SELECT key_id FROM key) AS key_id, EXISTS (SELECT FROM owner) AS team_exists;
+SELECT (SELECT key_id FROM key) AS key_id, has_credential, is_used FROM owner;
 
 -- name: rotate(team_id, token, last_four, secret, grace) :maybe
--- Another key takes the place of the team's, which expires after its grace; those that have expired before go.
+-- Another key takes the place of the team's, which expires after its grace and is kept until then; those that have
+-- expired before go.
 WITH former AS (
     UPDATE proxy_keys k
     SET expires_at = now() + %(grace)s::interval
@@ -41,7 +43,7 @@ WITH former AS (
     RETURNING k.key_id, k.credential_id, k.token, k.is_blocked, k.expires_at
 ),
 expired AS (
-    DELETE FROM proxy_keys WHERE team_id = %(team_id)s AND expires_at <= now()
+    DELETE FROM proxy_keys WHERE team_id = %(team_id)s AND expires_at <= now() RETURNING credential_id
 ),
 replaced AS (
     UPDATE credentials c
@@ -51,7 +53,10 @@ replaced AS (
     RETURNING c.credential_id, c.organization_id, c.team_id
 ),
 forgotten AS (
-    DELETE FROM credential_secrets USING replaced WHERE credential_secrets.credential_id = replaced.credential_id
+    DELETE FROM credential_secrets
+    WHERE credential_id IN (
+        SELECT credential_id FROM expired UNION ALL SELECT credential_id FROM former WHERE expires_at <= now()
+    )
 ),
 credential AS (
     INSERT INTO credentials (organization_id, team_id, provider, last_four)
@@ -118,7 +123,7 @@ SELECT * FROM wanted_keys WHERE key_id = ANY (%(key_ids)s::bigint[]);
 SELECT installation_id FROM installation;
 
 -- name: secret(key_id) :maybe
--- The value of a key, while it is the team's.
+-- The value of a key, while it works.
 SELECT c.credential_id, c.organization_id, c.team_id, c.provider, c.api_base, s.secret
 FROM proxy_keys k
 JOIN credentials c USING (credential_id)
