@@ -45,9 +45,16 @@ def credential_owner(credential: Mapping[str, Any]) -> str:
     """What a credential's value is bound to, so that it is of no use elsewhere: its owner, its provider, and where it
     is sent."""
     team, organization, api_base = credential["team_id"], credential["organization_id"], credential["api_base"]
-    owner = f"team {team} of {organization}" if team else f"organization {organization}" if organization else "all"
+    if organization is None:
+        return "the master key of the proxy"
+    owner = f"team {team} of {organization}" if team else f"organization {organization}"
     at = f" at {api_base}" if api_base else ""
     return f"the {credential['provider']} credential of {owner}{at}"
+
+
+def webhook_owner(secret: Mapping[str, Any]) -> str:
+    """What the secret of a webhook is bound to."""
+    return f"webhook {secret['webhook_id']}"
 
 
 def has_master_key() -> bool:

@@ -77,6 +77,18 @@ def require_proxy() -> None:
         raise InvalidInput("no_proxy", "No LiteLLM proxy is set.", "Set SAASLLM_PROXY_URL to its URL.")
 
 
+def master_key_of(db: database.Database) -> str:
+    """`InvalidInput` where it is not set, or cannot be decrypted."""
+    stored = db.maybe("credential.of", organization_id=None, team_id=None, provider="litellm_proxy")
+    if stored is None:
+        raise InvalidInput(
+            "no_proxy_master_key",
+            "The master key of the proxy is not set.",
+            "Run: saasllm credential set --provider litellm_proxy",
+        )
+    return decrypt(stored["secret"], credential_owner(stored))
+
+
 def sync(
     organization_id: str | None = None,
     team_id: str | None = None,
@@ -92,16 +104,10 @@ def sync(
     """
     require_proxy()
     with database.connect() as db:
-        master_key = db.maybe("credential.of", organization_id=None, team_id=None, provider="litellm_proxy")
+        master_key = master_key_of(db)
         installation = str(db.one("key.installation")["installation_id"])
-    if master_key is None:
-        raise InvalidInput(
-            "no_proxy_master_key",
-            "The master key of the proxy is not set.",
-            "Run: saasllm credential set --provider litellm_proxy",
-        )
     is_whole = organization_id is team_id is None
-    with _Proxy(decrypt(master_key["secret"], credential_owner(master_key))) as proxy:
+    with _Proxy(master_key) as proxy:
         # What is there is read first: a key that is made meanwhile is written to the database before.
         there = proxy.keys() if is_whole else {}
         with database.connect() as db:

@@ -150,7 +150,3 @@ def with_texts(value: Any, changed: Callable[[str], str]) -> Any:
         case float() if not math.isfinite(value):
             return None
     return value
-
-
-# litellm's names of the providers whose models take a key by the call, and then no other.
-CREDENTIAL_PROVIDERS = ("anthropic", "azure", "gemini", "groq", "hosted_vllm", "litellm_proxy", "mistral", "openai")

@@ -27,6 +27,7 @@ import psycopg
 import pytest
 import typer.main
 from forked import Forked, servers
+from llm_proxy import LLMProxy, Missing, Running, real_proxy
 from provider import Provider
 from psycopg.rows import dict_row
 from receiver import Receiver
@@ -412,6 +413,23 @@ def receiver() -> Iterator[Receiver]:
     """An endpoint for webhooks."""
     with Receiver() as receiver:
         yield receiver
+
+
+@pytest.fixture
+def llm_proxy() -> Iterator[LLMProxy]:
+    """A LiteLLM proxy with virtual keys, or what answers as one."""
+    with LLMProxy() as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def real_llm_proxy() -> Iterator[Running]:
+    """A real one, where it can be had."""
+    try:
+        with real_proxy() as proxy:
+            yield proxy
+    except Missing as missing:
+        pytest.skip(str(missing))
 
 
 def master_key(letter: str = "k") -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import psycopg
 import pytest
 from conftest import MASTER_KEY, Result, charged_job
+from llm_proxy import LLMProxy
 
 from saasllm_cli import database, migrations
 from saasllm_cli.settings import settings
@@ -129,7 +130,7 @@ def test_webhooks_that_do_not_work(tenant: Run, sql: Sql, monkeypatch: pytest.Mo
     use_key(MASTER_KEY)
     for number in range(1, 6):
         assert tenant("webhook", "create", "--url", f"https://1.1.1.{number}/", "--event", "team.created").status == 0
-    assert told() == well
+    assert told() == well | {"master key": ("ok", "It decrypts all secrets.", None)}
 
     sql.execute("""
         UPDATE webhook_states
@@ -173,18 +174,24 @@ def test_webhooks_that_do_not_work(tenant: Run, sql: Sql, monkeypatch: pytest.Mo
     sql.execute("UPDATE webhook_deliveries SET next_at = now() - interval '6 minutes' WHERE webhook_id = 5")
     assert told()["deliveries"] == waiting
 
-    assert "master key" not in told()
+    assert told()["master key"][0] == "ok"
     use_key("A" * 43 + "=")
     assert tenant("webhook", "rotate", "3", "--keep", "1s").status == 0
     sql.execute("UPDATE webhook_secrets SET expires_at = now() WHERE expires_at IS NOT NULL")
     status, message, hint = told()["master key"]
-    assert (status, message) == ("warning", "The secrets of these webhooks cannot be decrypted: 1, 2, 4, 5.")
+    assert (status, message) == (
+        "warning",
+        "Cannot be decrypted: the secrets of webhook 1, webhook 2, webhook 4, webhook 5.",
+    )
     assert hint.startswith("Add their key to SAASLLM_MASTER_KEYS.")
     use_key("no key")
     assert "Invalid SAASLLM_MASTER_KEYS: it must hold keys of 32 bytes" in told()["master key"][1]
     use_key("")
     status, message, hint = told()["master key"]
-    assert (status, message.split(". ")[0]) == ("warning", "Nothing can be sent to webhooks from here")
+    assert (status, message.split(". ")[0]) == (
+        "warning",
+        "Secrets cannot be decrypted here: no webhook is signed, no own key is used",
+    )
     assert "Set SAASLLM_MASTER_KEYS or SAASLLM_MASTER_KEY_FILE" in hint
     sql.execute("CREATE ROLE doctor_reader LOGIN IN ROLE saasllm_readonly")
     try:
@@ -194,6 +201,44 @@ def test_webhooks_that_do_not_work(tenant: Run, sql: Sql, monkeypatch: pytest.Mo
         assert told().keys() == {"webhooks", "deliveries"}, "it could sign nothing, whatever its keys"
     finally:
         sql.execute("DROP OWNED BY doctor_reader; DROP ROLE doctor_reader")
+
+
+def test_credentials_and_keys(
+    tenant: Run, llm_proxy: LLMProxy, use_master_keys: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told() -> dict[str, tuple[str, str, str | None]]:
+        rows = tenant("doctor", "-o", "json").data
+        names = ("master key", "proxy")
+        return {row["check"]: (row["status"], row["message"], row["hint"]) for row in rows if row["check"] in names}
+
+    def use_proxy(url: str) -> None:
+        monkeypatch.setenv("SAASLLM_PROXY_URL", url)
+        settings.cache_clear()
+
+    assert told() == {}
+    assert tenant("credential", "set", "--org", "acme", "--provider", "openai", stdin="sk-of-acme").status == 0
+    decrypts = ("ok", "It decrypts all secrets.", None)
+    assert told() == {"master key": decrypts}
+    use_proxy(llm_proxy.url)
+    set_it = "Run: saasllm credential set --provider litellm_proxy"
+    assert told()["proxy"] == ("warning", "The master key of the proxy is not set.", set_it)
+    assert tenant("credential", "set", "--provider", "litellm_proxy", stdin=llm_proxy.master_key).status == 0
+    well = {"master key": decrypts, "proxy": ("ok", "It has the same keys as the database.", None)}
+    assert told() == well
+    assert tenant("key", "create", "hr").status == 0
+    assert told() == well
+    llm_proxy.keys.clear()
+    sync = "Run: saasllm key sync. See: saasllm key sync --dry-run"
+    assert told()["proxy"] == ("warning", "1 key at the proxy differs from the database.", sync)
+    llm_proxy.stop()
+    assert told()["proxy"][1].startswith(f"The proxy at {llm_proxy.url} cannot be used: ")
+    use_proxy("")
+    assert told()["proxy"] == ("warning", "No LiteLLM proxy is set.", "Set SAASLLM_PROXY_URL to its URL.")
+    use_master_keys("A" * 43 + "=")
+    assert told()["master key"][1] == (
+        "Cannot be decrypted: the secrets of the openai credential of organization acme, "
+        "the master key of the proxy, the litellm_proxy credential of team hr of acme."
+    )
 
 
 def test_rules_that_are_switched_off(tenant: Run, sql: Sql, migrated_database: str) -> None:

@@ -30,7 +30,8 @@ FIELDS = [
 ]
 CALL_FIELDS = [
     *("call_id", "job_id", "model_group_used", "resolved_model", "attempt", "prompt_tokens", "completion_tokens"),
-    *("total_tokens", "cost_usd", "latency_ms", "purpose", "finish_reason", "error", "created_at", "prompt", "answer"),
+    *("total_tokens", "cost_usd", "latency_ms", "purpose", "finish_reason", "error", "created_at", "credential_id"),
+    *("prompt", "answer"),
 ]
 
 

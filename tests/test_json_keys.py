@@ -4,13 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import reference
 from conftest import MASTER_KEY, Result
+from llm_proxy import LLMProxy
+from provider import Provider
 
 from saasllm_cli.settings import settings
 
-ORGANIZATION = ["organization_id", "name", "status", "metadata", "created_at", "updated_at"]
+ORGANIZATION = ["organization_id", "name", "status", "own_keys_only", "metadata", "created_at", "updated_at"]
 JOB_PRICE = [
     *("price_id", "organization_id", "team_id", "group_name", "job_type", "credits", "credits_per_usd"),
     *("markup_percent", "credits_per_1000_prompt_tokens", "credits_per_1000_completion_tokens", "minimum", "maximum"),
@@ -55,7 +58,8 @@ JOB = [
 ]
 CALL = [
     *("call_id", "job_id", "model_group_used", "resolved_model", "attempt", "prompt_tokens", "completion_tokens"),
-    *("total_tokens", "cost_usd", "latency_ms", "purpose", "finish_reason", "error", "created_at", "prompt", "answer"),
+    *("total_tokens", "cost_usd", "latency_ms", "purpose", "finish_reason", "error", "created_at", "credential_id"),
+    *("prompt", "answer"),
 ]
 ANSWER = [
     *("job_id", "status", "content", "tool_calls", "finish_reason", "resolved_model", "prompt_tokens"),
@@ -91,6 +95,11 @@ DELIVERY = [
     *("delivery_id", "webhook_id", "event_id", "event_type", "organization_id", "status", "attempts", "attempted_at"),
     *("duration_ms", "status_code", "error", "answer", "next_at", "created_at", "ended_at"),
 ]
+CREDENTIAL = [
+    *("credential_id", "organization_id", "team_id", "provider", "api_base", "last_four", "created_at", "used_at"),
+    "is_decryptable",
+]
+KEY = ["key_id", "team_id", "organization_id", "key_alias", "last_four", "status", "created_at", "expires_at"]
 EVENT = ["event_id", "event_type", "organization_id", "team_id", "sequence_no", "data", "created_at"]
 MIGRATION = ["migration", "status"]
 PROFILE = ["profile", "is_used", "protected", "database_url", "password_file", "data_dir"]
@@ -207,6 +216,19 @@ COMMANDS: dict[str, list[Any]] = {
     "webhook replay 1 --since 1h": ["webhook_id", "deliveries"],
     "webhook deliver": ["succeeded", "failed", "given_up", "events_removed"],
     "webhook rotate 1": ["webhook_id", "secret", "previous_secret_expires_at"],
+    "credential set --provider litellm_proxy --from-env MASTER": CREDENTIAL,
+    "credential set --org o --provider openai --api-base URL --from-env VALUE": CREDENTIAL,
+    "credential list": [CREDENTIAL],
+    "credential test --org o --provider openai --model openai/ok --yes": [
+        *("credential_id", "model_name", "answered", "latency_ms", "error")
+    ],
+    "credential rewrap": ["rewrapped", "unchanged", "failed"],
+    "key create hr": [*KEY, "key"],
+    "key list": [KEY],
+    "key rotate hr": [*KEY, "key", "previous_key_expires_at"],
+    "key block hr": KEY,
+    "key unblock hr": KEY,
+    "key sync": [["action", "key_id", "team_id", "key_alias", "fields", "error"]],
     "audit list": [
         [
             *("audit_id", "created_at", "actor", "role", "command", "noun", "action"),
@@ -246,6 +268,7 @@ COMMANDS: dict[str, list[Any]] = {
 BEFORE = {
     "credits allocate --as-of 2026-01-01": "UPDATE teams SET status = 'suspended' WHERE team_id = 't'",
     "job list --refused": "INSERT INTO job_refusals (team_id, reason) VALUES ('hr', 'team_suspended')",
+    "key sync": "UPDATE proxy_keys SET is_blocked = true",
     "worker list": "INSERT INTO workers (host, pid, concurrency) VALUES ('here', 1, 1)",
     "credits verify": "SET session_replication_role = replica; UPDATE team_credits SET credits_used = 1",
     "migrate up": "DROP SCHEMA public CASCADE; CREATE SCHEMA public",
@@ -261,19 +284,44 @@ def keys(data: Any, like: list[Any]) -> list[Any]:
     return [{name: keys(value, nested[name])} if name in nested else name for name, value in data.items()]
 
 
+DIFFERS = ("credits verify", "webhook test 1", "key sync")
+
+
 def test_the_keys_of_every_command(
-    tenant: Callable[..., Result], migrated_database: str, home: Path, sql, monkeypatch: pytest.MonkeyPatch
+    tenant: Callable[..., Result],
+    migrated_database: str,
+    home: Path,
+    sql: psycopg.Connection,
+    provider: Provider,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("SAASLLM_MASTER_KEYS", MASTER_KEY)
+    with LLMProxy() as proxy:
+        _type_all(tenant, {"DATABASE": migrated_database, "URL": provider.url}, proxy, home, sql, monkeypatch)
+
+
+def _type_all(
+    tenant: Callable[..., Result],
+    names: dict[str, str],
+    proxy: LLMProxy,
+    home: Path,
+    sql: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (
+        ("SAASLLM_MASTER_KEYS", MASTER_KEY),
+        ("SAASLLM_PROXY_URL", proxy.url),
+        ("MASTER", proxy.master_key),
+        ("VALUE", "sk-a-key-of-the-organization"),
+    ):
+        monkeypatch.setenv(name, value)
     settings.cache_clear()
     (home / "file.yaml").write_text("organizations: [{organization_id: new}]")
-    names = {"DATABASE": migrated_database}
     for command, expected in COMMANDS.items():
         if command in BEFORE:
             sql.execute(BEFORE[command])
         words = [names.get(word, word) for word in command.split()]
         result = tenant(*words, "-o", "json")
-        assert result.status == (9 if command in ("credits verify", "webhook test 1") else 0), (command, result.err)
+        assert result.status == (9 if command in DIFFERS else 0), (command, result.err)
         assert keys(result.data, expected) == expected, command
         if command.startswith(("job run", "job create", "job submit")):
             names["JOB"] = result.data["job_id"]

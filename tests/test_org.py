@@ -4,7 +4,7 @@ import pytest
 from conftest import Result
 
 Run = Callable[..., Result]
-FIELDS = ["organization_id", "name", "status", "metadata", "created_at", "updated_at"]
+FIELDS = ["organization_id", "name", "status", "own_keys_only", "metadata", "created_at", "updated_at"]
 
 
 def test_create_shows_the_organization(saasllm: Run) -> None:

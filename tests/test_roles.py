@@ -84,9 +84,13 @@ def test_what_is_there_may_be_read_by_each(tenant: Run, sql: Sql) -> None:
         WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v')
           AND NOT has_table_privilege(role, oid, 'SELECT')
     """).fetchall()
-    assert relations == [{"missing": "saasllm_readonly may not read webhook_secrets"}]
-    may = "SELECT has_column_privilege('saasllm_readonly', 'webhook_secrets', 'secret', 'SELECT') AS may_read"
-    assert sql.execute(may).fetchone() == {"may_read": False}
+    assert {row["missing"] for row in relations} == {
+        "saasllm_readonly may not read webhook_secrets",
+        "saasllm_readonly may not read credential_secrets",
+    }
+    for table in ("webhook_secrets", "credential_secrets"):
+        may = f"SELECT has_column_privilege('saasllm_readonly', '{table}', 'secret', 'SELECT') AS may_read"
+        assert sql.execute(may).fetchone() == {"may_read": False}
 
 
 def test_an_application_submits_jobs_in_its_own_transaction(tenant: Run, as_role: As, sql: Sql) -> None:
@@ -926,7 +930,7 @@ def test_rights_of_others_are_named_and_revoked_where_that_is_asked(
             _, rights = rows["rights"]["message"].split(": ")
             return {(role.split(" ", 1)[0], role.split(" on ")[1]) for role in rights.rstrip(".").split("; ")}
 
-        careless = {("careless_anon", "audit_log, audit_log_audit_id_seq, callable_groups and 64 more)")}
+        careless = {("careless_anon", "audit_log, audit_log_audit_id_seq, callable_groups and 74 more)")}
         public = {("PUBLIC", "organizations)")}
         assert others() == careless | public | {
             ("careless_user", "teams)"),

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import reference
 from conftest import MASTER_KEY
+from llm_proxy import LLMProxy
 
-from saasllm_cli import cli
+from saasllm_cli import cli, encryption, proxy
+from saasllm_cli.settings import settings
 
 FOLDER = Path(__file__).parent / "transcripts"
 QUIET = " > /dev/null"
@@ -111,6 +113,16 @@ def test_a_page(
 ) -> None:
     monkeypatch.setenv("SAASLLM_ACTOR", "ada")
     monkeypatch.setenv("SAASLLM_MASTER_KEYS", MASTER_KEY)
+    monkeypatch.setattr(encryption, "new_master_key", lambda: "A" * 43 + "=")
+    monkeypatch.setenv("ACME_OPENAI_KEY", "sk-proj-of-acme-at-openai-1234")
+    monkeypatch.setenv("ACME_AZURE_KEY", "9f86d081884c7d659a2feaa0c55ad015")
+    if page.stem == "key":
+        llm_proxy: LLMProxy = request.getfixturevalue("llm_proxy")
+        monkeypatch.setenv("SAASLLM_PROXY_URL", llm_proxy.url)
+        monkeypatch.setenv("LITELLM_MASTER_KEY", llm_proxy.master_key)
+        values = (f"sk-{letter * 43}" for letter in "ABCDEFG")
+        monkeypatch.setattr(proxy, "new_value", lambda: next(values))
+        settings.cache_clear()
     written, now = page.read_text(encoding="utf-8"), played(page, home)
     if request.config.getoption("--renew"):
         page.write_text(now, encoding="utf-8")

@@ -397,7 +397,12 @@ def test_without_a_master_key(
     for words in needing:
         result = tenant("webhook", *words, "-o", "json")
         refused(
-            result, 2, "no_master_key", "No master key is set", "SAASLLM_MASTER_KEY_FILE", "openssl rand -base64 32"
+            result,
+            2,
+            "no_master_key",
+            "No master key is set",
+            "SAASLLM_MASTER_KEY_FILE",
+            "saasllm credential generate-key",
         )
     assert sql.execute("SELECT count(*) FROM webhook_secrets").fetchall() == before
     assert sql.execute("SELECT count(*) AS n FROM events WHERE event_type = 'webhook.test'").fetchall() == [{"n": 0}]

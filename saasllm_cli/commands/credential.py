@@ -27,7 +27,6 @@ from saasllm_cli.commands.inputs import (
 from saasllm_cli.database import Row
 from saasllm_cli.errors import CheckFailed, Conflict, InvalidInput, NoAnswer, NotFound, SaasllmError, not_found
 from saasllm_cli.output import note, print_line, progress, show, waiting
-from saasllm_cli.rules import CREDENTIAL_PROVIDERS
 
 app = noun()
 
@@ -39,16 +38,22 @@ REWRAPPED = 500  # in one transaction
 
 
 def provider(value: str) -> str:
-    if value not in CREDENTIAL_PROVIDERS:
+    from saasllm_cli.jobs.providers import ADDRESSES, ALIASES
+
+    if value in ALIASES:
+        raise typer.BadParameter(f"{value!r} has the keys of {ALIASES[value]}: use that.")
+    if value not in ADDRESSES:
         raise typer.BadParameter(
-            f"{value!r} is not a provider whose models take a key of their own: use litellm's name, such as openai, "
+            f"{value!r} is not a provider that takes a key with each call: use litellm's name, such as openai, "
             "anthropic or gemini."
         )
     return value
 
 
 def _complete_provider(incomplete: str) -> list[str]:
-    return [name for name in CREDENTIAL_PROVIDERS if name.startswith(incomplete)]
+    from saasllm_cli.jobs.providers import ADDRESSES
+
+    return [name for name in ADDRESSES if name.startswith(incomplete)]
 
 
 A_PROVIDER: dict[str, Any] = {"metavar": "NAME", "parser": provider, "autocompletion": _complete_provider}
@@ -95,7 +100,7 @@ def set_(
     ] = None,
     output: Output = None,
 ) -> None:
-    """Set a provider key of an organization or a team, or replace it.
+    """Set or replace a provider key.
 
     The key is read from stdin; at a terminal, it is asked for. It is stored encrypted with the master key in
     SAASLLM_MASTER_KEYS or SAASLLM_MASTER_KEY_FILE, and never shown again.
@@ -108,8 +113,7 @@ def set_(
     from saasllm_cli import encryption
 
     scope = _scope(org, team, provider)
-    if api_base is not None:
-        api_base = _checked(api_base, scope)
+    api_base = _checked(api_base, scope)
     encryption.require_master_key()
     with database.connect() as db:
         owner = _owner(db, scope)
@@ -248,12 +252,12 @@ def rewrap(output: Output = None) -> None:
     counts = {"rewrapped": 0, "unchanged": 0, "failed": 0}
     failed: list[str] = []
     with database.connect() as db, waiting("Encrypting …"):
-        for kind, id_, owner_of in (
-            ("secrets", "credential_id", encryption.credential_owner),
-            ("webhook_secrets", "secret_id", lambda row: f"webhook {row['webhook_id']}"),
+        for listed, replaced, id_, owner_of in (
+            ("credential.secrets", "credential.replace_secrets", "credential_id", encryption.credential_owner),
+            ("credential.webhook_secrets", "credential.replace_webhook_secrets", "secret_id", encryption.webhook_owner),
         ):
             after = 0
-            while rows := db.many(f"credential.{kind}", after=after, row_limit=REWRAPPED):
+            while rows := db.many(listed, after=after, row_limit=REWRAPPED):
                 after = rows[-1][id_]
                 new: list[tuple[int, str, str]] = []
                 for row in rows:
@@ -267,8 +271,7 @@ def rewrap(output: Output = None) -> None:
                 written = 0
                 if new:
                     ids, before, secrets = map(list, zip(*new, strict=True))
-                    parameters = {f"{id_}s": ids, "before": before, "secrets": secrets}
-                    written = len(db.many(f"credential.replace_{kind}", **parameters))
+                    written = len(db.many(replaced, **{f"{id_}s": ids}, before=before, secrets=secrets))
                 counts["rewrapped"] += written
                 counts["unchanged"] += len(rows) - written
                 progress(f"{counts['rewrapped']} encrypted …")
@@ -347,10 +350,17 @@ def _is_key(scope: Scope) -> Conflict:
     )
 
 
-def _checked(api_base: str, scope: Scope) -> str:
-    """The URL, normalized."""
+def _checked(api_base: str | None, scope: Scope) -> str | None:
+    """The URL, normalized; None where it is the provider's own."""
+    from saasllm_cli.jobs.providers import ADDRESSES
     from saasllm_cli.webhooks.addresses import target
 
+    if api_base is None:
+        if ADDRESSES[scope.provider] is None and scope.provider != PROXY:
+            raise InvalidInput(
+                "usage", f"Models of {scope.provider} have no address that is known.", "Give it with --api-base URL."
+            )
+        return None
     if scope.organization_id is scope.team_id is None:
         raise InvalidInput("usage", "The proxy's URL is not set here.", "Set SAASLLM_PROXY_URL, and omit --api-base.")
     try:

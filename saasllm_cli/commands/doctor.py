@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from saasllm_cli import database, definitions, embedded, encryption, migrations
-from saasllm_cli.commands.inputs import Output, counted, noun, some, some_rights
-from saasllm_cli.errors import CheckFailed, DatabaseUnavailable, InvalidInput, limit_owner, limit_words
+from saasllm_cli.commands.inputs import EVERY_ROW, Output, counted, noun, some, some_rights
+from saasllm_cli.errors import CheckFailed, DatabaseUnavailable, InvalidInput, SaasllmError, limit_owner, limit_words
 from saasllm_cli.output import Row, progress, show, timestamp
 from saasllm_cli.settings import settings
 
@@ -30,7 +30,7 @@ def doctor(output: Output = None) -> None:
     """Check everything that jobs and cron depend on.
 
     Checks the database and its role, migrations, the ledger, leases, allocations, workers, limits, charges, webhooks,
-    provider keys (never showing their values), prices of models and disk space, and says how to fix what is wrong.
+    secrets and keys (never showing their values), prices of models and disk space, and says how to fix what is wrong.
     Changes nothing. Exit 9 if a check fails, 7 if the database cannot be used; warnings alone exit 0.
     """
     checks: list[Check] = []
@@ -88,6 +88,7 @@ def _checks() -> Iterator[Check]:
         yield _limits(db)
         yield _charges(db)
         yield from _webhooks(db)
+        yield from _secrets(db)
         rows = db.many("doctor.models")
     models = [row["model_name"] for row in rows]
     yield _keys(models)
@@ -241,27 +242,59 @@ def _webhooks(db: database.Database) -> Iterator[Check]:
         message = f"Events have been waiting to be delivered for more than {WAITING_MINUTES} minutes."
         hint = "Run: saasllm worker. Or from cron, each minute: saasllm webhook deliver"
         yield _check("deliveries", WARNING, message, hint)
-    if state["has_webhooks"] and state["may_sign"] and (check := _secrets(db)):
-        yield check
 
 
-def _secrets(db: database.Database) -> Check | None:
-    """Whether this process could sign what is sent to webhooks."""
+def _secrets(db: database.Database) -> Iterator[Check]:
+    """Whether this process can decrypt what is stored, and whether the proxy has the keys that it is to have."""
+    state, webhooks = db.one("doctor.secrets"), db.one("doctor.deliveries", minutes=WAITING_MINUTES)
+    owners: list[tuple[str, str]] = []
+    if webhooks["has_webhooks"] and webhooks["may_sign"]:
+        owners += [(row["secret"], encryption.webhook_owner(row)) for row in db.many("webhook.secrets")]
+    if state["has_credentials"] and state["may_decrypt"]:
+        rows = db.many("credential.secrets", after=0, row_limit=EVERY_ROW)
+        owners += [(row["secret"], encryption.credential_owner(row)) for row in rows]
+    if owners:
+        yield _decryption(owners)
+    if state["may_decrypt"] and (settings().proxy_url is not None or state["has_keys"]):
+        yield _proxy()
+
+
+def _decryption(owners: list[tuple[str, str]]) -> Check:
     try:
         encryption.require_master_key()
     except InvalidInput as error:
-        return _check("master key", WARNING, f"Nothing can be sent to webhooks from here. {error.message}", error.hint)
+        message = f"Secrets cannot be decrypted here: no webhook is signed, no own key is used. {error.message}"
+        return _check("master key", WARNING, message, error.hint)
     unreadable = []
-    for row in db.many("webhook.secrets"):
+    for secret, owner in owners:
         try:
-            encryption.decrypt(row["secret"], f"webhook {row['webhook_id']}")
+            encryption.decrypt(secret, owner)
         except InvalidInput:
-            unreadable.append(str(row["webhook_id"]))
+            unreadable.append(owner)
     if not unreadable:
-        return None
-    message = f"The secrets of these webhooks cannot be decrypted: {some(list(dict.fromkeys(unreadable)))}."
-    hint = "Add their key to SAASLLM_MASTER_KEYS. If it is lost, run: saasllm webhook rotate WEBHOOK --keep 1s"
+        return _check("master key", OK, "It decrypts all secrets.")
+    message = f"Cannot be decrypted: the secrets of {some(list(dict.fromkeys(unreadable)))}."
+    hint = (
+        "Add their key to SAASLLM_MASTER_KEYS. If it is lost, run: saasllm credential set, saasllm key rotate, "
+        "saasllm webhook rotate"
+    )
     return _check("master key", WARNING, message, hint)
+
+
+def _proxy() -> Check:
+    from saasllm_cli import proxy
+
+    progress("Asking the proxy …")
+    try:
+        differences = proxy.sync(dry_run=True)
+    except SaasllmError as error:
+        return _check("proxy", WARNING, error.message, error.hint)
+    if differences:
+        message = (
+            f"{counted(len(differences), 'key')} at the proxy differ{'s' * (len(differences) == 1)} from the database."
+        )
+        return _check("proxy", WARNING, message, "Run: saasllm key sync. See: saasllm key sync --dry-run")
+    return _check("proxy", OK, "It has the same keys as the database.")
 
 
 def _keys(models: list[str]) -> Check:
@@ -278,7 +311,12 @@ def _keys(models: list[str]) -> Check:
             missing.setdefault(reason, []).append(model)
     if missing:
         message = "; ".join(f"{reason} (for {some(names, 3)})" for reason, names in missing.items())
-        return _check("providers", WARNING, f"{message}.", "Set it where jobs run, or in .env.")
+        return _check(
+            "providers",
+            WARNING,
+            f"{message}.",
+            "Set it where jobs run, or in .env; that of an organization: saasllm credential set",
+        )
     return _check(
         "providers", OK, f"The keys for {counted(len(called), 'model')} are set; `saasllm group test` tries them."
     )

@@ -180,10 +180,10 @@ def sync(
     verbose: Verbose = False,
     output: Output = None,
 ) -> None:
-    """Compare the keys at the proxy with the database, and mend what differs.
+    """Make the keys at the proxy match the database.
 
-    Creates what is missing there, updates what was changed there or here, and deletes what the database does not have
-    any more. Keys that others have made at the proxy are left alone. `saasllm worker` does the same every minute.
+    Creates what is missing at the proxy, updates what was changed there or here, and deletes what is no longer in the
+    database. Keys that others have created at the proxy are left alone. `saasllm worker` does the same every minute.
 
     Exit 9 if something differed, also if it is mended; 8 if the proxy cannot be asked.
     """
@@ -274,6 +274,7 @@ def _stored(db: Database, team_id: str, value: str) -> Row:
     """How a key's value is stored."""
     from saasllm_cli import encryption, proxy
 
+    proxy.master_key_of(db)  # before anything is written that could not be made there
     organization_id = db.get("team", team_id)["organization_id"]
     owner = {"organization_id": organization_id, "team_id": team_id, "provider": "litellm_proxy", "api_base": None}
     secret = encryption.encrypt(value, encryption.credential_owner(owner))

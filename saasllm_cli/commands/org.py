@@ -217,16 +217,15 @@ def usage(
 
 def _set_status(organization_id: str, status: str, output: Format | None) -> None:
     with database.connect() as db:
-        db.found(
+        found = db.found(
             "org.set_status",
             *("organization", organization_id),
             organization_id=organization_id,
             status=status,
         )
         organization = db.get("organization", organization_id)
-        has_keys = db.many("key.tokens", organization_id=organization_id, team_id=None)
     show(organization, output)
-    if has_keys:
+    if found["has_keys"]:
         from saasllm_cli.commands.key import change_proxy
 
         change_proxy(organization_id=organization_id)

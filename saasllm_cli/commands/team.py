@@ -422,11 +422,10 @@ def _thresholds(low_credits: list[str]) -> list[int]:
 
 def _set_status(team_id: str, status: str, output: Format | None) -> None:
     with database.connect() as db:
-        db.found("team.set_status", "team", team_id, team_id=team_id, status=status)
+        found = db.found("team.set_status", "team", team_id, team_id=team_id, status=status)
         team = db.get("team", team_id)
-        has_keys = db.many("key.tokens", organization_id=None, team_id=team_id)
     show(team, output)
-    if has_keys:
+    if found["has_keys"]:
         from saasllm_cli.commands.key import change_proxy
 
         change_proxy(team_id=team_id)

@@ -3,6 +3,7 @@
 The import takes seconds, so this module is imported when one of its models is about to be called, and not before.
 """
 
+import json
 import os
 import re
 import sys
@@ -15,15 +16,18 @@ from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import Any
+from urllib.parse import quote
 
 from dotenv import load_dotenv
 
 from saasllm_cli.jobs.answers import Answer, ModelFailed, count
 from saasllm_cli.jobs.models import Key
+from saasllm_cli.jobs.providers import ADDRESSES, ALIASES
 from saasllm_cli.settings import settings
 
 load_dotenv(".env")  # the providers' keys; the environment wins
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or the import fetches the prices over the network
+os.environ["LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS"] = "True"  # or a call fetches the names of headers
 
 warnings.simplefilter("ignore")  # those of the libraries are nobody's here to mend
 # stdout is for data, whatever litellm has to say.
@@ -85,6 +89,50 @@ SHARED = 8  # characters in a row that an error and a key have in common are the
 LONGEST_PAUSE = 86400.0  # seconds: no deadline is longer
 LOOKS_LIKE_A_KEY = re.compile(r"\b(sk|pk|gsk|AIza|xai|hf)[-_][\w*.-]{6,}")
 
+# How the environment names its account: the first wins.
+ACCOUNT_HEADERS = {
+    "OPENAI_ORGANIZATION": "OpenAI-Organization",
+    "OPENAI_ORG_ID": "OpenAI-Organization",
+    "OPENAI_PROJECT_ID": "OpenAI-Project",
+}
+ACCOUNT_OPTIONS = {
+    "AZURE_AD_TOKEN": "azure_ad_token",
+    "AZURE_OPENAI_AD_TOKEN": "azure_ad_token",
+    "AZURE_USERNAME": "azure_username",
+    "AZURE_PASSWORD": "azure_password",
+}
+
+
+def take_account() -> dict[str, dict[str, Any]]:
+    """What names the environment's account beside a key, as options by provider, taken out of the environment.
+
+    From there it would be sent with a tenant's own key, or instead of it, and OpenAI's to every provider that speaks
+    its API.
+    """
+    headers: dict[str, str] = {}
+    for line in os.environ.pop("OPENAI_CUSTOM_HEADERS", "").splitlines():
+        name, colon, value = line.partition(":")
+        if colon:
+            headers[name.strip()] = value.strip()
+    headers = _taken(ACCOUNT_HEADERS) | headers
+    taken: dict[str, dict[str, Any]] = {}
+    if headers:
+        taken["openai"] = {"extra_headers": headers}
+    if options := _taken(ACCOUNT_OPTIONS):
+        taken |= dict.fromkeys(("azure", "azure_ai"), options)
+    return taken
+
+
+def _taken(names: Mapping[str, str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for variable, name in names.items():
+        if value := os.environ.pop(variable, ""):
+            found.setdefault(name, value)
+    return found
+
+
+ENVIRONMENT_ACCOUNT = take_account()
+
 
 async def complete(
     model: str,
@@ -101,8 +149,7 @@ async def complete(
     if provider_of(model) is None:
         raise ModelFailed("litellm knows no provider for this name; write it as PROVIDER/MODEL")
     options = {"model": model, "messages": list(messages), "timeout": timeout, "max_retries": 0, "num_retries": 0}
-    if key is not None:
-        options |= {"api_key": key.api_key, "api_base": _api_base(model, key)}
+    options |= _account(model, key)
     if "tools" in parameters:
         options["_skip_mcp_handler"] = True  # it looks for tools of MCP servers, by a package that is not installed
     try:
@@ -126,16 +173,26 @@ async def complete(
 
 @cache
 def provider_of(model: str) -> str | None:
-    """The provider of a model by litellm's name for it; None where it knows none."""
+    """The provider of a model, by the one of litellm's names for it that credentials have; None where it knows none."""
     try:
-        return str(litellm.get_llm_provider(model)[1])
+        provider = str(litellm.get_llm_provider(model)[1])
     except Exception:
         return None
+    return ALIASES.get(provider, provider)
 
 
-def _api_base(model: str, key: Key) -> str | None:
-    """Where it is sent: a team's key of the proxy to ours."""
-    return key.api_base or (settings().proxy_url if provider_of(model) == "litellm_proxy" else None)
+def _account(model: str, key: Key | None) -> dict[str, Any]:
+    """Whose account it is called with: a tenant's with its own key and address alone, else the environment's."""
+    provider = provider_of(model) or ""
+    if key is None:
+        return ENVIRONMENT_ACCOUNT.get(provider, {})
+    # A team's key of the proxy is for ours.
+    api_base = key.api_base or (settings().proxy_url if provider == "litellm_proxy" else ADDRESSES.get(provider))
+    if api_base is None:
+        raise ModelFailed(
+            "SAASLLM_PROXY_URL is not set" if provider == "litellm_proxy" else "its --api-base is not set"
+        )
+    return {"api_key": key.api_key, "api_base": api_base}
 
 
 def _not_sent(model: str, parameters: Mapping[str, Any]) -> tuple[str, ...]:
@@ -292,9 +349,11 @@ def _reason(error: Exception, key: Key | None) -> str:
         error = original
     text = " ".join(_text(error).partition("Traceback (most recent call last)")[0].split())
     text = re.sub(r"^(litellm\.)?(\w+Error: )?(litellm\.)?(\w+Error: )?(\w+Exception - )?", "", text)
-    for name, value in os.environ.items():
-        if len(value) >= 8 and SECRET_NAME.search(name):
-            text = text.replace(value, "***")
+    secrets = [value for name, value in os.environ.items() if len(value) >= 8 and SECRET_NAME.search(name)]
+    for account in ENVIRONMENT_ACCOUNT.values():
+        secrets += [value for value in account.values() if isinstance(value, str)]
+    for secret in secrets:
+        text = text.replace(secret, "***")
     if key is not None:
         text = _without(text, key.api_key)
     text = LOOKS_LIKE_A_KEY.sub("***", text).replace("\0", "").encode(errors="replace").decode()
@@ -305,11 +364,12 @@ def _reason(error: Exception, key: Key | None) -> str:
 
 def _without(text: str, secret: str) -> str:
     """The text without what it shares with the secret: providers repeat keys, in part, cut off, or encoded."""
-    length = min(SHARED, len(secret))
-    pieces = {secret[start : start + length] for start in range(len(secret) - length + 1)}
     shown = [True] * len(text)
-    for start in range(len(text) - length + 1):
-        if text[start : start + length] in pieces:
-            shown[start : start + length] = [False] * length
+    for form in {secret, quote(secret, safe=""), json.dumps(secret)[1:-1], repr(secret)[1:-1]}:
+        length = min(SHARED, len(form))
+        pieces = {form[start : start + length] for start in range(len(form) - length + 1)}
+        for start in range(len(text) - length + 1):
+            if text[start : start + length] in pieces:
+                shown[start : start + length] = [False] * length
     kept = "".join(char if is_shown else "\0" for char, is_shown in zip(text, shown, strict=True))
     return re.sub("\0+", "***", kept)

@@ -162,7 +162,7 @@ def require_secrets(delivery: Row) -> None:
             "no_secret", f"Webhook {webhook_id} has no secret.", f"Run: saasllm webhook rotate {webhook_id}"
         )
     for secret in delivery["secrets"]:
-        _signer(secret, f"webhook {delivery['webhook_id']}")
+        _signer(secret, encryption.webhook_owner(delivery))
 
 
 def body_of(delivery: Row) -> str:
@@ -180,7 +180,7 @@ def body_of(delivery: Row) -> str:
 
 def _signatures(delivery: Row, at: datetime, body: str) -> str:
     """By each secret that is valid now: whoever still has the one before accepts it, too."""
-    signers = [_signer(secret, f"webhook {delivery['webhook_id']}") for secret in delivery["secrets"]]
+    signers = [_signer(secret, encryption.webhook_owner(delivery)) for secret in delivery["secrets"]]
     return " ".join(signer.sign(str(delivery["event_id"]), at, body) for signer in signers)
 
 

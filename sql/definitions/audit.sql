@@ -37,6 +37,7 @@ CREATE TRIGGER audit_log_is_dated AFTER INSERT ON audit_log
 
 -- Organizations, teams, assignments, prices and limits: row by row, what it was and what it is. The arguments are the
 -- noun and the column by which a row is found again after an update; without one, an update is a delete and a create.
+-- What is marked as removed is deleted by that.
 -- What a purge removes is told by its one record: what is gone with the team or the organization that it names, unless
 -- it was made after that record.
 
@@ -77,7 +78,8 @@ BEGIN
                 record
             FROM (SELECT to_jsonb(old_rows) AS record FROM old_rows) o
         ) gone
-        WHERE NOT EXISTS (
+        WHERE record ->> 'removed_at' IS NULL
+          AND NOT EXISTS (
             SELECT
             FROM public.purges_of_transaction p
             WHERE p.is_done
@@ -103,7 +105,11 @@ BEGIN
             o.record,
             n.record
         FROM (SELECT to_jsonb(old_rows) AS record FROM old_rows) o
-        FULL JOIN (SELECT to_jsonb(new_rows) AS record FROM new_rows) n ON o.record ->> key = n.record ->> key
+        FULL JOIN (
+            SELECT record
+            FROM (SELECT to_jsonb(new_rows) AS record FROM new_rows) AS changed
+            WHERE record ->> 'removed_at' IS NULL
+        ) n ON o.record ->> key = n.record ->> key
         -- An update that changes nothing but its own time is none.
         WHERE o.record - 'updated_at' IS DISTINCT FROM n.record - 'updated_at';
     END IF;

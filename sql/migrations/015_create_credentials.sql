@@ -37,7 +37,9 @@ CREATE TABLE credential_secrets (
     secret        text   NOT NULL
 );
 
-ALTER TABLE llm_calls ADD COLUMN credential_id bigint REFERENCES credentials;
+ALTER TABLE llm_calls
+    ADD COLUMN credential_id bigint, -- with which it was made; none where with the environment's key
+    ADD CONSTRAINT llm_calls_credential_id_fkey FOREIGN KEY (credential_id) REFERENCES credentials;
 CREATE INDEX llm_calls_by_credential ON llm_calls (credential_id, created_at) WHERE credential_id IS NOT NULL;
 
 -- A team's virtual keys at the proxy: the one that is used, and those before it until they expire.

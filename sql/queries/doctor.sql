@@ -198,6 +198,13 @@ SELECT
           AND num_nonnulls(s.disabled_at, s.failing_since, s.retry_at) = 0
     ) AS lacks_deliverer;
 
+-- name: secrets() :one
+-- Whether there are credentials and keys, and whether the role may read what is stored of them.
+SELECT
+    EXISTS (SELECT FROM credentials WHERE removed_at IS NULL) AS has_credentials,
+    EXISTS (SELECT FROM proxy_keys) AS has_keys,
+    has_column_privilege('credential_secrets', 'secret', 'SELECT') AS may_decrypt;
+
 -- name: models() :many
 -- The models that jobs may call, and whether they have a price of our own.
 SELECT DISTINCT m.model_name, p.model_name IS NOT NULL AS is_priced

@@ -59,11 +59,16 @@ WHERE organization_id = %(organization_id)s
 RETURNING organization_id;
 
 -- name: set_status(organization_id, status) :maybe
-UPDATE organizations
+-- And whether its teams have keys at the proxy, which is then to know of it.
+UPDATE organizations o
 SET updated_at = CASE WHEN status = %(status)s THEN updated_at ELSE now() END,
     status = %(status)s
 WHERE organization_id = %(organization_id)s
-RETURNING organization_id;
+RETURNING
+    organization_id,
+    EXISTS (
+        SELECT FROM teams t JOIN proxy_keys k USING (team_id) WHERE t.organization_id = o.organization_id
+    ) AS has_keys;
 
 -- name: delete(organization_id) :one
 -- Deletes an organization that has no team; says whether it did and how many teams there are.

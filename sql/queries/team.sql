@@ -154,11 +154,12 @@ WHERE c.team_id = %(team_id)s;
 UPDATE team_credits SET low_credits = %(low_credits)s::bigint[] WHERE team_id = %(team_id)s RETURNING team_id;
 
 -- name: set_status(team_id, status) :maybe
-UPDATE teams
+-- And whether the team has keys at the proxy, which is then to know of it.
+UPDATE teams t
 SET updated_at = CASE WHEN status = %(status)s THEN updated_at ELSE now() END,
     status = %(status)s
 WHERE team_id = %(team_id)s
-RETURNING team_id;
+RETURNING team_id, EXISTS (SELECT FROM proxy_keys k WHERE k.team_id = t.team_id) AS has_keys;
 
 -- name: lock(team_id) :maybe
 -- So that of two who change its groups at once the second sees what the first has done.

@@ -8,7 +8,8 @@ RETURNING worker_id;
 -- name: take(worker_id, most, lease_seconds, with_suspect) :many
 -- (Numbers in a request are none of money, and go to the provider as they are: it is text here.)
 SELECT
-    job_id, group_name, request::text AS request, purpose, timeout_seconds, is_suspect, model_names, model_prices
+    job_id, group_name, request::text AS request, purpose, timeout_seconds, is_suspect, model_names, model_prices,
+    model_keys
 FROM take_jobs(%(worker_id)s, %(most)s, %(lease_seconds)s, %(with_suspect)s);
 
 -- name: has_seen_all(worker_id) :maybe
