@@ -4,14 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import psycopg
 import pytest
-from conftest import Result, master_key, start_process
+from conftest import Result, master_key, own_server, start_process
 from provider import Provider
 from receiver import Receiver
 from test_webhook import refused
@@ -64,6 +68,9 @@ def tenants(tenant: Run, provider: Provider) -> list[Tenant]:
 
 
 def set_key(run: Run, value: str, *options: object, provider: str = "openai") -> Any:
+    """For the provider on loopback, where there is one."""
+    if (url := os.environ.get("OPENAI_BASE_URL")) and options and "--api-base" not in options:
+        options += ("--api-base", url)
     result = run("credential", "set", "--provider", provider, *options, "-o", "json", stdin=value)
     assert result.status == 0, result.err
     return result.data
@@ -106,7 +113,7 @@ def test_from_its_first_value_to_its_removal(tenant: Run, sql: Sql, provider: Pr
         "organization_id": "acme",
         "team_id": None,
         "provider": "openai",
-        "api_base": None,
+        "api_base": provider.url,
         "last_four": "0001",
         "used_at": None,
         "is_decryptable": True,
@@ -133,8 +140,10 @@ def test_from_its_first_value_to_its_removal(tenant: Run, sql: Sql, provider: Pr
     assert provider.asked[-1].key == ENVIRONMENTS
     assert calls(sql)[1:] == [("openai/ok", 2, None), ("openai/ok", None, None)]
     audited = tenant("audit", "list", "--sort", "oldest", "-o", "json").data
-    told = [(row["action"], row["after"]["credential_id"]) for row in audited if row["noun"] == "credential"]
-    assert sorted(told) == [("create", 1), ("create", 2), ("update", 1), ("update", 2)]
+    told = [(row["action"], row["after"] or row["before"]) for row in audited if row["noun"] == "credential"]
+    assert sorted((action, state["credential_id"]) for action, state in told) == [
+        *(("create", 1), ("create", 2), ("delete", 1), ("delete", 2))
+    ]
     assert "acme openai" in tenant("audit", "list").out
 
 
@@ -436,7 +445,7 @@ def assert_undecryptable(tenant: Run, sql: Sql, provider: Provider) -> None:
 @pytest.fixture
 def owned(tenants: list[Tenant], tenant: Run) -> None:
     """`hr` has a key, and so has its organization."""
-    set_key(tenant, "sk-of-the-team", "--team", "hr", "--api-base", os.environ["OPENAI_BASE_URL"])
+    set_key(tenant, "sk-of-the-team", "--team", "hr")
 
 
 @pytest.mark.usefixtures("owned")
@@ -612,7 +621,9 @@ def test_each_tenants_prompts_by_its_own_key(
         team = prompt_of(asked.body).removeprefix("I am ").partition(",")[0]
         assert asked.key == expected[team], asked
     assert len(provider.asked) == 5 * count
-    found = sql.execute("SELECT team_id, credential_id, count(*) FROM jobs JOIN llm_calls USING (job_id) GROUP BY 1, 2")
+    found = sql.execute(
+        "SELECT jobs.team_id, credential_id, count(*) FROM jobs JOIN llm_calls USING (job_id) GROUP BY 1, 2"
+    )
     assert sorted(tuple(row.values()) for row in found) == [
         *(("hr", 1, 2 * count), ("lab", None, count), ("ops", 2, 2 * count))
     ]
@@ -631,8 +642,8 @@ def test_what_a_provider_says_of_one_key_does_not_hold_for_another(
     _, err = worker.communicate(timeout=PATIENCE_SECONDS)
     assert worker.returncode == 0, err
     found = sql.execute(
-        "SELECT team_id, resolved_model, error IS NULL AS ok, count(*) FROM jobs"
-        " JOIN llm_calls USING (job_id) WHERE team_id <> 'hr' GROUP BY 1, 2, 3"
+        "SELECT jobs.team_id, resolved_model, llm_calls.error IS NULL AS ok, count(*) FROM jobs"
+        " JOIN llm_calls USING (job_id) WHERE jobs.team_id <> 'hr' GROUP BY 1, 2, 3"
     )
     assert sorted(tuple(row.values()) for row in found) == [
         *(("lab", "openai/ok", True, 30), ("ops", "openai/ok", True, 30))
@@ -646,7 +657,8 @@ def test_what_a_provider_says_of_one_key_does_not_hold_for_another(
 def many(sql: Sql, count: int) -> dict[int, str]:
     """Credentials of as many organizations: their values."""
     sql.execute(
-        "INSERT INTO organizations (organization_id, name) SELECT 'org-' || number, 'x' FROM generate_series(1, %s) number",
+        "INSERT INTO organizations (organization_id, name)"
+        " SELECT 'org-' || number, 'x' FROM generate_series(1, %s) number",
         [count],
     )
     rows = sql.execute(
@@ -729,7 +741,7 @@ def test_a_rewrap_that_is_killed_again_and_again_while_jobs_run(
 
 
 def test_what_is_set_in_the_middle_of_a_rewrap_stays(
-    tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch, use_master_keys: Callable[..., None]
+    tenant: Run, sql: Sql, use_master_keys: Callable[..., None]
 ) -> None:
     values = many(sql, 3)
     set_key(tenant, ACME.key, "--org", "acme")
@@ -750,9 +762,9 @@ def test_what_is_set_in_the_middle_of_a_rewrap_stays(
         return rewrapped(stored, owner)
 
     expected: list[str] = []
-    monkeypatch.setattr(encryption, "rewrapped", while_others_set)
-    assert tenant("credential", "rewrap", "-o", "json").status == 0
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encryption, "rewrapped", while_others_set)
+        assert tenant("credential", "rewrap", "-o", "json").status == 0
     use_master_keys(master_key("n"))
     found = decrypted(sql)
     assert found == values | {max(found): GLOBEX.key}
@@ -771,3 +783,158 @@ def test_what_cannot_be_rewrapped_is_named(
     assert (result.status, result.data) == (9, {"rewrapped": 0, "unchanged": 1, "failed": 3})
     for name in ("openai credential of organization acme", "openai credential of team hr of acme", "webhook 1"):
         assert name in result.error["message"]
+
+
+# Where a value is found
+
+
+CANARY = "sk-Canary/7f+3Q==9dX2wLm.Tr4ce"
+OTHER_CANARY = "Kanarienvogel~5%61&zwitschert!"
+
+
+def pieces(secret: str) -> set[str]:
+    """By which it is recognized, also in part or encoded; of its end, four characters are told."""
+    forms = (secret, quote(secret, safe=""))
+    return {form[start : start + 9] for form in forms for start in range(len(form) - 8)}
+
+
+def found_in(text: str, *secrets: str) -> list[str]:
+    return sorted(piece for secret in secrets for piece in pieces(secret) if piece in text)
+
+
+def of_process(pid: int) -> tuple[str, str]:
+    """Its command line, and its environment; nothing of one that has ended."""
+    told = ["", ""]
+    with suppress(FileNotFoundError, ProcessLookupError):
+        told = [Path(f"/proc/{pid}/{name}").read_bytes().decode(errors="replace") for name in ("cmdline", "environ")]
+    return told[0], told[1]
+
+
+def below(pid: int) -> list[int]:
+    """The process and its children."""
+    children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    return [pid, *(each for child in children for each in below(child))]
+
+
+def until(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_value_is_found_only_where_it_was_given(
+    crashing_server: own_server, run: Run, provider: Provider, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In nothing that is printed, stored, logged, dumped or told of a process, also where the provider repeats it."""
+    url = os.environ["SAASLLM_DATABASE_URL"]
+    master, environment = master_key("c"), dict(os.environ)
+    del environment["SAASLLM_MASTER_KEYS"]
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("ALTER SYSTEM SET log_statement = 'all'")
+        connection.execute("ALTER SYSTEM SET log_min_duration_statement = 0")
+        connection.execute("ALTER SYSTEM SET log_parameter_max_length_on_error = -1")
+        connection.execute("SELECT pg_reload_conf()")
+    (home / "master.key").write_text(master)
+    environment["SAASLLM_MASTER_KEY_FILE"] = str(home / "master.key")
+    monkeypatch.delenv("SAASLLM_MASTER_KEYS")
+    monkeypatch.setenv("SAASLLM_MASTER_KEY_FILE", environment["SAASLLM_MASTER_KEY_FILE"])
+    settings.cache_clear()
+    told: list[Any] = [run("migrate", "up"), run("org", "create", "acme"), run("org", "create", "globex")]
+    told.append(run("group", "create", "G", "--model", "openai/status-401"))
+    told.append(run("group", "create", "Held", "--model", "openai/held"))
+    for team, organization in (("hr", "acme"), ("ops", "globex")):
+        told.append(run("team", "create", team, "--org", organization, "--group", "G", "--group", "Held"))
+        told.append(run("credits", "add", team, 100))
+    assert all(result.status == 0 for result in told), told
+
+    def begun(*words: str, **further: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "saasllm_cli", "--debug", *words]
+        pipe = subprocess.PIPE
+        surroundings = environment | further
+        return subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe, env=surroundings)
+
+    # While it is being read from stdin, and while it stands in the environment.
+    words = ("credential", "set", "--provider", "openai", "--api-base", provider.url)
+    setting = begun(*words, "--org", "acme")
+    assert setting.stdin
+    setting.stdin.write(CANARY)
+    setting.stdin.flush()
+    by_environment = begun(*words, "--org", "globex", "--from-env", "GLOBEX_KEY", GLOBEX_KEY=OTHER_CANARY)
+    looked_at = [of_process(pid) for process in (setting, by_environment) for pid in below(process.pid)]
+    assert [bool(found_in(environ, OTHER_CANARY)) for _, environ in looked_at] == [False, True]
+    assert found_in("".join(line for line, _ in looked_at), CANARY, OTHER_CANARY, master) == []
+    assert found_in("".join(environ for _, environ in looked_at), CANARY, master) == []
+    for process in (setting, by_environment):
+        told.append(process.communicate(timeout=PATIENCE_SECONDS))
+        assert process.returncode == 0, told[-1]
+
+    # The provider repeats it in all forms.
+    provider.message = "key {key} quoted {quoted} repr {key!r} part {key:.14} {quoted:.20} refused"
+    (home / "in.jsonl").write_text('{"id": "1", "prompt": "Hello"}')
+    for team, organization in (("hr", "acme"), ("ops", "globex")):
+        job = ("--team", team, "--group", "G")
+        batch = ("job", "batch", "in.jsonl", "--out", f"{team}.jsonl", *job)
+        for status, words in (
+            (8, ("job", "run", *job, "--prompt", "x")),
+            (9, batch),
+            (8, ("credential", "test", "--org", organization, "--provider", "openai", "--yes")),
+        ):
+            process = start_process("--debug", *words, constants=FORKED)
+            told.append(process.communicate(timeout=PATIENCE_SECONDS))
+            assert process.returncode == status, told[-1]
+    assert sum("refused" in str(outputs) for outputs in told) >= 4
+
+    # While calls are under way.
+    for team, group in product(("hr", "ops"), ("G", "Held")):
+        told.append(run("job", "submit", "--team", team, "--group", group, "--prompt", "x"))
+    worker = begun("worker", "--once")
+    until(lambda: len(provider.asked) == 10)
+    assert {asked.key for asked in provider.asked} == {CANARY, OTHER_CANARY}
+    with psycopg.connect(url, autocommit=True) as connection:
+        activity = str(connection.execute("SELECT a::text FROM pg_stat_activity a").fetchall())
+    pids = below(worker.pid)
+    assert len(pids) > 1
+    server = int((crashing_server.folder / "data/postmaster.pid").read_text().split()[0])
+    looked_at = [of_process(pid) for pid in (*pids, *below(server))]
+    assert found_in(str(looked_at) + activity, CANARY, OTHER_CANARY, master) == []
+    provider.released.set()
+    told.append(worker.communicate(timeout=PATIENCE_SECONDS))
+    assert worker.returncode == 0
+
+    for command in ("credential list", "audit list", "event list", "job list", "doctor", "credential rewrap", "export"):
+        told += [run(*command.split()), run(*command.split(), "-o", "json")]
+    for command in ("credential remove --org acme --provider openai --yes", "org purge globex --confirm globex"):
+        told.append(run(*command.split()))
+    stored = []
+    with psycopg.connect(url, autocommit=True) as connection:
+        tables = connection.execute("SELECT oid::regclass::text FROM pg_class WHERE relkind IN ('r', 'm')").fetchall()
+        for (table,) in tables:
+            stored += connection.execute(f"SELECT t::text FROM {table} t").fetchall()
+    dump = subprocess.run(
+        [crashing_server.binaries / "pg_dump", url], capture_output=True, check=True, text=True
+    ).stdout
+    log = (crashing_server.folder / "log").read_text()
+    assert "gAAAA" in log  # what was stored is logged, encrypted
+    assert "audit_log" in dump
+    files = [path.read_bytes().decode(errors="replace") for path in home.rglob("*") if path.is_file()]
+    files.remove(master)
+    places = {"told": str(told), "stored": str(stored), "dump": dump, "log": log, "files": str(files)}
+    for place, text in places.items():
+        assert found_in(text, CANARY, OTHER_CANARY, master) == [], place
+
+
+def test_the_embedded_server_holds_no_key(
+    data_dir: Path, home: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs on when the command that has started it has ended, whatever that one's environment held."""
+    monkeypatch.setenv("SAASLLM_DATA_DIR", str(data_dir / "held"))
+    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+    settings.cache_clear()
+    assert run("db", "start").status == 0
+    try:
+        (pid_file,) = (data_dir / "held").rglob("postmaster.pid")
+        for pid in below(int(pid_file.read_text().split()[0])):
+            assert found_in(of_process(pid)[1], CANARY, master_key()) == []
+    finally:
+        assert run("db", "stop").status == 0
