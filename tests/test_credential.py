@@ -874,11 +874,12 @@ def test_a_value_is_found_only_where_it_was_given(
     (home / "in.jsonl").write_text('{"id": "1", "prompt": "Hello"}')
     for team, organization in (("hr", "acme"), ("ops", "globex")):
         job = ("--team", team, "--group", "G")
+        model = ("--provider", "openai", "--model", "openai/status-401", "--yes")
         batch = ("job", "batch", "in.jsonl", "--out", f"{team}.jsonl", *job)
         for status, words in (
             (8, ("job", "run", *job, "--prompt", "x")),
             (9, batch),
-            (8, ("credential", "test", "--org", organization, "--provider", "openai", "--yes")),
+            (8, ("credential", "test", "--org", organization, *model)),
         ):
             process = start_process("--debug", *words, constants=FORKED)
             told.append(process.communicate(timeout=PATIENCE_SECONDS))
