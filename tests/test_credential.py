@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
+from threading import Barrier
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -555,7 +556,7 @@ def test_set_by_many_at_once(tenant: Run, sql: Sql) -> None:
     with ThreadPoolExecutor(2) as threads:
         for turn in range(20):
             values = [f"sk-turn-{turn:02}-of-thread-{number}-{turn:02}{number:02}" for number in range(2)]
-            found = list(threads.map(_set_by_itself, values))
+            found = list(threads.map(_set_by_itself, values, [Barrier(2)] * 2))
             (row,) = listed(tenant)
             assert row["is_decryptable"]
             assert row["credential_id"] == max(each["credential_id"] for each in found)
@@ -563,11 +564,13 @@ def test_set_by_many_at_once(tenant: Run, sql: Sql) -> None:
             assert secrets_of(sql).keys() == {row["credential_id"]}
 
 
-def _set_by_itself(value: str) -> Any:
+def _set_by_itself(value: str, together: Barrier) -> Any:
     """As the command does, from a thread: the command line itself has one stdin."""
     scope = credential.Scope("acme", None, "openai")
     owner = encryption.credential_owner({**scope._asdict(), "api_base": None})
     with database.connect() as db:
+        db.many("credential.list", organization_id=None, team_id=None, provider=None, after=None, row_limit=1)
+        together.wait(PATIENCE_SECONDS)
         return db.transaction(
             lambda: db.one(
                 "credential.set",
