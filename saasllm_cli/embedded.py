@@ -10,6 +10,7 @@ may connect. It is started on first use and left running.
 
 import fcntl
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -34,6 +35,8 @@ UPGRADE_PORT = 5433
 START_SECONDS = 60
 CRASHED_SECONDS = 10
 ROOM_BYTES = 64 * 2**20  # with less, a server may not even start
+# What its programs get of the environment: a server that runs on is not to hold master keys or providers' keys.
+ENVIRONMENT = re.compile("PATH|LD_LIBRARY_PATH|DYLD_LIBRARY_PATH|HOME|TMPDIR|TZ|LANG|LC_.*")
 REJECTING = 1  # what pg_isready says of a server that starts up
 
 
@@ -354,6 +357,7 @@ def _run(*command: object) -> None:
             stdout=output,
             stderr=output,
             check=False,
+            env={name: value for name, value in os.environ.items() if ENVIRONMENT.fullmatch(name)},
             start_new_session=True,  # Ctrl-C in the terminal is for the command, not for the server
             **_as_system_user(),
         )

@@ -16,18 +16,28 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
+from urllib.parse import quote
 
 ANSWER = "The answer of the model."
 NO_HEADERS: Mapping[str, str] = {}
 USAGE = {"prompt_tokens": 12, "completion_tokens": 5, "total_tokens": 17}
 
 
+class Asked(NamedTuple):
+    key: str
+    path: str
+    body: dict[str, Any]
+
+
 class Provider:
-    """Runs while it is entered; `requests` are the bodies that came in, `stands_for` gives models another's fault."""
+    """Runs while it is entered; `requests` are the bodies that came in, `asked` also with which key, `stands_for` gives
+    models another's fault, and `refused` are keys, with the status by which they are."""
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
+        self.asked: list[Asked] = []
+        self.refused: dict[str, int] = {}
         self.stands_for: dict[str, str] = {}
         self.usage: dict[str, Any] = USAGE
         self.answer = ANSWER
@@ -94,6 +104,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.provider.requests.append(body)
+        key = self.headers["Authorization"].removeprefix("Bearer ")
+        self.provider.asked.append(Asked(key, self.path, body))
+        if status := self.provider.refused.get(key):
+            self._answer(status, _error(self._fault(str(status))))
+            return
         if self.provider.response is not None:
             (status, content), self.provider.response = self.provider.response, None
             self._answer(status, content)
@@ -159,7 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
 
     def _fault(self, status: str) -> str:
-        return self.provider.message.format(status=status, key=self.headers["Authorization"][7:])
+        key = self.headers["Authorization"].removeprefix("Bearer ")
+        return self.provider.message.format(status=status, key=key, quoted=quote(key, safe=""))
 
     def _when_to_come_back(self) -> Mapping[str, str]:
         told = {"Retry-After": self.provider.retry_after, "retry-after-ms": self.provider.retry_after_ms}

@@ -60,6 +60,8 @@ def _record(change: Row) -> Row:
     match change["noun"]:
         case "model":
             ids = [state["model_name"]]
+        case "credential":
+            ids = [*filter(None, [change["team_id"] or change["organization_id"]]), state["provider"]]
         case "price":
             scope = [state[name] for name in ("organization_id", "team_id", "group_name", "job_type")]
             ids = [*filter(None, scope)] or ["everywhere"]

@@ -228,8 +228,9 @@ def remove(
     confirm_delete(what, yes)
     with database.connect() as db:
         if db.maybe("credential.remove", credential_id=credential_id) is None:
-            _get(db, scope)
-            raise _is_key(scope)
+            if _get(db, scope)["credential_id"] == credential_id:
+                raise _is_key(scope)
+            raise Conflict("changed_meanwhile", f"{what[0].upper()}{what[1:]} was replaced meanwhile.", "Run it again.")
     note(f"Removed {what}.", **scope._asdict())
 
 

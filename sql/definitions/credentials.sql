@@ -2,7 +2,8 @@
 
 
 -- With which keys a team calls models, by the provider: its own, else its organization's; as they are stored, to be
--- decrypted by whoever calls. NULL where it has none and may use those of the environment.
+-- decrypted by whoever calls. NULL where it has none and may use those of the environment. One whose secret is missing
+-- is there all the same: it does not decrypt, and no other is used instead.
 CREATE FUNCTION keys_of(of_team text, of_organization text) RETURNS jsonb
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
@@ -12,9 +13,9 @@ BEGIN
     INTO keys
     FROM (
         SELECT DISTINCT ON (c.provider)
-            c.credential_id, c.organization_id, c.team_id, c.provider, c.api_base, s.secret
+            c.credential_id, c.organization_id, c.team_id, c.provider, c.api_base, coalesce(s.secret, '') AS secret
         FROM credentials c
-        JOIN credential_secrets s USING (credential_id)
+        LEFT JOIN credential_secrets s USING (credential_id)
         WHERE coalesce(c.organization_id, '') = of_organization
           AND coalesce(c.team_id, '') IN ('', of_team)
           AND c.removed_at IS NULL

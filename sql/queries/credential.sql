@@ -51,9 +51,9 @@ SELECT * FROM credential_details WHERE credential_id = %(credential_id)s;
 
 -- name: of(organization_id, team_id, provider) :maybe
 -- That of a team, of an organization as a whole, or of nobody.
-SELECT d.*, s.secret
+SELECT d.*, coalesce(s.secret, '') AS secret
 FROM credential_details d
-JOIN credential_secrets s USING (credential_id)
+LEFT JOIN credential_secrets s USING (credential_id)
 WHERE d.provider = %(provider)s
   AND d.team_id IS NOT DISTINCT FROM %(team_id)s::text
   AND (
@@ -101,11 +101,11 @@ ORDER BY m.model_name;
 
 -- name: secrets(after, row_limit) :many
 -- What is stored of each, with what it is bound to.
-SELECT c.credential_id, c.organization_id, c.team_id, c.provider, c.api_base, s.secret
-FROM credential_secrets s
-JOIN credentials c USING (credential_id)
-WHERE s.credential_id > %(after)s
-ORDER BY s.credential_id
+SELECT c.credential_id, c.organization_id, c.team_id, c.provider, c.api_base, coalesce(s.secret, '') AS secret
+FROM credentials c
+LEFT JOIN credential_secrets s USING (credential_id)
+WHERE c.removed_at IS NULL AND c.credential_id > %(after)s
+ORDER BY c.credential_id
 LIMIT %(row_limit)s;
 
 -- name: secrets_of(credential_ids) :many
