@@ -674,7 +674,7 @@ keys:
                 "12:3: credentials[9]: it needs an organization_id or a team_id; only the master key of litellm_proxy "
                 "has neither",
                 "13:3: credentials[10]: the proxy's URL is not set here: set SAASLLM_PROXY_URL, and leave out api_base",
-                "14:35: credentials[11].api_base: it must not contain credentials: deliveries are signed instead",
+                "14:35: credentials[11].api_base: it must not contain credentials",
                 "15:3: credentials[12]: models of azure have no address that is known: give it as api_base",
                 "16:17: credentials[13].provider: 'azure_text' has the keys of azure: use that",
                 "18:17: keys[0].from_env: SHORT must begin with sk- and have at least 16 characters",
@@ -1497,9 +1497,9 @@ BROKEN = {
         [
             "2:3: webhooks[0].url: it is required",
             "2:3: webhooks[0].event_types: it is required",
-            "3:4: webhooks[1].url: it must be a URL such as https://example.com/hooks",
+            "3:4: webhooks[1].url: it must be a URL such as https://example.com",
             "3:20: webhooks[1].event_types: it must not be empty",
-            "4:4: webhooks[2].url: it must not contain credentials: deliveries are signed instead",
+            "4:4: webhooks[2].url: it must not contain credentials",
             f"4:49: webhooks[2].event_types[0]: 'job.lost' is not an event type: use all, or {', '.join(EVENT_TYPES)}",
             "5:27: webhooks[3].event_types: all includes every other type: give it alone",
             "5:59: webhooks[3].secret: unknown field: use one of organization_id, url, event_types, allow_http, "

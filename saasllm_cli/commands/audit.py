@@ -35,7 +35,7 @@ def list_(
     limit: Limit = 100,
     output: Output = None,
 ) -> None:
-    """List changes to organizations, groups, teams, schedules and prices."""
+    """List who changed what, and when."""
     columns = ("audit_id", "created_at", "actor", "action", "noun", "record", "command")
     essential = ("record", "action", "actor", "created_at", "noun")
     with database.connect() as db:
