@@ -81,7 +81,7 @@ TRIES = 5
 DEADLOCK_SECONDS = 30.0  # in which a transaction that meets the jobs of a busy team finds a gap
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 # The names of the unique indexes of what is done once.
-ONCE = ("_idempotency_key", "_once_a_job", "jobs_pkey", "credentials_once", "proxy_keys_by_token")
+ONCE = ("_idempotency_key", "_once_a_job", "jobs_pkey")
 # What was removed in the moment in which it was to count, or to be told of: asked again, it is not there.
 REMOVED = (
     "limit_counters_limit_id_fkey",
