@@ -26,31 +26,23 @@ from saasllm_cli.commands.inputs import (
 )
 from saasllm_cli.database import Row
 from saasllm_cli.errors import CheckFailed, Conflict, InvalidInput, NoAnswer, NotFound, SaasllmError, not_found
+from saasllm_cli.jobs.providers import ADDRESSES, PROXY, has_address, known_provider
 from saasllm_cli.output import note, print_line, progress, show, waiting
 from saasllm_cli.rules import LONGEST_CREDENTIAL, is_credential, last_four
 
 app = noun()
 
-PROXY = "litellm_proxy"
 REWRAPPED = 500  # in one transaction
 
 
 def provider(value: str) -> str:
-    from saasllm_cli.jobs.providers import ADDRESSES, ALIASES
-
-    if value in ALIASES:
-        raise typer.BadParameter(f"{value!r} has the keys of {ALIASES[value]}: use that.")
-    if value not in ADDRESSES:
-        raise typer.BadParameter(
-            f"{value!r} is not a provider that takes a key with each call: use litellm's name, such as openai, "
-            "anthropic or gemini."
-        )
-    return value
+    try:
+        return known_provider(value)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}.".replace("?.", "?")) from None
 
 
 def _complete_provider(incomplete: str) -> list[str]:
-    from saasllm_cli.jobs.providers import ADDRESSES
-
     return [name for name in ADDRESSES if name.startswith(incomplete)]
 
 
@@ -349,11 +341,10 @@ def _is_key(scope: Scope) -> Conflict:
 
 def _checked(api_base: str | None, scope: Scope) -> str | None:
     """The URL, normalized; None where it is the provider's own."""
-    from saasllm_cli.jobs.providers import ADDRESSES
     from saasllm_cli.webhooks.addresses import target
 
     if api_base is None:
-        if ADDRESSES[scope.provider] is None and scope.provider != PROXY:
+        if not has_address(scope.provider):
             raise InvalidInput(
                 "usage", f"Models of {scope.provider} have no address that is known.", "Give it with --api-base URL."
             )
