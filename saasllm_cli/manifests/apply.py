@@ -154,7 +154,7 @@ def _stored_values(db: Database, credential_ids: list[int]) -> dict[int, str]:
 
     require_master_key()
     found = {}
-    for row in db.many("apply.stored_values", credential_ids=credential_ids):
+    for row in db.many("credential.secrets_of", credential_ids=credential_ids):
         with suppress(InvalidInput):
             found[row["credential_id"]] = decrypt(row["secret"], credential_owner(row))
     return found
