@@ -364,7 +364,8 @@ def _value(from_env: str | None, question: str) -> str:
     """The key, from where it was said to be; it is not repeated, whatever is wrong with it."""
     if from_env is not None:
         if (given := os.environ.get(from_env)) is None:
-            raise InvalidInput("no_value", f"{from_env} is not set in the environment.", "Set it, or see --help.")
+            # Its name is not repeated, for it may be the key.
+            raise InvalidInput("no_value", "The variable that --from-env names is not set.", "Set it, or see --help.")
     elif sys.stdin.isatty():
         given = asked(question, "--from-env NAME", lambda text, err: typer.prompt(text, hide_input=True, err=err))
     else:

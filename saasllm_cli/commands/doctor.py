@@ -313,7 +313,7 @@ def _keys(models: list[str]) -> Check:
             "providers",
             WARNING,
             f"{message}.",
-            "Set it where jobs run, or in .env; that of an organization: saasllm credential set",
+            "Set it where jobs run, or in .env. For a key of an organization's own, run: saasllm credential set",
         )
     return _check(
         "providers", OK, f"The keys for {counted(len(called), 'model')} are set; `saasllm group test` tries them."

@@ -310,7 +310,7 @@ def _value(from_env: str) -> str:
     if not is_key(value):
         raise InvalidInput(
             "invalid_value",
-            f"{from_env} is not set to a key that the proxy would take.",
+            "The variable that --from-env names is not set to a key that the proxy would take.",
             f"It must begin with {KEY_PREFIX} and have at least {SHORTEST_KEY} characters.",
         )
     return value

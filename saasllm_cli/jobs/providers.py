@@ -114,7 +114,7 @@ def known_provider(name: str) -> str:
     if name in ALIASES:
         raise ValueError(f"{name!r} has the keys of {ALIASES[name]}: use that")
     if name not in ADDRESSES:
-        near = get_close_matches(name, ADDRESSES, 1)
+        near = get_close_matches(name, ADDRESSES, 1, 0.75)
         meant = f"did you mean {near[0]}?" if near else "use litellm's name, such as openai, anthropic or gemini"
         raise ValueError(f"{name!r} is not a provider that takes a key with each call: {meant}")
     return name
