@@ -107,7 +107,7 @@ def set_(
     encryption.require_master_key()
     with database.connect() as db:
         owner = _owner(db, scope)
-    value = _value(from_env, f"Key of {scope.owner} for {provider}")
+    value = _value(from_env, f"{provider} key of {scope.owner}")
 
     def work() -> Row:
         secret = encryption.encrypt(value, encryption.credential_owner({**owner, "api_base": api_base}))
@@ -157,7 +157,12 @@ def list_(
         *("credential_id", "organization_id", "team_id", "provider", "last_four", "is_decryptable", "used_at"),
         *("created_at", "api_base"),
     )
-    show(credentials, output, columns, essential=("credential_id", "provider", "last_four", "is_decryptable"))
+    show(
+        credentials,
+        output,
+        columns,
+        essential=("credential_id", "organization_id", "team_id", "provider", "is_decryptable"),
+    )
 
 
 @app.command(epilog="saasllm credential test --org org_acme_corp --provider openai --yes")
