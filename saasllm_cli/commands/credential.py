@@ -194,7 +194,7 @@ def test(
     model = _model(scope, model, names)
     confirm(f"Send a request to {model} with the key of {scope.owner}? The provider may bill it.", yes)
 
-    from saasllm_cli.jobs.models import Key
+    from saasllm_cli.jobs.answers import Key
     from saasllm_cli.jobs.probe import probe
 
     with waiting(f"Waiting for {model} …"):

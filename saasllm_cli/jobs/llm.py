@@ -20,8 +20,7 @@ from urllib.parse import quote
 
 from dotenv import load_dotenv
 
-from saasllm_cli.jobs.answers import Answer, ModelFailed, count
-from saasllm_cli.jobs.models import Key
+from saasllm_cli.jobs.answers import Answer, Key, ModelFailed, count
 from saasllm_cli.jobs.providers import ADDRESSES, ALIASES, PROXY
 from saasllm_cli.settings import settings
 
