@@ -1497,7 +1497,7 @@ BROKEN = {
         [
             "2:3: webhooks[0].url: it is required",
             "2:3: webhooks[0].event_types: it is required",
-            "3:4: webhooks[1].url: it must be a URL such as https://example.com/path",
+            "3:4: webhooks[1].url: it must be a URL such as https://example.com/hooks",
             "3:20: webhooks[1].event_types: it must not be empty",
             "4:4: webhooks[2].url: it must not contain credentials: deliveries are signed instead",
             f"4:49: webhooks[2].event_types[0]: 'job.lost' is not an event type: use all, or {', '.join(EVENT_TYPES)}",

@@ -325,7 +325,7 @@ def test_private_addresses_are_refused_at_delivery(
     for host, result in asyncio.run(attempts()).items():
         reasons = ["is not a public address: nothing was sent"]
         if host in NOWHERE or host[0] == "0":  # some of these are no URL, or no name
-            reasons += ["Name or service not known", "it must be a URL such as https://example.com/path"]
+            reasons += ["Name or service not known", "it must be a URL such as https://example.com/hooks"]
         assert result["error"].endswith(tuple(reasons)), (host, result)
         assert result["status_code"] is None
     # As it comes out at the end.

@@ -107,7 +107,7 @@ def set_(
     encryption.require_master_key()
     with database.connect() as db:
         owner = _owner(db, scope)
-    value = _value(from_env, f"{provider} key of {scope.owner}")
+    value = _value(from_env, f"Key of {scope.owner} for {provider}")
 
     def work() -> Row:
         secret = encryption.encrypt(value, encryption.credential_owner({**owner, "api_base": api_base}))

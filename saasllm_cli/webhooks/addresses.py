@@ -37,9 +37,9 @@ def target(url: str, allow_http: bool) -> httpx.URL:
         parsed = httpx.URL(str(httpx.URL(url)))  # the second time, the scheme's own port goes
         port = PORTS.get(parsed.scheme) if parsed.port is None else parsed.port
     except (httpx.InvalidURL, ValueError):
-        raise ValueError("it must be a URL such as https://example.com/path") from None
+        raise ValueError("it must be a URL such as https://example.com/hooks") from None
     if parsed.scheme not in PORTS or not parsed.host or url.split("://")[0].lower() != parsed.scheme:
-        raise ValueError("it must be a URL such as https://example.com/path")
+        raise ValueError("it must be a URL such as https://example.com/hooks")
     if parsed.userinfo:
         raise ValueError("it must not contain credentials: deliveries are signed instead")
     if "#" in url:
