@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from cryptography.fernet import Fernet
 
 KEY_BYTES = 32
-HOW_TO_MAKE = "Make one with: saasllm credential generate-key"
 
 
 def new_master_key() -> str:
@@ -102,7 +101,8 @@ def _master_keys() -> "list[Fernet]":
         raise InvalidInput(
             "no_master_key",
             "No master key is set, and secrets are stored only encrypted.",
-            f"Set SAASLLM_MASTER_KEYS or SAASLLM_MASTER_KEY_FILE. {HOW_TO_MAKE}",
+            "Set SAASLLM_MASTER_KEYS or SAASLLM_MASTER_KEY_FILE. "
+            "To make the first key, run: saasllm credential generate-key",
         )
     return _made_of(text, name)
 
@@ -123,6 +123,6 @@ def _made_of(text: str, name: str) -> "list[Fernet]":
         raise InvalidInput(
             "invalid_master_key",
             f"Invalid {name}: it must hold keys of {KEY_BYTES} bytes in base64, separated by commas.",
-            HOW_TO_MAKE,
+            "To make one, run: saasllm credential generate-key",
         )
     return [Fernet(base64.urlsafe_b64encode(key)) for key in keys]

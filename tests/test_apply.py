@@ -468,7 +468,7 @@ keys:
 - {team_id: hr}
 - {team_id: t1, from_env: CANARY_KEY}
 """
-IN_NO_FILE = "keys are in no file: name the environment variable that holds it with from_env"
+IN_NO_FILE = "give no key in a file: name the environment variable that holds it, with from_env"
 CANARIES = {
     "CANARY_ORG": "sk-canary-of-acme-0001",
     "CANARY_1": "canary-1",

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from saasllm_cli.jobs.models import Key
+from saasllm_cli.jobs.answers import Key
 from saasllm_cli.jobs.providers import ADDRESSES, ALIASES
 
 PROVIDERS = (*ADDRESSES, *ALIASES)

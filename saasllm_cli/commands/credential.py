@@ -26,31 +26,23 @@ from saasllm_cli.commands.inputs import (
 )
 from saasllm_cli.database import Row
 from saasllm_cli.errors import CheckFailed, Conflict, InvalidInput, NoAnswer, NotFound, SaasllmError, not_found
+from saasllm_cli.jobs.providers import ADDRESSES, PROXY, has_address, known_provider
 from saasllm_cli.output import note, print_line, progress, show, waiting
 from saasllm_cli.rules import LONGEST_CREDENTIAL, is_credential, last_four
 
 app = noun()
 
-PROXY = "litellm_proxy"
 REWRAPPED = 500  # in one transaction
 
 
 def provider(value: str) -> str:
-    from saasllm_cli.jobs.providers import ADDRESSES, ALIASES
-
-    if value in ALIASES:
-        raise typer.BadParameter(f"{value!r} has the keys of {ALIASES[value]}: use that.")
-    if value not in ADDRESSES:
-        raise typer.BadParameter(
-            f"{value!r} is not a provider that takes a key with each call: use litellm's name, such as openai, "
-            "anthropic or gemini."
-        )
-    return value
+    try:
+        return known_provider(value)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}.".replace("?.", "?")) from None
 
 
 def _complete_provider(incomplete: str) -> list[str]:
-    from saasllm_cli.jobs.providers import ADDRESSES
-
     return [name for name in ADDRESSES if name.startswith(incomplete)]
 
 
@@ -165,7 +157,12 @@ def list_(
         *("credential_id", "organization_id", "team_id", "provider", "last_four", "is_decryptable", "used_at"),
         *("created_at", "api_base"),
     )
-    show(credentials, output, columns, essential=("credential_id", "provider", "last_four", "is_decryptable"))
+    show(
+        credentials,
+        output,
+        columns,
+        essential=("credential_id", "organization_id", "team_id", "provider", "is_decryptable"),
+    )
 
 
 @app.command(epilog="saasllm credential test --org org_acme_corp --provider openai --yes")
@@ -197,7 +194,7 @@ def test(
     model = _model(scope, model, names)
     confirm(f"Send a request to {model} with the key of {scope.owner}? The provider may bill it.", yes)
 
-    from saasllm_cli.jobs.models import Key
+    from saasllm_cli.jobs.answers import Key
     from saasllm_cli.jobs.probe import probe
 
     with waiting(f"Waiting for {model} …"):
@@ -350,11 +347,10 @@ def _is_key(scope: Scope) -> Conflict:
 
 def _checked(api_base: str | None, scope: Scope) -> str | None:
     """The URL, normalized; None where it is the provider's own."""
-    from saasllm_cli.jobs.providers import ADDRESSES
     from saasllm_cli.webhooks.addresses import target
 
     if api_base is None:
-        if ADDRESSES[scope.provider] is None and scope.provider != PROXY:
+        if not has_address(scope.provider):
             raise InvalidInput(
                 "usage", f"Models of {scope.provider} have no address that is known.", "Give it with --api-base URL."
             )
@@ -374,7 +370,8 @@ def _value(from_env: str | None, question: str) -> str:
     """The key, from where it was said to be; it is not repeated, whatever is wrong with it."""
     if from_env is not None:
         if (given := os.environ.get(from_env)) is None:
-            raise InvalidInput("no_value", f"{from_env} is not set in the environment.", "Set it, or see --help.")
+            # Its name is not repeated, for it may be the key.
+            raise InvalidInput("no_value", "The variable that --from-env names is not set.", "Set it, or see --help.")
     elif sys.stdin.isatty():
         given = asked(question, "--from-env NAME", lambda text, err: typer.prompt(text, hide_input=True, err=err))
     else:

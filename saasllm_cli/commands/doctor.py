@@ -237,8 +237,7 @@ def _webhooks(db: database.Database) -> Iterator[Check]:
         yield _check("webhooks", WARNING, f"Nothing arrives: {some(told)}.", hint)
     else:
         yield _check("webhooks", OK, "No webhook is failing.")
-    state = db.one("doctor.deliveries", minutes=WAITING_MINUTES)
-    if state["lacks_deliverer"]:
+    if db.one("doctor.deliveries", minutes=WAITING_MINUTES)["lacks_deliverer"]:
         message = f"Events have been waiting to be delivered for more than {WAITING_MINUTES} minutes."
         hint = "Run: saasllm worker. Or from cron, each minute: saasllm webhook deliver"
         yield _check("deliveries", WARNING, message, hint)
@@ -246,16 +245,15 @@ def _webhooks(db: database.Database) -> Iterator[Check]:
 
 def _secrets(db: database.Database) -> Iterator[Check]:
     """Whether this process can decrypt what is stored, and whether the proxy has the keys that it is to have."""
-    state, webhooks = db.one("doctor.secrets"), db.one("doctor.deliveries", minutes=WAITING_MINUTES)
-    owners: list[tuple[str, str]] = []
-    if webhooks["has_webhooks"] and webhooks["may_sign"]:
-        owners += [(row["secret"], encryption.webhook_owner(row)) for row in db.many("webhook.secrets")]
-    if state["has_credentials"] and state["may_decrypt"]:
-        rows = db.many("credential.secrets", after=0, row_limit=EVERY_ROW)
-        owners += [(row["secret"], encryption.credential_owner(row)) for row in rows]
+    state = db.one("doctor.secrets")
+    if not state["may_read"]:
+        return
+    owners = [(row["secret"], encryption.webhook_owner(row)) for row in db.many("webhook.secrets")]
+    rows = db.many("credential.secrets", after=0, row_limit=EVERY_ROW)
+    owners += [(row["secret"], encryption.credential_owner(row)) for row in rows]
     if owners:
         yield _decryption(owners)
-    if state["may_decrypt"] and (settings().proxy_url is not None or state["has_keys"]):
+    if settings().proxy_url is not None or state["has_keys"]:
         yield _proxy()
 
 
@@ -315,7 +313,7 @@ def _keys(models: list[str]) -> Check:
             "providers",
             WARNING,
             f"{message}.",
-            "Set it where jobs run, or in .env; that of an organization: saasllm credential set",
+            "Set it where jobs run, or in .env. For a key of an organization's own, run: saasllm credential set",
         )
     return _check(
         "providers", OK, f"The keys for {counted(len(called), 'model')} are set; `saasllm group test` tries them."

@@ -27,7 +27,7 @@ from saasllm_cli.commands.inputs import (
 from saasllm_cli.database import Database, Row
 from saasllm_cli.errors import CheckFailed, Conflict, InvalidInput, NotFound, SaasllmError
 from saasllm_cli.output import note, progress, remark, show, waiting
-from saasllm_cli.rules import KEY_PREFIX, SHORTEST_KEY, is_key
+from saasllm_cli.rules import KEY_PREFIX, SHORTEST_KEY, is_key, last_four
 from saasllm_cli.settings import Format, settings
 
 app = noun()
@@ -66,7 +66,6 @@ def create(
     with database.connect() as db:
         value = db.transaction(lambda: add_key(db, team_id, from_env))
         key = db.found("key.of", "key", team_id, team_id=team_id)
-    del key["token"]
     if value is None:
         if not if_not_exists:
             raise Conflict(
@@ -131,7 +130,6 @@ def rotate(
         if rotated is None:
             raise _none(team_id)
         key = db.found("key.of", "key", team_id, team_id=team_id)
-        del key["token"]
         previous.append(rotated["previous_token"])
         return {**key, "key": value, "previous_key_expires_at": rotated["previous_key_expires_at"]}
 
@@ -287,7 +285,6 @@ def _set_blocked(team_id: str, is_blocked: bool, output: Format | None) -> None:
         if not db.transaction(work):
             raise _none(team_id)
         key = db.found("key.of", "key", team_id, team_id=team_id)
-    del key["token"]
     show(key, output)
     change_proxy(team_id=team_id)
 
@@ -305,7 +302,7 @@ def _stored(db: Database, team_id: str, value: str) -> Row:
     organization_id = db.get("team", team_id)["organization_id"]
     owner = {"organization_id": organization_id, "team_id": team_id, "provider": "litellm_proxy", "api_base": None}
     secret = encryption.encrypt(value, encryption.credential_owner(owner))
-    return {"token": proxy.token_of(value), "last_four": value[-4:], "secret": secret}
+    return {"token": proxy.token_of(value), "last_four": last_four(value), "secret": secret}
 
 
 def _value(from_env: str) -> str:
@@ -313,7 +310,7 @@ def _value(from_env: str) -> str:
     if not is_key(value):
         raise InvalidInput(
             "invalid_value",
-            f"{from_env} is not set to a key that the proxy would take.",
+            "The variable that --from-env names is not set to a key that the proxy would take.",
             f"It must begin with {KEY_PREFIX} and have at least {SHORTEST_KEY} characters.",
         )
     return value

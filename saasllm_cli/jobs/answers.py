@@ -1,11 +1,10 @@
-"""What a model gives when it is asked: an answer, or why there is none."""
+"""How a model is asked, and what it gives: an answer, or why there is none."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, TypeAlias
 
-from saasllm_cli.jobs.models import Key
 from saasllm_cli.rules import with_texts
 
 MOST_TOKENS = 2**31 - 1  # what a column of the database holds
@@ -88,6 +87,15 @@ class ModelFailed(Exception):
         self.is_final = is_final
         self.is_rate_limit = is_rate_limit
         self.retry_after = retry_after
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """With which a model is called, instead of with the environment's."""
+
+    credential_id: int
+    api_key: str = field(repr=False)
+    api_base: str | None
 
 
 # One call of one model, without a retry: the model, the messages, the seconds for each read (a deadline is the

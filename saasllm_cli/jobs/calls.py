@@ -17,8 +17,8 @@ from typing import Any, TypeAlias, TypeVar
 
 from saasllm_cli.errors import SaasllmError
 from saasllm_cli.jobs import chat, offline, schemas
-from saasllm_cli.jobs.answers import Answer, Complete, ModelFailed, sane, storable
-from saasllm_cli.jobs.models import Key, Models
+from saasllm_cli.jobs.answers import Answer, Complete, Key, ModelFailed, sane, storable
+from saasllm_cli.jobs.models import Models
 from saasllm_cli.jobs.prices import Prices, cost
 from saasllm_cli.jobs.signals import signals
 from saasllm_cli.settings import settings

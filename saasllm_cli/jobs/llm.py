@@ -20,9 +20,8 @@ from urllib.parse import quote
 
 from dotenv import load_dotenv
 
-from saasllm_cli.jobs.answers import Answer, ModelFailed, count
-from saasllm_cli.jobs.models import Key
-from saasllm_cli.jobs.providers import ADDRESSES, ALIASES
+from saasllm_cli.jobs.answers import Answer, Key, ModelFailed, count
+from saasllm_cli.jobs.providers import ADDRESSES, ALIASES, PROXY
 from saasllm_cli.settings import settings
 
 load_dotenv(".env")  # the providers' keys; the environment wins
@@ -187,11 +186,9 @@ def _account(model: str, key: Key | None) -> dict[str, Any]:
     if key is None:
         return ENVIRONMENT_ACCOUNT.get(provider, {})
     # A team's key of the proxy is for ours.
-    api_base = key.api_base or (settings().proxy_url if provider == "litellm_proxy" else ADDRESSES.get(provider))
+    api_base = key.api_base or (settings().proxy_url if provider == PROXY else ADDRESSES.get(provider))
     if api_base is None:
-        raise ModelFailed(
-            "SAASLLM_PROXY_URL is not set" if provider == "litellm_proxy" else "its --api-base is not set"
-        )
+        raise ModelFailed("SAASLLM_PROXY_URL is not set" if provider == PROXY else "its --api-base is not set")
     return {"api_key": key.api_key, "api_base": api_base}
 
 

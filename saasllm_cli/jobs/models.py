@@ -1,7 +1,7 @@
 """What a job calls: models in their order, our own prices of them, and its team's keys for them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from saasllm_cli.jobs.prices import Prices
@@ -15,15 +15,6 @@ class Models:
     names: Sequence[str]
     prices: Prices = None
     keys: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """With which a model is called, instead of with the environment's."""
-
-    credential_id: int
-    api_key: str = field(repr=False)
-    api_base: str | None
 
 
 def models_of(row: Mapping[str, Any]) -> Models:

@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from saasllm_cli.jobs.answers import Answer, ModelFailed
-from saasllm_cli.jobs.models import Key
+from saasllm_cli.jobs.answers import Answer, Key, ModelFailed
 
 PREFIX = "offline/"
 CHARACTERS_PER_TOKEN = 4

@@ -8,10 +8,9 @@ reasoning a part of the answer's.
 
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
-if TYPE_CHECKING:
-    from saasllm_cli.jobs.answers import Answer
+from saasllm_cli.jobs.answers import Answer
 
 # By the model, where it has one: its row of model_prices. None where no model of the group has one.
 Prices: TypeAlias = Mapping[str, Mapping[str, Any]] | None
@@ -19,7 +18,7 @@ Prices: TypeAlias = Mapping[str, Mapping[str, Any]] | None
 MILLION = 10**6
 
 
-def cost(price: Mapping[str, Any], answer: "Answer") -> Decimal | None:
+def cost(price: Mapping[str, Any], answer: Answer) -> Decimal | None:
     """In US dollars, exactly; None where the provider has not counted the tokens."""
     prompt, completion = answer.prompt_tokens, answer.completion_tokens
     if prompt is None or completion is None:

@@ -5,9 +5,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from saasllm_cli.jobs.answers import ModelFailed
+from saasllm_cli.jobs.answers import Key, ModelFailed
 from saasllm_cli.jobs.calls import provider, run_calls
-from saasllm_cli.jobs.models import Key
 
 PROBE = [{"role": "user", "content": "Reply with the word OK."}]
 

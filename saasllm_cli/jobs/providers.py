@@ -4,6 +4,10 @@ A call with an own key says where to, as well: what litellm finds in the environ
 for the environment's keys. The addresses are those to which litellm sends where the environment names none.
 """
 
+from difflib import get_close_matches
+
+PROXY = "litellm_proxy"  # its address is SAASLLM_PROXY_URL, unless an own key has another
+
 # None where the address is the customer's.
 ADDRESSES: dict[str, str | None] = {
     "ai21": "https://api.ai21.com/studio/v1",
@@ -46,7 +50,7 @@ ADDRESSES: dict[str, str | None] = {
     "inception": "https://api.inceptionlabs.ai/v1",
     "lambda_ai": "https://api.lambda.ai/v1",
     "libertai": "https://api.libertai.io/v1",
-    "litellm_proxy": None,
+    PROXY: None,
     "llamafile": None,
     "lm_studio": None,
     "meta": "https://api.meta.ai/v1",
@@ -103,3 +107,19 @@ ALIASES = {
     "cohere_chat": "cohere",
     "text-completion-openai": "openai",
 }
+
+
+def known_provider(name: str) -> str:
+    """`ValueError` where it is none that takes a key with each call."""
+    if name in ALIASES:
+        raise ValueError(f"{name!r} has the keys of {ALIASES[name]}: use that")
+    if name not in ADDRESSES:
+        near = get_close_matches(name, ADDRESSES, 1, 0.75)
+        meant = f"did you mean {near[0]}?" if near else "use litellm's name, such as openai, anthropic or gemini"
+        raise ValueError(f"{name!r} is not a provider that takes a key with each call: {meant}")
+    return name
+
+
+def has_address(provider: str) -> bool:
+    """Whether models of it can be called without an address of the customer's."""
+    return provider == PROXY or ADDRESSES[provider] is not None

@@ -8,7 +8,8 @@ from datetime import timedelta
 
 from saasllm_cli.database import NEAR, Database, Row, Rows
 from saasllm_cli.errors import Conflict, InvalidFiles, InvalidInput
-from saasllm_cli.manifests.definitions import PROXY, SECTIONS, TOO_LARGE, has_address, in_order, value_of
+from saasllm_cli.jobs.providers import PROXY, has_address
+from saasllm_cli.manifests.definitions import SECTIONS, TOO_LARGE, in_order, value_of
 from saasllm_cli.manifests.read import MOST_ERRORS, Record, Source, did_you_mean, invalid, records
 from saasllm_cli.rules import last_four
 
@@ -153,7 +154,7 @@ def _stored_values(db: Database, credential_ids: list[int]) -> dict[int, str]:
 
     require_master_key()
     found = {}
-    for row in db.many("apply.stored_values", credential_ids=credential_ids):
+    for row in db.many("credential.secrets_of", credential_ids=credential_ids):
         with suppress(InvalidInput):
             found[row["credential_id"]] = decrypt(row["secret"], credential_owner(row))
     return found

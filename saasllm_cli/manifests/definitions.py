@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, date
 from decimal import Decimal
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -24,7 +23,7 @@ from pydantic import (
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticCustomError
 
-from saasllm_cli.jobs.providers import ADDRESSES, ALIASES
+from saasllm_cli.jobs.providers import ADDRESSES, PROXY, has_address, known_provider
 from saasllm_cli.rules import (
     DAY,
     DECIMALS,
@@ -55,7 +54,6 @@ MOST_COPIES = 1_000_000
 UNLIMITED = "unlimited"
 ALL = "all"
 SUBSCRIPTIONS = [ALL, *EVENT_TYPES]
-PROXY = "litellm_proxy"
 VARIABLE = r"^([A-Za-z_]|\{n\})([A-Za-z0-9_]|\{n\})*$"
 NUMBER = "{n}"  # in the strings of a record with a count: which of them it is
 IGNORED = re.compile(r"^(x-|\.)")  # keys beside the sections: a place for anchors
@@ -510,13 +508,10 @@ class Webhook(_Object):
 
 
 def _provider(value: str) -> str:
-    if value in ALIASES:
-        raise _refused(f"{value!r} has the keys of {ALIASES[value]}: use that")
-    if value not in ADDRESSES:
-        near = get_close_matches(value, ADDRESSES, 1)
-        meant = f"did you mean {near[0]}?" if near else "use litellm's name, such as openai, anthropic or gemini"
-        raise _refused(f"{value!r} is not a provider that takes a key with each call: {meant}")
-    return value
+    try:
+        return known_provider(value)
+    except ValueError as error:
+        raise _refused(str(error)) from None
 
 
 def _endpoint(url: str) -> str:
@@ -559,10 +554,6 @@ def _given_key(variable: str) -> str:
 
 
 Variable = Annotated[str, AfterValidator(_given), WithJsonSchema({"type": "string", "pattern": VARIABLE})]
-
-
-def has_address(provider: str) -> bool:
-    return ADDRESSES[provider] is not None or provider == PROXY
 
 
 class Credential(_Object):

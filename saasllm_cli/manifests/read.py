@@ -284,7 +284,7 @@ def _message(error: ErrorDetails, definition: type[BaseModel]) -> str:
             return "it is required"
         case "extra_forbidden":
             if "from_env" in definition.model_fields and error["loc"][-1] in VALUES:
-                return "keys are in no file: name the environment variable that holds it with from_env"
+                return "give no key in a file: name the environment variable that holds it, with from_env"
             if len(error["loc"]) > 1:
                 definition = PARTS[error["loc"][0]]
             return _unknown(str(error["loc"][-1]), definition.model_fields)

@@ -528,13 +528,6 @@ LEFT JOIN key_records k ON s.noun = 'key' AND k.id = s.id
 WHERE s.noun IN ('credential', 'key') AND (s.fields ? 'from_env' OR c.action IS NOT NULL)
 ORDER BY s.noun, s.source, s.document, s.place, s.id;
 
--- name: stored_values(credential_ids) :many
--- What is stored of them, with what it is bound to.
-SELECT c.credential_id, c.organization_id, c.team_id, c.provider, c.api_base, s.secret
-FROM credential_secrets s
-JOIN credentials c USING (credential_id)
-WHERE s.credential_id = ANY (%(credential_ids)s::bigint[]);
-
 -- name: keys_with(tokens) :many
 SELECT team_id, token FROM proxy_keys WHERE token = ANY (%(tokens)s::text[]);
 

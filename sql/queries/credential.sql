@@ -38,7 +38,10 @@ credential AS (
     INSERT INTO credentials (organization_id, team_id, provider, api_base, last_four)
     SELECT organization_id, team_id, %(provider)s, %(api_base)s, %(last_four)s
     FROM owner
-    WHERE organization_exists AND team_exists AND NOT has_key AND (SELECT count(*) FROM former) >= 0
+    WHERE organization_exists
+      AND team_exists
+      AND NOT has_key
+      AND (SELECT count(*) FROM former) >= 0 -- which is removed first, then
     RETURNING credential_id
 ),
 stored AS (
@@ -109,7 +112,10 @@ ORDER BY c.credential_id
 LIMIT %(row_limit)s;
 
 -- name: secrets_of(credential_ids) :many
-SELECT credential_id, secret FROM credential_secrets WHERE credential_id = ANY (%(credential_ids)s::bigint[]);
+SELECT c.credential_id, c.organization_id, c.team_id, c.provider, c.api_base, s.secret
+FROM credential_secrets s
+JOIN credentials c USING (credential_id)
+WHERE s.credential_id = ANY (%(credential_ids)s::bigint[]);
 
 -- name: replace_secrets(credential_ids, before, secrets) :many
 -- Where nobody else has meanwhile.

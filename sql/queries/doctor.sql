@@ -175,11 +175,9 @@ WHERE status = 'failing' OR disabled_reason <> 'by_hand'
 ORDER BY since, webhook_id;
 
 -- name: deliveries(minutes) :one
--- Whether there are webhooks, whether the role may read what signs for them, and whether one has waited so long for an
--- event, or for a delivery that is due. Of one that fails, deliveries are slow.
+-- Whether a webhook has waited so long for an event, or for a delivery that is due. Of one that fails, deliveries are
+-- slow.
 SELECT
-    EXISTS (SELECT FROM webhooks) AS has_webhooks,
-    has_column_privilege('webhook_secrets', 'secret', 'SELECT') AS may_sign,
     EXISTS (
         SELECT
         FROM events e
@@ -199,11 +197,11 @@ SELECT
     ) AS lacks_deliverer;
 
 -- name: secrets() :one
--- Whether there are credentials and keys, and whether the role may read what is stored of them.
+-- Whether the role may read secrets, as they are stored, and whether there are keys at the proxy.
 SELECT
-    EXISTS (SELECT FROM credentials WHERE removed_at IS NULL) AS has_credentials,
-    EXISTS (SELECT FROM proxy_keys) AS has_keys,
-    has_column_privilege('credential_secrets', 'secret', 'SELECT') AS may_decrypt;
+    has_column_privilege('webhook_secrets', 'secret', 'SELECT')
+        AND has_column_privilege('credential_secrets', 'secret', 'SELECT') AS may_read,
+    EXISTS (SELECT FROM proxy_keys) AS has_keys;
 
 -- name: models() :many
 -- The models that jobs may call, and whether they have a price of our own.

@@ -74,7 +74,9 @@ RETURNING
 
 -- name: of(team_id) :maybe
 -- The team's key, without those before it.
-SELECT * FROM key_details WHERE team_id = %(team_id)s AND expires_at IS NULL;
+SELECT key_id, team_id, organization_id, key_alias, last_four, status, created_at, expires_at
+FROM key_details
+WHERE team_id = %(team_id)s AND expires_at IS NULL;
 
 -- name: list(organization_id, team_id, after, row_limit) :many
 SELECT key_id, team_id, organization_id, key_alias, last_four, status, created_at, expires_at
