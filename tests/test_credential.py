@@ -155,7 +155,7 @@ def test_a_short_key_is_not_told_in_part(tenant: Run) -> None:
 
 def test_from_the_environment(tenant: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("credential", "set", "--org", "acme", "--provider", "openai", "--from-env", "ACME_KEY", "-o", "json")
-    refused(tenant(*words, stdin="sk-from-stdin-00000"), 2, "no_value", "ACME_KEY is not set")
+    refused(tenant(*words, stdin="sk-from-stdin-00000"), 2, "no_value", "The variable that --from-env names is not set")
     monkeypatch.setenv("ACME_KEY", "")
     refused(tenant(*words, stdin="sk-from-stdin-00000"), 2, "no_value", "The key is empty.")
     monkeypatch.setenv("ACME_KEY", "sk-from-env-0009")

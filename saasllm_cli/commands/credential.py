@@ -153,6 +153,8 @@ def list_(
         secrets = _secrets(db, [row["credential_id"] for row in credentials])
     for row in credentials:
         row["is_decryptable"] = _is_decryptable(row, secrets)
+    if any(row["is_decryptable"] is False for row in credentials):
+        _tell_why()
     columns = (
         *("credential_id", "organization_id", "team_id", "provider", "last_four", "is_decryptable", "used_at"),
         *("created_at", "api_base"),
@@ -418,6 +420,16 @@ def _secrets(db: database.Database, ids: list[int]) -> dict[int, str] | None:
         if error.code != "permission_denied":
             raise
         return None
+
+
+def _tell_why() -> None:
+    """Why nothing is decrypted, where that is not about single values."""
+    from saasllm_cli import encryption
+
+    try:
+        encryption.require_master_key()
+    except InvalidInput as error:
+        note(f"Warning: {error.in_one_line}")
 
 
 def _is_decryptable(row: Row, secrets: dict[int, str] | None) -> bool | None:
