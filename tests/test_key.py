@@ -693,6 +693,27 @@ def test_one_key_that_the_proxy_refuses_holds_up_no_other(tenant: Run, sql: Sql,
     assert (told.status, "cannot be decrypted" in told.err) == (9, True), told.err
 
 
+def test_a_row_that_names_anothers_key_or_value_reaches_neither(tenant: Run, sql: Sql, double: LLMProxy) -> None:
+    before = foreign(double)
+    create(tenant)
+    sql.execute("UPDATE proxy_keys SET token = %s", [min(before)])
+    told = tenant("key", "sync")
+    assert (told.status, "is not that of its value" in told.err) == (9, True), told.err
+    assert theirs(double) == before
+    deleted = tenant("key", "delete", "hr", "--yes")
+    assert (deleted.status, "is not marked as one of this database" in deleted.err) == (9, True), deleted.err
+    assert theirs(double) == before
+
+    create(tenant)
+    tenant("credential", "set", "--org", "acme", "--provider", "openai", stdin="sk-of-the-tenant-0123456789")
+    sql.execute("UPDATE proxy_keys SET credential_id = (SELECT max(credential_id) FROM credentials)")
+    double.keys.clear()
+    told = tenant("key", "sync")
+    assert (told.status, "is not that of its value" in told.err) == (9, True), told.err
+    assert "sk-of-the-tenant" not in str(double.requests)
+    assert double.keys == {}
+
+
 def test_many_keys_are_listed_by_pages(
     tenant: Run, sql: Sql, double: LLMProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
