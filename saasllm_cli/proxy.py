@@ -188,7 +188,7 @@ def _difference(there: Mapping[str, Any] | None, wanted: Row) -> Difference | No
 
 
 def _is_of(key: Mapping[str, Any], installation: str) -> bool:
-    return key["metadata"].get("saasllm_installation") == installation
+    return bool(key["metadata"].get("saasllm_installation") == installation)
 
 
 def _gone(there: Mapping[str, Any]) -> Difference:
