@@ -249,13 +249,18 @@ class _Proxy:
         self._master_key = master_key
         self._installation = installation
         self._until = time.monotonic() + seconds
-        self._http = httpx.Client(
-            base_url=str(settings().proxy_url),
-            headers={"Authorization": f"Bearer {master_key}"},
-            timeout=SECONDS,
-            trust_env=False,
-            limits=httpx.Limits(max_connections=AT_ONCE),
-        )
+        try:
+            self._http = httpx.Client(
+                base_url=str(settings().proxy_url),
+                headers={"Authorization": f"Bearer {master_key}"},
+                timeout=SECONDS,
+                trust_env=False,
+                limits=httpx.Limits(max_connections=AT_ONCE),
+            )
+        except httpx.InvalidURL as error:
+            raise InvalidInput(
+                "invalid_setting", f"Setting SAASLLM_PROXY_URL is invalid: {error}.", "Correct it."
+            ) from None
         self._failures = 0
         self._away: NoAnswer | None = None  # why nothing more is asked
 
@@ -370,7 +375,7 @@ class _Proxy:
             raise self._away
         try:
             response, content = self._sent(path, body, parameters)
-        except httpx.RequestError as error:
+        except (httpx.RequestError, UnicodeError) as error:  # the second where the name can be none of a host
             reason = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
             self._away = _away(self._masked(reason, body))
             raise self._away from None  # its request holds the master key

@@ -479,6 +479,17 @@ def test_what_is_no_proxy_changes_nothing_here(
     assert in_order(tenant)
 
 
+@pytest.mark.parametrize(
+    ("url", "status"), [("http://[::1", 2), ("http://h:80:90", 2), ("http://h:port", 2), ("http://a..b", 8)]
+)
+def test_a_url_that_leads_nowhere(url: str, status: int, tenant: Run, double: LLMProxy, use_proxy: Use) -> None:
+    use_proxy(url)
+    synced = tenant("key", "sync")
+    assert (synced.status, "PROXY_URL is invalid" in synced.err) == (status, status == 2), synced.err
+    assert tenant("key", "create", "hr").status == 9
+    assert tenant("doctor").status in (0, 9)
+
+
 def test_each_verb_keeps_its_change_while_the_proxy_is_away(tenant: Run, double: LLMProxy, impatient: None) -> None:
     create(tenant)
     lines: dict[str, dict[str | None, str | list[str]]] = {
