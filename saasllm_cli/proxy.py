@@ -40,6 +40,7 @@ CHANGE_SECONDS, SYNC_SECONDS = 30.0, 60.0  # in which it is told what it can be;
 LARGEST_ANSWER = 100_000_000  # bytes
 EXPIRY_SECONDS = 120  # by which an expiry may differ: it is told as a duration
 LONGEST_REASON = 300
+NOT_OURS = "is not marked as one of this database, so it is left there"
 NO_LIST = "it lists its keys as no LiteLLM proxy does"
 
 
@@ -123,7 +124,7 @@ def sync(
 
     is_whole = organization_id is team_id is None
     seconds = SYNC_SECONDS if is_whole else CHANGE_SECONDS
-    with _Proxy(master_key, seconds) as proxy:
+    with _Proxy(master_key, installation, seconds) as proxy:
         tokens = _suspects(proxy.keys(), wanted(), installation) if is_whole else {*wanted(), *gone}
         if not tokens:
             return []
@@ -142,7 +143,7 @@ def sync(
 def _suspects(there: dict[str, Row], wanted: dict[str, Row], installation: str) -> set[str]:
     """Those of ours that are not as they are wanted. What is there is read first: a key that is made meanwhile is
     written to the database before."""
-    ours = {token for token, key in there.items() if key["metadata"].get("saasllm_installation") == installation}
+    ours = {token for token, key in there.items() if _is_of(key, installation)}
     return (ours - wanted.keys()) | {token for token, row in wanted.items() if _difference(there.get(token), row)}
 
 
@@ -184,6 +185,10 @@ def _difference(there: Mapping[str, Any] | None, wanted: Row) -> Difference | No
         fields = sorted("expires" if name == "duration" else name for name in changes)
         return Difference("update", **told, key_alias=wanted["key_alias"], fields=fields)
     return None
+
+
+def _is_of(key: Mapping[str, Any], installation: str) -> bool:
+    return bool(key["metadata"].get("saasllm_installation") == installation)
 
 
 def _gone(there: Mapping[str, Any]) -> Difference:
@@ -240,16 +245,22 @@ def _read(key: Any) -> Row:
 class _Proxy:
     """Its API, as far as it is used."""
 
-    def __init__(self, master_key: str, seconds: float) -> None:
+    def __init__(self, master_key: str, installation: str, seconds: float) -> None:
         self._master_key = master_key
+        self._installation = installation
         self._until = time.monotonic() + seconds
-        self._http = httpx.Client(
-            base_url=str(settings().proxy_url),
-            headers={"Authorization": f"Bearer {master_key}"},
-            timeout=SECONDS,
-            trust_env=False,
-            limits=httpx.Limits(max_connections=AT_ONCE),
-        )
+        try:
+            self._http = httpx.Client(
+                base_url=str(settings().proxy_url),
+                headers={"Authorization": f"Bearer {master_key}"},
+                timeout=SECONDS,
+                trust_env=False,
+                limits=httpx.Limits(max_connections=AT_ONCE),
+            )
+        except httpx.InvalidURL as error:
+            raise InvalidInput(
+                "invalid_setting", f"Setting SAASLLM_PROXY_URL is invalid: {error}.", "Correct it."
+            ) from None
         self._failures = 0
         self._away: NoAnswer | None = None  # why nothing more is asked
 
@@ -300,12 +311,16 @@ class _Proxy:
     def _do(self, difference: Difference, there: Row | None, wanted: Row | None) -> None:
         match difference.action:
             case "delete":
+                if there and not _is_of(there, self._installation):
+                    raise Refused("not_ours", f"its key {there.get('key_alias')} {NOT_OURS}")
                 self._ask("/key/delete", {"keys": [difference.token]}, or_missing=True)
             case "create":
                 assert wanted is not None
                 self._create(wanted)
             case _:
                 assert wanted is not None
+                if there and not _is_of(there, self._installation):
+                    self._value(wanted)
                 changes = _changes(there, wanted) if there else _told(wanted)
                 try:
                     self._ask("/key/update", {"key": difference.token, **changes})
@@ -313,11 +328,9 @@ class _Proxy:
                     self._create(wanted)
 
     def _create(self, wanted: Row) -> None:
-        with database.connect() as db:
-            stored = db.maybe("key.secret", key_id=wanted["key_id"])
-        if stored is None:  # it was deleted meanwhile
+        value = self._value(wanted)
+        if value is None:  # it was deleted meanwhile
             return
-        value = decrypt(stored["secret"], credential_owner(stored))
         try:
             body = {"key": value, **_told(wanted), "metadata": wanted["metadata"]}
             self._ask("/key/generate", body | {"duration": _duration(wanted["expires_at"])})
@@ -327,6 +340,18 @@ class _Proxy:
                 raise
             if changes := _changes(made[0], wanted):
                 self._ask("/key/update", {"key": wanted["token"], **changes})
+
+    def _value(self, wanted: Row) -> str | None:
+        """The value of a key, which proves that it is ours: whoever can write to the database can name any token there,
+        or any value that is stored."""
+        with database.connect() as db:
+            stored = db.maybe("key.secret", key_id=wanted["key_id"])
+        if stored is None:
+            return None
+        value = decrypt(stored["secret"], credential_owner(stored))
+        if token_of(value) != wanted["token"]:
+            raise Refused("not_ours", f"the token of {wanted['key_alias']} in the database is not that of its value")
+        return value
 
     def _named(self, token: str) -> list[Row]:
         told = self._list(key_hash=token, page=1, size=PAGE)
@@ -350,7 +375,7 @@ class _Proxy:
             raise self._away
         try:
             response, content = self._sent(path, body, parameters)
-        except httpx.RequestError as error:
+        except (httpx.RequestError, UnicodeError) as error:  # the second where the name can be none of a host
             reason = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
             self._away = _away(self._masked(reason, body))
             raise self._away from None  # its request holds the master key

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import product
@@ -817,8 +817,10 @@ def of_process(pid: int) -> tuple[str, str]:
 
 
 def below(pid: int) -> list[int]:
-    """The process and its children."""
-    children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    """The process and its children; those of one that has ended are not known."""
+    children: Iterable[int] = ()
+    with suppress(FileNotFoundError, ProcessLookupError):
+        children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
     return [pid, *(each for child in children for each in below(child))]
 
 
@@ -911,8 +913,12 @@ def test_a_value_is_found_only_where_it_was_given(
 
     for command in ("credential list", "audit list", "event list", "job list", "doctor", "credential rewrap", "export"):
         told += [run(*command.split()), run(*command.split(), "-o", "json")]
-    for command in ("credential remove --org acme --provider openai --yes", "org purge globex --confirm globex"):
+    for command in (
+        "credential remove --org acme --provider openai --yes",
+        "org delete globex --purge --confirm globex",
+    ):
         told.append(run(*command.split()))
+        assert told[-1].status == 0, told[-1]
     stored = []
     with psycopg.connect(url, autocommit=True) as connection:
         tables = connection.execute("SELECT oid::regclass::text FROM pg_class WHERE relkind IN ('r', 'm')").fetchall()

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -94,6 +95,24 @@ async def ask(provider: str, api_base: str) -> None:
     messages = [{"role": "user", "content": f"the prompt for {provider}"}]
     with suppress(llm.ModelFailed):
         await llm.complete(model, messages, 10, {}, None, Key(1, KEY, api_base))
+
+
+def test_an_address_of_another_provider_is_called_with_the_tenants_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    from saasllm_cli.jobs import llm
+
+    resolve = socket.getaddrinfo
+
+    def here(_: Any, *arguments: Any, **options: Any) -> Any:
+        return resolve("127.0.0.1", *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", here)
+    monkeypatch.setenv("GROQ_API_KEY", "sk-environment")
+    with recording() as requests:
+        key = Key(1, KEY, f"http://api.groq.com:{requests.url.rpartition(':')[2]}/openai/v1")
+        with pytest.raises(llm.ModelFailed):
+            asyncio.run(llm.complete("gpt-4o", [{"role": "user", "content": "hello"}], 10, {}, None, key))
+    assert KEY in str(requests.sent)
+    assert "sk-environment" not in str(requests.sent)
 
 
 def test_each_sees_the_key_of_the_tenant_alone(monkeypatch: pytest.MonkeyPatch) -> None:

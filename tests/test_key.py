@@ -479,6 +479,17 @@ def test_what_is_no_proxy_changes_nothing_here(
     assert in_order(tenant)
 
 
+@pytest.mark.parametrize(
+    ("url", "status"), [("http://[::1", 2), ("http://h:80:90", 2), ("http://h:port", 2), ("http://a..b", 8)]
+)
+def test_a_url_that_leads_nowhere(url: str, status: int, tenant: Run, double: LLMProxy, use_proxy: Use) -> None:
+    use_proxy(url)
+    synced = tenant("key", "sync")
+    assert (synced.status, "PROXY_URL is invalid" in synced.err) == (status, status == 2), synced.err
+    assert tenant("key", "create", "hr").status == 9
+    assert tenant("doctor").status in (0, 9)
+
+
 def test_each_verb_keeps_its_change_while_the_proxy_is_away(tenant: Run, double: LLMProxy, impatient: None) -> None:
     create(tenant)
     lines: dict[str, dict[str | None, str | list[str]]] = {
@@ -691,6 +702,27 @@ def test_one_key_that_the_proxy_refuses_holds_up_no_other(tenant: Run, sql: Sql,
     del double.keys[token_of(created.data["key"])]
     told = tenant("key", "sync")
     assert (told.status, "cannot be decrypted" in told.err) == (9, True), told.err
+
+
+def test_a_row_that_names_anothers_key_or_value_reaches_neither(tenant: Run, sql: Sql, double: LLMProxy) -> None:
+    before = foreign(double)
+    create(tenant)
+    sql.execute("UPDATE proxy_keys SET token = %s", [min(before)])
+    told = tenant("key", "sync")
+    assert (told.status, "is not that of its value" in told.err) == (9, True), told.err
+    assert theirs(double) == before
+    deleted = tenant("key", "delete", "hr", "--yes")
+    assert (deleted.status, "is not marked as one of this database" in deleted.err) == (9, True), deleted.err
+    assert theirs(double) == before
+
+    create(tenant)
+    tenant("credential", "set", "--org", "acme", "--provider", "openai", stdin="sk-of-the-tenant-0123456789")
+    sql.execute("UPDATE proxy_keys SET credential_id = (SELECT max(credential_id) FROM credentials)")
+    double.keys.clear()
+    told = tenant("key", "sync")
+    assert (told.status, "is not that of its value" in told.err) == (9, True), told.err
+    assert "sk-of-the-tenant" not in str(double.requests)
+    assert double.keys == {}
 
 
 def test_many_keys_are_listed_by_pages(

@@ -189,7 +189,10 @@ def _account(model: str, key: Key | None) -> dict[str, Any]:
     api_base = key.api_base or (settings().proxy_url if provider == PROXY else ADDRESSES.get(provider))
     if api_base is None:
         raise ModelFailed("SAASLLM_PROXY_URL is not set" if provider == PROXY else "its --api-base is not set")
-    return {"api_key": key.api_key, "api_base": api_base}
+    name, provider, *_ = litellm.get_llm_provider(model)
+    # A name without its provider would be another's that has this address, and be called with its key.
+    written_out = {"model": f"{provider}/{model}"} if name == model and name.partition("/")[0] != provider else {}
+    return {"api_key": key.api_key, "api_base": api_base, **written_out}
 
 
 def _not_sent(model: str, parameters: Mapping[str, Any]) -> tuple[str, ...]:
