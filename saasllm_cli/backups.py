@@ -106,6 +106,8 @@ def _is_none_of_ours() -> str | None:
             return error.message
         except psycopg.Error as error:
             return str(error).splitlines()[0]
+        with suppress(psycopg.errors.UndefinedTable):  # it is older
+            restored.execute(query("db.renew_installation").sql)
         restored.execute("ANALYZE")
     return None
 

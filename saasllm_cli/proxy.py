@@ -254,6 +254,7 @@ class _Proxy:
                 base_url=str(settings().proxy_url),
                 headers={"Authorization": f"Bearer {master_key}"},
                 timeout=SECONDS,
+                verify=httpx.create_ssl_context(),  # also by SSL_CERT_FILE, for an authority of one's own
                 trust_env=False,
                 limits=httpx.Limits(max_connections=AT_ONCE),
             )

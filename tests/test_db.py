@@ -119,6 +119,7 @@ def test_a_backup_is_restored_as_it_was(filled: Run, home: Path) -> None:
     filled("credits", "add", "hr", "100")
     filled("team", "create", "later", "--org", "acme")
     with psycopg.connect(**embedded.conninfo()) as session:  # which a restore ends
+        installation = session.execute("SELECT installation_id FROM installation").fetchone()
         assert filled("db", "restore", "a.backup").status == 2
         assert filled("db", "restore", "a.backup", "--confirm", "other").status == 2
         restored = filled("db", "restore", "a.backup", "--confirm", "saasllm")
@@ -128,6 +129,8 @@ def test_a_backup_is_restored_as_it_was(filled: Run, home: Path) -> None:
     assert (filled("export", "-o", "jsonl").out, filled("credits", "transactions", "hr", "-o", "json").out) == before
     assert filled("credits", "verify").status == 0
     assert filled("migrate", "verify").status == 0
+    with psycopg.connect(**embedded.conninfo()) as session:  # keys that the backup does not know are none of its
+        assert session.execute("SELECT installation_id FROM installation").fetchone() != installation
     assert filled("worker", "--once").status == 0
     assert filled("job", "result", waiting["job_id"]).out == "later\n"
     with psycopg.connect(**embedded.conninfo()) as session:

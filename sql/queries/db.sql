@@ -16,6 +16,10 @@ DROP DATABASE IF EXISTS saasllm_restored WITH (FORCE);
 -- name: create_restored() :none
 CREATE DATABASE saasllm_restored TEMPLATE template0;
 
+-- name: renew_installation() :none
+-- Of the keys at a proxy, those that are not in the backup are another database's: they are left there.
+UPDATE installation SET installation_id = gen_random_uuid();
+
 -- name: drop_replaced() :none
 DROP DATABASE IF EXISTS saasllm_replaced WITH (FORCE);
 
