@@ -462,3 +462,20 @@ def hook(tenant: Callable[..., Result], receiver: Receiver, use_master_keys: Cal
         return int(created.data["webhook_id"])
 
     return hook
+
+
+@pytest.fixture
+def names(
+    migrated_database: str, provider: Provider, llm_proxy: LLMProxy, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, str]:
+    """What stands for the words in capitals in the commands of test_json_keys.py; with all that they need."""
+    for name, value in (
+        ("SAASLLM_MASTER_KEYS", MASTER_KEY),
+        ("SAASLLM_PROXY_URL", llm_proxy.url),
+        ("MASTER", llm_proxy.master_key),
+        ("VALUE", "sk-a-key-of-the-organization"),
+    ):
+        monkeypatch.setenv(name, value)
+    settings.cache_clear()
+    (home / "file.yaml").write_text("organizations: [{organization_id: new}]")
+    return {"DATABASE": migrated_database, "URL": provider.url}

@@ -1,17 +1,11 @@
 """The keys of every command's JSON, so that no script of a user breaks unnoticed."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import psycopg
-import pytest
 import reference
-from conftest import MASTER_KEY, Result
-from llm_proxy import LLMProxy
-from provider import Provider
-
-from saasllm_cli.settings import settings
+from conftest import Result
 
 ORGANIZATION = ["organization_id", "name", "status", "own_keys_only", "metadata", "created_at", "updated_at"]
 JOB_PRICE = [
@@ -290,34 +284,8 @@ DIFFERS = ("credits verify", "webhook test 1", "key sync")
 
 
 def test_the_keys_of_every_command(
-    tenant: Callable[..., Result],
-    migrated_database: str,
-    home: Path,
-    sql: psycopg.Connection,
-    provider: Provider,
-    monkeypatch: pytest.MonkeyPatch,
+    tenant: Callable[..., Result], names: dict[str, str], sql: psycopg.Connection
 ) -> None:
-    with LLMProxy() as proxy:
-        _type_all(tenant, {"DATABASE": migrated_database, "URL": provider.url}, proxy, home, sql, monkeypatch)
-
-
-def _type_all(
-    tenant: Callable[..., Result],
-    names: dict[str, str],
-    proxy: LLMProxy,
-    home: Path,
-    sql: psycopg.Connection,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name, value in (
-        ("SAASLLM_MASTER_KEYS", MASTER_KEY),
-        ("SAASLLM_PROXY_URL", proxy.url),
-        ("MASTER", proxy.master_key),
-        ("VALUE", "sk-a-key-of-the-organization"),
-    ):
-        monkeypatch.setenv(name, value)
-    settings.cache_clear()
-    (home / "file.yaml").write_text("organizations: [{organization_id: new}]")
     for command, expected in COMMANDS.items():
         if command in BEFORE:
             sql.execute(BEFORE[command])

@@ -14,6 +14,7 @@ from test_job import credits_of, job_run, with_models
 
 from saasllm_cli.jobs import calls
 from saasllm_cli.jobs.calls import CallRequest
+from saasllm_cli.jobs.models import Models
 from saasllm_cli.jobs.probe import probe
 
 Run = Callable[..., Result]
@@ -72,15 +73,17 @@ def not_loaded(monkeypatch: pytest.MonkeyPatch, load: Callable[[str], object]) -
 def test_the_time_to_load_litellm_is_told_and_is_not_the_models(
     home: Path, provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert calls.ask(["openai/ok"], CallRequest("G", HELLO, 60), [], lambda _: None)  # now it is loaded in truth
+    assert calls.ask(
+        Models(["openai/ok"]), CallRequest("G", HELLO, 60), [], lambda _: None
+    )  # now it is loaded in truth
     not_loaded(monkeypatch, lambda _: time.sleep(2))
     told: list[str] = []
-    answer = calls.ask(["offline/fail", "openai/ok"], CallRequest("G", HELLO, 2), [], told.append)
+    answer = calls.ask(Models(["offline/fail", "openai/ok"]), CallRequest("G", HELLO, 2), [], told.append)
     assert answer
     assert answer.content == ANSWER
     assert told == ["Waiting for offline/fail …", "Loading litellm …", "Waiting for openai/ok …"]
     told.clear()
-    assert calls.ask(["offline/echo", "openai/ok"], CallRequest("G", HELLO, 2), [], told.append)
+    assert calls.ask(Models(["offline/echo", "openai/ok"]), CallRequest("G", HELLO, 2), [], told.append)
     assert told == ["Waiting for offline/echo …"]
     (asked,) = probe(["openai/ok"], 2)
     assert (asked["answered"], asked["latency_ms"] < 2000) == (True, True)
@@ -147,7 +150,7 @@ def test_failures(tenant: Run, options: tuple[str, ...]) -> None:
 def test_a_stream_comes_word_by_word(home: Path) -> None:
     shown: list[str] = []
     messages = [{"role": "user", "content": " one  two\n\nthree"}]
-    answer = calls.ask(["offline/echo"], CallRequest("Echo", messages, 5), [], lambda _: None, shown.append)
+    answer = calls.ask(Models(["offline/echo"]), CallRequest("Echo", messages, 5), [], lambda _: None, shown.append)
     assert answer
     assert shown == [" one  ", "two\n\n", "three"]
     assert answer.content == "".join(shown)

@@ -12,11 +12,11 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import MASTER_KEY, Result, start_process
+from conftest import Result, start_process
 from test_batch import assert_paid, lines, prompts, results, until_written, words
 from test_job import credits_of
 from test_migrate import ALL, completed, wait_until
-from test_transcripts import PAGES, played
+from test_transcripts import PAGES, played, prepare
 
 from saasllm_cli import database
 from saasllm_cli.errors import Conflict
@@ -73,11 +73,15 @@ def pool(data_dir: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "db"], ids=lambda page: page.stem)
 def test_a_page_is_the_same(
-    page: Path, migrated_database: str, home: Path, pool: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    page: Path,
+    migrated_database: str,
+    home: Path,
+    pool: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     """With two sessions: that of a lock, and one that nobody may keep between two transactions."""
-    monkeypatch.setenv("SAASLLM_ACTOR", "ada")
-    monkeypatch.setenv("SAASLLM_MASTER_KEYS", MASTER_KEY)
+    prepare(page, monkeypatch, request)
     pool(2)
     assert played(page, home) == page.read_text(encoding="utf-8")
 

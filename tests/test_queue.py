@@ -388,7 +388,7 @@ def test_a_runner_has_no_missed_periods_granted(tenant: Run, sql: Sql, as_role: 
     with owner(), database.connect() as db:
         Duties(print).do(db, 1)  # it does them all the same
     late = "SELECT FROM duties WHERE next_at > now() + interval '1 h' AND duty = ANY (%s)"
-    assert sql.execute(late, [list(PACES)]).rowcount == 0
+    assert sql.execute(late, [[duty for duty in PACES if duty != "keys"]]).rowcount == 0
     assert sql.execute("SELECT credits_remaining FROM team_credits").fetchall() == granted
 
 

@@ -107,22 +107,27 @@ def played(page: Path, home: Path) -> str:
     return FENCE.sub(play, page.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page(
-    page: Path, migrated_database: str, home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
+def prepare(page: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """What its commands find in the environment."""
     monkeypatch.setenv("SAASLLM_ACTOR", "ada")
     monkeypatch.setenv("SAASLLM_MASTER_KEYS", MASTER_KEY)
-    monkeypatch.setattr(encryption, "new_master_key", lambda: "A" * 43 + "=")
     monkeypatch.setenv("ACME_OPENAI_KEY", "sk-proj-of-acme-at-openai-1234")
     monkeypatch.setenv("ACME_AZURE_KEY", "9f86d081884c7d659a2feaa0c55ad015")
+    monkeypatch.setattr(encryption, "new_master_key", lambda: "A" * 43 + "=")
     if page.stem == "key":
         llm_proxy: LLMProxy = request.getfixturevalue("llm_proxy")
         monkeypatch.setenv("SAASLLM_PROXY_URL", llm_proxy.url)
         monkeypatch.setenv("LITELLM_MASTER_KEY", llm_proxy.master_key)
         values = (f"sk-{letter * 43}" for letter in "ABCDEFG")
         monkeypatch.setattr(proxy, "new_value", lambda: next(values))
-        settings.cache_clear()
+    settings.cache_clear()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page(
+    page: Path, migrated_database: str, home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    prepare(page, monkeypatch, request)
     written, now = page.read_text(encoding="utf-8"), played(page, home)
     if request.config.getoption("--renew"):
         page.write_text(now, encoding="utf-8")
