@@ -77,6 +77,10 @@ def family(process: Forked) -> list[int]:
     return [process.pid, *map(int, children.split())]
 
 
+def stopped(process: Forked) -> bool:
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
 def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
@@ -213,6 +217,8 @@ def test_a_storm(
         while time.monotonic() < end:
             work()
             victim = random.choice(workers)
+            kill([victim.pid], signal.SIGSTOP)  # it starts no process that would be forgotten
+            until(lambda victim=victim: stopped(victim))
             pids = family(victim)
             kill(pids, signal.SIGSTOP)
             is_apt = asked(its_jobs, victim.pid) and not asked(its_jobs + " AND losses >= 2", victim.pid)
@@ -224,7 +230,7 @@ def test_a_storm(
 
     def kill_worker() -> None:
         victim = kill_some(lambda pids: pids)
-        told.append(str(victim.communicate()[1]))
+        told.append(str(victim.communicate(PATIENCE_SECONDS)[1]))
         workers[workers.index(victim)] = start(processes=random.choice([1, 2]))
 
     def kill_process() -> None:
