@@ -61,8 +61,8 @@ def dimensions(value: str | Dimensions) -> Dimensions:
     for name in names:
         if name not in usage_.DIMENSIONS:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(usage_.DIMENSIONS)}.")
-    if len(names) > len(set(names)):
-        raise typer.BadParameter(f"{value!r} names something twice.")
+        if names.count(name) > 1:
+            raise typer.BadParameter(f"{value!r} names {name} twice.")
     return Dimensions(names)
 
 

@@ -190,7 +190,7 @@ END) COLLATE "C";
 --
 -- Who wrote something of a day on that day has not told of it: so the day waits for all transactions that were there
 -- when it was noted to be over. (In a copy of the database, the number of that moment may be one that is still to come.)
--- The teams are locked first, in the order in which all do so: none of them is removed meanwhile.
+-- A purge waits for it, and it for that (by the row of usage_state): its sums are of teams that are there.
 CREATE FUNCTION sum_usage() RETURNS TABLE (days integer, changes bigint, is_done boolean)
 LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan SET timezone = 'UTC' AS $$
 DECLARE
@@ -211,8 +211,6 @@ BEGIN
 
     changes := (SELECT count(*) FROM changed_days d WHERE d.until <= state.summed_until);
     IF sum_until > state.summed_until OR changes > 0 THEN
-        PERFORM FROM teams ORDER BY team_id FOR KEY SHARE;
-
         WITH gone AS (
             DELETE FROM usage_days u USING changed_days d WHERE u.team_id = d.team_id AND u.day = d.day
         ),
