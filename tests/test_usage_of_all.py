@@ -49,10 +49,10 @@ def used(run: Run, *options: object) -> list[dict[str, Any]]:
 
 
 def refreshed(run: Run) -> tuple[int, int]:
-    """How many days were summed up, and how many days of teams again."""
+    """How many hours were summed up, and how many days of teams again."""
     result = run("usage", "--refresh", "-o", "json")
     assert result.status == 0, result
-    return result.data["days"], result.data["changes"]
+    return result.data["hours"], result.data["changes"]
 
 
 @contextmanager
@@ -202,10 +202,10 @@ def test_sums_are_what_is_counted_by_hand(tenant: Run, sql: Sql, seed: int) -> N
             settled(job_id, status, *calls)
             if status == "completed" and sql.execute(CHARGED, [job_id]).rowcount:
                 charged.append(job_id)
-        dated(sql, job_id, rng.choice((0, 1, 2, 5, 30, 31, 32, 33, 200)))
+        dated(sql, job_id, rng.choice((0, 0.1, 0.5, 1, 2, 5, 30, 31, 32, 33, 200)))
     tenant("credits", "adjust", "it", -7, "--reason", "x")
     assert_exact(tenant, sql, 6, rng)
-    assert refreshed(tenant)[0] > 60
+    assert refreshed(tenant)[0] > 60 * 24
     assert_exact(tenant, sql, 6, rng)
 
     for step in range(12):
@@ -284,7 +284,7 @@ def test_a_team_that_is_purged_while_it_is_summed_up(tenant: Run, sql: Sql) -> N
     with database.connect() as db:
         db.one("usage.sum")
     with ThreadPoolExecutor(1) as threads, psycopg.connect(sql.info.dsn) as other:
-        assert other.execute("SELECT days > 0 FROM sum_usage()").fetchone() == (True,)
+        assert other.execute("SELECT hours > 0 FROM sum_usage()").fetchone() == (True,)
         purge = threads.submit(tenant, "team", "delete", "hr", "--purge", "--confirm", "hr")
         other.commit()
         assert purge.result().status == 0
