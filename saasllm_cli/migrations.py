@@ -44,8 +44,9 @@ _TRANSACTION_CONTROL = re.compile(
 )
 # Each table has a primary key. Where a name is left to PostgreSQL, it is made of the table's and the column's.
 _RULE = re.compile(
-    r"^(?P<is_new>CREATE)?(?:ALTER)? TABLE (?P<table>\w+)"
+    r"^(?:CREATE|ALTER) TABLE (?P<table>\w+)"
     r"|^    (?P<column>[a-z_]+) .*\bREFERENCES\b"
+    r"|\bPRIMARY KEY\b"
     r"|\bCONSTRAINT (?P<constraint>\w+)(?P<unique> UNIQUE)?"
     r"|^CREATE (?:UNIQUE )?INDEX (?:CONCURRENTLY )?(?P<index>\w+)",
     re.MULTILINE,
@@ -175,7 +176,7 @@ def rules() -> set[str]:
     for rule in (rule for migration in _files() for rule in _RULE.finditer(migration.text)):
         if rule["table"]:
             table = rule["table"]
-        if rule["is_new"]:
+        if "PRIMARY KEY" in rule[0]:
             found |= {f"constraint {table}_pkey", f"index {table}_pkey"}
         if rule["column"]:
             found.add(f"constraint {table}_{rule['column']}_fkey")

@@ -36,6 +36,7 @@ NOUNS = (
     "migrate",
     "profile",
     "team",
+    "usage",
     "webhook",
     "worker",
 )

@@ -105,7 +105,7 @@ def test_the_list_of_nouns_is_that_of_their_modules(run: Run) -> None:
         if isinstance(command, TyperGroup) and not command.invoke_without_command:
             assert command.help == description
     modules = {path.stem for path in (Path(cli.__file__).parent / "commands").glob("*.py")}
-    assert modules - {"__init__", "calls", "inputs", "job_queue", "purge", "usage"} == set(cli.NOUNS)
+    assert modules - {"__init__", "calls", "inputs", "job_queue", "purge"} == set(cli.NOUNS)
 
 
 def test_version_and_nonsense(run: Run) -> None:

@@ -249,6 +249,7 @@ COMMANDS: dict[str, list[Any]] = {
         {"totals": [["noun", "created", "changed", "unchanged", "differing", "suspended", "deleted"]]},
         {"changes": [["noun", "id", "action", "before", "after"]]},
     ],
+    "usage": [["organization_id", "organization_name", *USED]],
     "doctor": [["check", "status", "message", "hint"]],
     "db status": ["server", "url", "is_running", "version", "data_dir", "pid"],
     "credits verify": [["team_id", "problem", "transaction_id", "job_id", "expected", "found"]],

@@ -127,10 +127,10 @@ def test_a_worker_that_may_not_allocate_leaves_it_to_others(tenant: Run, as_role
         return [row["duty"] for row in rows]
 
     as_role("saasllm_runner")
-    assert done() == ["prune", "sweep"]
+    assert done() == ["prune", "sweep", "usage"]
     assert told.pop().startswith("allocate: The database role may not do this: permission denied")
     with owner():
-        assert done() == ["allocate", "prune", "sweep"]
+        assert done() == ["allocate", "prune", "sweep", "usage"]
     assert told == ["allocate: credits granted: 10"]  # for the period that was missed, too
 
 
@@ -930,7 +930,7 @@ def test_rights_of_others_are_named_and_revoked_where_that_is_asked(
             _, rights = rows["rights"]["message"].split(": ")
             return {(role.split(" ", 1)[0], role.split(" on ")[1]) for role in rights.rstrip(".").split("; ")}
 
-        careless = {("careless_anon", "audit_log, audit_log_audit_id_seq, callable_groups and 76 more)")}
+        careless = {("careless_anon", "audit_log, audit_log_audit_id_seq, call_usage and 83 more)")}
         public = {("PUBLIC", "organizations)")}
         assert others() == careless | public | {
             ("careless_user", "teams)"),

@@ -168,7 +168,7 @@ def usage(
                     db.get(noun_, key)
         names = [field for name in by for field in usage_.DIMENSIONS[name]]
         essential = [usage_.DIMENSIONS[name][0] for name in by]
-        counts = [name for name in (*COUNTS, "failed_calls") if name in rows.fields]
+        counts = COUNTS if "jobs" in rows.fields else COLUMNS["models"][1:]
         show(rows, output, columns=(*names, *counts), essential=(*essential, *ESSENTIAL))
 
 
