@@ -89,9 +89,12 @@ def _drawn(
 def _cleaned(root: Any, title: str, names: list[str]) -> Markup:
     """The drawing alone; what scripts would show of a bar is its title."""
     for number, name in enumerate(names):
-        for bar in root.findall(f".//g[@class='series serie-{number} color-{number}']/g[@class='bars']/g"):
-            about = {text.get("class"): text.text for text in bar.findall("desc")}
-            etree.SubElement(bar, "title").text = f"{about['x_label']}: {about['value']} {name}"
+        for drawn in root.findall(f".//g[@class='series serie-{number} color-{number}']/g[@class='bars']"):
+            for bar in list(drawn):
+                about = {text.get("class"): text.text for text in bar.findall("desc")}
+                etree.SubElement(bar, "title").text = f"{about['x_label']}: {about['value']} {name}"
+                if about["value"] == "0":
+                    drawn.remove(bar)
     for parent in list(root.iter()):
         for child in list(parent):
             is_title = child.tag == "title" and parent is root
