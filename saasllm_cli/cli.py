@@ -33,6 +33,7 @@ NOUNS = {
     "credits": "Manage teams' credits and the ledger behind them.",
     "job": "Run jobs: call a model for a team, charge credits on success.",
     "worker": "Run submitted jobs, on as many machines as you like.",
+    "usage": "Show what all organizations and teams have used.",
     "credential": "Store the provider keys of organizations and teams, encrypted.",
     "key": "Manage teams' virtual keys at a LiteLLM proxy.",
     "event": "Show what has happened: jobs, credits, limits.",

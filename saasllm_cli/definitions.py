@@ -22,8 +22,6 @@ from saasllm_cli.errors import Conflict, InvalidInput, SaasllmError
 from saasllm_cli.queries import checksum, query, sql_files, text_of
 from saasllm_cli.statements import Statement, execute, split
 
-# In the order in which they can be made: views and triggers need functions.
-KINDS = ("function", "view", "trigger")
 HINT = "The database is as it was before. Correct the definition, and run it again."
 
 # The names as PostgreSQL keeps them, so that what is made is found again: in lower case, without schema or quotes.
@@ -104,7 +102,8 @@ def files() -> list[File]:
 
 
 def wanted() -> list[Definition]:
-    """What all files define, in the order in which it can be made; `InvalidInput` where something is defined twice."""
+    """What all files define, in the order in which it can be made: as it is written, the triggers last. `InvalidInput`
+    where something is defined twice."""
     found: dict[str, Definition] = {}
     for definition in (definition for file in files() for definition in file.definitions()):
         if twin := found.get(definition.key):
@@ -116,7 +115,7 @@ def wanted() -> list[Definition]:
         found[definition.key] = definition
     if not found:  # a database without its rules is nobody's wish
         raise InvalidInput("no_definitions", "saasllm has no files in sql/definitions.", "Install saasllm again.")
-    return sorted(found.values(), key=lambda definition: KINDS.index(definition.kind))
+    return sorted(found.values(), key=lambda definition: definition.kind == "trigger")
 
 
 def states(recorded: list[Row], existing: Set[str]) -> list[Row]:

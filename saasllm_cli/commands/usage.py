@@ -1,16 +1,31 @@
-"""The verb `usage`, which teams and organizations have alike."""
+"""Show what was used: by all, and the verb `usage`, which teams and organizations have alike."""
 
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 import typer
 
-from saasllm_cli import usage
-from saasllm_cli.commands.inputs import Period, period
+from saasllm_cli import database
+from saasllm_cli import usage as usage_
+from saasllm_cli.commands.inputs import (
+    GroupFilter,
+    OrgFilter,
+    Output,
+    Period,
+    TeamFilter,
+    Verbose,
+    counted,
+    label,
+    model_name,
+    noun,
+    period,
+)
 from saasllm_cli.database import Database
 from saasllm_cli.errors import InvalidInput
-from saasllm_cli.output import show, show_report
+from saasllm_cli.output import note, progress, remark, show, show_report, waiting
 from saasllm_cli.settings import Format, settings
+
+app = noun()
 
 InPeriod = Annotated[
     Period | None,
@@ -29,6 +44,28 @@ To = Annotated[
     Period | None,
     typer.Option("--to", parser=period, metavar="PERIOD", help="Last period of the range (default: today)."),
 ]
+
+
+class Dimensions(tuple[str, ...]):
+    """What rows are told apart by, of `usage.DIMENSIONS`."""
+
+
+BY_ORGANIZATION = Dimensions(["org"])
+
+
+def dimensions(value: str | Dimensions) -> Dimensions:
+    """Their names with commas between them; the default comes parsed."""
+    if isinstance(value, Dimensions):
+        return value
+    names = [name.strip() for name in value.split(",")]
+    for name in names:
+        if name not in usage_.DIMENSIONS:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(usage_.DIMENSIONS)}.")
+    if len(names) > len(set(names)):
+        raise typer.BadParameter(f"{value!r} names something twice.")
+    return Dimensions(names)
+
+
 BY_HELP = "Only show this breakdown (default with -o csv: month)."
 By = Annotated[Literal["month", "day", "job_type", "model", "category"] | None, typer.Option("--by", help=BY_HELP)]
 ByTeam = Annotated[
@@ -61,6 +98,90 @@ BARS = {
     "teams": "credits_deducted",
 }
 MOST_DAYS = 31
+# What a table shows of rows of all.
+COUNTS = (
+    "jobs",
+    "calls",
+    "total_tokens",
+    "cost_usd",
+    "credits_deducted",
+    "credits_refunded",
+    "credits_net",
+    "margin_usd",
+)
+ESSENTIAL = ("credits_net", "cost_usd", "credits_deducted", "margin_usd")
+
+
+@app.command(
+    epilog="saasllm usage --by org,month --from 2026-01 --to 2026-06 -o csv\n"
+    "saasllm usage --by team,model --org org_acme_corp"
+)
+def usage(
+    by: Annotated[
+        Dimensions,
+        typer.Option(
+            "--by",
+            parser=dimensions,
+            metavar="NAMES",
+            show_default=False,
+            help=f"What to print a row for, one or more of: {', '.join(usage_.DIMENSIONS)} (default: org).",
+        ),
+    ] = BY_ORGANIZATION,
+    org: OrgFilter = None,
+    team: TeamFilter = None,
+    group: GroupFilter = None,
+    model: Annotated[
+        str | None, typer.Option("--model", parser=model_name, metavar="MODEL", help="Filter by model.")
+    ] = None,
+    job_type: Annotated[str | None, typer.Option(parser=label, metavar="TYPE", help="Filter by type of job.")] = None,
+    period: InPeriod = None,
+    from_: From = None,
+    to: To = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Sum up past days, for cron where no worker runs; show nothing.")
+    ] = False,
+    verbose: Verbose = False,
+    output: Output = None,
+) -> None:
+    """Show what all organizations and teams have used in a period.
+
+    Prints a row for each combination of --by that has used something, in that order: jobs, credits, calls, tokens, cost
+    and margin, as `saasllm org usage` counts them. Rows by model or group count calls alone, as a job can have several;
+    rows by job type have the credits that moved for jobs.
+
+    For the month's invoices, use credits_net of --by org or --by team.
+
+    Past days are summed up once, by workers or --refresh, so that reports stay fast; what is not summed up yet is
+    counted on the spot, and the figures are the same.
+    """
+    if refresh:
+        _refresh(verbose, output)
+        return
+    asked = span(period, from_, to)
+    scope = usage_.Scope(org, team, job_type, group, model)
+    with database.connect() as db:
+        db.read_one_state()
+        rows = usage_.rows(db, by, scope, *asked)
+        if rows.is_empty:
+            for noun_, key in (("organization", org), ("team", team), ("group", group)):
+                if key is not None:
+                    db.get(noun_, key)
+        names = [field for name in by for field in usage_.DIMENSIONS[name]]
+        essential = [usage_.DIMENSIONS[name][0] for name in by]
+        counts = [name for name in (*COUNTS, "failed_calls") if name in rows.fields]
+        show(rows, output, columns=(*names, *counts), essential=(*essential, *ESSENTIAL))
+
+
+def _refresh(verbose: bool, output: Format | None) -> None:
+    with database.connect() as db, waiting("Summing up …"):
+        done = usage_.refresh(db, lambda days: progress(f"Summed up {counted(days, 'day')} …"))
+    if (output or settings().output) is not Format.TABLE:
+        show(done, output)
+    elif any(done.values()):
+        again = f", and {counted(done['changes'], 'day')} of teams again" if done["changes"] else ""
+        note(f"Summed up {counted(done['days'], 'day')}{again}.")
+    else:
+        remark("Everything is summed up.", verbose)
 
 
 def show_usage(
@@ -68,7 +189,7 @@ def show_usage(
 ) -> None:
     """The report of a period, or its rows by one thing."""
     db.read_one_state()
-    report = usage.report(db, organization_id, team_id, *asked)
+    report = usage_.report(db, organization_id, team_id, *asked)
     form = output or settings().output
     if by is None and form is Format.CSV:
         by = "month"

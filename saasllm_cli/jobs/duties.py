@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, date, datetime
 
-from saasllm_cli import allocation, database
+from saasllm_cli import allocation, database, usage
 from saasllm_cli.errors import DatabaseUnavailable, SaasllmError
 from saasllm_cli.jobs import runner
 from saasllm_cli.settings import settings
@@ -14,7 +14,13 @@ PRUNE_CHUNK = 1000
 
 
 # How often each is due, and how long one worker has it to itself: should it die, another does it then. In seconds.
-PACES: dict[str, tuple[float, float]] = {"sweep": (5, 10), "allocate": (60, 300), "prune": (60, 60), "keys": (60, 300)}
+PACES: dict[str, tuple[float, float]] = {
+    "sweep": (5, 10),
+    "allocate": (60, 300),
+    "prune": (60, 60),
+    "keys": (60, 300),
+    "usage": (300, 300),
+}
 
 
 class Duties:
@@ -72,6 +78,8 @@ def _do(duty: str, db: database.Database, now: datetime, done_at: datetime | Non
             deliverer.prune(db)
         case "keys":
             return _sync_keys()
+        case "usage":
+            usage.refresh(db)
     return ""
 
 

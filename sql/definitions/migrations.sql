@@ -43,7 +43,8 @@ BEGIN
         'credit_transactions', 'credit_grants', 'credit_uses', 'credit_schedules', 'jobs', 'job_refusals', 'llm_calls',
         'audit_log', 'model_prices', 'job_prices', 'limits', 'limit_counters', 'job_queue', 'job_answers', 'workers',
         'duties', 'events', 'event_counters', 'limit_alerts', 'webhooks', 'webhook_states', 'webhook_secrets',
-        'webhook_deliveries', 'webhook_attempts', 'credentials', 'credential_secrets', 'proxy_keys', 'installation'
+        'webhook_deliveries', 'webhook_attempts', 'credentials', 'credential_secrets', 'proxy_keys', 'installation',
+        'usage_days', 'usage_models', 'usage_changes', 'usage_state'
     ]) AS name
     WHERE row_security_active(to_regclass('public.' || name));
     IF partial IS NOT NULL THEN

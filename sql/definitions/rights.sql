@@ -15,7 +15,8 @@ GRANT SELECT ON
     current_balances, callable_groups, limit_details, margin_parts, job_queue, job_answers, workers, duties,
     worker_details, events, event_counters, limit_alerts, webhooks, webhook_states, webhook_deliveries,
     webhook_attempts, webhook_details, webhook_delivery_details, webhook_records, credentials, credential_details,
-    proxy_keys, key_details, team_limits, wanted_keys, installation, credential_records, key_records
+    proxy_keys, key_details, team_limits, wanted_keys, installation, credential_records, key_records,
+    usage_days, usage_models, usage_changes, usage_state, call_usage, usage_entries, changed_days
 TO saasllm_admin, saasllm_runner, saasllm_readonly;
 -- But at secrets, even encrypted, only who signs or calls models by them.
 GRANT SELECT (secret_id, webhook_id, created_at, expires_at) ON webhook_secrets TO saasllm_readonly;
@@ -52,6 +53,9 @@ GRANT INSERT, UPDATE, DELETE ON limit_counters, workers TO saasllm_runner;
 GRANT INSERT, DELETE ON job_queue, job_answers TO saasllm_runner;
 GRANT UPDATE (state, worker_id, losses) ON job_queue TO saasllm_runner;
 GRANT UPDATE (next_at, done_at, worker_id) ON duties TO saasllm_runner;
+-- It sums up what was used.
+GRANT INSERT, DELETE ON usage_days, usage_models, usage_changes TO saasllm_runner;
+GRANT UPDATE (summed_until, next_until, next_noted) ON usage_state TO saasllm_runner;
 -- It tells what has happened, and sends it to webhooks, but does not say to which.
 GRANT INSERT (event_id, event_type, organization_id, team_id, data) ON events TO saasllm_runner;
 GRANT UPDATE (is_dispatched, sequence_no) ON events TO saasllm_runner;
@@ -69,8 +73,10 @@ GRANT INSERT, UPDATE, DELETE ON
     organizations, model_groups, model_group_models, model_prices, job_prices, limits, limit_counters, teams,
     team_model_groups, team_credits, credit_grants, credit_uses, credit_schedules, jobs, job_refusals, llm_calls,
     job_queue, job_answers, workers, duties, events, event_counters, limit_alerts, webhooks, webhook_states,
-    webhook_secrets, webhook_deliveries, webhook_attempts, credentials, credential_secrets, proxy_keys
+    webhook_secrets, webhook_deliveries, webhook_attempts, credentials, credential_secrets, proxy_keys, usage_days,
+    usage_models, usage_changes
 TO saasllm_admin;
+GRANT UPDATE (summed_until, next_until, next_noted) ON usage_state TO saasllm_admin;
 -- Not the number, the time and the role of an entry, which the database gives it.
 GRANT INSERT (
     team_id, organization_id, entry_no, job_id, transaction_type, credits_amount, credits_before, credits_after, reason,

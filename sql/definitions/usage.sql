@@ -1,0 +1,326 @@
+-- What was used, by days: summed up of those that are over, and counted of the others.
+--
+-- A sum counts as long as nothing changes of what it sums up. What changes something of an earlier day (a job that ends
+-- at last, a refund, a call that is entered late) says so in the same transaction, in usage_changes: who sees the
+-- change sees that the sum does not count, and counts for himself. Of today nobody says anything, for today is not
+-- summed up.
+
+
+CREATE VIEW call_usage AS
+SELECT
+    c.created_at,
+    c.team_id,
+    coalesce(j.job_type, '') AS job_type,
+    c.model_group_used AS group_name,
+    c.resolved_model,
+    1 AS calls,
+    (c.error IS NOT NULL)::integer AS failed_calls,
+    (c.cost_usd IS NOT NULL)::integer AS priced_calls,
+    (c.error IS NULL AND c.cost_usd IS NULL)::integer AS unpriced_calls,
+    c.prompt_tokens,
+    c.completion_tokens,
+    c.total_tokens,
+    c.cost_usd
+FROM llm_calls c
+LEFT JOIN jobs j USING (job_id);
+
+-- Everything that counts, each by its own time: a job when it was created, by what has become of it since, and its
+-- margin with it; a credit when it moved; a call when it was made. What moved for no job is of the type ''.
+CREATE VIEW usage_entries AS
+SELECT
+    created_at, team_id, job_type,
+    1 AS jobs,
+    (status = 'completed')::integer AS jobs_completed,
+    (status = 'failed')::integer AS jobs_failed,
+    (status = 'cancelled')::integer AS jobs_cancelled,
+    (status IN ('pending', 'in_progress'))::integer AS jobs_open,
+    is_unpriced::integer AS jobs_unpriced,
+    credits_charged,
+    credits_short,
+    NULL::bigint AS credits_added,
+    NULL::bigint AS credits_deducted,
+    NULL::bigint AS credits_refunded,
+    NULL::bigint AS credits_adjusted,
+    NULL::bigint AS credits_expired,
+    NULL::integer AS calls,
+    NULL::integer AS failed_calls,
+    NULL::integer AS priced_calls,
+    NULL::integer AS unpriced_calls,
+    NULL::integer AS prompt_tokens,
+    NULL::integer AS completion_tokens,
+    NULL::integer AS total_tokens,
+    NULL::numeric AS cost_usd,
+    NULL::numeric AS margin_usd
+FROM jobs
+UNION ALL
+SELECT
+    created_at, team_id, job_type,
+    NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, -- no job
+    NULL, NULL, NULL, NULL, NULL, -- no credits
+    NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, -- no call
+    amount_usd
+FROM margin_parts
+UNION ALL
+SELECT
+    c.created_at, c.team_id, coalesce(j.job_type, ''),
+    NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+    CASE WHEN c.transaction_type = 'allocation' THEN c.credits_amount END,
+    CASE WHEN c.transaction_type = 'deduction' THEN -c.credits_amount END,
+    CASE WHEN c.transaction_type = 'refund' THEN c.credits_amount END,
+    CASE WHEN c.transaction_type = 'adjustment' THEN c.credits_amount END,
+    CASE WHEN c.transaction_type = 'expiry' THEN -c.credits_amount END,
+    NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+    NULL
+FROM credit_transactions c
+LEFT JOIN jobs j USING (job_id)
+UNION ALL
+SELECT
+    created_at, team_id, job_type,
+    NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+    NULL, NULL, NULL, NULL, NULL,
+    calls, failed_calls, priced_calls, unpriced_calls, prompt_tokens, completion_tokens, total_tokens, cost_usd,
+    NULL
+FROM call_usage;
+
+-- The days of teams whose sums do not count, and when each begins and ends.
+CREATE VIEW changed_days AS
+SELECT
+    team_id,
+    day,
+    day::timestamp AT TIME ZONE 'UTC' AS since,
+    (day + 1)::timestamp AT TIME ZONE 'UTC' AS until
+FROM (SELECT DISTINCT team_id, day FROM usage_changes) AS changed;
+
+
+-- What no sum counts, between two midnights: what came since all was summed up (when that is the caller has read, so
+-- that the planner knows it, too), and the days of teams of which something has changed.
+
+CREATE FUNCTION unsummed_usage(since timestamptz, until timestamptz, summed_until timestamptz)
+RETURNS SETOF usage_days LANGUAGE sql STABLE AS $$
+    SELECT
+        (e.created_at AT TIME ZONE 'UTC')::date,
+        e.team_id, e.job_type, e.jobs, e.jobs_completed, e.jobs_failed, e.jobs_cancelled, e.jobs_open, e.jobs_unpriced,
+        e.credits_charged, e.credits_short, e.credits_added, e.credits_deducted, e.credits_refunded,
+        e.credits_adjusted, e.credits_expired, e.calls, e.failed_calls, e.priced_calls, e.unpriced_calls,
+        e.prompt_tokens, e.completion_tokens, e.total_tokens, e.cost_usd, e.margin_usd
+    FROM (
+        SELECT *
+        FROM usage_entries
+        WHERE created_at >= greatest($1, $3) AND created_at < $2
+        UNION ALL
+        SELECT entry.*
+        FROM changed_days d
+        CROSS JOIN LATERAL (
+            SELECT *
+            FROM usage_entries
+            WHERE team_id = d.team_id AND created_at >= d.since AND created_at < d.until
+            OFFSET 0
+        ) AS entry
+        WHERE d.since >= $1 AND d.until <= least($2, $3)
+    ) AS e
+$$;
+
+CREATE FUNCTION unsummed_calls(since timestamptz, until timestamptz, summed_until timestamptz)
+RETURNS SETOF usage_models LANGUAGE sql STABLE AS $$
+    SELECT
+        (e.created_at AT TIME ZONE 'UTC')::date,
+        e.team_id, e.job_type, e.group_name, e.resolved_model, e.calls, e.failed_calls, e.priced_calls,
+        e.unpriced_calls, e.prompt_tokens, e.completion_tokens, e.total_tokens, e.cost_usd
+    FROM (
+        SELECT *
+        FROM call_usage
+        WHERE created_at >= greatest($1, $3) AND created_at < $2
+        UNION ALL
+        SELECT entry.*
+        FROM changed_days d
+        CROSS JOIN LATERAL (
+            SELECT *
+            FROM call_usage
+            WHERE team_id = d.team_id AND created_at >= d.since AND created_at < d.until
+            OFFSET 0
+        ) AS entry
+        WHERE d.since >= $1 AND d.until <= least($2, $3)
+    ) AS e
+$$;
+
+
+-- What was used between two midnights: what is summed up, and what no sum counts.
+
+CREATE FUNCTION usage_within(since timestamptz, until timestamptz, summed_until timestamptz)
+RETURNS SETOF usage_days LANGUAGE sql STABLE AS $$
+    SELECT *
+    FROM usage_days u
+    WHERE u.day >= ($1 AT TIME ZONE 'UTC')::date
+      AND u.day < ($2 AT TIME ZONE 'UTC')::date
+      AND NOT EXISTS (SELECT FROM usage_changes c WHERE c.team_id = u.team_id AND c.day = u.day)
+    UNION ALL
+    SELECT * FROM unsummed_usage($1, $2, $3)
+$$;
+
+CREATE FUNCTION calls_within(since timestamptz, until timestamptz, summed_until timestamptz)
+RETURNS SETOF usage_models LANGUAGE sql STABLE AS $$
+    SELECT *
+    FROM usage_models m
+    WHERE m.day >= ($1 AT TIME ZONE 'UTC')::date
+      AND m.day < ($2 AT TIME ZONE 'UTC')::date
+      AND NOT EXISTS (SELECT FROM usage_changes c WHERE c.team_id = m.team_id AND c.day = m.day)
+    UNION ALL
+    SELECT * FROM unsummed_calls($1, $2, $3)
+$$;
+
+
+-- By which a report is sorted: what its rows are told apart by, one after the other.
+CREATE FUNCTION usage_key(
+    name text, organization_id text, team_id text, month text, day text, job_type text, group_name text,
+    resolved_model text
+) RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+RETURN (CASE name
+    WHEN 'org' THEN organization_id
+    WHEN 'team' THEN team_id
+    WHEN 'month' THEN month
+    WHEN 'day' THEN day
+    WHEN 'job_type' THEN job_type
+    WHEN 'group' THEN group_name
+    WHEN 'model' THEN resolved_model
+END) COLLATE "C";
+
+
+-- Sums up what is over and what has changed, some days at a time, and says whether that was all.
+--
+-- Who wrote something of a day on that day has not told of it: so the day waits for all transactions that were there
+-- when it was noted to be over. (In a copy of the database, the number of that moment may be one that is still to come.)
+-- The teams are locked first, in the order in which all do so: none of them is removed meanwhile.
+CREATE FUNCTION sum_usage() RETURNS TABLE (days integer, changes bigint, is_done boolean)
+LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan SET timezone = 'UTC' AS $$
+DECLARE
+    state usage_state;
+    sum_until timestamptz;
+    first_at timestamptz;
+BEGIN
+    SELECT * INTO STRICT state FROM usage_state FOR UPDATE;
+
+    sum_until := state.summed_until;
+    IF state.next_until > state.summed_until AND state.next_noted < pg_snapshot_xmin(pg_current_snapshot()) THEN
+        -- The next month in which there was a job, and the time before.
+        SELECT min(j.created_at) INTO first_at
+        FROM jobs j
+        WHERE j.created_at >= state.summed_until AND j.created_at < state.next_until;
+        sum_until := least(date_trunc('day', first_at) + interval '31 days', state.next_until);
+    END IF;
+
+    changes := (SELECT count(*) FROM changed_days d WHERE d.until <= state.summed_until);
+    IF sum_until > state.summed_until OR changes > 0 THEN
+        PERFORM FROM teams ORDER BY team_id FOR KEY SHARE;
+
+        WITH gone AS (
+            DELETE FROM usage_days u USING changed_days d WHERE u.team_id = d.team_id AND u.day = d.day
+        ),
+        gone_models AS (
+            DELETE FROM usage_models m USING changed_days d WHERE m.team_id = d.team_id AND m.day = d.day
+        ),
+        told AS (
+            DELETE FROM usage_changes c WHERE c.day < sum_until::date
+        ),
+        of_models AS (
+            INSERT INTO usage_models
+            SELECT
+                u.day, u.team_id, u.job_type, u.group_name, u.resolved_model,
+                sum(u.calls), sum(u.failed_calls), sum(u.priced_calls), sum(u.unpriced_calls),
+                coalesce(sum(u.prompt_tokens), 0), coalesce(sum(u.completion_tokens), 0),
+                coalesce(sum(u.total_tokens), 0), coalesce(sum(u.cost_usd), 0)
+            FROM unsummed_calls('1970-01-01', sum_until, state.summed_until) u
+            GROUP BY u.day, u.team_id, u.job_type, u.group_name, u.resolved_model
+            ORDER BY u.day
+        )
+        INSERT INTO usage_days
+        SELECT
+            u.day, u.team_id, u.job_type,
+            coalesce(sum(u.jobs), 0), coalesce(sum(u.jobs_completed), 0), coalesce(sum(u.jobs_failed), 0),
+            coalesce(sum(u.jobs_cancelled), 0), coalesce(sum(u.jobs_open), 0), coalesce(sum(u.jobs_unpriced), 0),
+            coalesce(sum(u.credits_charged), 0), coalesce(sum(u.credits_short), 0),
+            coalesce(sum(u.credits_added), 0), coalesce(sum(u.credits_deducted), 0),
+            coalesce(sum(u.credits_refunded), 0), coalesce(sum(u.credits_adjusted), 0),
+            coalesce(sum(u.credits_expired), 0),
+            coalesce(sum(u.calls), 0), coalesce(sum(u.failed_calls), 0), coalesce(sum(u.priced_calls), 0),
+            coalesce(sum(u.unpriced_calls), 0), coalesce(sum(u.prompt_tokens), 0),
+            coalesce(sum(u.completion_tokens), 0), coalesce(sum(u.total_tokens), 0), coalesce(sum(u.cost_usd), 0),
+            sum(u.margin_usd)
+        FROM unsummed_usage('1970-01-01', sum_until, state.summed_until) u
+        GROUP BY u.day, u.team_id, u.job_type
+        ORDER BY u.day;
+    END IF;
+
+    days := coalesce(sum_until::date - first_at::date, 0); -- the years before the first job are none to tell of
+    is_done := sum_until = state.summed_until;
+    UPDATE usage_state SET summed_until = sum_until;
+    IF state.next_until <= sum_until OR state.next_noted >= pg_snapshot_xmax(pg_current_snapshot()) THEN
+        -- What is over by an hour, and by some minutes for clocks that are set.
+        UPDATE usage_state
+        SET next_until = greatest(date_trunc('day', clock_timestamp() - interval '75 minutes'), sum_until),
+            next_noted = pg_current_xact_id()
+        RETURNING next_until = sum_until INTO is_done;
+    END IF;
+    RETURN NEXT;
+END
+$$;
+
+
+-- What changes of an earlier day, once that has been over for an hour: until then it is not summed up.
+
+CREATE FUNCTION tell_usage(of_team text, at timestamptz) RETURNS void
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    INSERT INTO public.usage_changes (team_id, day)
+    SELECT of_team, day
+    FROM CAST(at AT TIME ZONE 'UTC' AS date) AS day
+    WHERE day < CAST((clock_timestamp() - interval '1 hour') AT TIME ZONE 'UTC' AS date)
+$$;
+
+CREATE FUNCTION tell_late_usage() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF TG_OP = 'UPDATE' THEN
+        PERFORM public.tell_usage(OLD.team_id, OLD.created_at);
+    END IF;
+    PERFORM public.tell_usage(NEW.team_id, NEW.created_at);
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER jobs_tell_late AFTER INSERT OR UPDATE ON jobs
+    FOR EACH ROW WHEN (NEW.created_at < clock_timestamp() - interval '1 hour') EXECUTE FUNCTION tell_late_usage();
+CREATE TRIGGER llm_calls_tell_late AFTER INSERT OR UPDATE ON llm_calls
+    FOR EACH ROW WHEN (NEW.created_at < clock_timestamp() - interval '1 hour') EXECUTE FUNCTION tell_late_usage();
+CREATE TRIGGER credit_transactions_tell_late AFTER INSERT ON credit_transactions
+    FOR EACH ROW WHEN (NEW.created_at < clock_timestamp() - interval '1 hour') EXECUTE FUNCTION tell_late_usage();
+
+-- A refund takes away what its job has brought.
+CREATE FUNCTION tell_refund() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM public.tell_usage(j.team_id, j.created_at) FROM public.jobs j WHERE j.job_id = NEW.job_id;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER credit_transactions_tell_refund AFTER INSERT ON credit_transactions
+    FOR EACH ROW WHEN (NEW.transaction_type = 'refund') EXECUTE FUNCTION tell_refund();
+
+-- Calls may be deleted. (Where their team goes with them, so do its sums.)
+CREATE FUNCTION tell_deleted_calls() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM public.tell_usage(gone.team_id, gone.created_at)
+    FROM (
+        SELECT team_id, min(created_at) AS created_at
+        FROM old_rows
+        GROUP BY team_id, date_trunc('day', created_at, 'UTC')
+    ) AS gone
+    WHERE EXISTS (SELECT FROM public.teams t WHERE t.team_id = gone.team_id);
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER llm_calls_tell_deleted AFTER DELETE ON llm_calls
+    REFERENCING OLD TABLE AS old_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION tell_deleted_calls();
