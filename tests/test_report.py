@@ -17,7 +17,6 @@ from browser import CHROMIUM, Browser
 from conftest import Result
 from test_price import charged, costing, price
 
-from saasllm_cli import usage
 from saasllm_cli.output import UNSAFE_CATEGORIES
 from saasllm_cli.reports import charts, contents, page
 from saasllm_cli.reports.page import DASH, MINUS
@@ -445,10 +444,8 @@ MANY_TEAMS = """
     )
     SELECT team_id, organization_id, 1, 'allocation', 10, 0, 10 FROM teams WHERE team_id LIKE 't%';
 """
-KNOWS_ALL = "organizations" in usage.PARTS
 
 
-@pytest.mark.skipif(not KNOWS_ALL, reason="usage does not know all organizations yet")
 def test_all_organizations(march: Run, sql: Sql) -> None:
     sql.execute(MANY_TEAMS)
     both, acme = data(march, "--from", "2026-03"), data(march, "--org", "acme", "--from", "2026-03")
@@ -518,9 +515,8 @@ def test_in_a_browser(browser: Browser, hostile: Run, sql: Sql, tmp_path: Path) 
         ("long name", 2, ("--team", "h5", *MARCH)),
         ("years", 3, ("--team", "hr", "--from", "2024")),
         ("empty", 0, ("--team", "hr", "--period", "2024-02")),
+        ("all", 3, ("--from", "2026-03")),
     ]
-    if KNOWS_ALL:
-        pages.append(("all", 3, ("--from", "2026-03")))
     seen: dict[bool, list[str]] = {}
     for name, number, words in pages:
         path = tmp_path / f"{name}.html"

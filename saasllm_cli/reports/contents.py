@@ -53,8 +53,7 @@ def contents(
     }
     balances = db.many("report.balances", **asked)
     report |= {name: sum(row[name] for row in balances) for name in BALANCES}
-    # Its signature does not say yet that None is all organizations.
-    report |= usage.report(db, organization_id, team_id, since, until)  # type: ignore[arg-type]
+    report |= usage.report(db, organization_id, team_id, since, until)
     for part in ("days", "months"):
         balance = report["credits_opening"]
         for row in report[part]:
@@ -71,7 +70,7 @@ def contents(
         report["teams"] = _most_used(report["teams"], balances, "team_id", nothing)
     if organization_id is None:
         sums = _by_organization(balances)
-        report["organizations"] = _most_used(report.get("organizations", []), sums, "organization_id", nothing)
+        report["organizations"] = _most_used(report["organizations"], sums, "organization_id", nothing)
     else:
         report |= _ledger(db, asked, report)
     without: Row = _without(report, INTERNAL if for_customer else set())
