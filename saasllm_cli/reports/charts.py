@@ -5,7 +5,7 @@ read.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from math import floor, log10
+from math import ceil, floor, log10
 from typing import Any
 
 import pygal
@@ -39,12 +39,12 @@ def short(number: float) -> str:
 
 
 def ticks(least: float, most: float) -> list[int]:
-    """A few round numbers from zero on, or around it, that span all others."""
-    span = max(most, 0) - min(least, 0)
-    rough = max(span / (MOST_TICKS - 1), 1)
+    """A few round numbers, zero among them, that span all others."""
+    least, most = min(least, 0), max(most, 0 if least < 0 else 1)
+    rough = max((most - least) / (MOST_TICKS - 1), 1)
     size = 10 ** floor(log10(rough))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
-    return [step * number for number in range(floor(min(least, 0) / step), -floor(-max(most, 1) / step) + 1)]
+    return [step * number for number in range(floor(least / step), ceil(most / step) + 1)]
 
 
 def _drawn(

@@ -43,7 +43,7 @@ def page(report: Row, for_customer: bool) -> str:
         period=period(report["since"], report["until"]),
         shows_costs=not for_customer,
         has_margin=report.get("margin_usd") is not None,
-        outcomes=[name for name, field in OUTCOMES.items() if report[field]],
+        outcomes=[(place, name) for place, (name, field) in enumerate(OUTCOMES.items()) if report[field]],
         drawn=_drawn(report, rows),
         label=label,
         top=top,
@@ -69,7 +69,7 @@ def _drawn(report: Row, rows: Sequence[Row]) -> dict[str, Markup]:
     if report["credits_deducted"]:
         found["deducted"] = charts.bars("Credits used over time", labels, {"credits": _of(rows, "credits_deducted")})
     if report["jobs"]:
-        jobs = {name: _of(rows, field) for name, field in OUTCOMES.items() if report[field]}
+        jobs = {name: _of(rows, field) for name, field in OUTCOMES.items()}
         found["jobs"] = charts.bars("Jobs over time", labels, jobs)
     return found
 
