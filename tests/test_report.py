@@ -383,10 +383,12 @@ def test_a_file_is_replaced_whole(march: Run, tmp_path: Path) -> None:
     there.write_text("old")
     there.chmod(0o640)
     link.symlink_to(there)
+    before = there.stat().st_ino
     result = march("report", "--team", "hr", *MARCH, "--html", link)
     assert (result.status, result.out, result.err) == (0, "", f"Wrote the report to {link}.\n")
     assert link.is_symlink()
     assert there.read_text().startswith("<!DOCTYPE html>")
+    assert there.stat().st_ino != before  # who reads the old one reads it to its end
     assert stat.S_IMODE(there.stat().st_mode) == 0o640
     assert [path.name for path in there.parent.iterdir()] == ["report.html"]
 
