@@ -119,15 +119,16 @@ def report(db: Database, organization_id: str | None, team_id: str | None, since
 
 
 def refresh(db: Database, on_summed: Callable[[int], None] = lambda _: None) -> Row:
-    """Sums up the days that are over, and again those of which something has changed: `days`, and `changes`, of teams
-    on a day. `on_summed` is told how many days it was so far. A day in which a transaction still runs waits for it."""
-    done = {"days": 0, "changes": 0}
+    """Sums up all but the last hours, and again what has changed: how many `hours`, and `changes`, days of teams.
+    `on_summed` is told of the hours so far. Where a transaction from before is still running, it waits for a later
+    refresh."""
+    done = {"hours": 0, "changes": 0}
     while True:
         row = db.transaction(lambda: db.one("usage.sum"))
         done = {name: count + row[name] for name, count in done.items()}
         if row["is_done"]:
             return done
-        on_summed(done["days"])
+        on_summed(done["hours"])
 
 
 def _name(db: Database, report: Row) -> None:

@@ -30,6 +30,9 @@ allocation: `allocate` for teams that are all due, and where none is, with credi
 period is over, against INSERTs and an UPDATE that write the same rows in one transaction, under the same triggers, and
 check nothing themselves. And what a loop would take, of credits that last.
 
+usage: commands that show what all have used in a year, by sums of its days (but the last one), against one bare
+statement that sums up only the calls; and what it takes to sum them up.
+
 apply: organizations and a hundred times as many teams from a file of JSON lines, against a COPY of the same rows into
 the same tables, with their indexes, constraints and triggers; and from the same file in YAML, and its parser alone.
 """
@@ -72,7 +75,7 @@ from saasllm_cli.queries import query
 from saasllm_cli.settings import settings
 from saasllm_cli.webhooks.deliverer import Deliverer, Summary
 
-PARTS = ("start", "ledger", "limits", "batch", "queue", "events", "allocation", "apply")
+PARTS = ("start", "ledger", "limits", "batch", "queue", "events", "allocation", "usage", "apply")
 CLIENTS = 8
 CALLS_AT_ONCE = 64
 PROMPT = "Say something of the number {}."
@@ -156,6 +159,62 @@ SCHEDULES = """
     INSERT INTO credit_schedules (team_id, credits_amount, every, mode, next_on)
     SELECT team_id, 500, 'monthly', 'reset', '2001-01-01' FROM teams;
 """
+USED_TEAMS = 300
+USED_AT_ONCE = 500_000
+USED = """
+    SET session_replication_role = replica;
+    INSERT INTO organizations (organization_id, name)
+    SELECT 'org' || n, 'Organization ' || n FROM generate_series(1, {teams} / 3) n;
+    INSERT INTO teams (team_id, organization_id, team_alias)
+    SELECT 'team' || n, 'org' || n % ({teams} / 3) + 1, 'Team ' || n FROM generate_series(1, {teams}) n;
+    INSERT INTO team_credits (team_id, credits_allocated, credits_used, last_entry_no)
+    SELECT 'team' || n, 2 * {jobs}, 2 * {jobs} / {teams}, {jobs} FROM generate_series(1, {teams}) n;
+    INSERT INTO job_prices (credits, credits_per_usd, hold) VALUES (2, 100, 2);
+"""
+# They are of three types and by two groups; each tenth had a call that failed, and each fiftieth has failed itself.
+USED_JOBS = """
+    SET session_replication_role = replica;
+    CREATE TEMP TABLE used ON COMMIT DROP AS
+    SELECT
+        n,
+        (lpad(to_hex(n), 12, '0') || '70008000' || lpad(to_hex(n), 12, '0'))::uuid AS job_id,
+        'team' || n % {teams} + 1 AS team_id,
+        'org' || (n % {teams} + 1) % ({teams} / 3) + 1 AS organization_id,
+        (ARRAY['completion', 'parse', 'match'])[n / 7 % 3 + 1] AS job_type,
+        (ARRAY['Chat', 'Parse'])[n / 7 % 2 + 1] AS group_name,
+        CASE WHEN n % 50 = 0 THEN 'failed' ELSE 'completed' END AS status,
+        now() - interval '1 year' * (1 - n / {jobs}.0) AS created_at
+    FROM generate_series({first}, {last}) n;
+    INSERT INTO jobs (
+        job_id, team_id, organization_id, job_type, status, created_at, started_at, completed_at, hold_no, release_no,
+        credits_held, credits_charged, price_id, model_groups_used
+    )
+    SELECT
+        job_id, team_id, organization_id, job_type, status, created_at, created_at, created_at, n,
+        CASE WHEN status = 'failed' THEN n END, 2, CASE WHEN status = 'completed' THEN 2 END, 1, ARRAY[group_name]
+    FROM used;
+    INSERT INTO llm_calls (
+        job_id, team_id, model_group_used, resolved_model, attempt, latency_ms, created_at, error, prompt_tokens,
+        completion_tokens, total_tokens, cost_usd
+    )
+    SELECT
+        job_id, team_id, group_name, 'provider/model-' || n / 11 % 5 + attempt, attempt, 900, created_at,
+        CASE WHEN attempt = 2 THEN '503' END, 700, 300, 1000, 0.0012
+    FROM used, generate_series(1, CASE WHEN n % 10 = 0 THEN 2 ELSE 1 END) AS attempt;
+    INSERT INTO credit_transactions (
+        team_id, organization_id, entry_no, job_id, transaction_type, credits_amount, credits_before, credits_after,
+        created_at
+    )
+    SELECT team_id, organization_id, n, job_id, 'deduction', -2, 2, 0, created_at
+    FROM used
+    WHERE status = 'completed';
+"""
+BARE_USAGE = """
+    SELECT team_id, date_trunc('month', created_at, 'UTC'), count(*), sum(total_tokens), sum(cost_usd)
+    FROM llm_calls
+    WHERE created_at >= now() - interval '1 year'
+    GROUP BY 1, 2;
+"""
 BARE_ALLOCATION = """
     INSERT INTO credit_transactions (
         team_id, organization_id, entry_no, transaction_type, credits_amount, credits_before, credits_after, category,
@@ -192,6 +251,7 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=5000, help="of each batch (%(default)s)")
     parser.add_argument("--waiting", type=int, default=1_000_000, help="jobs in the queue (%(default)s)")
     parser.add_argument("--events", type=int, default=2000, help="of each measure of deliveries (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=1_000_000, help="of the year of usage (%(default)s)")
     parser.add_argument("--teams", type=int, default=100_000, help="of the allocation and of apply (%(default)s)")
     options = parser.parse_args()
     for part in options.parts or PARTS:
@@ -213,6 +273,8 @@ def main() -> None:
                     measure_events(options.rounds, options.events)
                 case "allocation":
                     measure_allocation(options.rounds, options.teams)
+                case "usage":
+                    measure_usage(options.rounds, options.jobs)
                 case "apply":
                     measure_apply(options.rounds, options.teams)
 
@@ -707,6 +769,32 @@ def measure_allocation(rounds: int, teams: int) -> None:
     compare("ms", measures, rounds, yardsticks=1)
 
 
+def measure_usage(rounds: int, jobs: int) -> None:
+    execute(USED.format(teams=USED_TEAMS, jobs=jobs))
+    for first in range(1, jobs + 1, USED_AT_ONCE):
+        last = min(first + USED_AT_ONCE - 1, jobs)
+        execute(USED_JOBS.format(teams=USED_TEAMS, jobs=jobs, first=first, last=last))
+        print(f"{last} of {jobs} jobs", file=sys.stderr)
+    execute("VACUUM (ANALYZE)")
+    print(f"summed up in {milliseconds(partial(cli, 'usage', '--refresh')) / 1000:.0f} s")
+    execute("VACUUM (ANALYZE)")
+    year = ("--from", f"{date.today() - timedelta(days=364)}", "-o", "csv")
+    measures = {
+        "bare sum of the calls, by team and month": lambda: milliseconds(partial(execute, BARE_USAGE)),
+        "usage --by org,month": lambda: milliseconds(partial(cli, "usage", "--by", "org,month", *year)),
+        "usage --by team,job_type": lambda: milliseconds(partial(cli, "usage", "--by", "team,job_type", *year)),
+        "usage --by org,model": lambda: milliseconds(partial(cli, "usage", "--by", "org,model", *year)),
+        "usage --by day": lambda: milliseconds(partial(cli, "usage", "--by", "day", *year)),
+        "org usage": lambda: milliseconds(partial(cli, "org", "usage", "org1", *year)),
+        "org list": lambda: milliseconds(partial(cli, "org", "list", "-o", "csv")),
+    }
+    compare("ms", measures, rounds, yardsticks=1)
+
+
+def cli(*words: str) -> None:
+    subprocess.run([sys.executable, "-m", "saasllm_cli", *words], check=True, capture_output=True)
+
+
 def milliseconds(work: Callable[[], object]) -> float:
     """How long it takes; what was left by the one before it is cleaned up first."""
     execute("VACUUM (ANALYZE)", "CHECKPOINT")
@@ -794,8 +882,7 @@ def apply(path: Path, number: int, teams: int) -> float:
 
 
 def cli_apply(path: Path) -> None:
-    command = [sys.executable, "-m", "saasllm_cli", "apply", "-f", path]
-    subprocess.run(command, check=True, capture_output=True)
+    cli("apply", "-f", str(path))
 
 
 def parse(path: Path) -> None:

@@ -61,8 +61,8 @@ def dimensions(value: str | Dimensions) -> Dimensions:
     for name in names:
         if name not in usage_.DIMENSIONS:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(usage_.DIMENSIONS)}.")
-    if len(names) > len(set(names)):
-        raise typer.BadParameter(f"{value!r} names something twice.")
+        if names.count(name) > 1:
+            raise typer.BadParameter(f"{value!r} names {name} twice.")
     return Dimensions(names)
 
 
@@ -138,7 +138,7 @@ def usage(
     from_: From = None,
     to: To = None,
     refresh: Annotated[
-        bool, typer.Option("--refresh", help="Sum up past days, for cron where no worker runs; show nothing.")
+        bool, typer.Option("--refresh", help="Only sum up past usage; for cron, where no worker runs.")
     ] = False,
     verbose: Verbose = False,
     output: Output = None,
@@ -151,8 +151,8 @@ def usage(
 
     For the month's invoices, use credits_net of --by org or --by team.
 
-    Past days are summed up once, by workers or --refresh, so that reports stay fast; what is not summed up yet is
-    counted on the spot, and the figures are the same.
+    Past usage is summed up hour by hour, by workers or with --refresh, so that this stays fast; the rest is counted on
+    the spot, and the figures are the same.
     """
     if refresh:
         _refresh(verbose, output)
@@ -174,12 +174,12 @@ def usage(
 
 def _refresh(verbose: bool, output: Format | None) -> None:
     with database.connect() as db, waiting("Summing up …"):
-        done = usage_.refresh(db, lambda days: progress(f"Summed up {counted(days, 'day')} …"))
+        done = usage_.refresh(db, lambda hours: progress(f"Summed up {counted(hours, 'hour')} …"))
     if (output or settings().output) is not Format.TABLE:
         show(done, output)
     elif any(done.values()):
         again = f", and {counted(done['changes'], 'day')} of teams again" if done["changes"] else ""
-        note(f"Summed up {counted(done['days'], 'day')}{again}.")
+        note(f"Summed up {counted(done['hours'], 'hour')}{again}.")
     else:
         remark("Everything is summed up.", verbose)
 

@@ -1,9 +1,9 @@
--- What was used, by days: summed up of those that are over, and counted of the others.
+-- What was used, by days: summed up, but for the last hours, which are counted.
 --
--- A sum counts as long as nothing changes of what it sums up. What changes something of an earlier day (a job that ends
--- at last, a refund, a call that is entered late) says so in the same transaction, in usage_changes: who sees the
--- change sees that the sum does not count, and counts for himself. Of today nobody says anything, for today is not
--- summed up.
+-- A sum counts as long as nothing changes of what it sums up. What changes something of an hour ago or earlier (a job
+-- that ends at last, a refund, a call that is entered late) says so in the same transaction, in usage_changes: who sees
+-- the change sees that the sum does not count, and counts for himself. Of the last hour nobody says anything, for that
+-- is not summed up.
 
 
 CREATE VIEW call_usage AS
@@ -93,7 +93,7 @@ FROM (SELECT DISTINCT team_id, day FROM usage_changes) AS changed;
 
 
 -- What no sum counts, between two midnights: what came since all was summed up (when that is the caller has read, so
--- that the planner knows it, too), and the days of teams of which something has changed.
+-- that the planner knows it, too), and before that the days of teams of which something has changed.
 
 CREATE FUNCTION unsummed_usage(since timestamptz, until timestamptz, summed_until timestamptz)
 RETURNS SETOF usage_days LANGUAGE sql STABLE AS $$
@@ -113,10 +113,10 @@ RETURNS SETOF usage_days LANGUAGE sql STABLE AS $$
         CROSS JOIN LATERAL (
             SELECT *
             FROM usage_entries
-            WHERE team_id = d.team_id AND created_at >= d.since AND created_at < d.until
+            WHERE team_id = d.team_id AND created_at >= d.since AND created_at < least(d.until, $3)
             OFFSET 0
         ) AS entry
-        WHERE d.since >= $1 AND d.until <= least($2, $3)
+        WHERE d.since >= $1 AND d.since < least($2, $3)
     ) AS e
 $$;
 
@@ -136,10 +136,10 @@ RETURNS SETOF usage_models LANGUAGE sql STABLE AS $$
         CROSS JOIN LATERAL (
             SELECT *
             FROM call_usage
-            WHERE team_id = d.team_id AND created_at >= d.since AND created_at < d.until
+            WHERE team_id = d.team_id AND created_at >= d.since AND created_at < least(d.until, $3)
             OFFSET 0
         ) AS entry
-        WHERE d.since >= $1 AND d.until <= least($2, $3)
+        WHERE d.since >= $1 AND d.since < least($2, $3)
     ) AS e
 $$;
 
@@ -186,12 +186,12 @@ RETURN (CASE name
 END) COLLATE "C";
 
 
--- Sums up what is over and what has changed, some days at a time, and says whether that was all.
+-- Sums up what is an hour old and what has changed, of at most a month, and says whether that was all.
 --
--- Who wrote something of a day on that day has not told of it: so the day waits for all transactions that were there
--- when it was noted to be over. (In a copy of the database, the number of that moment may be one that is still to come.)
--- The teams are locked first, in the order in which all do so: none of them is removed meanwhile.
-CREATE FUNCTION sum_usage() RETURNS TABLE (days integer, changes bigint, is_done boolean)
+-- Who wrote something in the last hour has not told of it: so an hour waits for all transactions that were there when it
+-- was noted to be over. (In a copy of the database, the number of that moment may be one that is still to come.)
+-- A purge waits for this, and this for a purge, by the row of usage_state: these are sums of teams that are there.
+CREATE FUNCTION sum_usage() RETURNS TABLE (hours integer, changes bigint, is_done boolean)
 LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan SET timezone = 'UTC' AS $$
 DECLARE
     state usage_state;
@@ -203,24 +203,30 @@ BEGIN
     sum_until := state.summed_until;
     IF state.next_until > state.summed_until AND state.next_noted < pg_snapshot_xmin(pg_current_snapshot()) THEN
         -- The next month in which there was a job, and the time before.
-        SELECT min(j.created_at) INTO first_at
+        SELECT date_trunc('hour', min(j.created_at)) INTO first_at
         FROM jobs j
         WHERE j.created_at >= state.summed_until AND j.created_at < state.next_until;
-        sum_until := least(date_trunc('day', first_at) + interval '31 days', state.next_until);
+        sum_until := least(first_at + interval '1 month', state.next_until);
     END IF;
 
-    changes := (SELECT count(*) FROM changed_days d WHERE d.until <= state.summed_until);
+    changes := (SELECT count(*) FROM changed_days d WHERE d.since < state.summed_until);
     IF sum_until > state.summed_until OR changes > 0 THEN
-        PERFORM FROM teams ORDER BY team_id FOR KEY SHARE;
-
-        WITH gone AS (
-            DELETE FROM usage_days u USING changed_days d WHERE u.team_id = d.team_id AND u.day = d.day
-        ),
-        gone_models AS (
-            DELETE FROM usage_models m USING changed_days d WHERE m.team_id = d.team_id AND m.day = d.day
+        -- The last day goes on where it was summed up so far; the days that have changed begin anew.
+        WITH changed AS MATERIALIZED (
+            SELECT d.team_id, d.day FROM changed_days d
         ),
         told AS (
-            DELETE FROM usage_changes c WHERE c.day < sum_until::date
+            DELETE FROM usage_changes c WHERE c.day < sum_until
+        ),
+        gone AS (
+            DELETE FROM usage_days u
+            WHERE u.day = state.summed_until::date OR (u.team_id, u.day) IN (SELECT * FROM changed)
+            RETURNING u.*
+        ),
+        gone_models AS (
+            DELETE FROM usage_models m
+            WHERE m.day = state.summed_until::date OR (m.team_id, m.day) IN (SELECT * FROM changed)
+            RETURNING m.*
         ),
         of_models AS (
             INSERT INTO usage_models
@@ -229,7 +235,11 @@ BEGIN
                 sum(u.calls), sum(u.failed_calls), sum(u.priced_calls), sum(u.unpriced_calls),
                 coalesce(sum(u.prompt_tokens), 0), coalesce(sum(u.completion_tokens), 0),
                 coalesce(sum(u.total_tokens), 0), coalesce(sum(u.cost_usd), 0)
-            FROM unsummed_calls('1970-01-01', sum_until, state.summed_until) u
+            FROM (
+                SELECT * FROM gone_models WHERE (team_id, day) NOT IN (SELECT * FROM changed)
+                UNION ALL
+                SELECT * FROM unsummed_calls('1970-01-01', sum_until, state.summed_until)
+            ) AS u
             GROUP BY u.day, u.team_id, u.job_type, u.group_name, u.resolved_model
             ORDER BY u.day
         )
@@ -246,18 +256,22 @@ BEGIN
             coalesce(sum(u.unpriced_calls), 0), coalesce(sum(u.prompt_tokens), 0),
             coalesce(sum(u.completion_tokens), 0), coalesce(sum(u.total_tokens), 0), coalesce(sum(u.cost_usd), 0),
             sum(u.margin_usd)
-        FROM unsummed_usage('1970-01-01', sum_until, state.summed_until) u
+        FROM (
+            SELECT * FROM gone WHERE (team_id, day) NOT IN (SELECT * FROM changed)
+            UNION ALL
+            SELECT * FROM unsummed_usage('1970-01-01', sum_until, state.summed_until)
+        ) AS u
         GROUP BY u.day, u.team_id, u.job_type
         ORDER BY u.day;
     END IF;
 
-    days := coalesce(sum_until::date - first_at::date, 0); -- the years before the first job are none to tell of
+    hours := coalesce(extract(epoch FROM sum_until - first_at) / 3600, 0); -- none of those before the first job
     is_done := sum_until = state.summed_until;
     UPDATE usage_state SET summed_until = sum_until;
     IF state.next_until <= sum_until OR state.next_noted >= pg_snapshot_xmax(pg_current_snapshot()) THEN
         -- What is over by an hour, and by some minutes for clocks that are set.
         UPDATE usage_state
-        SET next_until = greatest(date_trunc('day', clock_timestamp() - interval '75 minutes'), sum_until),
+        SET next_until = greatest(date_trunc('hour', clock_timestamp() - interval '75 minutes'), sum_until),
             next_noted = pg_current_xact_id()
         RETURNING next_until = sum_until INTO is_done;
     END IF;
@@ -266,14 +280,13 @@ END
 $$;
 
 
--- What changes of an earlier day, once that has been over for an hour: until then it is not summed up.
+-- What changes of an hour ago and earlier.
 
 CREATE FUNCTION tell_usage(of_team text, at timestamptz) RETURNS void
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
     INSERT INTO public.usage_changes (team_id, day)
-    SELECT of_team, day
-    FROM CAST(at AT TIME ZONE 'UTC' AS date) AS day
-    WHERE day < CAST((clock_timestamp() - interval '1 hour') AT TIME ZONE 'UTC' AS date)
+    SELECT of_team, CAST(at AT TIME ZONE 'UTC' AS date)
+    WHERE at < clock_timestamp() - interval '1 hour'
 $$;
 
 CREATE FUNCTION tell_late_usage() RETURNS trigger

@@ -1,4 +1,4 @@
--- What was used on each day, summed up once the day is over. What keeps it so: sql/definitions/usage.sql.
+-- What was used on each day, summed up hour by hour. What keeps it so: sql/definitions/usage.sql.
 --
 -- None of these has a primary key, as only one transaction at a time writes sums; so what replicates them goes by whole
 -- rows.
@@ -58,7 +58,7 @@ CREATE INDEX usage_models_by_team ON usage_models (team_id, day);
 CREATE INDEX usage_models_by_day ON usage_models USING brin (day) WITH (pages_per_range = 16);
 ALTER TABLE usage_models REPLICA IDENTITY FULL;
 
--- Of which teams something of a day has changed since it was over: of these, what was summed up does not count.
+-- Of which teams something of a day has changed that was an hour old: of these, what was summed up does not count.
 CREATE TABLE usage_changes (
     team_id identifier NOT NULL,
     day     date       NOT NULL
@@ -66,8 +66,8 @@ CREATE TABLE usage_changes (
 
 ALTER TABLE usage_changes REPLICA IDENTITY FULL;
 
--- How far all days are summed up, and how far they are to be next, as soon as every transaction has ended that began
--- before that one was noted.
+-- Until when everything is summed up, and until when it is to be next, as soon as every transaction has ended that was
+-- there when that was noted.
 CREATE TABLE usage_state (
     is_only      boolean     PRIMARY KEY DEFAULT true,
     summed_until timestamptz NOT NULL DEFAULT '1970-01-01Z',
@@ -78,8 +78,10 @@ CREATE TABLE usage_state (
 
 INSERT INTO usage_state DEFAULT VALUES;
 
--- What came within a time, of all teams: it lies together.
-CREATE INDEX llm_calls_by_time ON llm_calls USING brin (created_at) WITH (pages_per_range = 32);
-CREATE INDEX credit_transactions_by_day ON credit_transactions USING brin (created_at) WITH (pages_per_range = 32);
+-- What came within a time, of all teams: it lies together. (Their last pages are in the index as they are filled.)
+CREATE INDEX llm_calls_by_time ON llm_calls USING brin (created_at)
+    WITH (pages_per_range = 32, autosummarize = on);
+CREATE INDEX credit_transactions_by_day ON credit_transactions USING brin (created_at)
+    WITH (pages_per_range = 32, autosummarize = on);
 
 INSERT INTO duties (duty) VALUES ('usage');

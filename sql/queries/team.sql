@@ -231,12 +231,20 @@ SELECT EXISTS (SELECT FROM deleted) AS deleted, jobs, transactions FROM history;
 
 -- name: lock_to_purge(organization_id, team_id) :many
 -- The team, or all teams of the organization, locked against every change; in the order in which all others lock too:
--- schedules, open jobs, balances, teams. No job begins and no credit moves until the end of the transaction.
+-- schedules, open jobs, balances, teams. No job begins and no credit moves until the end of the transaction. Before all
+-- of them, what sums up their usage.
 WITH asked AS (
     SELECT team_id FROM teams WHERE team_id = %(team_id)s OR organization_id = %(organization_id)s
 ),
+usage AS (
+    SELECT FROM usage_state FOR SHARE
+),
 schedule AS (
-    SELECT team_id FROM credit_schedules WHERE team_id IN (SELECT team_id FROM asked) ORDER BY team_id FOR UPDATE
+    SELECT team_id
+    FROM credit_schedules
+    WHERE team_id IN (SELECT team_id FROM asked) AND (SELECT count(*) FROM usage) >= 0
+    ORDER BY team_id
+    FOR UPDATE
 ),
 open_job AS (
     SELECT job_id

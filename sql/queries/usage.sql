@@ -307,4 +307,4 @@ ORDER BY
     usage_key((%(by)s::text[])[7], organization_id, team_id, month, day, job_type, group_name, resolved_model);
 
 -- name: sum() :one
-SELECT days, changes, is_done FROM sum_usage();
+SELECT hours, changes, is_done FROM sum_usage();
