@@ -40,6 +40,7 @@ NOUNS = {
     "webhook": "Send events to your customers' endpoints, or your own.",
     "apply": "Create and update tenants, prices, webhooks and keys from files.",
     "export": "Print tenants, prices, webhooks and keys as a file for `apply`.",
+    "report": "Report on a period: a page to read, print or mail, or data.",
     "audit": "Show who changed what.",
     "doctor": "Check everything that jobs and cron depend on.",
     "db": "Manage the embedded PostgreSQL, or connect to your own.",

@@ -81,6 +81,22 @@ USAGE = [
     {"job_types": [["job_type", *JOBS_USED, "margin_usd"]]},
     {"models": [["resolved_model", *CALLS_USED]]},
 ]
+BALANCES = ["credits_opening", "credits_closing"]
+NAMES = ["organization_id", "organization_name"]
+REPORT = [
+    *("made_at", *NAMES, "team_id", "team_alias", "since", "until", *BALANCES, *USED),
+    {"credits_by_category": ["paid", "included", "promotional", "overdraft"]},
+    {"months": [["month", *USED, "credits_balance"]]},
+    {"days": [["day", *USED, "credits_balance"]]},
+    {"job_types": [["job_type", *JOBS_USED, "margin_usd"]]},
+    {"models": [["resolved_model", *CALLS_USED]]},
+]
+USED_BY_TEAM = {"teams": [["team_id", "team_alias", *NAMES, *BALANCES, *USED]]}
+CATEGORIES = {"categories": [["category", "credits_added", "credits_deducted", "credits_expired"]]}
+LEDGER = [
+    *("day", "transaction_id", "team_id", "team_alias", "created_at", "transaction_type", "credits_amount"),
+    *("credits_after", "category", "expires_at", "job_id", "source", "reason"),
+]
 WEBHOOK = [
     *("webhook_id", "organization_id", "url", "event_types", "status", "disabled_reason", "disabled_at"),
     *("failing_since", "retry_at", "allow_http", "allow_private", "created_at", "updated_at"),
@@ -196,6 +212,9 @@ COMMANDS: dict[str, list[Any]] = {
     "team usage hr --by model": [["team_id", "organization_id", "resolved_model", *CALLS_USED]],
     "org usage acme --by category": [["organization_id", "category", "credits_deducted"]],
     "org usage acme --by team": [["organization_id", "team_id", *USED]],
+    "report": [*REPORT, USED_BY_TEAM, {"organizations": [[*NAMES, *BALANCES, *USED]]}, CATEGORIES],
+    "report --org acme": [*REPORT, USED_BY_TEAM, CATEGORIES, {"ledger": [LEDGER]}, "ledger_more"],
+    "report --team hr": [*REPORT, CATEGORIES, {"ledger": [LEDGER]}, "ledger_more"],
     "event list": [EVENT],
     "event get EVENT": EVENT,
     "webhook create --url http://127.0.0.1:9 --event all --allow-http --allow-private": [*WEBHOOK, "secret"],
@@ -303,6 +322,6 @@ def test_the_keys_of_every_command(
 
 
 def test_no_command_is_forgotten() -> None:
-    typed = {" ".join(command.split()[:2]).removesuffix(" -f") for command in COMMANDS}
+    typed = {" ".join(word for word in command.split()[:2] if not word.startswith("-")) for command in COMMANDS}
     data = {words for words, command in reference.commands() if "output" in {param.name for param in command.params}}
     assert typed == data

@@ -743,6 +743,7 @@ def test_the_reader_only_looks(tenant: Run, as_role: As) -> None:
         "audit list",
         "export",
         "org usage acme",
+        "report",
         "group resolve Echo",
     )
     none_pass(

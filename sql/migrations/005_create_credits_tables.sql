@@ -94,6 +94,9 @@ CREATE UNIQUE INDEX credit_transactions_once_a_period ON credit_transactions (te
 CREATE INDEX credit_transactions_by_grant ON credit_transactions (grant_id) WHERE grant_id IS NOT NULL;
 -- What a team was charged in a period.
 CREATE INDEX credit_transactions_by_time ON credit_transactions (team_id, created_at);
+-- The few entries that are no job's charge: what a report lists, however many jobs there were.
+CREATE INDEX credit_transactions_not_deductions ON credit_transactions (team_id, created_at)
+    WHERE transaction_type <> 'deduction';
 
 -- What a team is granted for each day, ISO week or month, in UTC.
 CREATE TABLE credit_schedules (
