@@ -44,8 +44,8 @@ def doctor(
     Changes nothing. Exit 9 if a check fails, 7 if the database cannot be used; warnings alone exit 0.
 
     With -o prometheus, prints what was found, and numbers of credits, jobs, queues, calls and webhooks, for
-    node_exporter's textfile collector. The file is whole at every exit, also where the database cannot be used
-    (saasllm_up is 0), so cron should move it into place in any case.
+    node_exporter's textfile collector. A failed check and a database that cannot be used (saasllm_up is 0) are in it,
+    too: move it into place whatever the exit status.
     """
     checks: list[Check] = []
     unusable: DatabaseUnavailable | None = None

@@ -6,10 +6,17 @@
 SELECT metric, labels, value::double precision AS value
 FROM (
     SELECT
-        coalesce(sum(greatest(credits_remaining, 0)), 0) AS remaining,
-        coalesce(sum(credits_reserved), 0) AS reserved,
-        coalesce(sum(-least(credits_remaining, 0)), 0) AS overdrawn
-    FROM current_balances
+        coalesce(sum(greatest(c.credits_remaining - coalesce(expired.credits, 0), 0)), 0) AS remaining,
+        coalesce(sum(c.credits_reserved), 0) AS reserved,
+        coalesce(sum(greatest(coalesce(expired.credits, 0) - c.credits_remaining, 0)), 0) AS overdrawn
+    FROM team_credits c
+    LEFT JOIN ( -- as current_balances, but for all teams at once
+        SELECT team_id, sum(credits) AS credits
+        FROM due_expiries(
+            ARRAY(SELECT team_id::text FROM team_credits WHERE next_expiry_at <= clock_timestamp())
+        )
+        GROUP BY team_id
+    ) AS expired USING (team_id)
 ) AS balance
 CROSS JOIN LATERAL (
     VALUES
