@@ -1,7 +1,10 @@
 """Numbers for Prometheus: read by its own parser, they are those of the database."""
 
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -10,6 +13,8 @@ from typing import Any
 
 import psycopg
 import pytest
+import reference
+import yaml
 from conftest import Result, charged_job, start_process
 from forked import Forked
 from prometheus_client.parser import text_string_to_metric_families
@@ -23,6 +28,7 @@ Sql = psycopg.Connection[dict[str, Any]]
 Start = Callable[..., Forked]
 Numbers = dict[tuple[str, ...], float]
 PATIENCE_SECONDS = 60.0
+ALWAYS = ("up", "reading_timestamp_seconds", "doctor_findings", "doctor_check_status")
 QUICK = {"saasllm_cli.jobs.pool.START_METHOD": "fork", "saasllm_cli.metrics.EVERY_SECONDS": 0.05}
 HOSTILE = (
     'a "quoted" one',
@@ -80,7 +86,7 @@ def become(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
 def test_a_new_database_has_each_number_and_no_model(saasllm: Run) -> None:
     numbers = told(saasllm)
     assert {key[0] for key in numbers} == {
-        *({"up", "reading_timestamp_seconds", "doctor_findings", "doctor_check_status"}),
+        *ALWAYS,
         *(metrics.NUMBERS.keys() - {"llm_calls_last_hour"}),
     }
     assert numbers.pop(("up",)) == 1
@@ -268,6 +274,38 @@ def test_a_check_that_fails_is_in_the_file(tenant: Run, sql: Sql) -> None:
     sql.execute("SET session_replication_role = replica; UPDATE team_credits SET credits_used = 1")
     numbers = told(tenant, 9)
     assert (numbers["up",], numbers["doctor_findings", "failed"], numbers["doctor_check_status", "ledger"]) == (1, 1, 2)
+
+
+def chapter() -> str:
+    return reference.README.read_text().partition("\n## Watching\n")[2].partition("\n## ")[0]
+
+
+def test_the_readme_names_each_number_and_alerts_of_no_other() -> None:
+    names = {f"saasllm_{name}" for name in (*metrics.NUMBERS, *ALWAYS)}
+    assert re.findall(r"^\| `(saasllm_\w+)` \|", chapter(), re.MULTILINE) == sorted(names, key=chapter().index)
+    for name, (labels, _) in metrics.NUMBERS.items():
+        (told,) = re.findall(rf"^\| `saasllm_{name}` \| (.*?) ?\|", chapter(), re.MULTILINE)
+        assert [label for label in labels if f"`{label}`" not in told] == []
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", chapter(), re.MULTILINE | re.DOTALL)
+    rules = yaml.safe_load(text)["groups"][0]["rules"]
+    assert set(re.findall(r"saasllm_\w+", " ".join(rule["expr"] for rule in rules))) <= names
+
+
+def test_what_the_readme_gives_to_cron(tenant: Run, sql: Sql, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = re.findall(r"^\*/15 \* \* \* \* (.*)$", chapter(), re.MULTILINE)
+    (home / "bin").mkdir()
+    (home / "bin/saasllm").write_text(f'#!/bin/sh\nexec {sys.executable} -m saasllm_cli "$@"\n')
+    (home / "bin/saasllm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{home}/bin:{os.environ['PATH']}")
+    sql.execute("SET session_replication_role = replica; UPDATE team_credits SET credits_used = 1")
+    done = subprocess.run(
+        ["sh", "-c", line.replace("/var/lib/node_exporter", str(home))], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+    assert [path.name for path in home.glob("*.prom*")] == ["doctor.prom"]
+    numbers = parsed((home / "doctor.prom").read_text())
+    assert {key[0] for key in numbers} == {"doctor_findings", "doctor_check_status"}
+    assert numbers["doctor_check_status", "ledger"] == 2
 
 
 @pytest.fixture
