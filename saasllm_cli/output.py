@@ -237,7 +237,7 @@ def print_heading(text: str) -> None:
 
 
 def print_answer(text: str) -> None:
-    """What a model said: as it is into a pipe, made harmless at a terminal."""
+    """What a model said, or what names it: as it is into a pipe, made harmless at a terminal."""
     print_line(harmless(text, keep="\n\t") if sys.stdout.isatty() else text)
 
 

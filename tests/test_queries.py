@@ -52,7 +52,7 @@ def test_each_query_is_used_and_each_name_that_is_used_is_there() -> None:
         for path in package.rglob("*.py")
         for name in re.findall(
             r'"((?:org|group|model|price|team|limit|credits|job|apply|export|doctor|audit|usage|migrate|lock|db|worker'
-            r'|event|webhook|credential|key|report)\.\w+)"',
+            r'|event|webhook|credential|key|report|metrics)\.\w+)"',
             path.read_text(),
         )
     }

@@ -4,13 +4,15 @@ import shutil
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import typer
 
 from saasllm_cli import database, definitions, embedded, encryption, migrations
-from saasllm_cli.commands.inputs import EVERY_ROW, Output, counted, noun, some, some_rights
+from saasllm_cli.commands.inputs import EVERY_ROW, counted, noun, some, some_rights
 from saasllm_cli.errors import CheckFailed, DatabaseUnavailable, InvalidInput, SaasllmError, limit_owner, limit_words
-from saasllm_cli.output import Row, progress, show, timestamp
-from saasllm_cli.settings import settings
+from saasllm_cli.output import Row, print_answer, progress, show, timestamp
+from saasllm_cli.settings import Format, settings
 
 app = noun()
 
@@ -25,13 +27,25 @@ RIGHTS = {"run jobs": "may_run_jobs", "administer": "may_administer", "migrate":
 Check = dict[str, Any]
 
 
-@app.command(epilog="saasllm doctor -o json | jq -r '.[] | select(.status != \"ok\") | .hint'")
-def doctor(output: Output = None) -> None:
+@app.command(
+    epilog="saasllm doctor -o json | jq -r '.[] | select(.status != \"ok\") | .hint'\n"
+    "saasllm doctor -o prometheus > saasllm.prom.new; mv saasllm.prom.new saasllm.prom"
+)
+def doctor(
+    output: Annotated[
+        Literal["table", "json", "jsonl", "csv", "prometheus"] | None,
+        typer.Option("--output", "-o", help="Output format (default: $SAASLLM_OUTPUT, else table)."),
+    ] = None,
+) -> None:
     """Check everything that jobs and cron depend on.
 
     Checks the database and its role, migrations, the ledger, leases, allocations, workers, limits, charges, webhooks,
     secrets and keys (never showing their values), prices of models and disk space, and says how to fix what is wrong.
     Changes nothing. Exit 9 if a check fails, 7 if the database cannot be used; warnings alone exit 0.
+
+    With -o prometheus, prints what was found, and numbers of credits, jobs, queues, calls and webhooks, for
+    node_exporter's textfile collector. A failed check and a database that cannot be used (saasllm_up is 0) are in it,
+    too: move it into place whatever the exit status.
     """
     checks: list[Check] = []
     unusable: DatabaseUnavailable | None = None
@@ -44,11 +58,30 @@ def doctor(output: Output = None) -> None:
             checks.append(_check("database", FAILED, error.message, error.hint))
     finally:
         progress("")
-    show(checks, output, columns=("check", "status", "message"), further=_with_hint)
+    unread = None
+    if output == "prometheus":
+        unread = _print_numbers(checks, is_usable=unusable is None)
+    else:
+        show(checks, Format(output) if output else None, ("check", "status", "message"), further=_with_hint)
     if unusable is not None:
         raise unusable
     if failed := [check["check"] for check in checks if check["status"] == FAILED]:
         raise CheckFailed("doctor_failed", f"Failed: {', '.join(failed)}.", "The table says how to fix each.")
+    if unread is not None:
+        raise unread
+
+
+def _print_numbers(checks: list[Check], is_usable: bool) -> SaasllmError | None:
+    """Gives why there are none of the database, where the checks do not say so."""
+    from saasllm_cli import metrics
+
+    numbers, unread = None, None
+    try:
+        numbers = metrics.read() if is_usable else None
+    except SaasllmError as error:
+        unread = error
+    print_answer(metrics.text(numbers, checks).rstrip("\n"))
+    return unread
 
 
 def _checks() -> Iterator[Check]:

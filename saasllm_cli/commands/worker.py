@@ -1,5 +1,7 @@
 """Workers: run the jobs that were submitted."""
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -49,6 +51,9 @@ def run(
         int,
         typer.Option(min=0, max=86400, metavar="SECONDS", help="How long to wait for running jobs after a signal."),
     ] = 25,
+    metrics_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep numbers for Prometheus in this file.")
+    ] = None,
 ) -> None:
     """Run submitted jobs until stopped.
 
@@ -58,10 +63,14 @@ def run(
 
     On SIGTERM or Ctrl-C, a worker takes no more jobs, waits up to --grace seconds for those that are running, and
     leaves the rest to other workers. A second signal ends it at once.
+
+    --metrics-file is renewed every 30 seconds while the worker runs, for node_exporter's textfile collector: queues,
+    credits, jobs, calls and webhooks, without the findings of `saasllm doctor -o prometheus`.
     """
     if ctx.invoked_subcommand is not None:
         return
 
+    from saasllm_cli import metrics
     from saasllm_cli.jobs import worker
 
     with database.connect() as db:
@@ -69,7 +78,8 @@ def run(
             if key is not None:
                 db.get(kind, key)
     request = worker.WorkerRequest(concurrency, processes, team, org, group, once, grace)
-    with waiting("Starting …"):
+    keep_metrics = nullcontext() if metrics_file is None else metrics.kept(metrics_file, note)
+    with waiting("Starting …"), keep_metrics:
         summary = worker.run(request, on_progress=_tell, on_note=lambda text: note(text))
     told = f"{summary.completed} completed, {summary.failed} failed, {summary.put_back} left to other workers"
     if summary.lost:

@@ -46,6 +46,9 @@ CREATE INDEX jobs_by_organization ON jobs (organization_id, created_at, job_id);
 CREATE INDEX jobs_open ON jobs (team_id, lease_expires_at) WHERE status IN ('pending', 'in_progress');
 CREATE INDEX jobs_by_release ON jobs (team_id, release_no) WHERE release_no IS NOT NULL;
 CREATE INDEX jobs_by_raise ON jobs (team_id, raise_no) WHERE raise_no IS NOT NULL AND completed_at IS NULL;
+-- What has ended lately: few of a big table's pages hold it. (The last ones are read in any case, until they are
+-- summarized.)
+CREATE INDEX jobs_by_end ON jobs USING brin (completed_at) WITH (autosummarize = on);
 CREATE INDEX jobs_unpriced ON jobs (created_at) WHERE is_unpriced;
 -- A key whose job failed or was cancelled is free again.
 CREATE UNIQUE INDEX jobs_idempotency_key ON jobs (idempotency_key)
