@@ -1,5 +1,6 @@
 """Workers: run the jobs that were submitted."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -49,6 +50,10 @@ def run(
         int,
         typer.Option(min=0, max=86400, metavar="SECONDS", help="How long to wait for running jobs after a signal."),
     ] = 25,
+    alive_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Touch this file each second while alive; for probes."),
+    ] = None,
 ) -> None:
     """Run submitted jobs until stopped.
 
@@ -68,7 +73,7 @@ def run(
         for kind, key in {"team": team, "organization": org, "group": group}.items():
             if key is not None:
                 db.get(kind, key)
-    request = worker.WorkerRequest(concurrency, processes, team, org, group, once, grace)
+    request = worker.WorkerRequest(concurrency, processes, team, org, group, once, grace, alive_file)
     with waiting("Starting …"):
         summary = worker.run(request, on_progress=_tell, on_note=lambda text: note(text))
     told = f"{summary.completed} completed, {summary.failed} failed, {summary.put_back} left to other workers"
