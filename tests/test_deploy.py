@@ -52,7 +52,7 @@ def test_a_worker_says_that_it_is_alive_and_a_stopped_one_does_not(
     assert not alive.exists()
 
 
-def test_a_worker_without_its_database_is_alive(crashing_server: Any, run: Run, start: Any, home: Path) -> None:
+def test_a_worker_without_its_database_is_alive(crashing_server: Any, run: Run, home: Path) -> None:
     """No restart would bring the database back."""
     assert run("migrate", "up").status == 0
     alive = home / "alive"
@@ -63,7 +63,7 @@ def test_a_worker_without_its_database_is_alive(crashing_server: Any, run: Run, 
         until(alive.exists)
         until(lambda: run("worker", "list", "-o", "json").data)
         crashing_server.stop()
-        time.sleep(3)
+        time.sleep(3)  # by then it has asked
         for _ in range(2):
             os.utime(alive, (0, 0))
             until(lambda: alive.stat().st_mtime > 1)
