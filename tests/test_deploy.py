@@ -4,15 +4,21 @@ The steps run with --thorough: they install everything anew.
 """
 
 import os
+import re
+import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Result
 from forked import Forked
+from provider import Provider
 
 Run = Callable[..., Result]
 ROOT = Path(__file__).parent.parent
@@ -82,3 +88,89 @@ def test_a_file_that_cannot_tell_whether_a_worker_is_alive(tenant: Run, home: Pa
     assert "--alive-file" in result.err
     assert (home / "notes").read_text() == "of somebody's"
     assert Path("/dev/null").is_char_device()
+
+
+def instructions() -> list[tuple[str, str]]:
+    """The Dockerfile's instructions with what follows them, in order."""
+    text = re.sub(r"^#.*\n", "", (DEPLOY / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    return [(name, rest) for name, _, rest in (line.partition(" ") for line in text.splitlines()) if name]
+
+
+@pytest.fixture
+def built(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """What the image holds, in a folder in the place of its root, made by the Dockerfile's own steps."""
+    if not request.config.getoption("--thorough"):
+        pytest.skip("installs everything anew: --thorough")
+    root = Path(tempfile.mkdtemp(prefix="saasllm-image-"))
+    root.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    def rooted(text: str) -> str:
+        return re.sub(r"(?<![^\s=])/(?=\w|$)", f"{root}/", text)
+
+    try:
+        folder = root
+        for name, rest in instructions():
+            match name:
+                case "FROM":
+                    folder = root
+                case "ENV":
+                    environment |= {key: value for key, value in re.findall(r"(PIP_\w+)=(\S+)", rest)}
+                case "WORKDIR":
+                    folder = Path(rooted(rest))
+                    folder.mkdir(parents=True, exist_ok=True)
+                case "COPY":
+                    words = rest.split()
+                    source = root if words[0].startswith("--from=") else ROOT
+                    *sources, target = [word for word in words if not word.startswith("--")]
+                    for path in sources:
+                        copy(source / path.removeprefix("/"), folder / rooted(target))
+                case "RUN":
+                    subprocess.run(["sh", "-euc", rooted(rest)], cwd=folder, env=environment, check=True)
+        yield root
+    finally:
+        shutil.rmtree(root)
+
+
+def copy(source: Path, target: Path) -> None:
+    """As COPY does it: of a folder what is in it."""
+    if source.is_file():
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+    elif source != target:  # all stages are in the one folder
+        shutil.copytree(source, target, dirs_exist_ok=True, symlinks=True)
+
+
+def test_the_image_s_steps_make_a_program_that_any_user_can_run(
+    built: Path, empty_database: str, provider: Provider, server: str
+) -> None:
+    prefix = built / "opt/saasllm"
+    assert not list(prefix.rglob("pip")), "pip is not to be in the image"
+    missing = [
+        path for path in prefix.rglob("*.py") if not list((path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"))
+    ]
+    assert not missing, "everything is to be compiled"
+    environment = {
+        "PATH": f"{prefix / 'bin'}:/usr/bin:/bin",
+        **{name: os.environ[name] for name in ("SAASLLM_DATABASE_URL", "OPENAI_BASE_URL", "OPENAI_API_KEY")},
+    }
+    somebody = {"user": 12345, "group": 0, "extra_groups": []} if os.geteuid() == 0 else {}
+
+    def in_image(*words: str) -> str:
+        done = subprocess.run(
+            ["saasllm", *words], env=environment, cwd="/", capture_output=True, text=True, timeout=300, **somebody
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    assert "saasllm 0." in in_image("--version")
+    in_image("migrate", "up")
+    in_image("org", "create", "acme")
+    in_image("group", "create", "Chat", "--model", "openai/gpt-4o-mini")
+    in_image("team", "create", "hr", "--org", "acme", "--group", "Chat", "--credits", "5")
+    in_image("job", "submit", "--team", "hr", "--group", "Chat", "--prompt", "Hello")
+    assert "1 completed, 0 failed" in in_image("worker", "--once", "--alive-file", f"/tmp/saasllm-alive-{os.getpid()}")
+    assert in_image("credits", "verify") == ""
+    size = sum(path.lstat().st_size for path in prefix.rglob("*")) / 10**6
+    print(f"{size:.0f} MB")
