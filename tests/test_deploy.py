@@ -116,7 +116,7 @@ def built(request: pytest.FixtureRequest) -> Iterator[Path]:
                 case "FROM":
                     folder = root
                 case "ENV":
-                    environment |= {key: value for key, value in re.findall(r"(PIP_\w+)=(\S+)", rest)}
+                    environment |= dict(re.findall(r"(PIP_\w+)=(\S+)", rest))
                 case "WORKDIR":
                     folder = Path(rooted(rest))
                     folder.mkdir(parents=True, exist_ok=True)
