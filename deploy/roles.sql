@@ -9,6 +9,7 @@
 \getenv operator OPERATOR_PASSWORD
 \getenv worker WORKER_PASSWORD
 
+SET client_min_messages = warning;
 BEGIN;
 
 -- The three that `migrate up` gives their rights; it makes them where it may, which saasllm_migrator may not.
