@@ -223,6 +223,29 @@ def test_the_roles_of_a_deployment_can_do_their_work_and_no_more(
                 connection.execute(f"DROP ROLE {role}")
 
 
+def blocks() -> list[str]:
+    """What the README's chapter gives to a shell."""
+    chapter = (ROOT / "README.md").read_text().partition("\n## Deploy\n")[2].partition("\n## ")[0]
+    return re.findall(r"^```sh\n(.*?)^```", chapter, re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_s_commands_can_be_typed() -> None:
+    assert len(blocks()) >= 6
+    for block in blocks():
+        assert subprocess.run(["bash", "-n"], input=block, text=True).returncode == 0, block
+        for path in re.findall(r"\bdeploy/[\w./-]*\w", block):
+            assert (ROOT / path).exists() or path in ("deploy/.env", "deploy/kubernetes/secrets.yaml"), path
+    links = re.findall(r"\]\((deploy/[^)]*)\)", (ROOT / "README.md").read_text())
+    assert links
+    assert all((ROOT / link).exists() for link in links)
+
+
+def test_the_readme_s_first_job_runs(saasllm: Run) -> None:
+    (block,) = (block for block in blocks() if block.startswith("saasllm doctor\n"))
+    for line in block.splitlines()[1:]:
+        assert saasllm(*shlex.split(line)[1:]).status == 0, line
+
+
 def test_a_worker_says_that_it_is_alive_and_a_stopped_one_does_not(
     tenant: Run, start: Callable[..., Forked], home: Path
 ) -> None:
