@@ -385,7 +385,7 @@ def test_the_image_s_steps_make_a_program_that_any_user_can_run(
     assert "saasllm 0." in in_image("--version")
     in_image("migrate", "up")
     in_image("org", "create", "acme")
-    in_image("group", "create", "Chat", "--model", "openai/gpt-4o-mini")
+    in_image("group", "create", "Chat", "--model", "openai/ok")
     in_image("team", "create", "hr", "--org", "acme", "--group", "Chat", "--credits", "5")
     in_image("job", "submit", "--team", "hr", "--group", "Chat", "--prompt", "Hello")
     assert "1 completed, 0 failed" in in_image("worker", "--once", "--alive-file", f"/tmp/saasllm-alive-{os.getpid()}")
