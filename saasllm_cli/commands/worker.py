@@ -51,6 +51,9 @@ def run(
         int,
         typer.Option(min=0, max=86400, metavar="SECONDS", help="How long to wait for running jobs after a signal."),
     ] = 25,
+    alive_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Touch this file each second while alive; for probes.")
+    ] = None,
     metrics_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep numbers for Prometheus in this file.")
     ] = None,
@@ -58,8 +61,8 @@ def run(
     """Run submitted jobs until stopped.
 
     Start as many workers as you like, on as many machines: teams take turns, and the jobs of a worker that dies are run
-    by another. Between them, workers also do what cron would: `saasllm credits allocate`, `saasllm job sweep`, and
-    removing old answers.
+    by another. Between them, workers also do what cron would: `saasllm credits allocate`, `saasllm job sweep`,
+    `saasllm usage --refresh`, and removing old answers.
 
     On SIGTERM or Ctrl-C, a worker takes no more jobs, waits up to --grace seconds for those that are running, and
     leaves the rest to other workers. A second signal ends it at once.
@@ -77,7 +80,7 @@ def run(
         for kind, key in {"team": team, "organization": org, "group": group}.items():
             if key is not None:
                 db.get(kind, key)
-    request = worker.WorkerRequest(concurrency, processes, team, org, group, once, grace)
+    request = worker.WorkerRequest(concurrency, processes, team, org, group, once, grace, alive_file)
     keep_metrics = nullcontext() if metrics_file is None else metrics.kept(metrics_file, note)
     with waiting("Starting …"), keep_metrics:
         summary = worker.run(request, on_progress=_tell, on_note=lambda text: note(text))

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from contextvars import copy_context
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any, TypeVar
 from uuid import UUID
@@ -49,7 +50,8 @@ MOST_SETTLED = 100
 @dataclass(frozen=True, slots=True)
 class WorkerRequest:
     """How a worker works: calls at once in each process, and how many processes; of which teams, organization or group
-    it takes jobs; whether it ends when none waits, and how many seconds what runs may take after it is to stop."""
+    it takes jobs; whether it ends when none waits, and how many seconds what runs may take after it is to stop; which
+    file's time says that it is alive."""
 
     concurrency: int
     processes: int
@@ -58,6 +60,7 @@ class WorkerRequest:
     group_name: str | None = None
     is_once: bool = False
     grace: float = 25.0
+    alive_file: Path | None = None
 
 
 @dataclass(slots=True)
@@ -82,9 +85,12 @@ def run(
     how many run, and how many ended a second; `on_note` what an operator should know.
 
     After the first signal it takes no more jobs and finishes those that run, within `grace`; after the second one it
-    puts them back at once.
+    puts them back at once. `InvalidInput` where the file that says that it is alive cannot be written.
     """
     with ExitStack() as stack:
+        if request.alive_file is not None:
+            _claim(request.alive_file)
+            stack.callback(_remove, request.alive_file)
         worker = _Worker(request, stack, on_progress, on_note)
         stack.enter_context(signals(dict.fromkeys((signal.SIGINT, signal.SIGTERM), worker.stop)))
         worker.run()
@@ -114,6 +120,8 @@ class _Worker:
         self._signals = 0
         self._look_at = 0.0  # when to look for jobs
         self._beat_at = 0.0
+        self._touch_at = 0.0
+        self._is_touch_refused = False
         self._began = time.monotonic()
         self._is_ending = Event()
         self._deliverer = Deliverer(stack.enter_context(Session()).ask, on_note)
@@ -136,6 +144,7 @@ class _Worker:
         deliverer.start()
         try:
             while not self._is_done():
+                self._say_alive()
                 self._beat()
                 self._take()
                 self._receive()
@@ -249,6 +258,20 @@ class _Worker:
             self._refusals[told["job_id"]] = refusal.in_one_line
             self._on_note(f"Job {told['job_id']} cannot be settled yet: {refusal.in_one_line}")
 
+    def _say_alive(self) -> None:
+        """To whom it may restart: also while the database is away, which no restart brings back."""
+        if self._request.alive_file is None or time.monotonic() < self._touch_at:
+            return
+        self._touch_at = time.monotonic() + POLL_SECONDS
+        try:
+            _touch(self._request.alive_file)
+        except InvalidInput as error:
+            if not self._is_touch_refused:
+                self._on_note(error.in_one_line)
+            self._is_touch_refused = True
+        else:
+            self._is_touch_refused = False
+
     def _beat(self) -> None:
         """Says that it is alive, and extends its leases."""
         if time.monotonic() < self._beat_at:
@@ -298,6 +321,7 @@ class _Worker:
         """Asks the database, for as long as it is away, or until the worker is to stop."""
         is_told = False
         while True:
+            self._say_alive()
             try:
                 found = self._session.ask(work, AWAY_SECONDS)
             except DatabaseUnavailable as error:
@@ -338,3 +362,26 @@ class _Worker:
 
 def _is_open(settled: database.Row | None) -> bool:
     return settled is not None and settled["status"] in ("pending", "in_progress")
+
+
+def _claim(path: Path) -> None:
+    """Takes the file for its own, which it removes in the end: none in which anything stands."""
+    if path.exists() and (not path.is_file() or path.stat().st_size):
+        raise InvalidInput(
+            "alive_file_in_use", f"{path} already exists and is not an empty file.", "Choose another --alive-file."
+        )
+    _touch(path)
+
+
+def _touch(path: Path) -> None:
+    try:
+        path.touch(mode=0o644)
+    except OSError as error:
+        raise InvalidInput(
+            "unwritable_alive_file", f"Cannot write {path}: {error.strerror}.", "Check --alive-file."
+        ) from error
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
