@@ -47,7 +47,7 @@ class Scope(NamedTuple):
     team_id: str | None = None
     job_type: str | None = None
     group_name: str | None = None
-    resolved_model: str | None = None
+    model: str | None = None
 
 
 def rows(db: Database, by: Sequence[str], scope: Scope, since: datetime, until: datetime) -> Rows:
@@ -56,12 +56,12 @@ def rows(db: Database, by: Sequence[str], scope: Scope, since: datetime, until: 
     Models and groups have the counts of calls alone: what a job brings is not divided among them. Types of jobs have
     what moved for jobs.
     """
-    given: dict[str, Any] = {"by": list(by), "since": since, "until": until, "job_type": scope.job_type}
-    given |= db.one("usage.scope", organization_id=scope.organization_id, team_id=scope.team_id)
+    given: dict[str, Any] = {"by": list(by), "job_type": scope.job_type}
+    given |= _asked(db, scope.organization_id, scope.team_id, since, until, by_day="day" in by)
     fields = [field for name in by for field in DIMENSIONS[name]]
-    if {"group", "model"} & set(by) or scope.group_name or scope.resolved_model:
-        given |= {"group_name": scope.group_name, "resolved_model": scope.resolved_model}
-        found = db.stream("usage.calls_by", **given)
+    if {"group", "model"} & set(by) or scope.group_name or scope.model:
+        given |= {"group_name": scope.group_name, "model": scope.model}
+        found = db.stream("usage.calls", **given)
         fields += CALL_COUNTS
     else:
         found = db.stream("usage.by", **given)
@@ -83,8 +83,7 @@ def report(db: Database, organization_id: str | None, team_id: str | None, since
     the organizations, and says of its teams what they are called and whose they are.
     """
     period: Row = {"team_id": team_id, "organization_id": organization_id, "since": since, "until": until}
-    scope = db.one("usage.scope", organization_id=organization_id, team_id=team_id)
-    asked = {"since": since, "until": until, **scope}
+    asked = _asked(db, organization_id, team_id, since, until, by_day=True)
     days = _days(since, until)
     counts: dict[str, dict[str, Row]] = {part: {} for part in ("all", *PARTS)}
     counts["days"] = {day: {} for day in days}
@@ -101,7 +100,7 @@ def report(db: Database, organization_id: str | None, team_id: str | None, since
     (whole,) = counts.pop("all").values()
     used = {
         row["category"]: row["credits_deducted"]
-        for row in db.many("usage.categories", since=since, until=until, team_ids=scope["team_ids"])
+        for row in db.many("usage.categories", since=since, until=until, team_ids=asked["team_ids"])
     }
     result: Row = period | whole | {"credits_by_category": dict.fromkeys(CATEGORIES, 0) | used}
     nothing = dict.fromkeys(whole, 0) | {"margin_usd": None}
@@ -129,6 +128,14 @@ def refresh(db: Database, on_summed: Callable[[int], None] = lambda _: None) -> 
         if row["is_done"]:
             return done
         on_summed(done["hours"])
+
+
+def _asked(
+    db: Database, organization_id: str | None, team_id: str | None, since: datetime, until: datetime, by_day: bool
+) -> Row:
+    """What the queries are to be given of it."""
+    period = {"since": since, "until": until}
+    return period | db.one("usage.scope", organization_id=organization_id, team_id=team_id, by_day=by_day, **period)
 
 
 def _name(db: Database, report: Row) -> None:

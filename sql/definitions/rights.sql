@@ -16,7 +16,8 @@ GRANT SELECT ON
     worker_details, events, event_counters, limit_alerts, webhooks, webhook_states, webhook_deliveries,
     webhook_attempts, webhook_details, webhook_delivery_details, webhook_records, credentials, credential_details,
     proxy_keys, key_details, team_limits, wanted_keys, installation, credential_records, key_records,
-    usage_days, usage_models, usage_changes, usage_state, call_usage, usage_entries, changed_days
+    usage_days, usage_models, usage_changes, usage_state, call_usage, usage_entries, changed_days,
+    changed_months
 TO saasllm_admin, saasllm_runner, saasllm_readonly;
 -- But at secrets, even encrypted, only who signs or calls models by them.
 GRANT SELECT (secret_id, webhook_id, created_at, expires_at) ON webhook_secrets TO saasllm_readonly;

@@ -91,6 +91,9 @@ SELECT
     (day + 1)::timestamp AT TIME ZONE 'UTC' AS until
 FROM (SELECT DISTINCT team_id, day FROM usage_changes) AS changed;
 
+CREATE VIEW changed_months AS
+SELECT DISTINCT team_id, date_trunc('month', day::timestamp)::date AS month FROM usage_changes;
+
 
 -- What no sum counts, between two midnights: what came since all was summed up (when that is the caller has read, so
 -- that the planner knows it, too), and before that the days of teams of which something has changed.
@@ -98,10 +101,11 @@ FROM (SELECT DISTINCT team_id, day FROM usage_changes) AS changed;
 CREATE FUNCTION unsummed_usage(since timestamptz, until timestamptz, summed_until timestamptz)
 RETURNS SETOF usage_days LANGUAGE sql STABLE AS $$
     SELECT
-        (e.created_at AT TIME ZONE 'UTC')::date,
-        e.team_id, e.job_type, e.jobs, e.jobs_completed, e.jobs_failed, e.jobs_cancelled, e.jobs_open, e.jobs_unpriced,
-        e.credits_charged, e.credits_short, e.credits_added, e.credits_deducted, e.credits_refunded,
-        e.credits_adjusted, e.credits_expired, e.calls, e.failed_calls, e.priced_calls, e.unpriced_calls,
+        (e.created_at AT TIME ZONE 'UTC')::date, false, e.team_id, e.job_type,
+        e.jobs, e.jobs_completed, e.jobs_failed, e.jobs_cancelled, e.jobs_open, e.jobs_unpriced,
+        e.credits_charged, e.credits_short,
+        e.credits_added, e.credits_deducted, e.credits_refunded, e.credits_adjusted, e.credits_expired,
+        e.calls, e.failed_calls, e.priced_calls, e.unpriced_calls,
         e.prompt_tokens, e.completion_tokens, e.total_tokens, e.cost_usd, e.margin_usd
     FROM (
         SELECT *
@@ -123,9 +127,9 @@ $$;
 CREATE FUNCTION unsummed_calls(since timestamptz, until timestamptz, summed_until timestamptz)
 RETURNS SETOF usage_models LANGUAGE sql STABLE AS $$
     SELECT
-        (e.created_at AT TIME ZONE 'UTC')::date,
-        e.team_id, e.job_type, e.group_name, e.resolved_model, e.calls, e.failed_calls, e.priced_calls,
-        e.unpriced_calls, e.prompt_tokens, e.completion_tokens, e.total_tokens, e.cost_usd
+        (e.created_at AT TIME ZONE 'UTC')::date, false, e.team_id, e.job_type, e.group_name, e.resolved_model,
+        e.calls, e.failed_calls, e.priced_calls, e.unpriced_calls,
+        e.prompt_tokens, e.completion_tokens, e.total_tokens, e.cost_usd
     FROM (
         SELECT *
         FROM call_usage
@@ -144,26 +148,63 @@ RETURNS SETOF usage_models LANGUAGE sql STABLE AS $$
 $$;
 
 
--- What was used between two midnights: what is summed up, and what no sum counts.
+-- What was used between two midnights: what is summed up, and what no sum counts. The months that are asked for as a
+-- whole (from the first to before the last) are read as such, but for those of teams in which something has changed.
 
-CREATE FUNCTION usage_within(since timestamptz, until timestamptz, summed_until timestamptz)
-RETURNS SETOF usage_days LANGUAGE sql STABLE AS $$
+CREATE FUNCTION usage_within(
+    since timestamptz, until timestamptz, summed_until timestamptz, months_since date, months_until date
+) RETURNS SETOF usage_days LANGUAGE sql STABLE AS $$
     SELECT *
     FROM usage_days u
-    WHERE u.day >= ($1 AT TIME ZONE 'UTC')::date
+    WHERE u.is_month
+      AND u.day >= $4
+      AND u.day < $5
+      AND NOT EXISTS (SELECT FROM changed_months c WHERE c.team_id = u.team_id AND c.month = u.day)
+    UNION ALL
+    SELECT *
+    FROM usage_days u
+    WHERE NOT u.is_month
+      AND u.day >= ($1 AT TIME ZONE 'UTC')::date
       AND u.day < ($2 AT TIME ZONE 'UTC')::date
+      AND (u.day < $4 OR u.day >= $5)
+      AND NOT EXISTS (SELECT FROM usage_changes c WHERE c.team_id = u.team_id AND c.day = u.day)
+    UNION ALL
+    SELECT u.*
+    FROM changed_months m
+    JOIN usage_days u ON u.team_id = m.team_id AND u.day >= m.month AND u.day < m.month + interval '1 month'
+    WHERE NOT u.is_month
+      AND m.month >= $4
+      AND m.month < $5
       AND NOT EXISTS (SELECT FROM usage_changes c WHERE c.team_id = u.team_id AND c.day = u.day)
     UNION ALL
     SELECT * FROM unsummed_usage($1, $2, $3)
 $$;
 
-CREATE FUNCTION calls_within(since timestamptz, until timestamptz, summed_until timestamptz)
-RETURNS SETOF usage_models LANGUAGE sql STABLE AS $$
+CREATE FUNCTION calls_within(
+    since timestamptz, until timestamptz, summed_until timestamptz, months_since date, months_until date
+) RETURNS SETOF usage_models LANGUAGE sql STABLE AS $$
     SELECT *
-    FROM usage_models m
-    WHERE m.day >= ($1 AT TIME ZONE 'UTC')::date
-      AND m.day < ($2 AT TIME ZONE 'UTC')::date
-      AND NOT EXISTS (SELECT FROM usage_changes c WHERE c.team_id = m.team_id AND c.day = m.day)
+    FROM usage_models u
+    WHERE u.is_month
+      AND u.day >= $4
+      AND u.day < $5
+      AND NOT EXISTS (SELECT FROM changed_months c WHERE c.team_id = u.team_id AND c.month = u.day)
+    UNION ALL
+    SELECT *
+    FROM usage_models u
+    WHERE NOT u.is_month
+      AND u.day >= ($1 AT TIME ZONE 'UTC')::date
+      AND u.day < ($2 AT TIME ZONE 'UTC')::date
+      AND (u.day < $4 OR u.day >= $5)
+      AND NOT EXISTS (SELECT FROM usage_changes c WHERE c.team_id = u.team_id AND c.day = u.day)
+    UNION ALL
+    SELECT u.*
+    FROM changed_months m
+    JOIN usage_models u ON u.team_id = m.team_id AND u.day >= m.month AND u.day < m.month + interval '1 month'
+    WHERE NOT u.is_month
+      AND m.month >= $4
+      AND m.month < $5
+      AND NOT EXISTS (SELECT FROM usage_changes c WHERE c.team_id = u.team_id AND c.day = u.day)
     UNION ALL
     SELECT * FROM unsummed_calls($1, $2, $3)
 $$;
@@ -186,31 +227,50 @@ RETURN (CASE name
 END) COLLATE "C";
 
 
--- Sums up what is an hour old and what has changed, of at most a month, and says whether that was all.
+-- Sums up what is an hour old and what has changed, some of it at a time, and says whether that was all.
 --
--- Who wrote something in the last hour has not told of it: so an hour waits for all transactions that were there when it
--- was noted to be over. (In a copy of the database, the number of that moment may be one that is still to come.)
+-- Who wrote something in the last hour has not told of it: so an hour waits for all transactions that were there when
+-- it was noted to be over. (In a copy of the database, the number of that moment may be one that is still to come.)
 -- A purge waits for this, and this for a purge, by the row of usage_state: these are sums of teams that are there.
 CREATE FUNCTION sum_usage() RETURNS TABLE (hours integer, changes bigint, is_done boolean)
-LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan SET timezone = 'UTC' AS $$
+LANGUAGE plpgsql
+SET timezone = 'UTC'
+SET plan_cache_mode = force_custom_plan
+-- What lies together in time has its jobs together, too: no table is read as a whole for some of it.
+SET random_page_cost = 1.1
+SET enable_seqscan = off
+AS $$
 DECLARE
     state usage_state;
     sum_until timestamptz;
     first_at timestamptz;
+    last_at timestamptz;
+    months_since timestamp;
+    months_until timestamp;
+    team_ids text[];
+    on_days date[];
 BEGIN
     SELECT * INTO STRICT state FROM usage_state FOR UPDATE;
 
     sum_until := state.summed_until;
     IF state.next_until > state.summed_until AND state.next_noted < pg_snapshot_xmin(pg_current_snapshot()) THEN
-        -- The next month in which there was a job, and the time before.
+        -- From the next job on, with the time before it, so many that it takes some seconds.
         SELECT date_trunc('hour', min(j.created_at)) INTO first_at
         FROM jobs j
         WHERE j.created_at >= state.summed_until AND j.created_at < state.next_until;
-        sum_until := least(first_at + interval '1 month', state.next_until);
+        SELECT greatest(date_trunc('hour', j.created_at), first_at + interval '1 hour') INTO last_at
+        FROM jobs j
+        WHERE j.created_at >= state.summed_until
+        ORDER BY j.created_at
+        OFFSET 100000
+        LIMIT 1;
+        sum_until := least(first_at + interval '1 month', last_at, state.next_until);
     END IF;
 
     changes := (SELECT count(*) FROM changed_days d WHERE d.since < state.summed_until);
     IF sum_until > state.summed_until OR changes > 0 THEN
+        months_since := date_trunc('month', state.summed_until);
+        months_until := date_trunc('month', sum_until);
         -- The last day goes on where it was summed up so far; the days that have changed begin anew.
         WITH changed AS MATERIALIZED (
             SELECT d.team_id, d.day FROM changed_days d
@@ -220,18 +280,20 @@ BEGIN
         ),
         gone AS (
             DELETE FROM usage_days u
-            WHERE u.day = state.summed_until::date OR (u.team_id, u.day) IN (SELECT * FROM changed)
+            WHERE NOT u.is_month
+              AND (u.day = state.summed_until::date OR (u.team_id, u.day) IN (SELECT * FROM changed))
             RETURNING u.*
         ),
         gone_models AS (
             DELETE FROM usage_models m
-            WHERE m.day = state.summed_until::date OR (m.team_id, m.day) IN (SELECT * FROM changed)
+            WHERE NOT m.is_month
+              AND (m.day = state.summed_until::date OR (m.team_id, m.day) IN (SELECT * FROM changed))
             RETURNING m.*
         ),
         of_models AS (
             INSERT INTO usage_models
             SELECT
-                u.day, u.team_id, u.job_type, u.group_name, u.resolved_model,
+                u.day, false, u.team_id, u.job_type, u.group_name, u.resolved_model,
                 sum(u.calls), sum(u.failed_calls), sum(u.priced_calls), sum(u.unpriced_calls),
                 coalesce(sum(u.prompt_tokens), 0), coalesce(sum(u.completion_tokens), 0),
                 coalesce(sum(u.total_tokens), 0), coalesce(sum(u.cost_usd), 0)
@@ -242,10 +304,67 @@ BEGIN
             ) AS u
             GROUP BY u.day, u.team_id, u.job_type, u.group_name, u.resolved_model
             ORDER BY u.day
+        ),
+        of_days AS (
+            INSERT INTO usage_days
+            SELECT
+                u.day, false, u.team_id, u.job_type,
+                coalesce(sum(u.jobs), 0), coalesce(sum(u.jobs_completed), 0), coalesce(sum(u.jobs_failed), 0),
+                coalesce(sum(u.jobs_cancelled), 0), coalesce(sum(u.jobs_open), 0), coalesce(sum(u.jobs_unpriced), 0),
+                coalesce(sum(u.credits_charged), 0), coalesce(sum(u.credits_short), 0),
+                coalesce(sum(u.credits_added), 0), coalesce(sum(u.credits_deducted), 0),
+                coalesce(sum(u.credits_refunded), 0), coalesce(sum(u.credits_adjusted), 0),
+                coalesce(sum(u.credits_expired), 0),
+                coalesce(sum(u.calls), 0), coalesce(sum(u.failed_calls), 0), coalesce(sum(u.priced_calls), 0),
+                coalesce(sum(u.unpriced_calls), 0), coalesce(sum(u.prompt_tokens), 0),
+                coalesce(sum(u.completion_tokens), 0), coalesce(sum(u.total_tokens), 0), coalesce(sum(u.cost_usd), 0),
+                sum(u.margin_usd)
+            FROM (
+                SELECT * FROM gone WHERE (team_id, day) NOT IN (SELECT * FROM changed)
+                UNION ALL
+                SELECT * FROM unsummed_usage('1970-01-01', sum_until, state.summed_until)
+            ) AS u
+            GROUP BY u.day, u.team_id, u.job_type
+            ORDER BY u.day
+        )
+        SELECT array_agg(c.team_id::text), array_agg(c.day) INTO team_ids, on_days FROM changed c;
+
+        -- Then the months of these days, and those that are over now.
+        DELETE FROM usage_days u
+        USING unnest(team_ids, on_days) AS c (team_id, day)
+        WHERE u.is_month AND u.team_id = c.team_id AND u.day = date_trunc('month', c.day::timestamp);
+        DELETE FROM usage_models u
+        USING unnest(team_ids, on_days) AS c (team_id, day)
+        WHERE u.is_month AND u.team_id = c.team_id AND u.day = date_trunc('month', c.day::timestamp);
+
+        WITH again AS (
+            SELECT DISTINCT c.team_id, first::date AS first
+            FROM unnest(team_ids, on_days) AS c (team_id, day)
+            CROSS JOIN date_trunc('month', c.day::timestamp) AS first
+            WHERE first < months_since
+        ),
+        of_models AS (
+            INSERT INTO usage_models
+            SELECT
+                date_trunc('month', u.day::timestamp)::date, true,
+                u.team_id, u.job_type, u.group_name, u.resolved_model,
+                sum(u.calls), sum(u.failed_calls), sum(u.priced_calls), sum(u.unpriced_calls),
+                coalesce(sum(u.prompt_tokens), 0), coalesce(sum(u.completion_tokens), 0),
+                coalesce(sum(u.total_tokens), 0), coalesce(sum(u.cost_usd), 0)
+            FROM (
+                SELECT * FROM usage_models WHERE NOT is_month AND day >= months_since AND day < months_until
+                UNION ALL
+                SELECT u.*
+                FROM again a
+                JOIN usage_models u ON u.team_id = a.team_id
+                WHERE NOT u.is_month AND u.day >= a.first AND u.day < a.first + interval '1 month'
+            ) AS u
+            GROUP BY 1, u.team_id, u.job_type, u.group_name, u.resolved_model
+            ORDER BY 1
         )
         INSERT INTO usage_days
         SELECT
-            u.day, u.team_id, u.job_type,
+            date_trunc('month', u.day::timestamp)::date, true, u.team_id, u.job_type,
             coalesce(sum(u.jobs), 0), coalesce(sum(u.jobs_completed), 0), coalesce(sum(u.jobs_failed), 0),
             coalesce(sum(u.jobs_cancelled), 0), coalesce(sum(u.jobs_open), 0), coalesce(sum(u.jobs_unpriced), 0),
             coalesce(sum(u.credits_charged), 0), coalesce(sum(u.credits_short), 0),
@@ -257,12 +376,15 @@ BEGIN
             coalesce(sum(u.completion_tokens), 0), coalesce(sum(u.total_tokens), 0), coalesce(sum(u.cost_usd), 0),
             sum(u.margin_usd)
         FROM (
-            SELECT * FROM gone WHERE (team_id, day) NOT IN (SELECT * FROM changed)
+            SELECT * FROM usage_days WHERE NOT is_month AND day >= months_since AND day < months_until
             UNION ALL
-            SELECT * FROM unsummed_usage('1970-01-01', sum_until, state.summed_until)
+            SELECT u.*
+            FROM again a
+            JOIN usage_days u ON u.team_id = a.team_id
+            WHERE NOT u.is_month AND u.day >= a.first AND u.day < a.first + interval '1 month'
         ) AS u
-        GROUP BY u.day, u.team_id, u.job_type
-        ORDER BY u.day;
+        GROUP BY 1, u.team_id, u.job_type
+        ORDER BY 1;
     END IF;
 
     hours := coalesce(extract(epoch FROM sum_until - first_at) / 3600, 0); -- none of those before the first job

@@ -1,4 +1,5 @@
--- What was used on each day, summed up hour by hour. What keeps it so: sql/definitions/usage.sql.
+-- What was used on each day, summed up hour by hour, and in each month, once that is over. What keeps it so:
+-- sql/definitions/usage.sql.
 --
 -- None of these has a primary key, as only one transaction at a time writes sums; so what replicates them goes by whole
 -- rows.
@@ -6,7 +7,8 @@
 -- A row for each team and type of job. cost_usd is of the priced_calls, and margin_usd of the jobs that have one (NULL
 -- where none has).
 CREATE TABLE usage_days (
-    day               date       NOT NULL, -- in UTC
+    day               date       NOT NULL, -- in UTC; of a month its first
+    is_month          boolean    NOT NULL,
     team_id           identifier NOT NULL REFERENCES teams ON DELETE CASCADE,
     job_type          text       NOT NULL, -- '' of credits that moved for no job
     jobs              bigint     NOT NULL,
@@ -34,12 +36,14 @@ CREATE TABLE usage_days (
 );
 
 CREATE INDEX usage_days_by_team ON usage_days (team_id, day);
+CREATE INDEX usage_days_by_month ON usage_days (day) WHERE is_month;
 CREATE INDEX usage_days_by_day ON usage_days USING brin (day) WITH (pages_per_range = 16);
 ALTER TABLE usage_days REPLICA IDENTITY FULL;
 
 -- The calls of a day by the group that was asked and the model that was called, too.
 CREATE TABLE usage_models (
     day               date       NOT NULL,
+    is_month          boolean    NOT NULL,
     team_id           identifier NOT NULL REFERENCES teams ON DELETE CASCADE,
     job_type          text       NOT NULL,
     group_name        identifier NOT NULL,
@@ -55,6 +59,7 @@ CREATE TABLE usage_models (
 );
 
 CREATE INDEX usage_models_by_team ON usage_models (team_id, day);
+CREATE INDEX usage_models_by_month ON usage_models (day) WHERE is_month;
 CREATE INDEX usage_models_by_day ON usage_models USING brin (day) WITH (pages_per_range = 16);
 ALTER TABLE usage_models REPLICA IDENTITY FULL;
 

@@ -5,10 +5,16 @@
 -- is counted is in sql/definitions/usage.sql. A sum of costs is of what is known, of failed calls too, and NULL where
 -- there were answers and none is known.
 
--- name: scope(organization_id, team_id) :one
--- Until when everything is summed up, and whose usage is asked for; NULL is everybody's.
+-- name: scope(organization_id, team_id, since, until, by_day) :one
+-- Until when everything is summed up, which months can be read as a whole, and whose usage is asked for; NULL is
+-- everybody's.
 SELECT
     summed_until,
+    CASE
+        WHEN %(by_day)s THEN '9999-12-31'
+        ELSE date_trunc('month', %(since)s::timestamptz AT TIME ZONE 'UTC' + interval '1 month' - interval '1 day')
+    END::date AS months_since,
+    date_trunc('month', least(%(until)s, summed_until) AT TIME ZONE 'UTC')::date AS months_until,
     CASE
         WHEN num_nonnulls(%(organization_id)s::text, %(team_id)s::text) > 0 THEN ARRAY(
             SELECT team_id::text
@@ -19,7 +25,7 @@ SELECT
     END AS team_ids
 FROM usage_state;
 
--- name: parts(since, until, summed_until, team_ids) :many
+-- name: parts(since, until, summed_until, months_since, months_until, team_ids) :many
 -- The whole period and its parts: a row for each month, day, type of job, team and organization. (Type '' is of credits
 -- that moved for no job.)
 SELECT
@@ -56,13 +62,13 @@ SELECT
     END AS cost_usd,
     coalesce(sum(unpriced_calls), 0) AS unpriced_calls,
     trim_scale(sum(margin_usd)) AS margin_usd
-FROM usage_within(%(since)s, %(until)s, %(summed_until)s)
+FROM usage_within(%(since)s, %(until)s, %(summed_until)s, %(months_since)s, %(months_until)s)
 JOIN teams USING (team_id)
 CROSS JOIN LATERAL date_trunc('month', day::timestamp) AS month
 WHERE (%(team_ids)s::text[] IS NULL OR team_id = ANY (%(team_ids)s))
 GROUP BY GROUPING SETS ((), (month), (day), (job_type), (team_id), (organization_id));
 
--- name: models(since, until, summed_until, team_ids) :many
+-- name: models(since, until, summed_until, months_since, months_until, team_ids) :many
 SELECT
     resolved_model,
     coalesce(sum(calls), 0) AS calls,
@@ -74,7 +80,7 @@ SELECT
         WHEN sum(priced_calls) > 0 OR coalesce(sum(calls) = sum(failed_calls), true) THEN coalesce(sum(cost_usd), 0)
     END AS cost_usd,
     coalesce(sum(unpriced_calls), 0) AS unpriced_calls
-FROM calls_within(%(since)s, %(until)s, %(summed_until)s)
+FROM calls_within(%(since)s, %(until)s, %(summed_until)s, %(months_since)s, %(months_until)s)
 WHERE (%(team_ids)s::text[] IS NULL OR team_id = ANY (%(team_ids)s))
 GROUP BY resolved_model;
 
@@ -181,7 +187,7 @@ LEFT JOIN credit_grants g USING (grant_id)
 WHERE use.credits_to > outside.before AND use.credits_to - use.credits < use.credits_in_all - outside.after
 GROUP BY coalesce(g.category, 'overdraft');
 
--- name: by(by, since, until, summed_until, team_ids, job_type) :many
+-- name: by(by, since, until, summed_until, months_since, months_until, team_ids, job_type) :many
 -- A row for each combination of what it is asked `by` (org, team, month, day, job_type), in that order. Where types are
 -- asked for, the credits that moved for no job are left out.
 SELECT
@@ -226,7 +232,7 @@ FROM (
         END AS cost_usd,
         coalesce(sum(unpriced_calls), 0) AS unpriced_calls,
         trim_scale(sum(margin_usd)) AS margin_usd
-    FROM usage_within(%(since)s, %(until)s, %(summed_until)s) u
+    FROM usage_within(%(since)s, %(until)s, %(summed_until)s, %(months_since)s, %(months_until)s) u
     JOIN teams t USING (team_id)
     CROSS JOIN LATERAL (
         SELECT
@@ -248,7 +254,7 @@ ORDER BY
     usage_key((%(by)s::text[])[4], organization_id, team_id, month, day, job_type, NULL, NULL),
     usage_key((%(by)s::text[])[5], organization_id, team_id, month, day, job_type, NULL, NULL);
 
--- name: calls_by(by, since, until, summed_until, team_ids, job_type, group_name, resolved_model) :many
+-- name: calls(by, since, until, summed_until, months_since, months_until, team_ids, job_type, group_name, model) :many
 -- As `by`, of calls alone, which also have a model and a group.
 SELECT
     organization_id,
@@ -279,7 +285,7 @@ FROM (
             WHEN sum(priced_calls) > 0 OR coalesce(sum(calls) = sum(failed_calls), true) THEN coalesce(sum(cost_usd), 0)
         END AS cost_usd,
         coalesce(sum(unpriced_calls), 0) AS unpriced_calls
-    FROM calls_within(%(since)s, %(until)s, %(summed_until)s) c
+    FROM calls_within(%(since)s, %(until)s, %(summed_until)s, %(months_since)s, %(months_until)s) c
     JOIN teams t USING (team_id)
     CROSS JOIN LATERAL (
         SELECT
@@ -294,7 +300,7 @@ FROM (
     WHERE (%(team_ids)s::text[] IS NULL OR c.team_id = ANY (%(team_ids)s))
       AND (%(job_type)s::text IS NULL OR c.job_type = %(job_type)s)
       AND (%(group_name)s::text IS NULL OR c.group_name = %(group_name)s)
-      AND (%(resolved_model)s::text IS NULL OR c.resolved_model = %(resolved_model)s)
+      AND (%(model)s::text IS NULL OR c.resolved_model = %(model)s)
     GROUP BY by.organization_id, by.team_id, by.month, by.day, by.job_type, by.group_name, by.resolved_model
 ) AS sums
 ORDER BY
