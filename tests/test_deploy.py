@@ -215,6 +215,7 @@ def test_the_roles_of_a_deployment_can_do_their_work_and_no_more(
         assert run("job", "submit", "--team", "hr", "--group", "Echo", "--prompt", "Hello").status == 0
         assert "1 completed" in run("worker", "--once").err
         assert run("job", "sweep").status == 0
+        assert run("usage", "--refresh").status == 0
         assert run("credits", "add", "hr", 5).status == 7
     finally:
         with psycopg.connect(server.format(empty_database), autocommit=True) as connection:
