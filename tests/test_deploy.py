@@ -45,7 +45,7 @@ def until(condition: Callable[[], Any]) -> Any:
 
 
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
-OURS = {name: service for name, service in COMPOSE["services"].items() if "build" in service}
+OURS = {name: service for name, service in COMPOSE["services"].items() if service["image"] == "${SAASLLM_IMAGE:-saasllm}"}
 MANIFESTS = [
     document
     for path in sorted((DEPLOY / "kubernetes").glob("[!k]*.yaml"))
@@ -96,6 +96,11 @@ def test_the_variables_are_those_of_the_settings() -> None:
     for path in DEPLOY.rglob("*"):
         if path.is_file():
             assert set(re.findall(r"\bSAASLLM_[A-Z_]+", path.read_text())) <= known, path
+
+
+def test_compose_builds_the_image_once() -> None:
+    assert [name for name, service in COMPOSE["services"].items() if "build" in service] == ["migrate"]
+    assert len(OURS) >= 4
 
 
 def test_versions_agree() -> None:
