@@ -45,7 +45,9 @@ def until(condition: Callable[[], Any]) -> Any:
 
 
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
-OURS = {name: service for name, service in COMPOSE["services"].items() if service["image"] == "${SAASLLM_IMAGE:-saasllm}"}
+OURS = {
+    name: service for name, service in COMPOSE["services"].items() if service["image"] == "${SAASLLM_IMAGE:-saasllm}"
+}
 MANIFESTS = [
     document
     for path in sorted((DEPLOY / "kubernetes").glob("[!k]*.yaml"))
