@@ -245,6 +245,7 @@ def test_a_full_disk_under_the_log_changes_no_exit_status(tenant: Run) -> None:
 QUIET = {
     "credits allocate": "granted 0 credits for 0 periods",
     "job sweep": "No job has expired.",
+    "usage --refresh": "Everything is summed up.",
     "webhook deliver": "Nothing is due.",
     "credits verify": "Ledger, balances and jobs agree.",
     "credits check --below 1": "No team has fewer than 1 free credits.",

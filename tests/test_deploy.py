@@ -45,7 +45,9 @@ def until(condition: Callable[[], Any]) -> Any:
 
 
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
-OURS = {name: service for name, service in COMPOSE["services"].items() if "build" in service}
+OURS = {
+    name: service for name, service in COMPOSE["services"].items() if service["image"] == "${SAASLLM_IMAGE:-saasllm}"
+}
 MANIFESTS = [
     document
     for path in sorted((DEPLOY / "kubernetes").glob("[!k]*.yaml"))
@@ -96,6 +98,11 @@ def test_the_variables_are_those_of_the_settings() -> None:
     for path in DEPLOY.rglob("*"):
         if path.is_file():
             assert set(re.findall(r"\bSAASLLM_[A-Z_]+", path.read_text())) <= known, path
+
+
+def test_compose_builds_the_image_once() -> None:
+    assert [name for name, service in COMPOSE["services"].items() if "build" in service] == ["migrate"]
+    assert len(OURS) >= 4
 
 
 def test_versions_agree() -> None:
@@ -215,6 +222,7 @@ def test_the_roles_of_a_deployment_can_do_their_work_and_no_more(
         assert run("job", "submit", "--team", "hr", "--group", "Echo", "--prompt", "Hello").status == 0
         assert "1 completed" in run("worker", "--once").err
         assert run("job", "sweep").status == 0
+        assert run("usage", "--refresh").status == 0
         assert run("credits", "add", "hr", 5).status == 7
     finally:
         with psycopg.connect(server.format(empty_database), autocommit=True) as connection:

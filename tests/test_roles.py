@@ -931,7 +931,7 @@ def test_rights_of_others_are_named_and_revoked_where_that_is_asked(
             _, rights = rows["rights"]["message"].split(": ")
             return {(role.split(" ", 1)[0], role.split(" on ")[1]) for role in rights.rstrip(".").split("; ")}
 
-        careless = {("careless_anon", "audit_log, audit_log_audit_id_seq, call_usage and 83 more)")}
+        careless = {("careless_anon", "audit_log, audit_log_audit_id_seq, call_usage and 84 more)")}
         public = {("PUBLIC", "organizations)")}
         assert others() == careless | public | {
             ("careless_user", "teams)"),

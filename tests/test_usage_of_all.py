@@ -310,6 +310,12 @@ def test_a_worker_sums_up(tenant: Run, sql: Sql, as_role: As) -> None:  # noqa: 
     assert sql.execute("SELECT jobs FROM usage_days").fetchall() == [{"jobs": 1}]
 
 
+def test_cron_sends_no_mail_of_what_was_summed_up(tenant: Run, sql: Sql) -> None:
+    dated(sql, charged_job(), 3)
+    assert tenant("usage", "--refresh") == (0, "", "")
+    assert sql.execute("SELECT jobs FROM usage_days").fetchall() == [{"jobs": 1}]
+
+
 def test_who_may_only_read_cannot_sum_up(tenant: Run, sql: Sql, as_role: As) -> None:  # noqa: F811
     dated(sql, charged_job(), 3)
     as_role("saasllm_readonly")

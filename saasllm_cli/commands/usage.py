@@ -22,7 +22,7 @@ from saasllm_cli.commands.inputs import (
 )
 from saasllm_cli.database import Database
 from saasllm_cli.errors import InvalidInput
-from saasllm_cli.output import note, progress, remark, show, show_report, waiting
+from saasllm_cli.output import progress, remark, show, show_report, waiting
 from saasllm_cli.settings import Format, settings
 
 app = noun()
@@ -177,9 +177,9 @@ def _refresh(verbose: bool, output: Format | None) -> None:
         done = usage_.refresh(db, lambda hours: progress(f"Summed up {counted(hours, 'hour')} …"))
     if (output or settings().output) is not Format.TABLE:
         show(done, output)
-    elif any(done.values()):
+    elif any(done.values()):  # each hour: not worth a mail
         again = f", and {counted(done['changes'], 'day')} of teams again" if done["changes"] else ""
-        note(f"Summed up {counted(done['hours'], 'hour')}{again}.")
+        remark(f"Summed up {counted(done['hours'], 'hour')}{again}.", verbose)
     else:
         remark("Everything is summed up.", verbose)
 
