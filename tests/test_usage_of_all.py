@@ -265,6 +265,41 @@ def test_what_changes_while_it_is_summed_up(tenant: Run, sql: Sql) -> None:
     assert used(tenant, "--by", "day")[0] == day
 
 
+# A call that is entered today for a job of long ago.
+LATE = (
+    "INSERT INTO llm_calls (job_id, team_id, model_group_used, resolved_model, attempt, latency_ms, cost_usd)"
+    " SELECT job_id, team_id, 'Echo', 'late', 1, 5, 0.3 FROM jobs"
+)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        LATE,
+        "DELETE FROM llm_calls",
+        "UPDATE llm_calls SET cost_usd = 0.1",
+        "UPDATE llm_calls SET created_at = now()",
+        "UPDATE jobs SET created_at = now()",
+        "UPDATE jobs SET job_type = 'other'",
+        "TRUNCATE llm_calls",
+    ],
+)
+def test_what_changes_another_day(tenant: Run, sql: Sql, change: str) -> None:
+    """The margin of a job is of its day, and so are its calls of its type, whichever days they are of themselves."""
+    price(tenant, "--team", "hr", "--credits-per-usd", 10)
+    settled(job_id := begun("hr"), "completed", call("m", 0.5))
+    dated(sql, job_id, 40)
+    with as_it_was(sql):
+        for table in ("llm_calls", "credit_transactions"):
+            sql.execute(f"UPDATE {table} SET created_at = created_at + interval '2 days' WHERE job_id IS NOT NULL")
+    refreshed(tenant)
+    sql.execute(change)
+    for _ in range(2):
+        for by in (("org",), ("day", "job_type"), ("month", "model")):
+            assert unnamed(used(tenant, "--by", ",".join(by))) == by_hand(sql, by), by
+        refreshed(tenant)
+
+
 def test_two_refreshes_at_once(tenant: Run, sql: Sql) -> None:
     for days in (1, 40, 80):
         dated(sql, charged_job(), days)

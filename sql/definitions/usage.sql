@@ -414,9 +414,6 @@ $$;
 CREATE FUNCTION tell_late_usage() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF TG_OP = 'UPDATE' THEN
-        PERFORM public.tell_usage(OLD.team_id, OLD.created_at);
-    END IF;
     PERFORM public.tell_usage(NEW.team_id, NEW.created_at);
     RETURN NULL;
 END
@@ -424,7 +421,7 @@ $$;
 
 CREATE TRIGGER jobs_tell_late AFTER INSERT OR UPDATE ON jobs
     FOR EACH ROW WHEN (NEW.created_at < clock_timestamp() - interval '1 hour') EXECUTE FUNCTION tell_late_usage();
-CREATE TRIGGER llm_calls_tell_late AFTER INSERT OR UPDATE ON llm_calls
+CREATE TRIGGER llm_calls_tell_late AFTER INSERT ON llm_calls
     FOR EACH ROW WHEN (NEW.created_at < clock_timestamp() - interval '1 hour') EXECUTE FUNCTION tell_late_usage();
 CREATE TRIGGER credit_transactions_tell_late AFTER INSERT ON credit_transactions
     FOR EACH ROW WHEN (NEW.created_at < clock_timestamp() - interval '1 hour') EXECUTE FUNCTION tell_late_usage();
@@ -441,21 +438,63 @@ $$;
 CREATE TRIGGER credit_transactions_tell_refund AFTER INSERT ON credit_transactions
     FOR EACH ROW WHEN (NEW.transaction_type = 'refund') EXECUTE FUNCTION tell_refund();
 
--- Calls may be deleted. (Where their team goes with them, so do its sums.)
-CREATE FUNCTION tell_deleted_calls() RETURNS trigger
+-- The margin of a job is of its day, whenever its calls were made, entered or deleted.
+CREATE FUNCTION tell_calls() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    PERFORM public.tell_usage(gone.team_id, gone.created_at)
-    FROM (
-        SELECT team_id, min(created_at) AS created_at
-        FROM old_rows
-        GROUP BY team_id, date_trunc('day', created_at, 'UTC')
-    ) AS gone
-    WHERE EXISTS (SELECT FROM public.teams t WHERE t.team_id = gone.team_id);
+    INSERT INTO public.usage_changes (team_id, day)
+    SELECT DISTINCT j.team_id, CAST(j.created_at AT TIME ZONE 'UTC' AS date)
+    FROM calls c
+    JOIN public.jobs j ON j.job_id = c.job_id
+    WHERE j.created_at < clock_timestamp() - interval '1 hour';
+    IF TG_OP <> 'INSERT' THEN
+        INSERT INTO public.usage_changes (team_id, day)
+        SELECT DISTINCT c.team_id, CAST(c.created_at AT TIME ZONE 'UTC' AS date)
+        FROM calls c
+        WHERE c.created_at < clock_timestamp() - interval '1 hour'
+          -- Where their team goes with them, so do its sums.
+          AND EXISTS (SELECT FROM public.teams t WHERE t.team_id = c.team_id);
+    END IF;
     RETURN NULL;
 END
 $$;
 
+CREATE TRIGGER llm_calls_tell_new AFTER INSERT ON llm_calls
+    REFERENCING NEW TABLE AS calls
+    FOR EACH STATEMENT EXECUTE FUNCTION tell_calls();
+CREATE TRIGGER llm_calls_tell_old AFTER UPDATE ON llm_calls
+    REFERENCING OLD TABLE AS calls
+    FOR EACH STATEMENT EXECUTE FUNCTION tell_calls();
+CREATE TRIGGER llm_calls_tell_changed AFTER UPDATE ON llm_calls
+    REFERENCING NEW TABLE AS calls
+    FOR EACH STATEMENT EXECUTE FUNCTION tell_calls();
 CREATE TRIGGER llm_calls_tell_deleted AFTER DELETE ON llm_calls
-    REFERENCING OLD TABLE AS old_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION tell_deleted_calls();
+    REFERENCING OLD TABLE AS calls
+    FOR EACH STATEMENT EXECUTE FUNCTION tell_calls();
+
+CREATE FUNCTION tell_all_calls() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO public.usage_changes (team_id, day)
+    SELECT DISTINCT u.team_id, u.day FROM public.usage_days u WHERE NOT u.is_month;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER llm_calls_tell_truncated AFTER TRUNCATE ON llm_calls
+    FOR EACH STATEMENT EXECUTE FUNCTION tell_all_calls();
+
+-- Its calls and entries are of its type, and of days of their own.
+CREATE FUNCTION tell_other_job() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM public.tell_usage(OLD.team_id, OLD.created_at);
+    PERFORM public.tell_usage(c.team_id, c.created_at) FROM public.llm_calls c WHERE c.job_id = OLD.job_id;
+    PERFORM public.tell_usage(c.team_id, c.created_at) FROM public.credit_transactions c WHERE c.job_id = OLD.job_id;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER jobs_tell_other AFTER UPDATE ON jobs
+    FOR EACH ROW WHEN (OLD.created_at <> NEW.created_at OR OLD.job_type <> NEW.job_type)
+    EXECUTE FUNCTION tell_other_job();
