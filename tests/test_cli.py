@@ -250,7 +250,6 @@ QUIET = {
     "credits verify": "Ledger, balances and jobs agree.",
     "credits check --below 1": "No team has fewer than 1 free credits.",
     "migrate up": "No pending migrations.",
-    "usage --refresh": "Everything is summed up.",
 }
 
 

@@ -393,13 +393,21 @@ def test_a_file_is_replaced_whole(march: Run, tmp_path: Path) -> None:
     assert [path.name for path in there.parent.iterdir()] == ["report.html"]
 
 
+def test_a_long_name(march: Run, tmp_path: Path) -> None:
+    longest = tmp_path / ("я" * 125 + ".html")  # in bytes: 255
+    assert march("report", "--team", "hr", *MARCH, "--html", longest).status == 0
+    assert list(tmp_path.glob("*.html")) == [longest]
+
+
 def test_what_cannot_be_written(march: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = tmp_path / "report.html"
     there.write_text("old")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
     for target, message in (
         ("nowhere/report.html", "Folder nowhere not found."),
         (".", ". is not a regular file."),
         ("/dev/full", "/dev/full is not a regular file."),
+        (tmp_path / "circle", f"{tmp_path}/circle is not a regular file."),
     ):
         result = march("report", "--team", "hr", "--html", target)
         assert (result.status, result.err.splitlines()[0]) == (2, f"Error: {message}")
@@ -407,7 +415,7 @@ def test_what_cannot_be_written(march: Run, tmp_path: Path, monkeypatch: pytest.
     result = march("report", "--team", "hr", "--html", there)
     assert (result.status, result.err) == (1, f"Error: {there}: No space left on device.\n")
     assert there.read_text() == "old"
-    assert not list(tmp_path.glob(".report*"))
+    assert not list(tmp_path.glob(".saasllm*"))
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,50 @@ def test_what_changes_while_it_is_summed_up(tenant: Run, sql: Sql) -> None:
     assert used(tenant, "--by", "day")[0] == day
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "DELETE FROM llm_calls",
+        "UPDATE llm_calls SET cost_usd = 0.1",
+        "UPDATE llm_calls SET created_at = now()",
+        "UPDATE jobs SET created_at = now()",
+        "UPDATE jobs SET job_type = 'other'",
+        "TRUNCATE llm_calls",
+    ],
+)
+def test_what_changes_another_day(tenant: Run, sql: Sql, change: str) -> None:
+    """The margin of a job is of its day, and so are its calls of its type, whichever days they are of themselves."""
+    price(tenant, "--team", "hr", "--credits-per-usd", 10)
+    settled(job_id := begun("hr"), "completed", call("m", 0.5))
+    dated(sql, job_id, 40)
+    with as_it_was(sql):
+        for table in ("llm_calls", "credit_transactions"):
+            sql.execute(f"UPDATE {table} SET created_at = created_at + interval '2 days' WHERE job_id IS NOT NULL")
+    refreshed(tenant)
+    sql.execute(change)
+    for _ in range(2):
+        for by in (("org",), ("day", "job_type"), ("month", "model")):
+            assert unnamed(used(tenant, "--by", ",".join(by))) == by_hand(sql, by), by
+        refreshed(tenant)
+
+
+def test_very_many_days_that_have_changed(tenant: Run, sql: Sql) -> None:
+    """Are summed up again some at a time."""
+    job_id = charged_job()
+    dated(sql, job_id, 3000)
+    dated(sql, charged_job(), 2)
+    refreshed(tenant)
+    sql.execute("INSERT INTO usage_changes SELECT 'hr', current_date - n FROM generate_series(1, 4500) n")
+    with as_it_was(sql):
+        sql.execute("UPDATE jobs SET job_type = 'other' WHERE job_id = %s", [job_id])
+    with database.connect() as db:
+        assert db.one("usage.sum")["changes"] == 2000
+        assert usage.refresh(db)["changes"] == 2500
+    assert sql.execute("SELECT FROM usage_changes").rowcount == 0
+    rows = tenant("usage", "--by", "day,job_type", "--from", "2010", "-o", "json").data
+    assert [(row["job_type"], row["jobs"]) for row in rows] == [("other", 1), ("completion", 1)]
+
+
 def test_two_refreshes_at_once(tenant: Run, sql: Sql) -> None:
     for days in (1, 40, 80):
         dated(sql, charged_job(), days)

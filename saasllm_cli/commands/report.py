@@ -105,14 +105,19 @@ def _check(path: Path) -> None:
         return
     if not path.parent.is_dir():
         raise InvalidInput("no_such_folder", f"Folder {path.parent} not found.", "Create it, or choose another file.")
-    if path.exists() and not path.is_file():
+    try:
+        path.resolve()
+        is_other = path.exists() and not path.is_file()
+    except RuntimeError:  # links that lead in a circle
+        is_other = True
+    if is_other:
         raise InvalidInput("no_file", f"{path} is not a regular file.", "Choose another one, or - for stdout.")
 
 
 def _write(path: Path, text: str) -> None:
     """The file has its name when it is whole; one that is there is replaced, behind a link too."""
     path = path.resolve()
-    unfinished = path.with_name(f".{path.name[:200]}.{os.getpid()}")
+    unfinished = path.with_name(f".saasllm-report.{os.getpid()}")  # however long the name of the file is
     try:
         with unfinished.open("x", encoding="utf-8") as file:
             if path.exists():

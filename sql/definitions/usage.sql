@@ -243,6 +243,8 @@ AS $$
 DECLARE
     state usage_state;
     sum_until timestamptz;
+    most_changes CONSTANT integer := 2000;
+    changed_until timestamptz;
     first_at timestamptz;
     last_at timestamptz;
     months_since timestamp;
@@ -267,16 +269,21 @@ BEGIN
         sum_until := least(first_at + interval '1 month', last_at, state.next_until);
     END IF;
 
-    changes := (SELECT count(*) FROM changed_days d WHERE d.since < state.summed_until);
+    -- The first days that have changed, so many that this takes some seconds, too.
+    SELECT least(max(d.until), state.summed_until), count(*) INTO changed_until, changes
+    FROM (
+        SELECT d.until FROM changed_days d WHERE d.since < state.summed_until ORDER BY d.day LIMIT most_changes
+    ) AS d;
+    changed_until := coalesce(changed_until, '1970-01-01');
     IF sum_until > state.summed_until OR changes > 0 THEN
         months_since := date_trunc('month', state.summed_until);
         months_until := date_trunc('month', sum_until);
         -- The last day goes on where it was summed up so far; the days that have changed begin anew.
         WITH changed AS MATERIALIZED (
-            SELECT d.team_id, d.day FROM changed_days d
+            SELECT d.team_id, d.day FROM changed_days d WHERE d.since < changed_until
         ),
         told AS (
-            DELETE FROM usage_changes c WHERE c.day < sum_until
+            DELETE FROM usage_changes c WHERE c.day < changed_until
         ),
         gone AS (
             DELETE FROM usage_days u
@@ -300,7 +307,9 @@ BEGIN
             FROM (
                 SELECT * FROM gone_models WHERE (team_id, day) NOT IN (SELECT * FROM changed)
                 UNION ALL
-                SELECT * FROM unsummed_calls('1970-01-01', sum_until, state.summed_until)
+                SELECT * FROM unsummed_calls('1970-01-01', changed_until, state.summed_until)
+                UNION ALL
+                SELECT * FROM unsummed_calls(state.summed_until, sum_until, state.summed_until)
             ) AS u
             GROUP BY u.day, u.team_id, u.job_type, u.group_name, u.resolved_model
             ORDER BY u.day
@@ -322,7 +331,9 @@ BEGIN
             FROM (
                 SELECT * FROM gone WHERE (team_id, day) NOT IN (SELECT * FROM changed)
                 UNION ALL
-                SELECT * FROM unsummed_usage('1970-01-01', sum_until, state.summed_until)
+                SELECT * FROM unsummed_usage('1970-01-01', changed_until, state.summed_until)
+                UNION ALL
+                SELECT * FROM unsummed_usage(state.summed_until, sum_until, state.summed_until)
             ) AS u
             GROUP BY u.day, u.team_id, u.job_type
             ORDER BY u.day
@@ -388,14 +399,14 @@ BEGIN
     END IF;
 
     hours := coalesce(extract(epoch FROM sum_until - first_at) / 3600, 0); -- none of those before the first job
-    is_done := sum_until = state.summed_until;
+    is_done := sum_until = state.summed_until AND changes < most_changes;
     UPDATE usage_state SET summed_until = sum_until;
     IF state.next_until <= sum_until OR state.next_noted >= pg_snapshot_xmax(pg_current_snapshot()) THEN
         -- What is over by an hour, and by some minutes for clocks that are set.
         UPDATE usage_state
         SET next_until = greatest(date_trunc('hour', clock_timestamp() - interval '75 minutes'), sum_until),
             next_noted = pg_current_xact_id()
-        RETURNING next_until = sum_until INTO is_done;
+        RETURNING next_until = sum_until AND changes < most_changes INTO is_done;
     END IF;
     RETURN NEXT;
 END
@@ -414,9 +425,6 @@ $$;
 CREATE FUNCTION tell_late_usage() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF TG_OP = 'UPDATE' THEN
-        PERFORM public.tell_usage(OLD.team_id, OLD.created_at);
-    END IF;
     PERFORM public.tell_usage(NEW.team_id, NEW.created_at);
     RETURN NULL;
 END
@@ -424,7 +432,7 @@ $$;
 
 CREATE TRIGGER jobs_tell_late AFTER INSERT OR UPDATE ON jobs
     FOR EACH ROW WHEN (NEW.created_at < clock_timestamp() - interval '1 hour') EXECUTE FUNCTION tell_late_usage();
-CREATE TRIGGER llm_calls_tell_late AFTER INSERT OR UPDATE ON llm_calls
+CREATE TRIGGER llm_calls_tell_late AFTER INSERT ON llm_calls
     FOR EACH ROW WHEN (NEW.created_at < clock_timestamp() - interval '1 hour') EXECUTE FUNCTION tell_late_usage();
 CREATE TRIGGER credit_transactions_tell_late AFTER INSERT ON credit_transactions
     FOR EACH ROW WHEN (NEW.created_at < clock_timestamp() - interval '1 hour') EXECUTE FUNCTION tell_late_usage();
@@ -441,21 +449,59 @@ $$;
 CREATE TRIGGER credit_transactions_tell_refund AFTER INSERT ON credit_transactions
     FOR EACH ROW WHEN (NEW.transaction_type = 'refund') EXECUTE FUNCTION tell_refund();
 
--- Calls may be deleted. (Where their team goes with them, so do its sums.)
-CREATE FUNCTION tell_deleted_calls() RETURNS trigger
+-- The margin of a job is of its day, whenever its calls were made. (They are entered while it is open, and its end
+-- tells.) Of calls that change or go, their own days are told, too.
+CREATE FUNCTION tell_calls() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    PERFORM public.tell_usage(gone.team_id, gone.created_at)
-    FROM (
-        SELECT team_id, min(created_at) AS created_at
-        FROM old_rows
-        GROUP BY team_id, date_trunc('day', created_at, 'UTC')
-    ) AS gone
-    WHERE EXISTS (SELECT FROM public.teams t WHERE t.team_id = gone.team_id);
+    INSERT INTO public.usage_changes (team_id, day)
+    SELECT DISTINCT j.team_id, CAST(j.created_at AT TIME ZONE 'UTC' AS date)
+    FROM calls c
+    JOIN public.jobs j ON j.job_id = c.job_id
+    WHERE j.created_at < clock_timestamp() - interval '1 hour';
+    INSERT INTO public.usage_changes (team_id, day)
+    SELECT DISTINCT c.team_id, CAST(c.created_at AT TIME ZONE 'UTC' AS date)
+    FROM calls c
+    WHERE c.created_at < clock_timestamp() - interval '1 hour'
+      -- Where their team goes with them, so do its sums.
+      AND EXISTS (SELECT FROM public.teams t WHERE t.team_id = c.team_id);
     RETURN NULL;
 END
 $$;
 
+CREATE TRIGGER llm_calls_tell_old AFTER UPDATE ON llm_calls
+    REFERENCING OLD TABLE AS calls
+    FOR EACH STATEMENT EXECUTE FUNCTION tell_calls();
+CREATE TRIGGER llm_calls_tell_changed AFTER UPDATE ON llm_calls
+    REFERENCING NEW TABLE AS calls
+    FOR EACH STATEMENT EXECUTE FUNCTION tell_calls();
 CREATE TRIGGER llm_calls_tell_deleted AFTER DELETE ON llm_calls
-    REFERENCING OLD TABLE AS old_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION tell_deleted_calls();
+    REFERENCING OLD TABLE AS calls
+    FOR EACH STATEMENT EXECUTE FUNCTION tell_calls();
+
+CREATE FUNCTION tell_all_calls() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO public.usage_changes (team_id, day)
+    SELECT DISTINCT u.team_id, u.day FROM public.usage_days u WHERE NOT u.is_month;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER llm_calls_tell_truncated AFTER TRUNCATE ON llm_calls
+    FOR EACH STATEMENT EXECUTE FUNCTION tell_all_calls();
+
+-- Its calls and entries are of its type, and of days of their own.
+CREATE FUNCTION tell_other_job() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM public.tell_usage(OLD.team_id, OLD.created_at);
+    PERFORM public.tell_usage(c.team_id, c.created_at) FROM public.llm_calls c WHERE c.job_id = OLD.job_id;
+    PERFORM public.tell_usage(c.team_id, c.created_at) FROM public.credit_transactions c WHERE c.job_id = OLD.job_id;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER jobs_tell_other AFTER UPDATE ON jobs
+    FOR EACH ROW WHEN (OLD.created_at <> NEW.created_at OR OLD.job_type <> NEW.job_type)
+    EXECUTE FUNCTION tell_other_job();

@@ -114,8 +114,11 @@ FROM (
         END AS model,
         count(*) FILTER (WHERE error IS NULL) AS answered,
         count(*) FILTER (WHERE error IS NOT NULL) AS failed
-    FROM llm_calls
-    WHERE created_at > statement_timestamp() - interval '1 hour'
+    FROM (
+        SELECT left(resolved_model, 255) AS resolved_model, error -- as long as the program lets a name be
+        FROM llm_calls
+        WHERE created_at > statement_timestamp() - interval '1 hour'
+    ) AS call
     GROUP BY resolved_model
 ) AS called
 CROSS JOIN LATERAL (VALUES ('answered', answered), ('failed', failed)) AS number (outcome, calls)
