@@ -135,7 +135,9 @@ def _asked(
 ) -> Row:
     """What the queries are to be given of it."""
     period = {"since": since, "until": until}
-    return period | db.one("usage.scope", organization_id=organization_id, team_id=team_id, by_day=by_day, **period)
+    scope = db.one("usage.scope", organization_id=organization_id, team_id=team_id, by_day=by_day, **period)
+    del scope["jit"]
+    return period | scope
 
 
 def _name(db: Database, report: Row) -> None:

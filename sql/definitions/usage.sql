@@ -239,6 +239,7 @@ SET plan_cache_mode = force_custom_plan
 -- What lies together in time has its jobs together, too: no table is read as a whole for some of it.
 SET random_page_cost = 1.1
 SET enable_seqscan = off
+SET jit = off -- to compile this takes longer than it saves
 AS $$
 DECLARE
     state usage_state;

@@ -7,8 +7,9 @@
 
 -- name: scope(organization_id, team_id, since, until, by_day) :one
 -- Until when everything is summed up, which months can be read as a whole, and whose usage is asked for; NULL is
--- everybody's.
+-- everybody's. And for the rest of the transaction, that it is not compiled, which takes longer than it saves.
 SELECT
+    set_config('jit', 'off', true) AS jit,
     summed_until,
     CASE
         WHEN %(by_day)s THEN '9999-12-31'
