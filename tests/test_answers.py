@@ -320,7 +320,7 @@ def test_a_check_that_is_interrupted_is_not_waited_for(
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     process.communicate(timeout=30)
-    assert (process.returncode, time.monotonic() - began < 2) == (130, True)
+    assert (process.returncode, time.monotonic() - began < 4) == (130, True)
     assert [call["error"] for call in last_calls(tenant)] == ["interrupted"]
     assert "none of its calls succeeded" in tenant("job", "complete", job_id).err
 

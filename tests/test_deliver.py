@@ -161,7 +161,7 @@ def test_each_answer_is_one_attempt(tenant: Run, sql: Sql, hook: Hook, receiver:
         assert (attempted["answer"] or "").startswith(answer or ""), (fault, attempted)
         assert (answer is None) == (attempted["answer"] is None), fault
         assert len(attempted["answer"] or "") <= 1024
-        assert 0 <= attempted["duration_ms"] < 3000
+        assert 0 <= attempted["duration_ms"] < 10_000
         assert (row["status"], row["attempts"]) == ("succeeded" if error is None else "pending", 1), fault
         assert tenant("webhook", "get", number, "-o", "json").data["status"] == (
             "active" if error is None else "failing"
@@ -375,12 +375,12 @@ def test_one_that_hangs_holds_up_no_other(
     monkeypatch: pytest.MonkeyPatch,
     does_hang: str,
 ) -> None:
-    monkeypatch.setattr(attempt, "ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr(attempt, "ANSWER_SECONDS", 6)  # in which the others are done on a busy machine, too
     resolve = socket.getaddrinfo
 
     def getaddrinfo(host: str, *further: Any, **named: Any) -> list[Any]:
         if host == "slow.test":
-            time.sleep(2.5)
+            time.sleep(6.5)
         return resolve("127.0.0.1", *further, **named)
 
     if does_hang == "name server":
@@ -392,11 +392,11 @@ def test_one_that_hangs_holds_up_no_other(
     happen(sql, 50)
     began = time.time()
     done = deliver(tenant)
-    assert time.time() - began > 2
+    assert time.time() - began > 6
     assert done == {"succeeded": 50, "failed": deliverer.MOST_EACH}
-    assert max(seen.at for seen in receiver.of("/ok")) - began < 1.5
+    assert max(seen.at for seen in receiver.of("/ok")) - began < 5
     assert receiver.most_at_once["/hang"] <= deliverer.MOST_EACH
-    assert {row["error"] for row in deliveries(sql) if row["attempts"] == 1} == {"no answer within 2 s"}
+    assert {row["error"] for row in deliveries(sql) if row["attempts"] == 1} == {"no answer within 6 s"}
     # While it fails, it is tried by one.
     monkeypatch.setattr(attempt, "ANSWER_SECONDS", 0.3)
     assert deliver(tenant) == {"failed": 1}

@@ -667,12 +667,15 @@ def test_clients_at_the_moment_of_an_end(team: Team) -> None:
     """Some begin and end jobs, one grants what ends soon, one allocates."""
     together = threading.Barrier(4)
     team.begin(1)  # the price, once; its job stays open
-    until = time.monotonic() + 1.5
+
+    def ended() -> list[dict[str, Any]]:
+        return [row for row in team.grants("--all", "--limit", "all") if row["expires_at"]]
 
     def work(number: int) -> None:
         together.wait()
+        until = time.monotonic() + 1.5
         turn = 0
-        while turn < 20 or time.monotonic() < until:  # however slow the machine is
+        while turn < 20 or time.monotonic() < until:
             turn += 1
             if number == 0:
                 enter("allocation", 2, priority=10, expires_in=timedelta(milliseconds=20 * (turn % 4 + 1)))
@@ -686,14 +689,17 @@ def test_clients_at_the_moment_of_an_end(team: Team) -> None:
                     continue
                 settle(job_id, (1, 0, 2, None)[turn % 4])
 
-    with ThreadPoolExecutor(4) as threads:
-        list(threads.map(work, range(4)))
-    time.sleep(0.1)
-    allocation.allocate(datetime.now(UTC).date())
-    ended = [row for row in team.grants("--all", "--limit", "all") if row["expires_at"]]
-    assert any(row["credits_expired"] for row in ended)
-    assert any(row["credits_used"] for row in ended)
-    assert sum(row["credits_left"] for row in ended) <= 1, "what the open job holds"
+    met: set[str] = set()
+    for _ in range(20):  # how fast the clients are among themselves is the machine's affair
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(work, range(4)))
+        time.sleep(0.1)
+        allocation.allocate(datetime.now(UTC).date())
+        assert sum(row["credits_left"] for row in ended()) <= 1, "what the open job holds"
+        met |= {name for row in ended() for name in ("credits_expired", "credits_used") if row[name]}
+        if len(met) == 2:
+            break
+    assert met == {"credits_expired", "credits_used"}
 
 
 RESET = ("schedule", "hr", "--amount", 5, "--every", "daily", "--mode", "reset")

@@ -452,8 +452,9 @@ STRANGE: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saasllm_cli.proxy.SECONDS", 0.5)
-    monkeypatch.setattr("saasllm_cli.proxy.SYNC_SECONDS", 2.0)
+    """With one that hangs; the others have time enough on a busy machine, too."""
+    monkeypatch.setattr("saasllm_cli.proxy.SECONDS", 2.0)
+    monkeypatch.setattr("saasllm_cli.proxy.SYNC_SECONDS", 4.0)
 
 
 @pytest.mark.parametrize("how", STRANGE)
@@ -473,7 +474,7 @@ def test_what_is_no_proxy_changes_nothing_here(
         message = result.error["message"]
         assert message.startswith("This is done, but not yet at the proxy: The proxy at http"), message
         assert double.master_key not in result.err
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30
     use_proxy(double.url)
     assert differing(tenant) == {"hr-1": ["blocked"]}
     assert in_order(tenant)
@@ -558,13 +559,13 @@ def test_a_proxy_that_hangs_holds_up_a_command_once(
     for line in ("team suspend hr", "org suspend acme", "key sync", "org resume acme"):
         began = time.monotonic()
         assert tenant(*line.split()).status in (8, 9)
-        assert time.monotonic() - began < 4, line
+        assert time.monotonic() - began < 10, line
     double.faults.clear()
     double.fail("slow-0.9")  # each answer comes in time
     monkeypatch.setattr("saasllm_cli.proxy.CHANGE_SECONDS", 3.0)
     began = time.monotonic()
     assert tenant("org", "suspend", "acme").status == 9
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 20
 
 
 def add_teams(sql: Sql, number: int) -> None:

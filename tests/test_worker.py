@@ -323,23 +323,24 @@ def test_what_another_has_taken_is_the_others(tenant: Run, held: Provider, sql: 
 
 
 def test_what_nobody_has_taken_is_taken_back(tenant: Run, held: Provider, sql: Sql, start_worker: Start) -> None:
-    (job_id,) = submit("hr")
+    job_id, _ = submit("hr", 2)  # there is room for no more: it cannot take any anew
     sleeper = start_worker("--concurrency", 1, constants=QUICK)
     asked(held, 1)
+    until(lambda: running(sql) == 2)
     sleeper.send_signal(signal.SIGSTOP)
     end_its_leases(tenant, sql)
     assert status_of(sql, job_id) == {
         "status": "pending", "error_message": None, "credits_charged": None, "state": "waiting", "losses": 1
     }  # fmt: skip
     sleeper.send_signal(signal.SIGCONT)
-    until(lambda: running(sql) == 1)
+    until(lambda: running(sql) == 2)
     assert (status_of(sql, job_id) or {})["losses"] == 0
     held.released.set()
-    until(lambda: completed(sql) == 1)
+    until(lambda: completed(sql) == 2)
     sleeper.send_signal(signal.SIGTERM)
-    assert "1 completed" in ended(sleeper)
-    assert len(held.requests) == 1
-    assert_charged_once(tenant, sql, 1)
+    assert "2 completed" in ended(sleeper)
+    assert len(held.requests) == 2
+    assert_charged_once(tenant, sql, 2)
 
 
 def test_what_a_worker_still_runs_is_not_begun_again(
