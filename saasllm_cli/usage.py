@@ -123,11 +123,16 @@ def refresh(db: Database, on_summed: Callable[[int], None] = lambda _: None) -> 
     refresh."""
     done = {"hours": 0, "changes": 0}
     while True:
-        row = db.transaction(lambda: db.one("usage.sum"))
+        row = refresh_some(db)
         done = {name: count + row[name] for name, count in done.items()}
         if row["is_done"]:
             return done
         on_summed(done["hours"])
+
+
+def refresh_some(db: Database) -> Row:
+    """As much of that as takes some seconds: `hours`, `changes`, and whether it `is_done`."""
+    return db.transaction(lambda: db.one("usage.sum"))
 
 
 def _asked(

@@ -22,9 +22,8 @@ from test_roles import As, as_role, owner  # noqa: F401
 from test_usage import TOTALS
 
 from saasllm_cli import database, usage
-from saasllm_cli.jobs import runner
+from saasllm_cli.jobs import duties, runner
 from saasllm_cli.jobs.calls import Call, CallRequest
-from saasllm_cli.jobs.duties import Duties
 
 Run = Callable[..., Result]
 Sql = psycopg.Connection[dict[str, Any]]
@@ -350,8 +349,36 @@ def test_a_worker_sums_up(tenant: Run, sql: Sql, as_role: As) -> None:  # noqa: 
     sql.execute("INSERT INTO workers (host, pid, concurrency) VALUES ('here', 1, 1)")
     as_role("saasllm_runner")
     with database.connect() as db:
-        Duties(print).do(db, 1)
+        duties.Duties(print).do(db, 1)
     assert sql.execute("SELECT jobs FROM usage_days").fetchall() == [{"jobs": 1}]
+
+
+def test_a_worker_has_other_duties_in_between(tenant: Run, sql: Sql, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is much to sum up."""
+    monkeypatch.setattr(duties, "TURN_SECONDS", 0.0)
+    dated(sql, charged_job(), 3000)
+    refreshed(tenant)
+    sql.execute("INSERT INTO usage_changes SELECT 'hr', current_date - n FROM generate_series(1, 4500) n")
+    sql.execute("INSERT INTO workers (host, pid, concurrency) VALUES ('here', 1, 1)")
+    sql.execute("UPDATE duties SET next_at = now() - interval '1 h' WHERE duty = 'usage'")
+    done: list[tuple[str, int]] = []
+    do = duties._do
+
+    def note(duty: str, *given: Any) -> str | None:
+        done.append((duty, sql.execute("SELECT FROM usage_changes").rowcount))
+        if duty == "usage":
+            sql.execute("UPDATE duties SET next_at = now() WHERE duty = 'sweep'")
+        return do(duty, *given)
+
+    monkeypatch.setattr(duties, "_do", note)
+    with database.connect() as db:
+        duties.Duties(print).do(db, 1)
+    assert [each for each in done if each[0] in ("usage", "sweep")] == [
+        *(("usage", 4500), ("sweep", 2500)),
+        *(("usage", 2500), ("sweep", 500)),
+        *(("usage", 500), ("sweep", 0)),
+    ]
+    assert sql.execute("SELECT FROM duties WHERE duty = 'usage' AND next_at > now() + interval '4 min'").rowcount == 1
 
 
 def test_cron_sends_no_mail_of_what_was_summed_up(tenant: Run, sql: Sql) -> None:
@@ -435,6 +462,9 @@ def test_there_is_a_header_where_there_is_no_row(tenant: Run) -> None:
         (("--team", "nope"), "team_not_found", "Team nope not found."),
         (("--group", "nope"), "group_not_found", "Group nope not found."),
         (("--period", "2026", "--from", "2026"), "usage", "Give either --period"),
+        (("--refresh", "--team", "hr"), "usage", "--refresh sums up everything, and shows nothing."),
+        (("--refresh", "--by", "day"), "usage", "--refresh sums up everything"),
+        (("--refresh", "--period", "2026"), "usage", "--refresh sums up everything"),
     ],
 )
 def test_what_cannot_be_asked(tenant: Run, options: tuple[str, ...], code: str, message: str) -> None:

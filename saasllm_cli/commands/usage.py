@@ -155,6 +155,10 @@ def usage(
     the spot, and the figures are the same.
     """
     if refresh:
+        if by is not BY_ORGANIZATION or any((org, team, group, model, job_type, period, from_, to)):
+            raise InvalidInput(
+                "usage", "--refresh sums up everything, and shows nothing.", "Run: saasllm usage --refresh"
+            )
         _refresh(verbose, output)
         return
     asked = span(period, from_, to)

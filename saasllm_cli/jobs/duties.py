@@ -1,5 +1,6 @@
 """What workers do besides their jobs, as cron would: each duty once over all of them, and caught up where missed."""
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, date, datetime
@@ -11,7 +12,7 @@ from saasllm_cli.settings import settings
 from saasllm_cli.webhooks import deliverer
 
 PRUNE_CHUNK = 1000
-
+TURN_SECONDS = 1.0  # of a duty that can be done some at a time; after as long it goes on, at this worker or another
 
 # How often each is due, and how long one worker has it to itself: should it die, another does it then. In seconds.
 PACES: dict[str, tuple[float, float]] = {
@@ -35,10 +36,14 @@ class Duties:
         """Does what is due now. What went wrong is tried again when it is due again; what the database's role may not
         do is left to other workers."""
         while row := self._due(db, worker_id):
-            duty, is_done = row["duty"], False
+            duty, is_done, seconds = row["duty"], False, PACES[row["duty"]][0]
             try:
-                self._tell(duty, _do(duty, db, row["now"], row["done_at"]))
-                is_done = True
+                told = _do(duty, db, row["now"], row["done_at"])
+                if told is None:
+                    seconds = TURN_SECONDS
+                else:
+                    self._tell(duty, told)
+                    is_done = True
             except SaasllmError as error:
                 if isinstance(error, DatabaseUnavailable) and error.code in database.AWAY:
                     raise
@@ -46,7 +51,7 @@ class Duties:
                     self._names.remove(duty)
                 self._tell(duty, error.in_one_line)
             finally:
-                end = {"worker_id": worker_id, "is_done": is_done, "every_seconds": PACES[duty][0]}
+                end = {"worker_id": worker_id, "is_done": is_done, "every_seconds": seconds}
                 with suppress(SaasllmError):
                     db.none("worker.end_duty", duty=duty, **end)
 
@@ -61,8 +66,8 @@ class Duties:
         self._told[duty] = text
 
 
-def _do(duty: str, db: database.Database, now: datetime, done_at: datetime | None) -> str:
-    """Does it, and says what there was to do."""
+def _do(duty: str, db: database.Database, now: datetime, done_at: datetime | None) -> str | None:
+    """Does it, and says what there was to do; None where some of it is still to be done."""
     match duty:
         case "sweep":
             swept, requeued, refusals = runner.sweep(None)
@@ -79,7 +84,10 @@ def _do(duty: str, db: database.Database, now: datetime, done_at: datetime | Non
         case "keys":
             return _sync_keys()
         case "usage":
-            usage.refresh(db)
+            until = time.monotonic() + TURN_SECONDS
+            while not usage.refresh_some(db)["is_done"]:
+                if time.monotonic() > until:
+                    return None
     return ""
 
 
