@@ -225,6 +225,22 @@ def test_who_takes_and_who_cancels_wait_in_one_order(tenant: Run, sql: Sql) -> N
     assert_nothing_broken(sql)
 
 
+def test_who_sweeps_and_who_removes_a_limit_wait_in_one_order(tenant: Run, sql: Sql) -> None:
+    """Some jobs are failed by the sweep, and some wait again: who has counted both does not need the limit."""
+    for of in ("--team=hr", "--org=acme"):
+        tenant("limit", "set", of, "--measure", "jobs", "--per", "concurrent", "--amount", 5)
+    job_ids = submit(sql, 3)
+    with database.connect() as db:
+        assert set(take(db, registered(db))) == set(job_ids)
+        for job_id in job_ids:
+            end_lease(sql, job_id)
+        sql.execute("UPDATE job_queue SET losses = 2 WHERE job_id = %s", [job_ids[0]])
+        with db.whole():
+            assert db.one("job.sweep", **ALL) == {"swept": 3, "requeued": 2}
+            sql.execute("SELECT FROM limits FOR UPDATE NOWAIT")
+    assert_nothing_broken(sql)
+
+
 @pytest.mark.parametrize(
     ("what", "how"), [("worker.put_back", {}), ("worker.extend_leases", {"lease_seconds": 0, "with_lost": False})]
 )

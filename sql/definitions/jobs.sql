@@ -183,13 +183,14 @@ CREATE FUNCTION settle_jobs() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off
 SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
 DECLARE
-    uncharged  text;
-    released   uuid[];
-    expired    text[];
-    is_open    boolean;
-    has_queued boolean;
-    has_ended  boolean;
-    has_short  boolean;
+    uncharged   text;
+    released    uuid[];
+    expired     text[];
+    is_open     boolean;
+    has_queued  boolean;
+    has_waiting boolean;
+    has_ended   boolean;
+    has_short   boolean;
 BEGIN
     SELECT
         min(job.job_id::text) FILTER (
@@ -203,9 +204,10 @@ BEGIN
         array_agg(job.job_id) FILTER (WHERE job.release_no IS NOT NULL),
         bool_or(job.lease_expires_at IS NOT NULL),
         bool_or(job.is_queued),
+        bool_or(job.is_queued AND job.status = 'pending'),
         bool_or(job.lease_expires_at IS NULL),
         bool_or(job.credits_short > 0)
-    INTO uncharged, released, is_open, has_queued, has_ended, has_short
+    INTO uncharged, released, is_open, has_queued, has_waiting, has_ended, has_short
     FROM new_rows job;
 
     IF uncharged IS NOT NULL THEN
@@ -247,19 +249,25 @@ BEGIN
             PERFORM public.expire_credits(expired, and_released => true);
         END IF;
     END IF;
-    IF has_ended AND EXISTS (
+    IF (has_ended OR has_waiting) AND EXISTS (
         SELECT
         FROM new_rows job
         CROSS JOIN LATERAL public.limits_of(job.team_id::text, job.organization_id::text, job.model_groups_used)
     ) THEN
-        PERFORM public.count_ended(
+        PERFORM public.count_stopped(
             ARRAY(
                 SELECT job.job_id
                 FROM new_rows job
                 JOIN old_rows USING (job_id)
                 WHERE job.completed_at IS NOT NULL AND old_rows.completed_at IS NULL
             ),
-            ARRAY(SELECT job_id FROM old_rows WHERE is_queued AND status = 'pending')
+            ARRAY(SELECT job_id FROM old_rows WHERE is_queued AND status = 'pending'),
+            ARRAY(
+                SELECT job.job_id
+                FROM new_rows job
+                JOIN old_rows before USING (job_id)
+                WHERE job.is_queued AND job.status = 'pending' AND before.status = 'in_progress'
+            )
         );
     END IF;
     IF is_open THEN
@@ -299,23 +307,6 @@ BEGIN
             GROUP BY l, period_start
             ORDER BY l, period_start
         ) AS larger;
-    END IF;
-    IF has_queued THEN
-        -- What was put back waits again.
-        UPDATE ONLY public.limit_counters c
-        SET running = greatest(c.running - back.jobs, 0)
-        FROM (
-            SELECT l.limit_id, count(*) AS jobs
-            FROM new_rows job
-            JOIN old_rows before USING (job_id)
-            CROSS JOIN LATERAL public.limits_of(job.team_id::text, job.organization_id::text, job.model_groups_used) l
-            WHERE job.is_queued
-              AND job.status = 'pending'
-              AND before.status = 'in_progress'
-              AND l.per = 'concurrent'
-            GROUP BY l.limit_id
-        ) AS back
-        WHERE c.limit_id = back.limit_id;
     END IF;
     IF has_ended AND (has_short OR EXISTS (SELECT FROM public.webhooks)) THEN
         PERFORM public.tell_of_jobs(

@@ -258,9 +258,10 @@ BEGIN
 END
 $$;
 
--- Counts jobs that have ended: they are not running any more, and what they have used is known. What the limits say now
--- does not matter: a job that has ended is never kept from it.
-CREATE FUNCTION count_ended(ended uuid[], ended_waiting uuid[]) RETURNS void
+-- Counts jobs that are not running any more: what those have used that have ended is known, and those that were put back
+-- wait again. What the limits say now does not matter: a job is never kept from its end. (Each counter is written once:
+-- a row that a transaction has written before has its foreign key checked, and who removes the limit waits for the row.)
+CREATE FUNCTION count_stopped(ended uuid[], ended_waiting uuid[], put_back uuid[]) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     job     record;
@@ -291,7 +292,9 @@ BEGIN
         CROSS JOIN LATERAL public.used_by_calls(
             CASE WHEN l.measure IN ('tokens', 'cost_usd') THEN j.job_id END, l.group_name::text
         ) c
-        WHERE j.job_id = ANY (ended) AND public.counts_running(l.measure, l.per)
+        WHERE j.job_id = ANY (ended || put_back)
+          AND public.counts_running(l.measure, l.per)
+          AND (l.per = 'concurrent' OR j.job_id <> ALL (put_back))
         GROUP BY l, l.limit_id, l.measure, period_start
         ORDER BY l.limit_id, period_start
     LOOP
