@@ -31,7 +31,7 @@ from saasllm_cli.settings import settings
 Run = Callable[..., Result]
 Command = Callable[[int], tuple[str, ...]]  # the words of a command line, by the number of its turn
 CATCH_UP = 1000
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = 120.0
 # A turn adds, completes a job and grants a day. The sum tells how often each was done.
 ADDED, GRANTED = 100, 10_000
 OPENED = 1000

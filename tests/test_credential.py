@@ -31,7 +31,7 @@ Run = Callable[..., Result]
 Sql = psycopg.Connection[dict[str, Any]]
 ENVIRONMENTS = "sk-test-secret-key"  # of the fixture
 FORKED = {"saasllm_cli.jobs.pool.START_METHOD": "fork"}
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 FIELDS = [
     *("credential_id", "organization_id", "team_id", "provider", "api_base", "last_four", "created_at", "used_at"),
     "is_decryptable",

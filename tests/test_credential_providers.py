@@ -94,7 +94,7 @@ async def ask(provider: str, api_base: str) -> None:
     model = f"{provider}/{MODELS.get(provider, 'some-model')}"
     messages = [{"role": "user", "content": f"the prompt for {provider}"}]
     with suppress(llm.ModelFailed):
-        await llm.complete(model, messages, 10, {}, None, Key(1, KEY, api_base))
+        await llm.complete(model, messages, 60, {}, None, Key(1, KEY, api_base))
 
 
 def test_an_address_of_another_provider_is_called_with_the_tenants_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from saasllm_cli.settings import Settings, settings
 Run = Callable[..., Result]
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 FORKED = {"saasllm_cli.jobs.pool.START_METHOD": "fork"}
 
 

@@ -821,7 +821,7 @@ def test_twelve_processes_on_three_credits(tenant: Run) -> None:
 
 
 def wait_for_request(provider: Provider, process: "subprocess.Popen[str]") -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while not provider.requests:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until

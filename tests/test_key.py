@@ -31,7 +31,7 @@ FOREIGN = {
     "theirs": {"key_alias": "theirs", "metadata": {}},
     "of another database": {"key_alias": "other-1", "metadata": {"saasllm_installation": "of another database"}},
 }
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 
 
 @pytest.fixture

@@ -143,9 +143,9 @@ def test_a_team_that_has_most_rows_does_not_slow_down_what_is_done_often(
 
 
 def wait_for_statistics(sql: psycopg.Connection[dict[str, int]]) -> None:
-    """A session tells what it has read at its end."""
+    """A session tells what it has read at its end, or when it is asked to."""
     sessions = "SELECT FROM pg_stat_activity WHERE application_name = 'saasllm' AND datname = current_database()"
     while sql.execute(sessions).fetchone():  # type: ignore[arg-type]
         time.sleep(0.05)
-    time.sleep(1.1)  # a session that stays tells it once a second
+    sql.execute("SELECT pg_stat_force_next_flush()")
     sql.execute("SELECT pg_stat_clear_snapshot()")

@@ -37,7 +37,7 @@ from saasllm_cli.settings import settings
 Run = Callable[..., Result]
 Sql = psycopg.Connection[dict[str, Any]]
 Start = Callable[..., Forked]
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 FORKED = {"saasllm_cli.jobs.pool.START_METHOD": "fork"}
 QUICK = FORKED | {
     "saasllm_cli.jobs.worker.LEASE_SECONDS": 6.0,

@@ -198,7 +198,7 @@ def update(
         webhook = db.get("webhook", webhook_id)
     show(webhook, output)
     if enabled:
-        _tell_missed(webhook_id, enabled["disabled_at"])
+        _tell_missed(webhook_id, enabled["missed_since"])
 
 
 @app.command(epilog="saasllm webhook delete 3 --yes")
@@ -251,7 +251,7 @@ def test(webhook_id: WebhookId, output: Output = None) -> None:
         )
     if enabled:
         note(f"Webhook {webhook_id} is enabled again.", webhook_id=webhook_id)
-        _tell_missed(webhook_id, enabled["disabled_at"])
+        _tell_missed(webhook_id, enabled["missed_since"])
 
 
 @app.command(epilog="saasllm webhook rotate 3 --keep 48h -o json | jq -r .secret")
@@ -446,6 +446,6 @@ def _checked(url: str, allow_http: bool, allow_private: bool) -> str:
 def _tell_missed(webhook_id: int, since: datetime) -> None:
     since = since - timedelta(seconds=1)  # to the second, as a command takes it
     note(
-        "To send what happened while it was disabled, run: "
+        "To send what it has missed, run: "
         f"saasllm webhook replay {webhook_id} --since {timestamp(since.replace(microsecond=0))}"
     )

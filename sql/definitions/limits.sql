@@ -258,9 +258,10 @@ BEGIN
 END
 $$;
 
--- Counts jobs that are not running any more: what those have used that have ended is known, and those that were put back
--- wait again. What the limits say now does not matter: a job is never kept from its end. (Each counter is written once:
--- a row that a transaction has written before has its foreign key checked, and who removes the limit waits for the row.)
+-- Counts jobs that are not running any more: what those have used that have ended is known, and those that were put
+-- back wait again. What the limits say now does not matter: a job is never kept from its end. (Each counter is written
+-- once: of a row that the same transaction has written before the foreign key is checked, for which it would wait for
+-- whoever removes the limit, and that one for the row.)
 CREATE FUNCTION count_stopped(ended uuid[], ended_waiting uuid[], put_back uuid[]) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE

@@ -63,7 +63,8 @@ WHERE webhook_id = %(webhook_id)s AND disabled_at IS NULL
 RETURNING webhook_id;
 
 -- name: enable(webhook_id) :maybe
--- What it was to get when it was disabled is tried at once.
+-- What it was to get when it was disabled is tried at once. What could not be delivered since it failed, and what
+-- happened while it was disabled, it has missed: `missed_since`.
 WITH due AS (
     UPDATE webhook_deliveries
     SET next_at = now()
@@ -74,9 +75,24 @@ SET disabled_at = NULL,
     disabled_reason = NULL,
     failing_since = NULL,
     retry_at = NULL
-FROM (SELECT webhook_id, disabled_at FROM webhook_states WHERE webhook_id = %(webhook_id)s FOR UPDATE) AS before
+FROM (
+    SELECT webhook_id, disabled_at, least(failing_since, disabled_at) AS failing_since
+    FROM webhook_states
+    WHERE webhook_id = %(webhook_id)s
+    FOR UPDATE
+) AS before
 WHERE s.webhook_id = before.webhook_id AND before.disabled_at IS NOT NULL
-RETURNING s.webhook_id, before.disabled_at;
+RETURNING
+    s.webhook_id,
+    least(
+        before.disabled_at,
+        (
+            SELECT min(e.created_at)
+            FROM webhook_deliveries d
+            JOIN events e USING (event_id)
+            WHERE d.webhook_id = before.webhook_id AND d.status = 'failed' AND d.ended_at >= before.failing_since
+        )
+    ) AS missed_since;
 
 -- name: delete(webhook_id) :maybe
 -- With what was delivered, and what was still to be.
@@ -237,7 +253,8 @@ SET failing_since = new.failing_since,
     END,
     disabled_reason = CASE WHEN state.disabled_at IS NULL THEN new.reason ELSE s.disabled_reason END,
     disabled_at = CASE
-        WHEN state.disabled_at IS NULL AND new.reason IS NOT NULL THEN clock_timestamp() ELSE state.disabled_at
+        -- Before what it could not be sent has ended.
+        WHEN state.disabled_at IS NULL AND new.reason IS NOT NULL THEN statement_timestamp() ELSE state.disabled_at
     END
 FROM state
 JOIN endpoint USING (webhook_id)
