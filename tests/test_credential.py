@@ -869,6 +869,7 @@ def test_a_value_is_found_only_where_it_was_given(
     setting.stdin.write(CANARY)
     setting.stdin.flush()
     by_environment = begun(*words, "--org", "globex", "--from-env", "GLOBEX_KEY", GLOBEX_KEY=OTHER_CANARY)
+    until(lambda: all(of_process(process.pid)[1] for process in (setting, by_environment)))  # it has begun
     looked_at = [of_process(pid) for process in (setting, by_environment) for pid in below(process.pid)]
     assert [bool(found_in(environ, OTHER_CANARY)) for _, environ in looked_at] == [False, True]
     assert found_in("".join(line for line, _ in looked_at), CANARY, OTHER_CANARY, master) == []
