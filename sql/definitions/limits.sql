@@ -260,8 +260,8 @@ $$;
 
 -- Counts jobs that are not running any more: what those have used that have ended is known, and those that were put
 -- back wait again. What the limits say now does not matter: a job is never kept from its end. (Each counter is written
--- once: of a row that the same transaction has written before the foreign key is checked, for which it would wait for
--- whoever removes the limit, and that one for the row.)
+-- once: when a transaction writes a row for the second time, its foreign key is checked, which waits for whoever
+-- removes the limit, who waits for the counter.)
 CREATE FUNCTION count_stopped(ended uuid[], ended_waiting uuid[], put_back uuid[]) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
