@@ -55,10 +55,10 @@ class Session:
 
     def as_shown(self, text: str) -> str:
         text = UUID.sub(lambda match: self.ids.setdefault(match[0], self.next_id()), text)
-        today, tomorrow = str(self.today), str(self.today + timedelta(days=1))
-        text = re.sub(rf"({today}|{tomorrow})T(?!00:00:00Z)[\d:.]+", "2026-11-22T12:00:00", text)
+        days = "|".join(str(self.today + timedelta(days=days)) for days in (-1, 0, 1))  # midnight may come at any time
+        text = re.sub(rf"({days})T(?!00:00:00Z)[\d:.]+", "2026-11-22T12:00:00", text)
         text = re.sub(r"\b\d{4}-\d\d-\d\d", self.day_as_shown, text)
-        text = re.sub(rf"\b{today[:7]}\b(?!-\d)", "2026-11", text)
+        text = re.sub(rf"\b{self.today:%Y-%m}\b(?!-\d)", "2026-11", text)
         text = re.sub(r"\d+\.\d\d s · job", "0.01 s · job", text)
         text = re.sub(r'"(latency|duration)_ms": \d+', r'"\1_ms": 5', text)
         text = re.sub(r"duration_ms( +)\d+", r"duration_ms\g<1>5", text)

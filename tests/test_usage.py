@@ -246,7 +246,7 @@ def test_an_organization_is_the_sum_of_its_teams(used: Run) -> None:
     assert next(iter(report)) == "organization_id"
     assert (report["jobs"], report["calls"]) == (6, 18)
     assert [(team["team_id"], team["jobs"]) for team in report["teams"]][:2] == [("hr", 5), ("it", 1)]
-    assert len(report["months"]) == datetime.now(UTC).month if datetime.now(UTC).year == 2026 else 12
+    assert len(report["months"]) == (datetime.now(UTC).month if datetime.now(UTC).year == 2026 else 12)
     teams = [used("team", "usage", team, "--period", "2026", "-o", "json").data for team in ("hr", "it", "idle")]
     for field in TOTALS:
         assert (report[field] or 0) == pytest.approx(sum(team[field] or 0 for team in teams)), field

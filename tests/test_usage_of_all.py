@@ -405,7 +405,12 @@ def test_rows_have_names_and_come_in_the_order_that_was_asked(tenant: Run, sql: 
     for team in ("hr", "b1"):
         settled(begun(team), "completed", call("m", 0.5))
     month = f"{datetime.now(UTC):%Y-%m}"
-    rows = used(tenant, "--by", "month,team,org")
+
+    def worked(*options: object) -> list[dict[str, Any]]:
+        """The rows with jobs: the tenant may have been created in another month."""
+        return [row for row in used(tenant, *options) if row["jobs"]]
+
+    rows = worked("--by", "month,team,org")
     assert [list(row)[:5] for row in rows] == [
         ["month", "team_id", "team_alias", "organization_id", "organization_name"]
     ] * 2
@@ -413,7 +418,7 @@ def test_rows_have_names_and_come_in_the_order_that_was_asked(tenant: Run, sql: 
         [month, "b1", "First", "beta", "Beta & Sons"],
         [month, "hr", "hr", "acme", "ACME"],
     ]
-    assert [row["organization_id"] for row in used(tenant, "--by", "org,month")] == ["acme", "beta"]
+    assert [row["organization_id"] for row in worked("--by", "org,month")] == ["acme", "beta"]
     assert [row["organization_id"] for row in used(tenant)] == ["acme", "beta"]
 
 
