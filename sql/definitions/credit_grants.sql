@@ -192,8 +192,8 @@ $$;
 CREATE FUNCTION expire_credits(of_teams text[], and_released boolean DEFAULT false) RETURNS TABLE (
     team_id text, credits bigint
 )
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off
-SET enable_mergejoin = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET jit = off
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
 #variable_conflict use_column
 DECLARE
     until timestamptz := clock_timestamp(); -- what expires meanwhile, comes next
@@ -541,7 +541,8 @@ $$;
 
 -- Builds the grants of a team anew from its ledger, and enters what of them has expired. The balance is locked.
 CREATE FUNCTION rebuild_grants(of_team text) RETURNS void
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_mergejoin = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET jit = off
+SET enable_seqscan = off SET enable_mergejoin = off AS $$
 DECLARE
     entries public.credit_transactions[];
     ends    timestamptz[] := ARRAY(

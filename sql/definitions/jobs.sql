@@ -126,7 +126,7 @@ $$;
 
 CREATE FUNCTION reserve_credits() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off
-SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
+SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off AS $$
 DECLARE
     is_limited boolean;
 BEGIN
@@ -181,7 +181,7 @@ CREATE TRIGGER jobs_reserve_credits AFTER INSERT ON jobs
 
 CREATE FUNCTION settle_jobs() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off
-SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
+SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off AS $$
 DECLARE
     uncharged   text;
     released    uuid[];
@@ -373,7 +373,7 @@ CREATE FUNCTION job_scope(
     OUT team_id text, OUT organization_id text, OUT model_names text[], OUT model_prices jsonb, OUT model_keys jsonb,
     OUT refusal text
 )
-LANGUAGE plpgsql STABLE SET plan_cache_mode = force_generic_plan AS $$
+LANGUAGE plpgsql STABLE SET plan_cache_mode = force_generic_plan SET jit = off AS $$
 #variable_conflict use_column
 BEGIN
     SELECT

@@ -15,7 +15,8 @@
 --
 -- Their plans last as long as their session: one that reads a whole table, because that was empty or because one team
 -- has most of its rows, would become slower and slower. Hence enable_seqscan = off, and enable_mergejoin = off where a
--- merge is thought to end early.
+-- merge is thought to end early. And jit = off: what a plan for anybody is thought to cost may be a thousand times too
+-- much (each grant of a team might meet each), and then the server compiled it for seconds, each time anew.
 
 
 -- The ledger is append-only. (What leaves it, leaves with its whole team: purge.sql.)
@@ -48,7 +49,7 @@ CREATE TRIGGER credit_transactions_has_no_parent AFTER UPDATE ON credit_transact
 
 CREATE FUNCTION move_balances() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off
-SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_mergejoin = off AS $$
+SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off SET enable_mergejoin = off AS $$
 DECLARE
     refused_team text;
     refused_job  text;
@@ -166,7 +167,7 @@ CREATE TRIGGER credit_transactions_move_balances AFTER INSERT ON credit_transact
 
 CREATE FUNCTION guard_balance() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off
-SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
+SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off AS $$
 DECLARE
     is_explained boolean := true; -- by its new entries, and by jobs
     was_right    boolean := true; -- what remained after its last entry

@@ -147,7 +147,7 @@ CREATE FUNCTION hard_limits(of_team text, of_organization text, of_group text)
 RETURNS TABLE (
     limit_id bigint, per text, is_of_group boolean, room_jobs numeric, room_credits numeric, room_at timestamptz
 )
-LANGUAGE plpgsql STABLE ROWS 1 SET plan_cache_mode = force_generic_plan AS $$
+LANGUAGE plpgsql STABLE ROWS 1 SET plan_cache_mode = force_generic_plan SET jit = off AS $$
 BEGIN
     RETURN QUERY
     SELECT l.limit_id, l.per, l.group_name IS NOT NULL, s.room_jobs, s.room_credits, s.room_at
@@ -171,7 +171,7 @@ CREATE FUNCTION terms_of(
     of_team text, of_organization text, of_group text, of_job_type text,
     OUT price_id bigint, OUT credits_held bigint, OUT limit_reached bigint
 )
-LANGUAGE plpgsql STABLE SET plan_cache_mode = force_generic_plan AS $$
+LANGUAGE plpgsql STABLE SET plan_cache_mode = force_generic_plan SET jit = off AS $$
 BEGIN
     SELECT p.price_id, p.hold
     INTO price_id, credits_held

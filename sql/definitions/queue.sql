@@ -13,7 +13,8 @@ RETURNS TABLE (
     job_id uuid, outcome text, limit_reached jsonb, credits_held bigint, organization_id text, model_names text[],
     model_prices jsonb, model_keys jsonb, existing_job_id uuid, existing_status text, existing_request_hash text
 )
-LANGUAGE plpgsql SET search_path = public, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = public, pg_temp
+SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off AS $$
 #variable_conflict use_column
 BEGIN
     RETURN QUERY
@@ -264,8 +265,8 @@ RETURNS TABLE (
     job_id uuid, team_id text, group_name text, request jsonb, purpose text, timeout_seconds integer,
     is_suspect boolean, model_names text[], model_prices jsonb, model_keys jsonb
 )
-LANGUAGE plpgsql SET search_path = public, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
-SET enable_mergejoin = off AS $$
+LANGUAGE plpgsql SET search_path = public, pg_temp
+SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off SET enable_mergejoin = off AS $$
 #variable_conflict use_column
 DECLARE
     worker        workers;

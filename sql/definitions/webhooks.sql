@@ -5,7 +5,8 @@
 -- there were. One does it at a time, so that the numbers have no gaps and follow the order of what happened one after
 -- the other: whoever has the row of this duty, which nobody can lock who may not do it.
 CREATE FUNCTION dispatch_events(most integer) RETURNS bigint
-LANGUAGE plpgsql SET search_path = public, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = public, pg_temp
+SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off AS $$
 DECLARE
     dispatched bigint;
 BEGIN
